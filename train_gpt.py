@@ -449,6 +449,11 @@ def load_tensors(path):
         raise ArtifactError(f"{path}: not a checkpoint of tensors ({str(error).splitlines()[0]})") from None
 
 
+# PyTorch 2.13 renamed two collectives.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Comm:
     """Rank, world size and the collectives in use. Counts the bytes a ring algorithm makes each rank send."""
 
@@ -461,11 +466,11 @@ class Comm:
 
     def reduce_scatter(self, out, stack):
         """out (N/world, ...) = this rank's slice of the sum over ranks of stack (N, ...)."""
-        return self._run(dist.reduce_scatter_tensor, stack.nbytes, out, stack)
+        return self._run(reduce_scatter, stack.nbytes, out, stack)
 
     def all_gather(self, out, part):
         """out (N, ...) = every rank's part (N/world, ...)."""
-        return self._run(dist.all_gather_into_tensor, out.nbytes, out, part)
+        return self._run(all_gather, out.nbytes, out, part)
 
     def _run(self, collective, full_bytes, *tensors):
         self.bytes_sent += full_bytes * (self.world - 1) // self.world
