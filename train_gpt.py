@@ -943,43 +943,150 @@ def build_demo_data(config, log):
 # loss of `logits(hidden(ids))`; there is no second copy of the trunk. Whatever changes during a run is a 0-d tensor.
 # ======================================================================================================================
 class BlockedAttention(torch.autograd.Function):
-    """Causal attention for CPUs: PyTorch's fused forward, and a backward in blocks of query rows that recomputes the
-    probabilities from the saved log-sum-exp (Dao 2022, arXiv 2205.14135). Memory is linear in T. All (B, H, T, d)."""
+    """Causal grouped-query attention for CPUs: PyTorch's fused forward, and a backward in blocks of queries and sequences
+    that fit the cache and recompute the probabilities. Memory is linear in T. q (B, H, T, d), k and v (B, K, T, d)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        ctx.save_for_backward(q, k, v, y, lse)
-        return y
+        ctx.save_for_backward(q, k, v)
+        groups = q.size(1) // k.size(1)
+        wide = [x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v)]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *wide, 0.0, True)[0]
 
     @staticmethod
-    def backward(ctx, grad, block=256):
-        q, k, v, y, lse = ctx.saved_tensors
-        scale, length = q.size(-1) ** -0.5, q.size(2)
-        delta = (grad * y).sum(-1, keepdim=True, dtype=lse.dtype)  # (B, H, T, 1)
-        lse = lse.view(*lse.shape[:3], 1)
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        scale, length, kv_heads = q.size(-1) ** -0.5, q.size(2), k.size(1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for low in range(0, length, block):
-            high = min(low + block, length)
-            rows, keys = slice(low, high), slice(0, high)
+        # (B, K, H/K, T, d): the query heads of a group share their keys, so they are rows of one product.
+        q, grad, dq_out = (x.unflatten(1, (kv_heads, -1)) for x in (q * scale, grad, dq))
+        for high in range(length, 0, -ATTENTION_ROWS):
+            low = max(0, high - ATTENTION_ROWS)
             mask = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
-            p = (q[:, :, rows] @ k[:, :, keys].mT).mul_(scale).sub_(lse[:, :, rows]).exp_()
-            p[..., low:high].masked_fill_(mask, 0.0)
-            dv[:, :, keys] += p.mT @ grad[:, :, rows]
-            ds = (grad[:, :, rows] @ v[:, :, keys].mT).sub_(delta[:, :, rows]).mul_(p).mul_(scale)
-            dq[:, :, rows] = ds @ k[:, :, keys]
-            dk[:, :, keys] += ds.mT @ q[:, :, rows]
+            for part in torch.arange(len(q)).split(ATTENTION_SEQUENCES):
+                at = slice(int(part[0]), int(part[-1]) + 1)
+                qi, gi = (x[at, :, :, low:high].flatten(2, 3) for x in (q, grad))  # (b, K, H/K * rows, d)
+                ki, vi = k[at, :, :high], v[at, :, :high]
+                scores = qi @ ki.mT
+                scores.unflatten(2, (-1, high - low))[..., low:].masked_fill_(mask, -torch.inf)
+                p = scores.softmax(-1)
+                ds = torch._softmax_backward_data(gi @ vi.mT, p, -1, p.dtype)
+                dq_out[at, :, :, low:high] = (ds @ ki).unflatten(2, (-1, high - low)).mul_(scale)
+                dk[at, :, :high] += ds.mT @ qi
+                dv[at, :, :high] += p.mT @ gi
         return dq, dk, dv
+
+
+ATTENTION_ROWS, ATTENTION_SEQUENCES = 256, 4
 
 
 def cpu_attention(q, k, v):
     """Causal attention on the CPU. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
     return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+class HeadNorm(torch.autograd.Function):
+    """RMSNorm over the last dimension times an optional gain (that broadcasts) times an optional rotation: what q and k go
+    through. Written out since the composed operations cost more than the matrix products on a CPU.
+
+    x (..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None for a plain RMSNorm.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gain=None, cos=None, sin=None):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS).to(x.dtype)
+        scale = inverse if gain is None else inverse * gain.to(x.dtype)
+        ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
+        y = x * scale
+        return y if cos is None else rotate_(y, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inverse, scale, gain, cos, sin = ctx.saved_tensors
+        if cos is not None:
+            grad = rotate_(grad.clone(), cos, -sin)
+        dot = (grad * x).sum(-1, keepdim=True)
+        dx = torch.addcmul(grad * scale, x, dot * scale * inverse * inverse, value=-1 / x.size(-1))
+        dgain = None if gain is None else (dot * inverse).sum((0, 1)).to(gain.dtype)
+        return dx, dgain, None, None
+
+
+NORM_EPS = 2.0 ** -23  # float32's epsilon, whatever the type in use
+
+
 def rms_norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+    return HeadNorm.apply(x)
+
+
+def rotary(length, config, device):
+    """cos, sin (T, 1, rope_dims/2), the same whatever length is in use."""
+    inverse = config.rope_base ** (-torch.arange(0, config.rope_dims, 2, device=device) / config.rope_dims)
+    angle = torch.arange(length, device=device)[:, None, None] * inverse
+    return angle.cos(), angle.sin()
+
+
+def rotate_(x, cos, sin):
+    """Partial RoPE, in place, on the first dimensions of each head. x (B, T, H, d)."""
+    half = cos.size(-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x[..., :half], x[..., half:2 * half]
+    a_new = a * cos - b * sin
+    x[..., half:2 * half] = a * sin + b * cos
+    x[..., :half] = a_new
+    return x
+
+
+class ExclusiveAttention(torch.autograd.Function):
+    """XSA: subtract from each head's output its component along the token's own value. y (B, T, H, d), v (B, T, K, d)."""
+
+    @staticmethod
+    def forward(ctx, y, v):
+        norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=1e-12)
+        unit, groups = v / norm, y.unflatten(2, (v.size(2), -1))  # (B, T, K, d), (B, T, K, H/K, d)
+        along = (groups * unit[:, :, :, None]).sum(-1, keepdim=True)
+        ctx.save_for_backward(groups, unit, norm, along)
+        return torch.addcmul(groups, along, unit[:, :, :, None], value=-1).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        groups, unit, norm, along = ctx.saved_tensors
+        grad, wide = grad.unflatten(2, (unit.size(2), -1)), unit[:, :, :, None]
+        dot = (grad * wide).sum(-1, keepdim=True)
+        dunit = torch.addcmul(grad * along, groups, dot).sum(3)  # with a minus sign
+        dv = torch.addcmul(dunit, (dunit * unit).sum(-1, keepdim=True), unit, value=-1) / -norm
+        return torch.addcmul(grad, dot, wide, value=-1).flatten(2, 3), dv
+
+
+class LeakySquare(torch.autograd.Function):
+    """leaky_relu(x, 0.5)^2, which needs only x for its gradient 2 leaky_relu(x, 0.25)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.leaky_relu(x, 0.5).square_()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return F.leaky_relu(x, 0.25).mul_(grad).mul_(2)
+
+
+class ResidualMix(torch.autograd.Function):
+    """mix[0] * x + mix[1] * x0 per channel. x and x0 (B, T, D), mix (2, D)."""
+
+    @staticmethod
+    def forward(ctx, x, x0, mix):
+        m = mix.to(x.dtype)
+        ctx.save_for_backward(x, x0, m, mix)
+        return torch.addcmul(x * m[0], x0, m[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, x0, m, mix = ctx.saved_tensors
+        ones = grad.new_ones(1, grad.shape[:-1].numel())  # a product sums over tokens faster than a reduction
+        dmix = torch.cat([ones @ (grad * x).flatten(0, -2), ones @ (grad * x0).flatten(0, -2)]).to(mix.dtype)
+        return grad * m[0], grad * m[1], dmix
 
 
 def round_to_grid(weight, scale, bits):
@@ -1014,28 +1121,15 @@ class Linear(Quantizable, nn.Linear):
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias=bias)
 
-    def forward(self, x):
-        return F.linear(x, self.effective_weight(), self.bias)
+    def forward(self, x, scale=None):
+        """`scale` (outputs, 1) or a number multiplies the weight: cheaper than scaling every token's output."""
+        weight = self.effective_weight()
+        return F.linear(x, weight if scale is None else weight * scale, self.bias)
 
 
 class Embedding(Quantizable, nn.Embedding):
     def forward(self, ids):
         return F.embedding(ids, self.effective_weight())
-
-
-def rotary(length, config, device):
-    """cos, sin (T, 1, rope_dims/2), the same whatever length is in use."""
-    inverse = config.rope_base ** (-torch.arange(0, config.rope_dims, 2, device=device) / config.rope_dims)
-    angle = torch.arange(length, device=device)[:, None, None] * inverse
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Partial RoPE on the first dimensions of each head. x (B, T, H, d)."""
-    half = cos.size(-1)
-    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
 
 class Attention(nn.Module):
@@ -1052,31 +1146,25 @@ class Attention(nn.Module):
         self.attn_gate = nn.Linear(dim, config.num_heads) if config.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual else None
 
-    def forward(self, x, angles, v0, ve):
-        """x (B, T, D) normalised; v0 layer 0's values or None; ve (B, T, K*d) value embedding or None. Returns y, v."""
+    def forward(self, x, scale, out_scale, angles, v0, ve):
+        """x (B, T, D) normalised, before the layer's scale; v0 layer 0's values or None; ve (B, T, K*d) value embedding or
+        None; out_scale (D,) multiplies the output. Returns y, v."""
         c, (batch, length, _) = self.config, x.shape
-        q = self.c_q(x).view(batch, length, c.num_heads, c.head_dim)
-        k = self.c_k(x).view(batch, length, c.num_kv_heads, c.head_dim)
-        v = self.c_v(x)
+        q = self.c_q(x, scale).view(batch, length, c.num_heads, c.head_dim)
+        k = self.c_k(x, scale).view(batch, length, c.num_kv_heads, c.head_dim)
+        v = self.c_v(x, scale)
         v = (v if ve is None else v + ve.to(v.dtype)).view(batch, length, c.num_kv_heads, c.head_dim)
         own = v
         if self.vr_lambda is not None:
             mix = self.vr_lambda.to(v.dtype)
             v = mix[0] * (own if v0 is None else v0) + mix[1] * own
-        q = rotate(rms_norm(q), *angles) * self.q_gain.to(q.dtype)[:, None]
-        y = self.attend(q, rotate(rms_norm(k), *angles), v)  # (B, T, H, d)
+        y = self.attend(HeadNorm.apply(q, self.q_gain[:, None], *angles), HeadNorm.apply(k, None, *angles), v)
         if self.xsa:
-            y = remove_own_value(y, v)
+            y = ExclusiveAttention.apply(y, v)  # (B, T, H, d)
         if self.attn_gate is not None:
-            y = y * torch.sigmoid(self.attn_gate(x))[..., None]
-        return self.proj(y.reshape(batch, length, c.model_dim)), own
-
-
-def remove_own_value(y, v):
-    """XSA: subtract from each head's output its component along the token's own value. y (B, T, H, d), v (B, T, K, d)."""
-    groups = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, d)
-    unit = F.normalize(v, dim=-1)[:, :, :, None]
-    return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
+            gate = F.linear(x, self.attn_gate.weight * scale, self.attn_gate.bias)
+            y = y * torch.sigmoid(gate)[..., None]
+        return self.proj(y.reshape(batch, length, c.model_dim), out_scale[:, None]), own
 
 
 class MLP(nn.Module):
@@ -1085,8 +1173,8 @@ class MLP(nn.Module):
         self.fc = Linear(config.model_dim, config.mlp_hidden)
         self.proj = Linear(config.mlp_hidden, config.model_dim)
 
-    def forward(self, x):
-        return self.proj(F.leaky_relu(self.fc(x), 0.5).square())
+    def forward(self, x, scale, out_scale):
+        return self.proj(LeakySquare.apply(self.fc(x, scale)), out_scale[:, None])
 
 
 class Block(nn.Module):
@@ -1099,11 +1187,10 @@ class Block(nn.Module):
         self.norm_scale = (layer + 1) ** -0.5
 
     def forward(self, x, x0, angles, v0, ve):
-        mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        y, v = self.attn(rms_norm(x) * self.norm_scale, angles, v0, ve)
-        x = x + self.attn_scale.to(x.dtype) * y
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale), v
+        x = ResidualMix.apply(x, x0, self.resid_mix)
+        y, v = self.attn(rms_norm(x), self.norm_scale, self.attn_scale, angles, v0, ve)
+        x = x + y
+        return x + self.mlp(rms_norm(x), self.norm_scale, self.mlp_scale), v
 
 
 class BigramHash(nn.Module):
@@ -1339,9 +1426,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """float32 logits (..., V) of states (..., D), softly capped."""
-        raw = F.linear(hidden, self.tok_emb.effective_weight())
         cap = self.config.logit_softcap
-        return cap * torch.tanh((raw.float() if raw.dtype == torch.bfloat16 else raw) / cap)
+        raw = F.linear(hidden, self.tok_emb.effective_weight() / cap)
+        return cap * torch.tanh(raw.float() if raw.dtype == torch.bfloat16 else raw)
 
     def forward(self, ids, targets, noise=None):
         """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus NativeFlowMatcher's weighted loss.
