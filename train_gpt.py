@@ -640,6 +640,10 @@ def pick_device(wish, local_rank):
     return torch.device(wish if ":" in wish else f"cuda:{local_rank}")
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()}-core {platform.machine()} CPU"
+
+
 def keep_large_blocks():
     """Let glibc keep freed blocks: training frees and takes the same hundreds of megabytes each step, and fresh pages
     from the kernel cost more than the arithmetic on them (M_MMAP_MAX=0, M_TRIM_THRESHOLD=2 GB, one arena)."""
@@ -1475,9 +1479,16 @@ def newton_schulz(matrices, steps, dtype):
     return x if wide else x.mT
 
 
+def wide(matrix, like=None):
+    """`matrix` transposed if it (or `like`) has more rows than columns; twice is the identity."""
+    rows, columns = (matrix if like is None else like).shape
+    return matrix.mT if rows > columns else matrix
+
+
 class Muon:
     """Momentum orthogonalised by Newton-Schulz, on stacks of same-shape matrices, sharded over ranks (#399).
 
+    Tall matrices are stacked transposed: W1 and W2 of an MLP share a stack, which leaves less padding on many ranks.
     Phases of one step, as marked in the code:
       1. launch   biggest stack first: stack the gradients (N, r, c), reduce-scatter their sum asynchronously
       2. collect  wait: this rank holds the reduced gradients of N / world matrices
@@ -1490,23 +1501,27 @@ class Muon:
         self.ns_steps, self.dtype, self.comm = ns_steps, dtype, comm or Comm()
         shapes = {}
         for param in params:
-            shapes.setdefault(tuple(param.shape), []).append(param)
+            shapes.setdefault(tuple(wide(param).shape), []).append(param)
         self.stacks = sorted(shapes.values(), key=lambda ps: -len(ps) * ps[0].numel())
         self.grads = [None] * len(self.stacks)
-        self.buffers = [ps[0].new_zeros(self.share(ps), *ps[0].shape) for ps in self.stacks]
+        self.buffers = [ps[0].new_zeros(self.share(ps), *wide(ps[0]).shape) for ps in self.stacks]
+        self.factors = []  # (N / world, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices
+        for params, buffer in zip(self.stacks, self.buffers):
+            factors = self.stacked([p.new_full((1, 1), max(1, p.size(0) / p.size(1)) ** 0.5) for p in params])
+            self.factors.append(factors[self.comm.rank * len(buffer):][:len(buffer)])
 
     def share(self, params):
         """Matrices per rank; the last ranks' shares are padded with zeros."""
         return -(-len(params) // self.comm.world)
 
-    def stacked(self, tensors, like):
+    def stacked(self, tensors):
         missing = self.share(tensors) * self.comm.world - len(tensors)
-        return torch.stack([*tensors, *[torch.zeros_like(like)] * missing])
+        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * missing])
 
     def launch(self):  # phase 1
         self.handles = []
         for i, params in enumerate(self.stacks):
-            stack = self.stacked([p.grad for p in params], params[0])
+            stack = self.stacked([wide(p.grad) for p in params])
             self.grads[i] = stack if self.comm.world == 1 else torch.empty_like(self.buffers[i])
             if self.comm.world > 1:
                 self.handles.append((self.comm.reduce_scatter(self.grads[i], stack), stack))
@@ -1521,7 +1536,7 @@ class Muon:
         """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs while the last all-gather is under way."""
         waiting = None
         for i, params in enumerate(self.stacks):
-            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i])
+            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i]).mul_(self.factors[i])
             full, handle = update, None
             if self.comm.world > 1:
                 full = update.new_empty(len(update) * self.comm.world, *update.shape[1:])
@@ -1535,15 +1550,14 @@ class Muon:
 
     def orthogonal_update(self, grad, buffer):  # phase 3
         buffer.mul_(self.momentum).add_(grad)
-        update = newton_schulz(grad.add(buffer, alpha=self.momentum), self.ns_steps, self.dtype)
-        return update.contiguous().mul_(max(1, grad.size(-2) / grad.size(-1)) ** 0.5)
+        return newton_schulz(grad.add(buffer, alpha=self.momentum), self.ns_steps, self.dtype)
 
     @torch.no_grad()
     def apply(self, params, full, handle):  # phase 4
         if handle:
             handle.wait()
         torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
-        torch._foreach_add_(params, [u.to(p.dtype) for u, p in zip(full, params)], alpha=-self.lr)
+        torch._foreach_add_(params, [wide(u.to(p.dtype), p) for u, p in zip(full, params)], alpha=-self.lr)
 
     def state_dict(self):
         """Momentum of every matrix by shape, whatever the number of ranks; all ranks must call it."""
@@ -1553,12 +1567,12 @@ class Muon:
             if self.comm.world > 1:
                 full = buffer.new_empty(len(buffer) * self.comm.world, *buffer.shape[1:])
                 self.comm.all_gather(full, buffer).wait()
-            state["x".join(map(str, params[0].shape))] = full[:len(params)].clone()
+            state["x".join(map(str, buffer.shape[1:]))] = full[:len(params)].clone()
         return state
 
     def load_state_dict(self, state):
-        for params, buffer in zip(self.stacks, self.buffers):
-            full = state["x".join(map(str, params[0].shape))].to(buffer.device)
+        for buffer in self.buffers:
+            full = state["x".join(map(str, buffer.shape[1:]))].to(buffer.device)
             low = self.comm.rank * len(buffer)
             part = full[low:low + len(buffer)]
             buffer.zero_()[:len(part)].copy_(part)
@@ -2729,6 +2743,7 @@ class Run:
         log(f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} bytes_per_token:"
             f"{f['bytes_per_token']:.4f} documents:{f['val_documents']} sha256:{f['val_sha256']} score_scope:{f['scope']}")
         log(f"seed:{config.seed}")
+        self.runtime.event("start", preset=config.preset, hash=config.hash(), seed=config.seed)
 
     def compare_config(self):
         """Raises ConfigError when RUN_DIR holds a run of another configuration, or none where there must be one."""
@@ -2752,12 +2767,11 @@ class Run:
     def write_manifest(self):
         """Log and write what a rerun needs to agree on."""
         config, device = self.config, self.runtime.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
         artifact = self.source if self.exists(self.source) else None
         shards = len(list(Path(config.data_path).glob("fineweb_train_*.bin")))
         manifest = dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-            sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__, device=str(device), device_name=name,
+            sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__, device=str(device), device_name=device_name(device),
             world_size=self.runtime.comm.world, torch_threads=torch.get_num_threads(), config_hash=config.hash(),
             code_sha256=sha256_file(CODE_PATH), code_bytes=CODE_PATH.stat().st_size,
             artifact_sha256=sha256_file(artifact) if artifact else None,
@@ -2851,14 +2865,14 @@ class Run:
             return
         c, code, size = self.config, CODE_PATH.stat().st_size, self.source.stat().st_size
         info = {} if c.eval_only else load_tensors(self.path / FLOAT_NAME)["info"]
-        device = self.runtime.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()}-core {platform.machine()} CPU"
         self.results.update(
             finished=finished, seed=c.seed, preset=c.preset, config_hash=c.hash(), scope=self.val.scope,
             world_size=self.runtime.comm.world, iterations=c.iterations, artifact_bytes=size, code_bytes=code,
-            total_bytes=size + code, hardware=f"{self.runtime.comm.world}x {name}", pytorch_version=torch.__version__,
+            total_bytes=size + code, hardware=f"{self.runtime.comm.world}x {device_name(self.runtime.device)}", pytorch_version=torch.__version__,
             tokens=self.val.num_targets, bytes=self.val.fingerprint["val_bytes"],
-            train_time_s=info.get("train_time_ms", 0) / 1000, **{k: v for k, v in info.items() if k != "train_time_ms"})
+            **{k: v for k, v in info.items() if k != "train_time_ms"})
+        if info:
+            self.results["train_time_s"] = info["train_time_ms"] / 1000
         write_json(self.scores_path, self.results)
 
     def finish(self):
