@@ -202,7 +202,8 @@ class Config:
     def __post_init__(self):
         for field in config_fields():
             check_value(field, getattr(self, field.name))
-        check_fit(self)
+        if not self.eval_only:  # then the artifact's settings are still to come: adopt() checks
+            check_fit(self)
 
     @property
     def head_dim(self):
@@ -217,7 +218,7 @@ class Config:
         """Explicit variable > PRESET > default. Raises ConfigError, naming near misses, for anything it cannot use."""
         names = {field.name.upper(): field for field in config_fields()}
         for name in environ:
-            near = difflib.get_close_matches(name, names, 1, 0.86) if name not in names and len(name) > 3 else []
+            near = difflib.get_close_matches(name.upper(), names, 1, 0.86) if name not in names and len(name) > 3 else []
             if near:
                 raise ConfigError(f"environment variable {name}={environ[name]!r} is not a setting, but looks like "
                                   f"{near[0]}: rename or unset it (see --help)")
@@ -226,9 +227,8 @@ class Config:
             raise ConfigError(f"PRESET={preset!r} is unknown: expected one of {', '.join(PRESETS)}")
         explicit = {f.name: parse_value(f, environ[name]) for name, f in names.items() if name in environ}
         values = {**PRESETS[preset], **explicit, "preset": preset}
-        job = environ.get("SLURM_ARRAY_JOB_ID", environ.get("SLURM_JOB_ID", ""))
-        task = environ.get("SLURM_ARRAY_TASK_ID", "")
-        values["run_id"] = values.get("run_id") or default_run_id(values, "_".join(filter(None, ["", job, task])))
+        job = environ.get("SLURM_ARRAY_JOB_ID", environ.get("SLURM_JOB_ID", "")), environ.get("SLURM_ARRAY_TASK_ID", "")
+        values["run_id"] = values.get("run_id") or default_run_id(values, "".join(f"_{part}" for part in job if part))
         values["run_dir"] = values.get("run_dir") or f"runs/{values['run_id']}"
         return cls(**values, explicit=tuple(sorted(explicit)))
 
@@ -242,7 +242,7 @@ class Config:
 
     def differences(self):
         """Fields that differ from the preset (settings of place and pace included)."""
-        base = dict(self.as_dict(), **{f.name: f.default for f in config_fields()}, **{})
+        base = {f.name: f.default for f in config_fields()}
         base.update(PRESETS[self.preset], preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
 
@@ -256,7 +256,9 @@ class Config:
                 raise ConfigError(f"{name.upper()}={getattr(self, name)} contradicts the artifact, which has {value}: "
                                   f"unset {name.upper()} (an artifact brings its own architecture)")
         kept = {n: v for n, v in other.as_dict("eval").items() if n not in self.explicit}
-        return dataclasses.replace(self, **{**other.as_dict("arch"), **kept})
+        adopted = dataclasses.replace(self, **{**other.as_dict("arch"), **kept})
+        check_fit(adopted)
+        return adopted
 
 
 def config_fields():
@@ -268,7 +270,7 @@ def default_run_id(values, job):
         try:
             return f"eval_{sha256_file(values['eval_only'])[:8]}{job}"
         except OSError as error:
-            raise ConfigError(f"EVAL_ONLY={values['eval_only']}: {error.strerror}: name a readable artifact (*.ptz) or "
+            raise ArtifactError(f"EVAL_ONLY={values['eval_only']}: {error.strerror}: name a readable artifact (*.ptz) or "
                               "float checkpoint (*.pt)") from None
     return f"{values['preset']}_seed{values.get('seed', Config.seed)}{job}"
 
@@ -290,7 +292,11 @@ def check_value(field, value):
     right = isinstance(value, (int, float)) if field.type is float else isinstance(value, field.type)
     if not right or (isinstance(value, bool) and field.type is not bool):
         raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
+    try:
+        finite = field.type not in (int, float) or math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
         raise ConfigError(f"{name}={value}: expected a finite number")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, meta['choices']))}")
@@ -321,6 +327,9 @@ def check_fit(c):
          f"EVAL_SEQ_LEN={c.eval_seq_len}", "training sequences have the window's length: use a multiple"),
         (c.ttt_freeze_blocks <= c.num_layers, f"TTT_FREEZE_BLOCKS={c.ttt_freeze_blocks} exceeds NUM_LAYERS="
          f"{c.num_layers}", "lower it"),
+        (not c.ve_dim or c.ve_last_n <= c.num_layers, f"VE_LAST_N={c.ve_last_n} exceeds NUM_LAYERS={c.num_layers}", "lower it"),
+        (c.slot == "off" or c.eval_stride < c.eval_seq_len, f"SLOT={c.slot} with EVAL_STRIDE={c.eval_stride} = EVAL_SEQ_LEN: no "
+         "window has a position that an earlier one scored", "lower EVAL_STRIDE"),
         (c.device in ("auto", "cpu") or re.fullmatch(r"cuda(:\d+)?", c.device), f"DEVICE={c.device!r} is unknown",
          "use auto, cpu, cuda or cuda:N"),
     ]
@@ -508,8 +517,8 @@ class Runtime:
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
         self.dtype = getattr(torch, config.dtype)
         self.compiling = config.compile == "1" or (config.compile == "auto" and self.device.type == "cuda")
-        self.dir, self.log_file, self.events = Path(config.run_dir), None, None
-        self.stop_signal, self.stop_time = "", 0.0
+        self.dir, self.log_file, self.events, self.lock = Path(config.run_dir), None, None, None
+        self.stop_signal, self.signalled = "", 0.0
         end = float(environ.get("SLURM_JOB_END_TIME", 0))
         limits = [config.time_limit_seconds or math.inf, end - time.time() if end else math.inf]
         self.time_limit = min(limits)
@@ -534,7 +543,7 @@ class Runtime:
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if resume == "never" and (self.dir / "config.json").exists():
-                number = 1 + sum(1 for _ in self.dir.glob("old_*"))
+                number = 1 + max([int(old.name[4:]) for old in self.dir.glob("old_*") if old.name[4:].isdigit()], default=0)
                 (self.dir / f"old_{number}").mkdir()
                 for item in self.dir.iterdir():
                     if item.name != "lock" and not item.name.startswith("old_"):
@@ -542,8 +551,6 @@ class Runtime:
             (self.dir / "checkpoint").mkdir(exist_ok=True)
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
-            with contextlib.suppress(FileNotFoundError):
-                (self.dir / "STOPPED").unlink()
         except BlockingIOError:
             raise ConfigError(f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another RUN_ID") from None
         except OSError as error:
@@ -556,9 +563,10 @@ class Runtime:
 
     def on_signal(self, number, frame):
         # A cluster and torchrun may both deliver the same wish to stop, hence the half second.
-        if self.stop_signal and time.monotonic() - self.stop_time > 0.5:
+        if self.signalled and time.monotonic() - self.signalled > 0.5:
             os._exit(128 + number)
-        self.stop_signal, self.stop_time = self.stop_signal or signal.Signals(number).name, time.monotonic()
+        self.stop_signal = self.stop_signal or signal.Signals(number).name
+        self.signalled = self.signalled or time.monotonic()
 
     def remaining(self):
         """Seconds until the time limit, less what saving needs."""
@@ -581,8 +589,15 @@ class Runtime:
             return
         print("\r\x1b[K" * self.on_line + line, flush=True)
         self.on_line = False
-        if self.log_file:
-            print(line, file=self.log_file)
+        self.append(self.log_file, line)
+
+    def append(self, file, line):
+        """One whole line in one write, also from the thread that saves; a full disk costs the line, not the run."""
+        try:
+            if file:
+                file.write(f"{line}\n".encode())
+        except OSError as error:
+            print(f"warning: {file.name} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
     def progress(self, text):
         """Rewrite the terminal's current line; nothing where the output is a file."""
@@ -591,8 +606,7 @@ class Runtime:
             self.on_line = True
 
     def event(self, event, **fields):
-        if self.events:
-            print(json.dumps({"event": event, "time": round(time.time(), 3), **fields}), file=self.events)
+        self.append(self.events, json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -616,7 +630,7 @@ class Runtime:
         return peak, peak
 
     def close(self):
-        for file in (self.log_file, self.events):
+        for file in (self.log_file, self.events, self.lock):
             if file:
                 file.close()
         if self.comm.world > 1:
@@ -624,10 +638,10 @@ class Runtime:
 
 
 def open_lines(path):
-    """Open for appending, line-buffered, after ending a line that a killed process left unfinished."""
+    """Open for appending, unbuffered, after ending a line that a killed process left unfinished."""
     broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = open(path, "a", buffering=1)
-    file.write("\n" * broken)
+    file = open(path, "ab", buffering=0)
+    file.write(b"\n" * broken)
     return file
 
 
@@ -723,7 +737,9 @@ def read_shard(path):
         found = header[:2].tolist()
         raise DataError(f"{path}: not a token shard: header starts with {found}, expected [{SHARD_MAGIC}, {SHARD_VERSION}]")
     expected = 4 * SHARD_HEADER + 2 * int(header[2])
-    if header[2] <= 0 or size != expected:
+    if header[2] <= 0:
+        raise DataError(f"{path}: its header promises {header[2]} tokens, expected at least one: download it again")
+    if size != expected:
         raise DataError(f"{path}: {size} bytes, but its header promises {header[2]} tokens = {expected} bytes: the shard "
                         "is truncated or over-long; download it again")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
@@ -778,9 +794,10 @@ class TrainStream:
         return np.concatenate(parts)
 
     def _shard(self, index):
+        path, promised = self.paths[index], int(self.ends[index] - (self.ends[index - 1] if index else 0))
         if index != self.open_index:
-            self.open_tokens, self.open_index = read_shard(self.paths[index]), index
-        path, expected = self.paths[index], 4 * SHARD_HEADER + 2 * len(self.open_tokens)
+            self.open_tokens, self.open_index = read_shard(path), index
+        expected = 4 * SHARD_HEADER + 2 * promised
         try:  # a map over a file that shrank would kill the process with SIGBUS
             size = os.path.getsize(path)
         except OSError as error:
@@ -806,7 +823,8 @@ class TokenBytes:
         self.model, self.vocab_size = model, model.vocab_size()
         ids = range(self.vocab_size)
         self.silent = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids])
-        pieces = ["" if self.silent[i] else "x" if model.is_byte(i) else model.id_to_piece(i) for i in ids]
+        self.is_byte = np.array([model.is_byte(i) for i in ids])
+        pieces = ["" if self.silent[i] else "x" if self.is_byte[i] else model.id_to_piece(i) for i in ids]
         self.spaced = np.array([piece.startswith("▁") for piece in pieces])
         text = [piece[piece.startswith("▁"):].replace("▁", " ") for piece in pieces]
         self.base = np.array([len(t.encode()) for t in text], np.uint16)
@@ -819,18 +837,23 @@ class TokenBytes:
     def check(self, ids):
         """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError at a difference."""
         ids = np.asarray(ids, np.int64)
-        edges = [-1, *np.flatnonzero(self.silent[ids]).tolist(), len(ids)]
-        for left, right in zip(edges[1:-1], edges[2:-1] or edges[2:]):  # whole runs that follow a silent piece
+        start = int(np.argmin(self.is_byte[ids]))  # not inside a character: before the first piece that is no byte
+        edges = sorted({start, *np.flatnonzero(self.silent[ids]).tolist(), len(ids)})
+        plain = np.flatnonzero(~self.silent & ~self.spaced & ~self.is_byte & (self.base > 0))
+        # SentencePiece drops spaces at the start of a text, so each run is decoded behind a piece that has none.
+        anchor = plain[:1].tolist() or [self.model.piece_to_id("<0x41>")]
+        for left, right in zip(edges, edges[1:]):
             run = ids[left + 1:right].tolist()
+            while right == len(ids) and run and self.is_byte[run[-1]]:  # the slice may end inside a character
+                run.pop()
             if not run:
                 continue
-            counted = int(self.count(ids[left:right - 1], ids[left + 1:right]).sum())
-            # The first space of a text is no byte of it: SentencePiece may or may not return it.
-            decoded = self.model.decode(run)
-            length = len(decoded.encode()) - (self.spaced[run[0]] and decoded.startswith(" "))
+            counted = int(self.count(ids[left:left + len(run)], run).sum())
+            decoded = self.model.decode(anchor + run)[len(self.model.decode(anchor)):].replace("▁", " ")
+            length = len(decoded.encode()) - (self.spaced[run[0]] and self.silent[ids[left]])
             if length != counted:
                 raise DataError(f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded {length} bytes: "
-                                "the tokenizer is not the one that made these shards")
+                                "the tokenizer is not the one that made these shards, or it has no piece for a space")
 
 
 class ValStream:
@@ -916,9 +939,14 @@ def demo_texts():
 def build_demo_data(config, log):
     """Build the demo's tokenizer and shards unless they exist; one process at a time. Deterministic per installation."""
     data, tokenizer = Path(config.data_path), Path(config.tokenizer_path)
-    data.mkdir(parents=True, exist_ok=True)
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    with open(data / "lock", "w") as lock:
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(data / "lock", "w")
+    except OSError as error:
+        raise DataError(f"the demo's data cannot be built in DATA_PATH={data} and {tokenizer.parent}: {error.strerror}: run in a "
+                        "writable directory") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         complete = tokenizer.exists() and list(data.glob("fineweb_val_*.bin"))
         if complete and (config.eval_only or list(data.glob("fineweb_train_*.bin"))):
@@ -967,8 +995,8 @@ class BlockedAttention(torch.autograd.Function):
         for high in range(length, 0, -ATTENTION_ROWS):
             low = max(0, high - ATTENTION_ROWS)
             mask = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
-            for part in torch.arange(len(q)).split(ATTENTION_SEQUENCES):
-                at = slice(int(part[0]), int(part[-1]) + 1)
+            for first in range(0, len(q), ATTENTION_SEQUENCES):
+                at = slice(first, first + ATTENTION_SEQUENCES)
                 qi, gi = (x[at, :, :, low:high].flatten(2, 3) for x in (q, grad))  # (b, K, H/K * rows, d)
                 ki, vi = k[at, :, :high], v[at, :, :high]
                 scores = qi @ ki.mT
@@ -1132,6 +1160,9 @@ class Linear(Quantizable, nn.Linear):
 
 
 class Embedding(Quantizable, nn.Embedding):
+    def __init__(self, rows, width):
+        super().__init__(rows, width, _weight=torch.zeros(rows, width))  # GPT.init_weights draws them
+
     def forward(self, ids):
         return F.embedding(ids, self.effective_weight())
 
@@ -1405,7 +1436,8 @@ class GPT(nn.Module):
 
     def trunk(self, ids):
         """Normalised states (B, T, D) before the refiners."""
-        x = x0 = self.embed(ids)
+        x0 = self.embed(ids)
+        x = x0.view_as(x0)  # a compiled Function takes no tensor twice
         angles, v0, skips = rotary(ids.size(1), self.config, ids.device), None, []
         ve = self.ve(ids) if self.ve is not None else ()
         for i, block in enumerate(self.blocks):
@@ -1667,6 +1699,10 @@ class WeightAverage:
 
     def exported(self):
         """(what it is, tensors): snapshots' mean, else the EMA, else the raw weights."""
+        if self.config.swa_enabled and not self.snapshots:
+            instead = "the EMA" if self.ema else "the raw weights"
+            return f"{instead}; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, SWA_START_SCALE=" \
+                f"{self.config.swa_start_scale}), so it has no effect", self.ema or [p.detach() for p in self.params]
         if self.snapshots:
             kind = f"mean of {self.snapshots} snapshots of the {'EMA' if self.ema else 'raw'} weights"
             return kind, [total / self.snapshots for total in self.swa]
@@ -1773,7 +1809,7 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
     Raises ArtifactError when even that does not fit.
     """
     middle, cache, layers = (config.num_layers - 1) / 2, {}, []
-    order = sorted(range(config.num_layers), key=lambda i: (abs(i - middle), i > middle))
+    order = sorted(range(config.num_layers), key=lambda i: (abs(i - middle), -i))
     while True:
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
@@ -1810,21 +1846,31 @@ def unpack_artifact(blob):
     ArtifactError before anything of a size the architecture does not have is allocated."""
     config, table, raw, at, _ = read_artifact(blob)
     state, scales_at = {}, at + sum(math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape, scheme in table)
-    for name, shape, scheme in table:
+    parts = []
+    for name, shape, scheme in table:  # look at everything before the first float32 tensor is made
         count = math.prod(shape)
-        values = np.frombuffer(raw, ITEM_TYPES[scheme], count, at).astype(np.float32)
-        at += count * ITEM_TYPES[scheme]().itemsize
+        rows = count // shape[-1] if scheme.startswith("int") else 0
+        parts.append((np.frombuffer(raw, ITEM_TYPES[scheme], count, at), np.frombuffer(raw, np.float16, rows, scales_at)))
+        at, scales_at = at + parts[-1][0].nbytes, scales_at + 2 * rows
+        check_values(name, scheme, *parts[-1])
+    for (name, shape, scheme), (values, scales) in zip(table, parts):
+        values = values.astype(np.float32)
         if scheme.startswith("int"):
-            rows, top = count // shape[-1], 2 ** (int(scheme[3:]) - 1) - 1
-            scales = np.frombuffer(raw, np.float16, rows, scales_at).astype(np.float32)
-            scales_at += 2 * rows
-            if np.abs(values).max(initial=0) > top or not (np.isfinite(scales).all() and (scales > 0).all()):
-                raise ArtifactError(f"artifact: {name}: codes or scales are outside {scheme}")
-            values = values.reshape(rows, -1) * scales[:, None]
-        if not np.isfinite(values).all():
-            raise ArtifactError(f"artifact: {name} holds values that are not finite")
+            values = values.reshape(len(scales), -1)
+            values *= scales.astype(np.float32)[:, None]
         state[name] = torch.from_numpy(values.reshape(shape))
     return config, state
+
+
+def check_values(name, scheme, values, scales):
+    """Raises ArtifactError for codes outside the grid, scales that are not positive, values that are not finite."""
+    if scheme.startswith("int"):
+        top = 2 ** (int(scheme[3:]) - 1) - 1
+        good = values.min(initial=0) >= -top and values.max(initial=0) <= top and np.isfinite(scales).all() and (scales > 0).all()
+    else:
+        good = np.isfinite(values).all()
+    if not good:
+        raise ArtifactError(f"artifact: {name}: codes, scales or values are outside {scheme}")
 
 
 def read_artifact(blob):
@@ -1855,7 +1901,7 @@ def read_artifact(blob):
             raise ConfigError("settings are missing or foreign")
         table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
         check_table(config, table, raw_size - 4 - length)
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ArtifactError(f"artifact: its header is not valid ({type(error).__name__}: {str(error)[:200]})") from None
     return config, table, raw, 4 + length, header["tokenizer_sha256"]
 
@@ -2199,6 +2245,7 @@ class Evaluation:
         begin = time.monotonic()
         if self.runtime.is_main:
             save_tensors(self.state_path, state)
+        self.runtime.comm.barrier()
         self.saved, self.runtime.save_seconds = time.monotonic(), time.monotonic() - begin
         self.runtime.log(f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}")
 
@@ -2394,6 +2441,7 @@ class Saver:
     def start(self, step, state):
         """`state` must be a private copy."""
         self.wait()
+        self.error = None
         self.thread = threading.Thread(target=self._write, args=(step, state))
         self.thread.start()
 
@@ -2451,7 +2499,7 @@ class Trainer:
         self.stream = TrainStream(find_shards(config, "train"), config.vocab_size)
         self.loss = runtime.compiled(self.model)
         self.saver = Saver(runtime)
-        self.step, self.seconds, self.early = 0, 0.0, False
+        self.step, self.seconds, self.early, self.saved_step = 0, 0.0, False, 0
         sequences, world = config.train_batch_tokens // config.train_seq_len, runtime.comm.world
         if sequences % world:
             raise ConfigError(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, which {world} ranks "
@@ -2465,6 +2513,8 @@ class Trainer:
         log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         log(f"world_size:{self.runtime.comm.world} grad_accum_steps:{self.share // self.micro}")
         log(f"train_loader:dataset:{Path(c.data_path).name} train_shards:{len(paths)}")
+        if c.late_qat_threshold and not any(module.bits for _, module in self.model.quantizable()):
+            log(f"warning: LATE_QAT_THRESHOLD={c.late_qat_threshold} has no effect: no matrix of this model is stored in integers")
 
     def run(self):
         """Train to the last step, the wallclock cap or a wish to stop; logs, validates and saves on the way."""
@@ -2482,8 +2532,9 @@ class Trainer:
                 if done:
                     break
                 self.one_step()
-        except Stopped:  # from a validation; its step is trained
-            self.save(wait=True)
+        except Stopped:
+            if self.saved_step != self.step:  # stopped in a validation
+                self.save(wait=True)
             raise
         except (DataError, ArtifactError) as error:
             self.saver.wait()
@@ -2611,8 +2662,13 @@ class Trainer:
         return [int(self.stream.ends[-1]), self.val.fingerprint["val_sha256"]]
 
     def save(self, wait=False):
-        """Copy the state and write it in the background; with `wait`, raises ResourceError if it cannot be written."""
-        state = self.training_state()
+        """Copy the state and write it in the background; with `wait`, raises ResourceError if it cannot be written.
+
+        Weights that are not finite are never saved: the checkpoints before them are the ones to keep.
+        """
+        if not self.is_finite():
+            return self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
+        state, self.saved_step = self.training_state(), self.step
         if self.runtime.is_main:
             state.update(step=self.step, seconds=self.seconds, position=self.stream.position, hash=self.config.hash(),
                          data=self.data_identity())
@@ -2622,6 +2678,7 @@ class Trainer:
             self.saver.wait()
             if self.saver.error:
                 raise ResourceError(str(self.saver.error))
+            self.runtime.comm.barrier()  # a rank that left now would have the launcher end the one that writes
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
@@ -2637,10 +2694,12 @@ class Trainer:
         self.step, self.seconds, self.stream.position = step, state["seconds"], state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
+    def is_finite(self):
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
-        if all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            self.save(wait=True)
+        self.save(wait=True)
         self.saver.wait()
         last = self.saver.files()[-1:]
         raise DivergedError(f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good weights: "
@@ -2743,7 +2802,11 @@ class Run:
         log(f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} bytes_per_token:"
             f"{f['bytes_per_token']:.4f} documents:{f['val_documents']} sha256:{f['val_sha256']} score_scope:{f['scope']}")
         log(f"seed:{config.seed}")
-        self.runtime.event("start", preset=config.preset, hash=config.hash(), seed=config.seed)
+        steps = [int(path.stem[5:]) for path in (self.path / "checkpoint").glob("step_*.pt")]
+        self.runtime.event("start", preset=config.preset, hash=config.hash(), seed=config.seed, resumed_step=max(steps, default=0))
+        if self.runtime.is_main:
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / "STOPPED").unlink()
 
     def compare_config(self):
         """Raises ConfigError when RUN_DIR holds a run of another configuration, or none where there must be one."""
@@ -2817,11 +2880,16 @@ class Run:
         """Write audit.json; raises LegalityError when a check fails."""
         if self.config.mode == "audit" and not self.exists(self.source):
             raise ConfigError(f"MODE=audit needs an artifact: {self.source} does not exist; set EVAL_ONLY=path")
+        seal, known = f"{sha256_file(self.source)}/{self.config.hash()}", self.path / "audit.json"
+        done = self.runtime.is_main and known.exists() and json.loads(known.read_text()).get("seal") == seal
+        if self.config.mode == "train" and self.runtime.comm.agree(done)[0] and json.loads(known.read_text())["passed"]:
+            return self.runtime.log(f"phase_done:audit ({known} is this artifact's and passed)")
+        self.runtime.stop_if_wanted("the audit", 30)
         begin = time.monotonic()
         checks = audit(self.model_of(self.source), self.val, self.config, self.runtime)
         failed = [check["name"] for check in checks if not check["passed"]]
         if self.runtime.is_main:
-            write_json(self.path / "audit.json", dict(passed=not failed, seconds=time.monotonic() - begin, checks=checks))
+            write_json(known, dict(passed=not failed, seal=seal, seconds=time.monotonic() - begin, checks=checks))
         self.runtime.event("audit", passed=not failed)
         self.runtime.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in {time.monotonic() - begin:.1f} s")
         if failed:
@@ -2886,12 +2954,14 @@ class Run:
     def summarise(self):
         """What happened and what to try next, in plain words."""
         c, r, log = self.config, self.results, self.runtime.log
-        if c.preset == "demo" and self.runtime.is_main:
+        if not self.runtime.is_main:
+            return
+        if c.preset == "demo":
             text = self.val.token_bytes.model.decode(self.val.tokens.astype(int).tolist()).encode()
             for name, packed in (("gzip -9", zlib_size(text)), ("xz -6", len(lzma.compress(text)))):
                 log(f"baseline {name} bpb:{8 * packed / len(text):.4f} on the same {len(text)} bytes of text")
         best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
-        if not c.eval_only and self.runtime.is_main:
+        if not c.eval_only:
             log(f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact {r['artifact_bytes']} bytes + code "
                 f"{r['code_bytes']} = {r['total_bytes']} of {c.budget_bytes}.")
         log(f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}.")
@@ -2915,12 +2985,13 @@ def reported_errors(runtime):
                 (runtime.dir / "STOPPED").write_text(f"{stop}\n")
         runtime.log(f"stopped signal:{runtime.stop_signal} phase:{stop}; run the same command again to go on")
         runtime.event("stopped", signal=runtime.stop_signal, phase=str(stop))
+        with contextlib.suppress(RuntimeError):
+            runtime.comm.barrier()  # all ranks leave together
         leave(runtime, stop.code)
     except GolfError as error:
         rank = f"[rank {runtime.comm.rank}] " * (runtime.comm.world > 1)
         runtime.event("error", code=error.code, message=str(error))
-        if runtime.log_file:
-            print(f"error: {error}", file=runtime.log_file)
+        runtime.append(runtime.log_file, f"error: {error}")
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         leave(runtime, error.code)
     except BaseException as error:
