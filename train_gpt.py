@@ -26,6 +26,7 @@ import io
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -902,37 +903,38 @@ def load_token_bytes(config, expected_sha256=""):
 
 
 def english_of(path):
-    """Paragraphs of the docstrings and other long texts in one Python file, in source order."""
+    """Paragraphs (a list) of the docstrings and other long texts in one Python file, in source order."""
     try:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source) if '"""' in source or "'''" in source else ast.Module([], [])
     except (OSError, ValueError, SyntaxError, RecursionError):
-        return
-    for node in ast.walk(tree):
-        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-        if len(text) > 160 and text.count(" ") > len(text) / 12:
-            yield from re.split(r"\n\s*\n", inspect.cleandoc(text))
+        return []
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    english = [text for text in texts if len(text) > 160 and text.count(" ") > len(text) / 12]
+    return [paragraph for text in english for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text))]
 
 
 def demo_texts():
     """(train, val) lists of one text per module: the English of the installed standard library and dependencies."""
     site = Path(torch.__file__).parent.parent
     roots = [Path(sysconfig.get_paths()["stdlib"])] + [site / name for name in ("torch", "numpy", "sentencepiece", "zstandard")]
-    skip, seen, texts = {"site-packages", "__pycache__", "test", "idlelib"}, set(), ([], [])
+    skip, paths, seen, texts = {"site-packages", "__pycache__", "test", "idlelib"}, [], set(), ([], [])
     for root in roots:
         for folder, folders, files in os.walk(root):
             folders[:] = sorted(set(folders) - skip)
-            for name in sorted(file for file in files if file.endswith(".py")):
-                path = Path(folder, name)
-                fresh = []
-                for paragraph in english_of(path):
-                    key = " ".join(paragraph.split())
-                    if len(key) > 60 and key not in seen:
-                        seen.add(key)
-                        fresh.append(paragraph)
-                module = f"{root.name}/{path.relative_to(root)}"
-                is_val = hashlib.sha256(module.encode()).digest()[0] < 9  # about 3.5 % of the modules
-                texts[is_val].extend(["\n\n".join(fresh)] if fresh else [])
+            paths += [(root, Path(folder, name)) for name in sorted(files) if name.endswith(".py")]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        found = pool.map(english_of, [path for _, path in paths], chunksize=16)
+    for (root, path), paragraphs in zip(paths, found):
+        fresh = []
+        for paragraph in paragraphs:
+            key = " ".join(paragraph.split())
+            if len(key) > 60 and key not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        module = f"{root.name}/{path.relative_to(root)}"
+        is_val = hashlib.sha256(module.encode()).digest()[0] < 9  # about 3.5 % of the modules
+        texts[is_val].extend(["\n\n".join(fresh)] if fresh else [])
     return texts
 
 
