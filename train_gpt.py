@@ -2076,7 +2076,7 @@ class Evaluation:
         self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
         self.work = plan_work(self.windows, stream.num_targets, config, config.eval_batch_seqs * runtime.comm.world, ttt)
         self.meter = Meter(stream.num_targets, runtime.device)
-        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{stream.num_targets}/{runtime.comm.world}"
+        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{stream.fingerprint['val_sha256']}/{runtime.comm.world}"
         self.hidden, self.loss = runtime.compiled(model.hidden), runtime.compiled(model)
         self.cursor, self.seconds, self.sgd = 0, 0.0, None
         self.ttt = ttt
@@ -2770,6 +2770,7 @@ class Run:
     def __init__(self, config, runtime):
         self.config, self.runtime, self.path = config, runtime, Path(config.run_dir)
         self.source = Path(config.eval_only) if config.eval_only else self.path / ARTIFACT_NAME
+        self.known_text = None  # sha256 of the validation text this run was begun with
         self.scores_path, self.results = self.path / "scores.json", {"scores": {}, "finished": False}
 
     def exists(self, path):
@@ -2794,8 +2795,12 @@ class Run:
         token_bytes = load_token_bytes(config, expected)
         self.val = ValStream.load(config, token_bytes)
         if self.runtime.is_main:
+            text = self.val.fingerprint["val_sha256"]
+            if self.known_text not in (None, text):
+                raise DataError(f"{config.data_path}: the validation text is not the one {self.path} was begun with (sha256 {text[:16]}… "
+                                f"instead of {self.known_text[:16]}…): restore it, or set another RUN_ID")
             write_json(self.path / "config.json", dict(preset=config.preset, hash=config.hash(), eval_only=config.eval_only,
-                                                       config=config.as_dict(), differs=different))
+                                                       val_sha256=text, config=config.as_dict(), differs=different))
         self.write_manifest()
         log(f"attention:{self.runtime.attention_choice}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
@@ -2818,6 +2823,7 @@ class Run:
         if not known or not self.runtime.is_main:
             return
         old = json.loads((self.path / "config.json").read_text())
+        self.known_text = old.get("val_sha256")
         mine = self.config.as_dict("arch", "train", "eval")
         differ = [f"{name.upper()}: {old['config'].get(name)} -> {value}" for name, value in mine.items()
                   if old["config"].get(name) != value]
