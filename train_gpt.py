@@ -2770,6 +2770,7 @@ class Run:
     def __init__(self, config, runtime):
         self.config, self.runtime, self.path = config, runtime, Path(config.run_dir)
         self.source = Path(config.eval_only) if config.eval_only else self.path / ARTIFACT_NAME
+        self.model = None
         self.known_text = None  # sha256 of the validation text this run was begun with
         self.scores_path, self.results = self.path / "scores.json", {"scores": {}, "finished": False}
 
@@ -2878,11 +2879,12 @@ class Run:
         self.write_manifest()
 
     def model_of(self, path):
-        weights_config, state, _ = load_weights(path)
-        quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)  # rounding in training has no place here
-        model = GPT(quiet, self.runtime.attend)
-        model.load_state_dict(state)
-        return model.to(self.runtime.device)
+        """The model with the weights of a file; one object for all scores, so that it is compiled once."""
+        if self.model is None:
+            quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)  # rounding in training has no place here
+            self.model = GPT(quiet, self.runtime.attend).to(self.runtime.device)
+        self.model.load_state_dict(load_weights(path)[1])
+        return self.model
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
