@@ -1,17 +1,18 @@
-"""Parameter Golf in one file: train an 11-layer language model, pack it under 16,000,000 bytes, score it in bits per byte.
+"""Parameter Golf in one file: train an 11-layer language model, pack it under 16,000,000 bytes, score it.
 
-    PRESET=demo python train_gpt.py                           # laptop CPU, builds its own data, about 4 minutes
-    python train_gpt.py                                       # nfm_7k on one GPU (official FineWeb shards under ./data)
-    torchrun --standalone --nproc_per_node=8 train_gpt.py     # the same run on eight GPUs
-    EVAL_ONLY=final_model.int6.ptz python train_gpt.py        # verify an artifact: no training data, no network
-    python train_gpt.py --help | --print-config               # every variable, or the resolved configuration
+    PRESET=demo python train_gpt.py                        # laptop CPU, builds its own data, 4 minutes
+    python train_gpt.py                                    # nfm_7k on one GPU (FineWeb shards under ./data)
+    torchrun --standalone --nproc_per_node=8 train_gpt.py  # the same run on eight GPUs
+    EVAL_ONLY=final_model.int6.ptz python train_gpt.py     # verify an artifact: no training data, no network
+    python train_gpt.py --help | --print-config            # every variable, or the resolved configuration
 
-Configuration comes from environment variables: explicit variable > PRESET > default. The same command resumes a run that was
-stopped. Everything a run leaves behind lies in RUN_DIR (default runs/$RUN_ID).
+Configuration comes from environment variables: explicit variable > PRESET > default. The same command resumes
+a run that was stopped. Everything a run leaves behind lies in RUN_DIR (default runs/$RUN_ID).
 
-Shapes in comments: B batch, T time, D model, H query heads, K key/value heads, d head dim, V vocabulary, N matrices in a stack.
-Exit codes: 0 done, 2 configuration, 3 data, 4 artifact over budget or unreadable, 5 diverged, 6 legality audit failed, 7 out of
-storage or memory, 75 stopped with everything saved (run the same command again).
+Shapes in comments: B batch, T time, D model, H query heads, K key/value heads, d head dim, V vocabulary,
+N matrices in a stack.
+Exit codes: 0 done, 2 configuration, 3 data, 4 artifact over budget or unreadable, 5 diverged, 6 legality
+audit failed, 7 out of storage or memory, 75 stopped with everything saved (run the same command again).
 """
 import ast
 import contextlib
@@ -86,20 +87,22 @@ class Stopped(GolfError):
     code = 75
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Configuration
-# One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences. A field's kind says what it
-# belongs to: "arch" and "eval" travel inside the artifact, "train" fixes the weights, "run" changes where and how a run
-# happens but not its result. The hash covers all but "run".
-# ======================================================================================================================
+# One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences. A field's kind
+# says what it belongs to: "arch" and "eval" travel inside the artifact, "train" fixes the weights, "run"
+# changes where and how a run happens but not its result. The hash covers all but "run".
+# ============================================================================================================
 def opt(default, kind, text, low=None, high=None, choices=None):
     """A Config field with what --help and the range checks need to know."""
-    return dataclasses.field(default=default, metadata=dict(kind=kind, text=text, low=low, high=high, choices=choices))
+    return dataclasses.field(default=default,
+                             metadata=dict(kind=kind, text=text, low=low, high=high, choices=choices))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of a run. Raises ConfigError when a value has the wrong type, is out of range or does not fit."""
+    """All settings of a run. Raises ConfigError when a value has the wrong type, is out of range or does not
+    fit."""
     preset: str = opt("nfm_7k", "run", "named set of differences from the defaults")
     # architecture
     vocab_size: int = opt(1024, "arch", "tokenizer pieces", 8, 65536)
@@ -107,7 +110,8 @@ class Config:
     model_dim: int = opt(512, "arch", "width of the residual stream", 16, 4096)
     num_heads: int = opt(8, "arch", "query heads", 1, 64)
     num_kv_heads: int = opt(4, "arch", "key/value heads", 1, 64)
-    mlp_mult: float = opt(3.0, "arch", "MLP width / model_dim (hidden rounded down to a multiple of 8)", 0.25, 16)
+    mlp_mult: float = opt(3.0, "arch", "MLP width / model_dim (hidden rounded down to a multiple of 8)",
+                          0.25, 16)
     rope_dims: int = opt(16, "arch", "rotated dimensions per head", 0, 512)
     rope_base: float = opt(10000.0, "arch", "base of the rotary frequencies", 1)
     logit_softcap: float = opt(30.0, "arch", "logits are cap*tanh(logits/cap)", 1e-3)
@@ -135,7 +139,8 @@ class Config:
     warmdown_shape: str = opt("linear", "train", "shape of the warmdown", choices=("linear", "cosine"))
     max_wallclock_seconds: float = opt(0.0, "train", "training time cap, 0 = none", 0)
     embed_lr: float = opt(0.035, "train", "AdamW rate of embeddings", 0)
-    scalar_lr: float = opt(0.025, "train", "AdamW rate of everything that is neither embedding nor block matrix", 0)
+    scalar_lr: float = opt(0.025, "train", "AdamW rate of everything that is neither embedding nor block "
+                                           "matrix", 0)
     matrix_lr: float = opt(0.025, "train", "Muon rate of the blocks' matrices", 0)
     muon_momentum: float = opt(0.99, "train", "Muon momentum after its warm-up", 0, 1)
     muon_momentum_warmup_start: float = opt(0.92, "train", "Muon momentum at step 0", 0, 1)
@@ -154,7 +159,8 @@ class Config:
     swa_enabled: bool = opt(False, "train", "export the mean of snapshots taken late in the run")
     swa_every: int = opt(50, "train", "steps between snapshots", 1)
     swa_start_scale: float = opt(0.2, "train", "snapshots start below this learning-rate scale", 0, 1)
-    late_qat_threshold: float = opt(0.0, "train", "straight-through rounding below this learning-rate scale, 0 = off", 0, 1)
+    late_qat_threshold: float = opt(0.0, "train", "straight-through rounding below this learning-rate scale, "
+                                                  "0 = off", 0, 1)
     # compression
     block_bits: int = opt(6, "train", "bits of the blocks' matrices", choices=(5, 6, 8))
     embed_bits: int = opt(8, "train", "bits of the other large matrices", choices=(5, 6, 8))
@@ -163,7 +169,8 @@ class Config:
     lzma_preset: int = opt(6, "train", "lzma preset", 0, 9)
     budget_bytes: int = opt(16_000_000, "train", "code + model must fit this", 1)
     # evaluation
-    dtype: str = opt("bfloat16", "eval", "autocast type; float32 = no autocast", choices=("bfloat16", "float32"))
+    dtype: str = opt("bfloat16", "eval", "autocast type; float32 = no autocast",
+                     choices=("bfloat16", "float32"))
     eval_seq_len: int = opt(1024, "eval", "window of every evaluation", 2)
     eval_stride: int = opt(64, "eval", "stride of the sliding window", 1)
     eval_batch_seqs: int = opt(32, "eval", "windows per batch and rank", 1)
@@ -184,7 +191,8 @@ class Config:
     tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model", "run", "SentencePiece model")
     run_id: str = opt("", "run", "name of the run; default {preset}_seed{seed} and the SLURM job")
     run_dir: str = opt("", "run", "directory of the run; default runs/$RUN_ID")
-    resume: str = opt("auto", "run", "continue RUN_DIR; never keeps the old run aside", choices=("auto", "never", "must"))
+    resume: str = opt("auto", "run", "continue RUN_DIR; never keeps the old run aside",
+                      choices=("auto", "never", "must"))
     eval_only: str = opt("", "run", "score this artifact or float checkpoint, do not train")
     mode: str = opt("train", "run", "audit = only the legality audit", choices=("train", "audit"))
     audit: bool = opt(False, "run", "prove the four legality conditions before scoring")
@@ -196,8 +204,10 @@ class Config:
     val_loss_every: int = opt(1000, "run", "steps between validations, 0 = only after the last step", 0)
     checkpoint_every: int = opt(1000, "run", "steps between checkpoints, 0 = off", 0)
     checkpoint_seconds: float = opt(600.0, "run", "seconds between checkpoints, 0 = off", 0)
-    eval_checkpoint_seconds: float = opt(300.0, "run", "seconds between saved states of an evaluation, 0 = off", 0)
-    time_limit_seconds: float = opt(0.0, "run", "save and stop within this time; 0 = SLURM's end time or none", 0)
+    eval_checkpoint_seconds: float = opt(300.0, "run", "seconds between saved states of an evaluation, 0 = "
+                                                       "off", 0)
+    time_limit_seconds: float = opt(0.0, "run",
+                                    "save and stop within this time; 0 = SLURM's end time or none", 0)
     explicit: tuple = dataclasses.field(default=(), compare=False, repr=False, metadata=dict(kind="hidden"))
 
     def __post_init__(self):
@@ -216,25 +226,31 @@ class Config:
 
     @classmethod
     def from_env(cls, environ):
-        """Explicit variable > PRESET > default. Raises ConfigError, naming near misses, for anything it cannot use."""
+        """Explicit variable > PRESET > default. Raises ConfigError, naming near misses, for anything it
+        cannot use."""
         names = {field.name.upper(): field for field in config_fields()}
         for name in environ:
-            near = difflib.get_close_matches(name.upper(), names, 1, 0.86) if name not in names and len(name) > 3 else []
+            near = difflib.get_close_matches(name.upper(), names, 1,
+                                             0.86) if name not in names and len(name) > 3 else []
             if near:
-                raise ConfigError(f"environment variable {name}={environ[name]!r} is not a setting, but looks like "
+                raise ConfigError(f"environment variable {name}={environ[name]!r} is not a setting, but "
+                                  f"looks like "
                                   f"{near[0]}: rename or unset it (see --help)")
         preset = environ.get("PRESET", "nfm_7k")
         if preset not in PRESETS:
             raise ConfigError(f"PRESET={preset!r} is unknown: expected one of {', '.join(PRESETS)}")
         explicit = {f.name: parse_value(f, environ[name]) for name, f in names.items() if name in environ}
         values = {**PRESETS[preset], **explicit, "preset": preset}
-        job = environ.get("SLURM_ARRAY_JOB_ID", environ.get("SLURM_JOB_ID", "")), environ.get("SLURM_ARRAY_TASK_ID", "")
-        values["run_id"] = values.get("run_id") or default_run_id(values, "".join(f"_{part}" for part in job if part))
+        job = environ.get("SLURM_ARRAY_JOB_ID",
+                          environ.get("SLURM_JOB_ID", "")), environ.get("SLURM_ARRAY_TASK_ID", "")
+        values["run_id"] = values.get("run_id") or default_run_id(values,
+                                                                  "".join(f"_{part}" for part in job if part))
         values["run_dir"] = values.get("run_dir") or f"runs/{values['run_id']}"
         return cls(**values, explicit=tuple(sorted(explicit)))
 
     def as_dict(self, *kinds):
-        return {f.name: getattr(self, f.name) for f in config_fields() if not kinds or f.metadata["kind"] in kinds}
+        return {f.name: getattr(self, f.name) for f in config_fields() if not kinds
+                or f.metadata["kind"] in kinds}
 
     def hash(self):
         """16 hex digits over everything that can change a result."""
@@ -248,13 +264,15 @@ class Config:
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
 
     def adopt(self, other):
-        """This configuration with another's architecture and evaluation settings, but for what was set explicitly.
+        """This configuration with another's architecture and evaluation settings, but for what was set
+        explicitly.
 
         Raises ConfigError when an architecture variable was set explicitly to something else.
         """
         for name, value in other.as_dict("arch").items():
             if name in self.explicit and getattr(self, name) != value:
-                raise ConfigError(f"{name.upper()}={getattr(self, name)} contradicts the artifact, which has {value}: "
+                raise ConfigError(f"{name.upper()}={getattr(self, name)} contradicts the artifact, which has "
+                                  f"{value}: "
                                   f"unset {name.upper()} (an artifact brings its own architecture)")
         kept = {n: v for n, v in other.as_dict("eval").items() if n not in self.explicit}
         adopted = dataclasses.replace(self, **{**other.as_dict("arch"), **kept})
@@ -271,7 +289,8 @@ def default_run_id(values, job):
         try:
             return f"eval_{sha256_file(values['eval_only'])[:8]}{job}"
         except OSError as error:
-            raise ArtifactError(f"EVAL_ONLY={values['eval_only']}: {error.strerror}: name a readable artifact (*.ptz) or "
+            raise ArtifactError(f"EVAL_ONLY={values['eval_only']}: {error.strerror}: name a readable "
+                                f"artifact (*.ptz) or "
                               "float checkpoint (*.pt)") from None
     return f"{values['preset']}_seed{values.get('seed', Config.seed)}{job}"
 
@@ -315,23 +334,31 @@ def check_fit(c):
         (heads, f"MODEL_DIM={c.model_dim} is not divisible by NUM_HEADS={c.num_heads}", "change one of them"),
         (c.num_heads % c.num_kv_heads == 0, f"NUM_HEADS={c.num_heads} is not divisible by NUM_KV_HEADS="
          f"{c.num_kv_heads}", "change one of them"),
-        (heads and c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims} does not fit heads of "
+        (heads and c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims} does not "
+                                                                       f"fit heads of "
          f"{c.model_dim / c.num_heads:g}", "use an even number up to MODEL_DIM/NUM_HEADS"),
         (c.mlp_hidden >= 8, f"MLP_MULT={c.mlp_mult} gives no hidden unit", "raise it"),
-        (c.train_batch_tokens % c.train_seq_len == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not divisible by "
+        (c.train_batch_tokens % c.train_seq_len == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not "
+                                                      f"divisible by "
          f"TRAIN_SEQ_LEN={c.train_seq_len}", "use a multiple"),
-        (c.micro_batch_tokens >= c.train_seq_len, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} is less than one sequence "
+        (c.micro_batch_tokens >= c.train_seq_len, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} is less than "
+                                                  f"one sequence "
          f"of TRAIN_SEQ_LEN={c.train_seq_len}", "raise it"),
-        (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride} exceeds EVAL_SEQ_LEN={c.eval_seq_len}",
+        (c.eval_stride <= c.eval_seq_len,
+         f"EVAL_STRIDE={c.eval_stride} exceeds EVAL_SEQ_LEN={c.eval_seq_len}",
          "targets between the windows would never be scored: lower it"),
-        (c.ttt_chunk_tokens % c.eval_seq_len == 0, f"TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is not a multiple of "
+        (c.ttt_chunk_tokens % c.eval_seq_len == 0, f"TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is not a multiple "
+                                                   f"of "
          f"EVAL_SEQ_LEN={c.eval_seq_len}", "training sequences have the window's length: use a multiple"),
         (c.ttt_freeze_blocks <= c.num_layers, f"TTT_FREEZE_BLOCKS={c.ttt_freeze_blocks} exceeds NUM_LAYERS="
          f"{c.num_layers}", "lower it"),
-        (not c.ve_dim or c.ve_last_n <= c.num_layers, f"VE_LAST_N={c.ve_last_n} exceeds NUM_LAYERS={c.num_layers}", "lower it"),
-        (c.slot == "off" or c.eval_stride < c.eval_seq_len, f"SLOT={c.slot} with EVAL_STRIDE={c.eval_stride} = EVAL_SEQ_LEN: no "
+        (not c.ve_dim or c.ve_last_n <= c.num_layers, f"VE_LAST_N={c.ve_last_n} exceeds "
+                                                      f"NUM_LAYERS={c.num_layers}", "lower it"),
+        (c.slot == "off" or c.eval_stride < c.eval_seq_len, f"SLOT={c.slot} with EVAL_STRIDE={c.eval_stride} "
+                                                            f"= EVAL_SEQ_LEN: no "
          "window has a position that an earlier one scored", "lower EVAL_STRIDE"),
-        (c.device in ("auto", "cpu") or re.fullmatch(r"cuda(:\d+)?", c.device), f"DEVICE={c.device!r} is unknown",
+        (c.device in ("auto", "cpu") or re.fullmatch(r"cuda(:\d+)?", c.device), f"DEVICE={c.device!r} is "
+                                                                                f"unknown",
          "use auto, cpu, cuda or cuda:N"),
     ]
     for holds, wrong, what_to_do in rows:
@@ -342,9 +369,11 @@ def check_fit(c):
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
 LONG = dict(BASE, iterations=20000, warmdown_iters=12000, warmdown_shape="cosine", embed_bits=6)
 # What #1166 and #1150 share and #1170 does not have.
-VE128 = dict(BASE, gated_attention=False, value_residual=False, xsa_last_n=4, bigram_vocab_size=1536, ve_dim=128,
+VE128 = dict(BASE, gated_attention=False, value_residual=False, xsa_last_n=4, bigram_vocab_size=1536,
+             ve_dim=128,
              swa_enabled=True, late_qat_threshold=0.15, compressor="lzma")
-TTT_LINEAR = dict(VE128, e2e_ttt_enabled=True, flow_enabled=True, iterations=7185, warmdown_iters=4311, ttt_enabled=False)
+TTT_LINEAR = dict(VE128, e2e_ttt_enabled=True, flow_enabled=True, iterations=7185, warmdown_iters=4311,
+                  ttt_enabled=False)
 PRESETS = {
     "nfm_7k": {},
     "base_7k": BASE,
@@ -355,13 +384,19 @@ PRESETS = {
     "slot_11l": dict(VE128, mlp_mult=2.8, iterations=9000, warmdown_iters=3500, max_wallclock_seconds=600.0,
                      ttt_epochs=3, ttt_freeze_blocks=0, slot="causal"),
     # The whole path of nfm_7k at a size that two CPU cores train in two minutes.
-    "demo": dict(num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, bigram_vocab_size=2048, xsa_last_n=6,
-                 nfm_hidden_dim=128, iterations=300, warmdown_iters=150, train_batch_tokens=16384, train_seq_len=512,
-                 micro_batch_tokens=8192, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-                 muon_momentum_warmup_steps=100, warmup_steps=0, train_log_every=25, val_loss_every=100,
-                 checkpoint_every=0, checkpoint_seconds=60.0, eval_checkpoint_seconds=30.0, eval_seq_len=512,
-                 eval_batch_seqs=16, ttt_epochs=2, ttt_chunk_tokens=16384, ttt_batch_seqs=8, ttt_freeze_blocks=1,
-                 data_path="./data/datasets/demo_sp1024", tokenizer_path="./data/tokenizers/demo_1024_bpe.model"),
+    # The wallclock cap keeps a slow machine inside five minutes; a fast one takes all steps.
+    "demo": dict(num_layers=5, model_dim=192, num_heads=4, num_kv_heads=2, bigram_vocab_size=2048,
+                 xsa_last_n=5,
+                 nfm_hidden_dim=96, iterations=600, warmdown_iters=400, max_wallclock_seconds=110.0,
+                 train_batch_tokens=4096, train_seq_len=256, micro_batch_tokens=4096, embed_lr=0.01,
+                 scalar_lr=0.01,
+                 muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100,
+                 warmup_steps=0,
+                 train_log_every=50, val_loss_every=200, checkpoint_every=0, checkpoint_seconds=60.0,
+                 eval_checkpoint_seconds=30.0, eval_seq_len=256, ttt_epochs=2, ttt_chunk_tokens=16384,
+                 ttt_batch_seqs=16, ttt_freeze_blocks=1,
+                 data_path="./data/datasets/demo_sp1024",
+                 tokenizer_path="./data/tokenizers/demo_1024_bpe.model"),
 }
 
 
@@ -377,11 +412,11 @@ def help_text():
     return "\n".join(lines)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Runtime
-# Device, ranks, log, clock, signals and atomic files: everything that touches the machine sits in one object made in main
-# and passed down, so that all that follows is the same code on a laptop and on eight GPUs.
-# ======================================================================================================================
+# Device, ranks, log, clock, signals and atomic files: everything that touches the machine sits in one object
+# made in main and passed down, so that all that follows is the same code on a laptop and on eight GPUs.
+# ============================================================================================================
 def sha256_file(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -391,7 +426,8 @@ def sha256_file(path):
 
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary file, flush it to the disk and rename it, so that `path` is never half-written.
+    """Call write(file) on a temporary file, flush it to the disk and rename it, so that `path` is never
+    half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
     """
@@ -408,7 +444,8 @@ def write_atomic(path, write):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise ResourceError(f"cannot write {path}: {error.strerror}: free space or change RUN_DIR; what was saved before "
+        raise ResourceError(f"cannot write {path}: {error.strerror}: free space or change RUN_DIR; what was "
+                            f"saved before "
                             "is intact") from None
 
 
@@ -417,7 +454,8 @@ def write_json(path, value):
 
 
 class HashingFile:
-    """A write-only file that hashes what passes, since PyTorch's reader does not check its archive's checksums."""
+    """A write-only file that hashes what passes, since PyTorch's reader does not check its archive's
+    checksums."""
 
     def __init__(self, file):
         self.file, self.digest = file, hashlib.sha256()
@@ -446,7 +484,8 @@ def save_tensors(path, state):
 
 
 def load_tensors(path):
-    """Read what save_tensors wrote, on the CPU, without running any code of the file. Raises ArtifactError when damaged."""
+    """Read what save_tensors wrote, on the CPU, without running any code of the file. Raises ArtifactError
+    when damaged."""
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
@@ -507,8 +546,8 @@ class Comm:
 class Runtime:
     """The machine as one object: device, comm, attention backend, log, clock and the wish to stop.
 
-    Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for a RUN_DIR that cannot
-    be written or that another process holds.
+    Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for a RUN_DIR
+    that cannot be written or that another process holds.
     """
 
     def __init__(self, config, environ):
@@ -544,7 +583,8 @@ class Runtime:
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if resume == "never" and (self.dir / "config.json").exists():
-                number = 1 + max([int(old.name[4:]) for old in self.dir.glob("old_*") if old.name[4:].isdigit()], default=0)
+                number = 1 + max([int(old.name[4:]) for old in self.dir.glob("old_*")
+                                  if old.name[4:].isdigit()], default=0)
                 (self.dir / f"old_{number}").mkdir()
                 for item in self.dir.iterdir():
                     if item.name != "lock" and not item.name.startswith("old_"):
@@ -553,9 +593,11 @@ class Runtime:
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
         except BlockingIOError:
-            raise ConfigError(f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another RUN_ID") from None
+            raise ConfigError(f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another "
+                              f"RUN_ID") from None
         except OSError as error:
-            raise ConfigError(f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a writable "
+            raise ConfigError(f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
+                              f"writable "
                               "directory") from None
 
     def watch_signals(self):
@@ -593,7 +635,8 @@ class Runtime:
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One whole line in one write, also from the thread that saves; a full disk costs the line, not the run."""
+        """One whole line in one write, also from the thread that saves; a full disk costs the line, not the
+        run."""
         try:
             if file:
                 file.write(f"{line}\n".encode())
@@ -616,7 +659,8 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiling else function
 
     def to_device(self, array):
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device,
+                                                                                non_blocking=True)
 
     def sync(self):
         if self.device.type == "cuda":
@@ -656,12 +700,15 @@ def pick_device(wish, local_rank):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()}-core {platform.machine()} CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()}-core {platform.machine()} CPU"
 
 
 def keep_large_blocks():
-    """Let glibc keep freed blocks: training frees and takes the same hundreds of megabytes each step, and fresh pages
-    from the kernel cost more than the arithmetic on them (M_MMAP_MAX=0, M_TRIM_THRESHOLD=2 GB, one arena)."""
+    """Let glibc keep freed blocks: training frees and takes the same hundreds of megabytes each step, and
+    fresh pages from the kernel cost more than the arithmetic on them (M_MMAP_MAX=0, M_TRIM_THRESHOLD=2 GB,
+    one arena)."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
@@ -670,7 +717,8 @@ def keep_large_blocks():
 
 def sdpa_attention(q, k, v):
     """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                       is_causal=True,
                                        enable_gqa=q.size(2) != k.size(2))
     return y.transpose(1, 2)
 
@@ -695,7 +743,8 @@ def pick_attention(device, dtype):
             return flash3, "flash_attention_3: importable on Hopper"
         except Exception as error:
             failures.append(f"flash_attention_3 ({type(error).__name__})")
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                    SDPBackend.MATH):
         try:
             with sdpa_kernel(backend):
                 try_attention(sdpa_attention, device, dtype)
@@ -705,8 +754,10 @@ def pick_attention(device, dtype):
         for name in ("flash", "cudnn", "mem_efficient", "math"):
             chosen = backend.name.startswith(name.upper().replace("MEM_EFFICIENT", "EFFICIENT"))
             getattr(torch.backends.cuda, f"enable_{name}_sdp")(chosen)
-        return sdpa_attention, f"sdpa {backend.name}: first that ran; not usable: {', '.join(failures) or 'none'}"
-    raise ConfigError(f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}")
+        unusable = ", ".join(failures) or "none"
+        return sdpa_attention, f"sdpa {backend.name}: first that ran; not usable: {unusable}"
+    raise ConfigError(f"no attention backend runs forward and backward on {device}: tried "
+                      f"{', '.join(failures)}")
 
 
 def try_attention(attend, device, dtype):
@@ -715,11 +766,12 @@ def try_attention(attend, device, dtype):
     attend(q, k, k).float().sum().backward()
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Data
-# The challenge's own shard format, read through memory maps. The tokens of a step are one contiguous span whatever the
-# number of ranks, so a position is one integer; bytes are counted once for the whole validation stream.
-# ======================================================================================================================
+# The challenge's own shard format, read through memory maps. The tokens of a step are one contiguous span
+# whatever the number of ranks, so a position is one integer; bytes are counted once for the whole validation
+# stream.
+# ============================================================================================================
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 CANONICAL_TARGETS, CANONICAL_BYTES = 62_021_632, (151_020_000, 151_080_000)
 
@@ -727,7 +779,8 @@ CANONICAL_TARGETS, CANONICAL_BYTES = 62_021_632, (151_020_000, 151_080_000)
 def read_shard(path):
     """Memory-mapped uint16 tokens (n,) of one shard: 256 little-endian int32 of header, then the tokens.
 
-    Raises DataError for an unreadable file, a wrong magic or version, or a size that differs from the header's.
+    Raises DataError for an unreadable file, a wrong magic or version, or a size that differs from the
+    header's.
     """
     try:
         header = np.fromfile(path, "<i4", SHARD_HEADER)
@@ -736,12 +789,15 @@ def read_shard(path):
         raise DataError(f"{path}: {error.strerror}: restore the shard") from None
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         found = header[:2].tolist()
-        raise DataError(f"{path}: not a token shard: header starts with {found}, expected [{SHARD_MAGIC}, {SHARD_VERSION}]")
+        raise DataError(f"{path}: not a token shard: header starts with {found}, expected [{SHARD_MAGIC}, "
+                        f"{SHARD_VERSION}]")
     expected = 4 * SHARD_HEADER + 2 * int(header[2])
     if header[2] <= 0:
-        raise DataError(f"{path}: its header promises {header[2]} tokens, expected at least one: download it again")
+        raise DataError(f"{path}: its header promises {header[2]} tokens, expected at least one: download it "
+                        f"again")
     if size != expected:
-        raise DataError(f"{path}: {size} bytes, but its header promises {header[2]} tokens = {expected} bytes: the shard "
+        raise DataError(f"{path}: {size} bytes, but its header promises {header[2]} tokens = {expected} "
+                        f"bytes: the shard "
                         "is truncated or over-long; download it again")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
 
@@ -749,7 +805,8 @@ def read_shard(path):
 def write_shard(path, tokens):
     header = np.zeros(SHARD_HEADER, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    write_atomic(path, lambda file: (file.write(header.tobytes()), file.write(tokens.astype("<u2").tobytes())))
+    write_atomic(path,
+                 lambda file: (file.write(header.tobytes()), file.write(tokens.astype("<u2").tobytes())))
 
 
 def find_shards(config, split):
@@ -757,8 +814,10 @@ def find_shards(config, split):
     paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise DataError(
-            f"no shard matches {folder}/fineweb_{split}_*.bin ({'the directory is empty of them' if folder.is_dir() else 'no such directory'}). "
-            "Get the official shards with the challenge's download script (README, section Data) and set DATA_PATH and "
+            f"no shard matches {folder}/fineweb_{split}_*.bin "
+            f"({'the directory is empty of them' if folder.is_dir() else 'no such directory'}). "
+            "Get the official shards with the challenge's download script (README, section Data) and set "
+            "DATA_PATH and "
             "TOKENIZER_PATH, or try the whole path on data built here: PRESET=demo python train_gpt.py")
     return paths
 
@@ -766,7 +825,8 @@ def find_shards(config, split):
 def check_ids(ids, vocab_size, where):
     top = int(ids.max()) if len(ids) else 0
     if top >= vocab_size:
-        raise DataError(f"{where}: token id {top} is outside VOCAB_SIZE={vocab_size}: the shards belong to another tokenizer")
+        raise DataError(f"{where}: token id {top} is outside VOCAB_SIZE={vocab_size}: the shards belong to "
+                        f"another tokenizer")
     return ids
 
 
@@ -781,7 +841,8 @@ class TrainStream:
     def take(self, span, low, high):
         """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance by `span`.
 
-        The next span starts at this one's last token. Raises DataError when a shard vanished, shrank or holds a bad id.
+        The next span starts at this one's last token. Raises DataError when a shard vanished, shrank or holds
+        a bad id.
         """
         at, wanted, parts = (self.position + low) % int(self.ends[-1]), high - low + 1, []
         while wanted:
@@ -802,17 +863,20 @@ class TrainStream:
         try:  # a map over a file that shrank would kill the process with SIGBUS
             size = os.path.getsize(path)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror} in mid-run: restore the shard and run the same command again") from None
+            raise DataError(f"{path}: {error.strerror} in mid-run: restore the shard and run the same "
+                            f"command again") from None
         if size != expected:
-            raise DataError(f"{path}: {size} bytes instead of {expected} in mid-run: restore the shard and run again")
+            raise DataError(f"{path}: {size} bytes instead of {expected} in mid-run: restore the shard and "
+                            f"run again")
         return self.open_tokens
 
 
 class TokenBytes:
-    """UTF-8 bytes that each target token stands for, by the challenge's rule (REFERENCE: official lookup tables).
+    """UTF-8 bytes that each target token stands for, by the challenge's rule (REFERENCE: official lookup
+    tables).
 
-    Control, unknown and unused pieces 0; byte pieces 1; others their text, with one byte for a leading space unless the
-    previous token is a control, unknown or unused piece.
+    Control, unknown and unused pieces 0; byte pieces 1; others their text, with one byte for a leading space
+    unless the previous token is a control, unknown or unused piece.
     """
 
     def __init__(self, tokenizer_path):
@@ -823,7 +887,8 @@ class TokenBytes:
                             f"({str(error).splitlines()[0]}): see README, section Data") from None
         self.model, self.vocab_size = model, model.vocab_size()
         ids = range(self.vocab_size)
-        self.silent = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids])
+        self.silent = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+                                for i in ids])
         self.is_byte = np.array([model.is_byte(i) for i in ids])
         pieces = ["" if self.silent[i] else "x" if self.is_byte[i] else model.id_to_piece(i) for i in ids]
         self.spaced = np.array([piece.startswith("▁") for piece in pieces])
@@ -836,12 +901,15 @@ class TokenBytes:
         return self.base[target_ids] + (self.spaced[target_ids] & ~self.silent[prev_ids])
 
     def check(self, ids):
-        """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError at a difference."""
+        """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError at a
+        difference."""
         ids = np.asarray(ids, np.int64)
-        start = int(np.argmin(self.is_byte[ids]))  # not inside a character: before the first piece that is no byte
+        # not inside a character: before the first piece that is no byte
+        start = int(np.argmin(self.is_byte[ids]))
         edges = sorted({start, *np.flatnonzero(self.silent[ids]).tolist(), len(ids)})
         plain = np.flatnonzero(~self.silent & ~self.spaced & ~self.is_byte & (self.base > 0))
-        # SentencePiece drops spaces at the start of a text, so each run is decoded behind a piece that has none.
+        # SentencePiece drops spaces at the start of a text, so each run is decoded behind a piece that has
+        # none.
         anchor = plain[:1].tolist() or [self.model.piece_to_id("<0x41>")]
         for left, right in zip(edges, edges[1:]):
             run = ids[left + 1:right].tolist()
@@ -853,12 +921,15 @@ class TokenBytes:
             decoded = self.model.decode(anchor + run)[len(self.model.decode(anchor)):].replace("▁", " ")
             length = len(decoded.encode()) - (self.spaced[run[0]] and self.silent[ids[left]])
             if length != counted:
-                raise DataError(f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded {length} bytes: "
-                                "the tokenizer is not the one that made these shards, or it has no piece for a space")
+                raise DataError(f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
+                                f"{length} bytes: "
+                                "the tokenizer is not the one that made these shards, or it has no piece for "
+                                "a space")
 
 
 class ValStream:
-    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint that tells which split it is."""
+    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint that tells which split it
+    is."""
 
     def __init__(self, tokens, token_bytes, seq_len):
         self.tokens, self.num_targets = tokens, len(tokens) - 1
@@ -867,10 +938,12 @@ class ValStream:
                                                        tokens[i + 1:i + (1 << 20) + 1]) for i in parts])
         self.token_bytes, self.seq_len = token_bytes, seq_len
         total = int(self.bytes.sum(dtype=np.int64))
-        canonical = self.num_targets == CANONICAL_TARGETS and CANONICAL_BYTES[0] <= total <= CANONICAL_BYTES[1]
-        self.scope = "canonical" if canonical and token_bytes.vocab_size == 1024 else "proxy"
+        low, high = CANONICAL_BYTES
+        canonical = token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS and low <= total <= high
+        self.scope = "canonical" if canonical else "proxy"
         self.fingerprint = dict(val_tokens=len(tokens), val_targets=self.num_targets, val_bytes=total,
-                                val_documents=int((tokens == BOS).sum()), bytes_per_token=total / self.num_targets,
+                                val_documents=int((tokens == BOS).sum()),
+                                bytes_per_token=total / self.num_targets,
                                 val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(), scope=self.scope)
 
     @classmethod
@@ -880,7 +953,8 @@ class ValStream:
         check_ids(tokens, config.vocab_size, f"{config.data_path}/fineweb_val_*.bin")
         targets = (len(tokens) - 1) // config.eval_seq_len * config.eval_seq_len
         if targets == 0:
-            raise DataError(f"{config.data_path}: {len(tokens)} validation tokens are less than one window of "
+            raise DataError(f"{config.data_path}: {len(tokens)} validation tokens are less than one window "
+                            f"of "
                             f"EVAL_SEQ_LEN={config.eval_seq_len}: lower it or get the whole split")
         token_bytes.check(tokens[:100_000])
         return cls(tokens[:targets + 1], token_bytes, config.eval_seq_len)
@@ -894,10 +968,12 @@ def load_token_bytes(config, expected_sha256=""):
     """TokenBytes of config's tokenizer after its checks. Raises DataError."""
     token_bytes = TokenBytes(config.tokenizer_path)
     if token_bytes.vocab_size != config.vocab_size:
-        raise DataError(f"TOKENIZER_PATH={config.tokenizer_path} has {token_bytes.vocab_size} pieces, but the model's "
+        raise DataError(f"TOKENIZER_PATH={config.tokenizer_path} has {token_bytes.vocab_size} pieces, but "
+                        f"the model's "
                         f"VOCAB_SIZE is {config.vocab_size}: set the one that matches")
     if expected_sha256 and sha256_file(config.tokenizer_path) != expected_sha256:
-        raise DataError(f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer this artifact was trained with "
+        raise DataError(f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer this artifact was "
+                        f"trained with "
                         f"(sha256 {expected_sha256[:16]}… expected)")
     return token_bytes
 
@@ -915,9 +991,12 @@ def english_of(path):
 
 
 def demo_texts():
-    """(train, val) lists of one text per module: the English of the installed standard library and dependencies."""
+    """(train, val) lists of one text per module: the English of the installed standard library and
+    dependencies."""
     site = Path(torch.__file__).parent.parent
-    roots = [Path(sysconfig.get_paths()["stdlib"])] + [site / name for name in ("torch", "numpy", "sentencepiece", "zstandard")]
+    roots = [Path(sysconfig.get_paths()["stdlib"])] + [site / name
+                                                       for name in ("torch", "numpy", "sentencepiece",
+                                                                    "zstandard")]
     skip, paths, seen, texts = {"site-packages", "__pycache__", "test", "idlelib"}, [], set(), ([], [])
     for root in roots:
         for folder, folders, files in os.walk(root):
@@ -939,14 +1018,16 @@ def demo_texts():
 
 
 def build_demo_data(config, log):
-    """Build the demo's tokenizer and shards unless they exist; one process at a time. Deterministic per installation."""
+    """Build the demo's tokenizer and shards unless they exist; one process at a time. Deterministic per
+    installation."""
     data, tokenizer = Path(config.data_path), Path(config.tokenizer_path)
     try:
         data.mkdir(parents=True, exist_ok=True)
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
         lock = open(data / "lock", "w")
     except OSError as error:
-        raise DataError(f"the demo's data cannot be built in DATA_PATH={data} and {tokenizer.parent}: {error.strerror}: run in a "
+        raise DataError(f"the demo's data cannot be built in DATA_PATH={data} and {tokenizer.parent}: "
+                        f"{error.strerror}: run in a "
                         "writable directory") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -954,31 +1035,38 @@ def build_demo_data(config, log):
         if complete and (config.eval_only or list(data.glob("fineweb_train_*.bin"))):
             return
         begin = time.monotonic()
-        log("demo_data: reading the English of the installed standard library, torch and numpy (once, under a minute)")
+        log("demo_data: reading the English of the installed standard library, torch and numpy (once, under "
+            "a minute)")
         train, val = demo_texts()
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in train for line in text.split("\n") if line.strip()), model_writer=model,
+            sentence_iterator=(line for text in train for line in text.split("\n") if line.strip()),
+            model_writer=model,
             vocab_size=config.vocab_size, model_type="bpe", byte_fallback=True, split_digits=True,
-            normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, character_coverage=0.999, pad_id=0, bos_id=BOS,
+            normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, character_coverage=0.999, pad_id=0,
+            bos_id=BOS,
             eos_id=2, unk_id=3, minloglevel=2)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         write_atomic(tokenizer, lambda file: file.write(model.getvalue()))
         for split, texts in (("train", train), ("val", val)):
             ids = processor.encode(texts, num_threads=2)
-            write_shard(data / f"fineweb_{split}_000000.bin", np.concatenate([np.array([BOS, *doc]) for doc in ids]))
-        log(f"demo_data: train {sum(len(t.encode()) for t in train)} bytes, val {sum(len(t.encode()) for t in val)} bytes, "
+            write_shard(data / f"fineweb_{split}_000000.bin",
+                        np.concatenate([np.array([BOS, *doc]) for doc in ids]))
+        log(f"demo_data: train {sum(len(t.encode()) for t in train)} bytes, val "
+            f"{sum(len(t.encode()) for t in val)} bytes, "
             f"{len(train) + len(val)} documents, {time.monotonic() - begin:.1f} s")
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Model
-# The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner, NativeFlowMatcher. `forward` is the
-# loss of `logits(hidden(ids))`; there is no second copy of the trunk. Whatever changes during a run is a 0-d tensor.
-# ======================================================================================================================
+# The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner, NativeFlowMatcher.
+# `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the trunk. Whatever changes
+# during a run is a 0-d tensor.
+# ============================================================================================================
 class BlockedAttention(torch.autograd.Function):
-    """Causal grouped-query attention for CPUs: PyTorch's fused forward, and a backward in blocks of queries and sequences
-    that fit the cache and recompute the probabilities. Memory is linear in T. q (B, H, T, d), k and v (B, K, T, d)."""
+    """Causal grouped-query attention for CPUs: PyTorch's fused forward, and a backward in blocks of queries
+    and sequences that fit the cache and recompute the probabilities. Memory is linear in T. q (B, H, T, d), k
+    and v (B, K, T, d)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -1020,15 +1108,17 @@ def cpu_attention(q, k, v):
 
 
 class HeadNorm(torch.autograd.Function):
-    """RMSNorm over the last dimension times an optional gain (that broadcasts) times an optional rotation: what q and k go
-    through. Written out since the composed operations cost more than the matrix products on a CPU.
+    """RMSNorm over the last dimension times an optional gain (that broadcasts) times an optional rotation:
+    what q and k go through. Written out since the composed operations cost more than the matrix products on a
+    CPU.
 
     x (..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None for a plain RMSNorm.
     """
 
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True,
+                                        dtype=torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS).to(x.dtype)
         scale = inverse if gain is None else inverse * gain.to(x.dtype)
         ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
@@ -1072,7 +1162,8 @@ def rotate_(x, cos, sin):
 
 
 class ExclusiveAttention(torch.autograd.Function):
-    """XSA: subtract from each head's output its component along the token's own value. y (B, T, H, d), v (B, T, K, d)."""
+    """XSA: subtract from each head's output its component along the token's own value. y (B, T, H, d), v (B,
+    T, K, d)."""
 
     @staticmethod
     def forward(ctx, y, v):
@@ -1156,7 +1247,8 @@ class Linear(Quantizable, nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x, scale=None):
-        """`scale` (outputs, 1) or a number multiplies the weight: cheaper than scaling every token's output."""
+        """`scale` (outputs, 1) or a number multiplies the weight: cheaper than scaling every token's
+        output."""
         weight = self.effective_weight()
         return F.linear(x, weight if scale is None else weight * scale, self.bias)
 
@@ -1170,7 +1262,8 @@ class Embedding(Quantizable, nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with q/k norm, partial RoPE, query gain, value residual, XSA and a per-head gate."""
+    """Grouped-query attention with q/k norm, partial RoPE, query gain, value residual, XSA and a per-head
+    gate."""
 
     def __init__(self, config, layer, attend):
         super().__init__()
@@ -1184,8 +1277,8 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual else None
 
     def forward(self, x, scale, out_scale, angles, v0, ve):
-        """x (B, T, D) normalised, before the layer's scale; v0 layer 0's values or None; ve (B, T, K*d) value embedding or
-        None; out_scale (D,) multiplies the output. Returns y, v."""
+        """x (B, T, D) normalised, before the layer's scale; v0 layer 0's values or None; ve (B, T, K*d) value
+        embedding or None; out_scale (D,) multiplies the output. Returns y, v."""
         c, (batch, length, _) = self.config, x.shape
         q = self.c_q(x, scale).view(batch, length, c.num_heads, c.head_dim)
         k = self.c_k(x, scale).view(batch, length, c.num_kv_heads, c.head_dim)
@@ -1240,7 +1333,8 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def rows(self, ids):
-        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1) in int32; position 0 takes the last row."""
+        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1) in int32; position 0 takes the
+        last row."""
         t, last = ids.int(), self.embed.num_embeddings - 1
         pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last
         return F.pad(pair, (1, 0), value=last)
@@ -1305,7 +1399,9 @@ class NativeFlowMatcher(nn.Module):
     def tau(self, t):
         """Time embedding (..., hidden) of t (...) in [0, 1]."""
         half = self.inp.in_features // 2
-        angle = t[..., None] * torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+        angle = t[...,
+                  None] * torch.exp(-math.log(10000.0) / half
+                                    * torch.arange(half, device=t.device, dtype=t.dtype))
         return F.gelu(self.time(torch.cat([angle.cos(), angle.sin()], -1)))
 
     def velocity(self, x, t):
@@ -1316,7 +1412,8 @@ class NativeFlowMatcher(nn.Module):
         return x + torch.sigmoid(self.gate).to(x.dtype) * self.velocity(x, one)
 
     def flow_loss(self, x, noise):
-        """Mean squared error of the velocity at a random time; x (B, T, D) without gradient, noise (B, T, D + 1) normal."""
+        """Mean squared error of the velocity at a random time; x (B, T, D) without gradient, noise (B, T, D +
+        1) normal."""
         z, t = noise[..., :-1], torch.special.ndtr(noise[..., -1])  # the normal's own CDF makes t uniform
         x_t = (1 - t[..., None]) * z + t[..., None] * x
         return (self.velocity(x_t.to(x.dtype), t) - (x - z)).float().square().mean()
@@ -1326,8 +1423,9 @@ class TTTLinear(nn.Module):
     """TTT-Linear (Sun et al. 2024, arXiv 2407.04620), trained end to end, in its dual form.
 
     The hidden state is itself a linear model f(k) = k + LN(kW + b) that takes a gradient step on
-    1/2 |LN(kW + b) - (v - k)|^2 for every token. Inside a mini-batch all gradients are taken at its start, so that what
-    token i has learnt of tokens <= i is one masked product; only the loop over mini-batches is sequential.
+    1/2 |LN(kW + b) - (v - k)|^2 for every token. Inside a mini-batch all gradients are taken at its start, so
+    that what token i has learnt of tokens <= i is one masked product; only the loop over mini-batches is
+    sequential.
     """
 
     def __init__(self, config):
@@ -1336,16 +1434,21 @@ class TTTLinear(nn.Module):
         self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, dim) for _ in range(4))
         self.w = nn.Parameter(0.02 * torch.randn(heads, width, width))
         self.b = nn.Parameter(torch.zeros(heads, 1, width))
-        self.ln_gain, self.ln_bias = nn.Parameter(torch.ones(heads, 1, width)), nn.Parameter(torch.zeros(heads, 1, width))
+        self.ln_gain, self.ln_bias = nn.Parameter(torch.ones(heads, 1,
+                                                             width)), nn.Parameter(torch.zeros(heads, 1,
+                                                                                               width))
         self.norm = nn.LayerNorm(dim)
         self.gate = nn.Parameter(torch.tensor(-5.0))
-        self.heads, self.mini_batch, self.rate = heads, config.e2e_ttt_mini_batch, config.e2e_ttt_base_lr / width
+        self.heads, self.mini_batch = heads, config.e2e_ttt_mini_batch
+        self.rate = config.e2e_ttt_base_lr / width
 
     def forward(self, x):
         batch, length, dim = x.shape
-        q, k, v = (c(x).view(batch, length, self.heads, -1).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (c(x).view(batch, length, self.heads, -1).transpose(1, 2)
+                   for c in (self.c_q, self.c_k, self.c_v))
         with torch.autocast(x.device.type, enabled=False):
-            z = self.inner(*(t.to(self.w.dtype) for t in (q, k, v)))  # the inner steps are kept out of bfloat16
+            # the inner steps are kept out of bfloat16
+            z = self.inner(*(t.to(self.w.dtype) for t in (q, k, v)))
         y = self.norm(z.transpose(1, 2).reshape(batch, length, dim)).to(x.dtype)
         return x + torch.sigmoid(self.gate).to(x.dtype) * self.proj(y)
 
@@ -1469,7 +1572,8 @@ class GPT(nn.Module):
         return cap * torch.tanh(raw.float() if raw.dtype == torch.bfloat16 else raw)
 
     def forward(self, ids, targets, noise=None):
-        """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus NativeFlowMatcher's weighted loss.
+        """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus NativeFlowMatcher's
+        weighted loss.
 
         noise (B, T, D + 1): that loss's standard normal draws; drawn here when absent.
         """
@@ -1483,8 +1587,9 @@ class GPT(nn.Module):
 
 
 def flow_noise(config, step, first, count, device):
-    """Normal draws (count, T, D + 1) of the step's sequences [first, first + count): a function of seed, step and sequence
-    alone, hence the same at any number of ranks and after a resume; None where nothing uses them."""
+    """Normal draws (count, T, D + 1) of the step's sequences [first, first + count): a function of seed, step
+    and sequence alone, hence the same at any number of ranks and after a resume; None where nothing uses
+    them."""
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
     generator = torch.Generator(device)
@@ -1496,13 +1601,15 @@ def flow_noise(config, step, first, count, device):
     return out
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Optimisers
-# Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and clipped then. Parallel
-# Muon shards what is expensive (Newton-Schulz and momentum) and hides its traffic behind the arithmetic.
-# ======================================================================================================================
+# Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and clipped
+# then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its traffic behind the
+# arithmetic.
+# ============================================================================================================
 def newton_schulz(matrices, steps, dtype):
-    """Approximate the nearest semi-orthogonal matrix of each of (N, r, c) by the quintic iteration of Jordan et al. 2024."""
+    """Approximate the nearest semi-orthogonal matrix of each of (N, r, c) by the quintic iteration of Jordan
+    et al. 2024."""
     x = matrices.to(dtype)
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
@@ -1522,8 +1629,8 @@ def wide(matrix, like=None):
 class Muon:
     """Momentum orthogonalised by Newton-Schulz, on stacks of same-shape matrices, sharded over ranks (#399).
 
-    Tall matrices are stacked transposed: W1 and W2 of an MLP share a stack, which leaves less padding on many ranks.
-    Phases of one step, as marked in the code:
+    Tall matrices are stacked transposed: W1 and W2 of an MLP share a stack, which leaves less padding on many
+    ranks. Phases of one step, as marked in the code:
       1. launch   biggest stack first: stack the gradients (N, r, c), reduce-scatter their sum asynchronously
       2. collect  wait: this rank holds the reduced gradients of N / world matrices
       3. update   momentum, Nesterov, batched Newton-Schulz on that slice; all-gather asynchronously
@@ -1567,7 +1674,8 @@ class Muon:
         return sum(grad.float().square().sum() for grad in self.grads)
 
     def step(self, scale=1.0, meanwhile=lambda: None):
-        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs while the last all-gather is under way."""
+        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs while the last all-gather is under
+        way."""
         waiting = None
         for i, params in enumerate(self.stacks):
             update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i]).mul_(self.factors[i])
@@ -1630,12 +1738,14 @@ def build_optimizers(model, config, comm=None):
     adamw = torch.optim.AdamW(
         [dict(params=list(groups["embed"].values()), base_lr=config.embed_lr),
          dict(params=list(groups["scalar"].values()), base_lr=config.scalar_lr)],
-        lr=config.scalar_lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, weight_decay=config.weight_decay,
+        lr=config.scalar_lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
+        weight_decay=config.weight_decay,
         fused=True)
     held = [p for stack in muon.stacks for p in stack] + [p for g in adamw.param_groups for p in g["params"]]
     times = Counter(map(id, held))
     wrong = [name for name, p in model.named_parameters() if times[id(p)] != 1]
-    assert not wrong and len(held) == len(list(model.parameters())), f"not in exactly one optimiser group: {wrong}"
+    foreign = len(held) - len(list(model.parameters()))
+    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
     return muon, adamw
 
 
@@ -1649,7 +1759,9 @@ def reduce_clip_step(muon, adamw, comm, clip):
     if comm.world > 1:
         flat = torch.cat([g.flatten() for g in grads])
         comm.all_reduce(flat).wait()
-        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+        torch._foreach_copy_(grads,
+                             [part.view_as(g) for part,
+                              g in zip(flat.split([g.numel() for g in grads]), grads)])
     squared = muon.collect()
     if comm.world > 1:
         comm.all_reduce(squared).wait()
@@ -1664,8 +1776,8 @@ def reduce_clip_step(muon, adamw, comm, clip):
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
-    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the last WARMDOWN_ITERS
-    times the measured step time, whichever begins first.
+    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the last
+    WARMDOWN_ITERS times the measured step time, whichever begins first.
     """
     left = (config.iterations - step) / max(config.warmdown_iters, 1e-9)
     if config.max_wallclock_seconds and step and seconds:
@@ -1681,7 +1793,8 @@ def momentum_at(config, step):
 
 
 class WeightAverage:
-    """EMA of the weights in float32 each step, and the mean of late snapshots (SWA) of it; both stay on the device."""
+    """EMA of the weights in float32 each step, and the mean of late snapshots (SWA) of it; both stay on the
+    device."""
 
     def __init__(self, params, config):
         self.params, self.config, self.snapshots = list(params), config, 0
@@ -1690,8 +1803,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step, scale):
-        """After step `step` (from 0) at learning-rate scale `scale`. The decay grows with the step, since a constant one
-        would leave the initial weights in the average of a short run."""
+        """After step `step` (from 0) at learning-rate scale `scale`. The decay grows with the step, since a
+        constant one would leave the initial weights in the average of a short run."""
         if self.ema:
             decay = min(self.config.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
@@ -1702,9 +1815,10 @@ class WeightAverage:
     def exported(self):
         """(what it is, tensors): snapshots' mean, else the EMA, else the raw weights."""
         if self.config.swa_enabled and not self.snapshots:
-            instead = "the EMA" if self.ema else "the raw weights"
-            return f"{instead}; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, SWA_START_SCALE=" \
-                f"{self.config.swa_start_scale}), so it has no effect", self.ema or [p.detach() for p in self.params]
+            kind = (f"{'EMA' if self.ema else 'raw'} weights; warning: SWA took no snapshot (SWA_EVERY="
+                    f"{self.config.swa_every}, SWA_START_SCALE={self.config.swa_start_scale}), so it has no "
+                    f"effect")
+            return kind, self.ema or [p.detach() for p in self.params]
         if self.snapshots:
             kind = f"mean of {self.snapshots} snapshots of the {'EMA' if self.ema else 'raw'} weights"
             return kind, [total / self.snapshots for total in self.swa]
@@ -1721,23 +1835,26 @@ class WeightAverage:
         self.snapshots = state["snapshots"]
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Compression
-# Per-row symmetric integers with GPTQ-lite clips, then a general compressor. The container is plain data with a checksum:
-# its reader believes nothing it has not compared with what the architecture must contain, and allocates nothing before.
-# ======================================================================================================================
+# Per-row symmetric integers with GPTQ-lite clips, then a general compressor. The container is plain data with
+# a checksum: its reader believes nothing it has not compared with what the architecture must contain, and
+# allocates nothing before.
+# ============================================================================================================
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
 HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGolf\r\n\x1a", 1
-ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")  # magic, version, compressor, raw bytes, compressed bytes, sha256
+# magic, version, compressor, raw bytes, compressed bytes, sha256
+ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
 COMPRESSORS = ("zstd", "lzma")
 MAX_RAW_BYTES, MAX_HEADER_BYTES = 96 << 20, 1 << 20
 ITEM_TYPES = {"int5": np.int8, "int6": np.int8, "int8": np.int8, "fp16": np.float16, "fp32": np.float32}
 
 
 def scheme_of(name, shape, config, int5_layers=()):
-    """How the artifact stores a tensor: fp32 for control scalars, fp16 for small ones, intN per row for matrices."""
+    """How the artifact stores a tensor: fp32 for control scalars, fp16 for small ones, intN per row for
+    matrices."""
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
         return "fp32"
     if math.prod(shape) <= HALF_LIMIT:
@@ -1750,14 +1867,15 @@ def scheme_of(name, shape, config, int5_layers=()):
 
 @torch.no_grad()
 def quantize_rows(weight, bits):
-    """GPTQ-lite: int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), per row with the clip quantile of |w|
-    that leaves the least squared error."""
+    """GPTQ-lite: int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), per row with the clip
+    quantile of |w| that leaves the least squared error."""
     w = weight.detach().float().flatten(0, -2)
     columns, top = w.size(1), 2 ** (bits - 1) - 1
     largest = w.abs().topk(min(columns, int((columns - 1) * (1 - CLIP_QUANTILES[0])) + 2), dim=1).values
     best = None
     for quantile in CLIP_QUANTILES:
-        place = (columns - 1) * (1 - quantile)  # linear interpolation between order statistics, from the largest
+        # linear interpolation between order statistics, from the largest
+        place = (columns - 1) * (1 - quantile)
         low = min(int(place), largest.size(1) - 1)
         high = min(low + 1, largest.size(1) - 1)
         clip = torch.lerp(largest[:, low], largest[:, high], place - int(place))[:, None]
@@ -1767,7 +1885,8 @@ def quantize_rows(weight, bits):
         error = (codes * scale.float() - w).square().sum(1, keepdim=True)
         if best is not None:
             better = error < best[0]
-            error, codes, scale = (torch.where(better, new, old) for new, old in zip((error, codes, scale), best))
+            error, codes, scale = (torch.where(better, new, old) for new,
+                                   old in zip((error, codes, scale), best))
         best = error, codes, scale
     return best[1].to(torch.int8), best[2]
 
@@ -1781,7 +1900,8 @@ def encode_tensor(tensor, scheme):
 
 
 def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
-    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors grouped by kind.
+    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors grouped
+    by kind.
 
     The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between calls.
     """
@@ -1793,20 +1913,23 @@ def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache
             cache[name, scheme] = encode_tensor(tensor, scheme)
         table.append([name, list(tensor.shape), scheme])
     order = sorted(table, key=lambda row: list(ITEM_TYPES).index(row[2]))
-    header = json.dumps(dict(config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256, tensors=order)).encode()
+    header = json.dumps(dict(config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256,
+                             tensors=order)).encode()
     parts = [cache[name, scheme] for name, _, scheme in order]
     raw = b"".join([struct.pack("<I", len(header)), header, *(p[0] for p in parts), *(p[1] for p in parts)])
     if config.compressor == "zstd":
         body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
     else:
         body = lzma.compress(raw, preset=config.lzma_preset)
-    head = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, COMPRESSORS.index(config.compressor), len(raw), len(body),
+    head = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, COMPRESSORS.index(config.compressor),
+                              len(raw), len(body),
                               hashlib.sha256(body).digest())
     return head + body
 
 
 def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """(artifact, int5 layers): MLP layers drop to int5 from the middle outward until code + model fit BUDGET_BYTES.
+    """(artifact, int5 layers): MLP layers drop to int5 from the middle outward until code + model fit
+    BUDGET_BYTES.
 
     Raises ArtifactError when even that does not fit.
     """
@@ -1818,8 +1941,10 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
         if over <= 0:
             return blob, layers
         if len(layers) == len(order):
-            raise ArtifactError(f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
-                                "int5: train a smaller model (MLP_MULT, NUM_LAYERS); the float weights are kept")
+            raise ArtifactError(f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with "
+                                f"every MLP in "
+                                "int5: train a smaller model (MLP_MULT, NUM_LAYERS); the float weights are "
+                                "kept")
         layers.append(order[len(layers)])
         log(f"budget: {over} bytes over, MLP of layer {layers[-1]} to int5")
 
@@ -1844,15 +1969,17 @@ def decompress(body, compressor, size):
 
 
 def unpack_artifact(blob):
-    """(Config, float32 state_dict) of an artifact's bytes. Runs no code of the file; any damage or hostility raises
-    ArtifactError before anything of a size the architecture does not have is allocated."""
+    """(Config, float32 state_dict) of an artifact's bytes. Runs no code of the file; any damage or hostility
+    raises ArtifactError before anything of a size the architecture does not have is allocated."""
     config, table, raw, at, _ = read_artifact(blob)
-    state, scales_at = {}, at + sum(math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape, scheme in table)
+    state, scales_at = {}, at + sum(math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape,
+                                    scheme in table)
     parts = []
     for name, shape, scheme in table:  # look at everything before the first float32 tensor is made
         count = math.prod(shape)
         rows = count // shape[-1] if scheme.startswith("int") else 0
-        parts.append((np.frombuffer(raw, ITEM_TYPES[scheme], count, at), np.frombuffer(raw, np.float16, rows, scales_at)))
+        parts.append((np.frombuffer(raw, ITEM_TYPES[scheme], count, at),
+                      np.frombuffer(raw, np.float16, rows, scales_at)))
         at, scales_at = at + parts[-1][0].nbytes, scales_at + 2 * rows
         check_values(name, scheme, *parts[-1])
     for (name, shape, scheme), (values, scales) in zip(table, parts):
@@ -1865,10 +1992,12 @@ def unpack_artifact(blob):
 
 
 def check_values(name, scheme, values, scales):
-    """Raises ArtifactError for codes outside the grid, scales that are not positive, values that are not finite."""
+    """Raises ArtifactError for codes outside the grid, scales that are not positive, values that are not
+    finite."""
     if scheme.startswith("int"):
         top = 2 ** (int(scheme[3:]) - 1) - 1
-        good = values.min(initial=0) >= -top and values.max(initial=0) <= top and np.isfinite(scales).all() and (scales > 0).all()
+        good = -top <= values.min(initial=0) and values.max(initial=0) <= top
+        good = good and np.isfinite(scales).all() and (scales > 0).all()
     else:
         good = np.isfinite(values).all()
     if not good:
@@ -1876,16 +2005,19 @@ def check_values(name, scheme, values, scales):
 
 
 def read_artifact(blob):
-    """(Config, table of [name, shape, scheme], raw payload, offset of the tensors, tokenizer sha256), all checked."""
+    """(Config, table of [name, shape, scheme], raw payload, offset of the tensors, tokenizer sha256), all
+    checked."""
     if len(blob) < ARTIFACT_HEAD.size:
-        raise ArtifactError(f"artifact: {len(blob)} bytes are less than its head: truncated or not an artifact")
+        raise ArtifactError(f"artifact: {len(blob)} bytes are less than its head: truncated or not an "
+                            f"artifact")
     magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = memoryview(blob)[ARTIFACT_HEAD.size:]
     problems = [(magic != ARTIFACT_MAGIC, "magic bytes are not ours: not an artifact"),
                 (version != ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
                 (compressor >= len(COMPRESSORS), f"compressor {compressor} is unknown"),
                 (blob[10:12] != b"\0\0", "reserved bytes are not zero"),
-                (size != len(body), f"{len(body)} bytes of payload, its head promises {size}: truncated or trailing bytes"),
+                (size != len(body), f"{len(body)} bytes of payload, its head promises {size}: truncated or "
+                                    f"trailing bytes"),
                 (not 4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}")]
     for wrong, text in problems:
         if wrong:
@@ -1898,18 +2030,23 @@ def read_artifact(blob):
         raise ArtifactError(f"artifact: header of {length} bytes does not fit")
     try:
         header = json.loads(raw[4:4 + length])
-        config = Config(**header["config"], **({} if header.keys() == {"config", "tokenizer_sha256", "tensors"} else {"?": 0}))
-        if header["config"].keys() != config.as_dict("arch", "eval").keys() or not isinstance(header["tokenizer_sha256"], str):
+        config = Config(**header["config"])
+        expected = header["config"].keys() == config.as_dict("arch", "eval").keys()
+        expected = expected and header.keys() == {"config", "tokenizer_sha256", "tensors"}
+        if not expected or not isinstance(header["tokenizer_sha256"], str):
             raise ConfigError("settings are missing or foreign")
         table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
         check_table(config, table, raw_size - 4 - length)
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise ArtifactError(f"artifact: its header is not valid ({type(error).__name__}: {str(error)[:200]})") from None
+    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError,
+            OverflowError) as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ArtifactError(f"artifact: its header is not valid ({what})") from None
     return config, table, raw, 4 + length, header["tokenizer_sha256"]
 
 
 def check_table(config, table, data_bytes):
-    """Names and shapes must be exactly the architecture's, schemes known, sizes add up. Raises ArtifactError."""
+    """Names and shapes must be exactly the architecture's, schemes known, sizes add up. Raises
+    ArtifactError."""
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
     found = {name: shape for name, shape, _ in table}
@@ -1928,12 +2065,12 @@ def check_table(config, table, data_bytes):
         raise ArtifactError(f"artifact: tensors need {total} bytes, {data_bytes} are there")
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Evaluation
-# One window plan, one meter, one scoring loop. Roundtrip, sliding window, test-time training and SLOT are that loop with
-# other arguments: a flat list of work items (score these windows, train on this chunk) and a cursor, so that a killed
-# evaluation goes on where it was.
-# ======================================================================================================================
+# One window plan, one meter, one scoring loop. Roundtrip, sliding window, test-time training and SLOT are
+# that loop with other arguments: a flat list of work items (score these windows, train on this chunk) and a
+# cursor, so that a killed evaluation goes on where it was.
+# ============================================================================================================
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -1954,10 +2091,11 @@ def bits_per_byte(nats, num_bytes):
 
 
 def plan_windows(num_targets, seq_len, stride):
-    """[(start, first_scored, end)]: window [start, end) of targets, of which [first_scored, end) are scored in it.
+    """[(start, first_scored, end)]: window [start, end) of targets, of which [first_scored, end) are scored
+    in it.
 
-    Every target is scored exactly once, in order, with as much context as a window of seq_len holds. A stride beyond
-    seq_len would leave gaps and counts as seq_len.
+    Every target is scored exactly once, in order, with as much context as a window of seq_len holds. A stride
+    beyond seq_len would leave gaps and counts as seq_len.
     """
     windows, done = [], 0
     while done < num_targets:
@@ -1969,9 +2107,11 @@ def plan_windows(num_targets, seq_len, stride):
 
 def plan_work(windows, num_targets, config, per_round, ttt):
     """The evaluation as a flat list: ("score", low, high) scores windows[low:high] in one round of all ranks,
-    ("train", first_target, first_row, last_row, rate) is one SGD step on rows of EVAL_SEQ_LEN targets from first_target.
+    ("train", first_target, first_row, last_row, rate) is one SGD step on rows of EVAL_SEQ_LEN targets from
+    first_target.
 
-    With test-time training the chunk's windows come first, then its training; the last chunk is never trained on.
+    With test-time training the chunk's windows come first, then its training; the last chunk is never trained
+    on.
     """
     chunk = config.ttt_chunk_tokens if ttt else max(num_targets, 1)
     chunks, work, low = -(-num_targets // chunk), [], 0
@@ -1996,7 +2136,8 @@ def log_probs(logits):
 
 
 class Meter:
-    """float64 sums of nll and bytes on this rank. Raises LegalityError when a target comes twice or out of order."""
+    """float64 sums of nll and bytes on this rank. Raises LegalityError when a target comes twice or out of
+    order."""
 
     def __init__(self, num_targets, device):
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
@@ -2006,7 +2147,8 @@ class Meter:
     def add(self, first, end, nll, num_bytes):
         """Targets [first, end) with summed nll (0-d float64)."""
         if first < self.last or self.coverage[first:end].any():
-            raise LegalityError(f"targets {first}…{end} were to be scored after {self.last}: out of order or twice")
+            raise LegalityError(f"targets {first}…{end} were to be scored after {self.last}: out of order or "
+                                f"twice")
         self.coverage[first:end] = 1
         self.nll += nll
         self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
@@ -2024,7 +2166,8 @@ class Meter:
 
 @contextlib.contextmanager
 def adapted(model, freeze_blocks):
-    """Evaluation mode with the first blocks frozen; yields the trainable parameters and restores weights and modes."""
+    """Evaluation mode with the first blocks frozen; yields the trainable parameters and restores weights and
+    modes."""
     before = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
     training = model.training
     try:
@@ -2064,26 +2207,32 @@ class Observer:
 
 
 class Evaluation:
-    """One pass over a validation stream. `ttt` trains on scored chunks, `slot` shifts hidden states (see the README).
+    """One pass over a validation stream. `ttt` trains on scored chunks, `slot` shifts hidden states (see the
+    README).
 
-    state_path, if given, keeps the state (cursor, sums, coverage, adapted weights, momentum) for the same `identity`.
+    state_path, if given, keeps the state (cursor, sums, coverage, adapted weights, momentum) for the same
+    `identity`.
     """
 
-    def __init__(self, model, stream, config, runtime, stride, ttt=False, slot="off", observer=None, state_path=None,
+    def __init__(self, model, stream, config, runtime, stride, ttt=False, slot="off", observer=None,
+                 state_path=None,
                  identity="", label=""):
         self.model, self.stream, self.config, self.runtime = model, stream, config, runtime
         self.slot, self.observer, self.state_path, self.label = slot, observer, state_path, label
         self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
-        self.work = plan_work(self.windows, stream.num_targets, config, config.eval_batch_seqs * runtime.comm.world, ttt)
+        self.work = plan_work(self.windows, stream.num_targets, config,
+                              config.eval_batch_seqs * runtime.comm.world, ttt)
         self.meter = Meter(stream.num_targets, runtime.device)
-        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{stream.fingerprint['val_sha256']}/{runtime.comm.world}"
+        text = stream.fingerprint["val_sha256"]
+        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{runtime.comm.world}"
         self.hidden, self.loss = runtime.compiled(model.hidden), runtime.compiled(model)
         self.cursor, self.seconds, self.sgd = 0, 0.0, None
         self.ttt = ttt
 
     def run(self, last_target=None):
         """Score all targets (or until a window's first one passes last_target); returns a Score."""
-        with adapted(self.model, self.config.ttt_freeze_blocks) if self.ttt else eval_mode(self.model) as params:
+        with adapted(self.model,
+                     self.config.ttt_freeze_blocks) if self.ttt else eval_mode(self.model) as params:
             if self.ttt:
                 self.sgd = torch.optim.SGD(params, self.config.ttt_lr, self.config.ttt_momentum)
             self.load()
@@ -2107,7 +2256,8 @@ class Evaluation:
         self.seconds, every = time.monotonic() - self.begun, self.config.eval_checkpoint_seconds
         due = self.state_path and every and self.begun + self.seconds - self.saved > every
         more = self.cursor < len(self.work)
-        stop, save = self.runtime.comm.agree(more and self.runtime.wants_stop(), more and self.runtime.is_main and bool(due))
+        stop, save = self.runtime.comm.agree(more and self.runtime.wants_stop(),
+                                             more and self.runtime.is_main and bool(due))
         if self.label and self.runtime.is_main and self.meter.bytes:
             self.show(first)
         if (stop or save) and self.state_path:
@@ -2120,7 +2270,8 @@ class Evaluation:
         if quiet < 1:
             return
         left = (len(self.work) - self.cursor) * self.seconds / max(1, self.cursor - first)
-        text = (f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} running_bpb:"
+        text = (f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
+                f"running_bpb:"
                 f"{bits_per_byte(float(self.meter.nll), self.meter.bytes):.4f} eta:{left:.0f}s")
         self.runtime.progress(text)
         if quiet > 15:
@@ -2135,7 +2286,8 @@ class Evaluation:
                 return run(size)
             except OUT_OF_MEMORY:
                 if size == 1:
-                    raise ResourceError("out of memory with one window per batch: lower EVAL_SEQ_LEN or use a larger device") from None
+                    raise ResourceError("out of memory with one window per batch: lower EVAL_SEQ_LEN or use "
+                                        "a larger device") from None
                 self.runtime.batch_seqs = size // 2
                 self.runtime.log(f"out_of_memory: evaluation batch halved to {size // 2} windows")
             torch.cuda.empty_cache()
@@ -2144,7 +2296,8 @@ class Evaluation:
         """Score this rank's share of windows[low:high]."""
         size = self.config.eval_batch_seqs
         mine = self.windows[low:high][self.runtime.comm.rank * size:(self.runtime.comm.rank + 1) * size]
-        nll = self.halving(lambda part: [x for i in range(0, len(mine), part) for x in self.nll(mine[i:i + part], part)], size)
+        nll = self.halving(lambda part: [x for i in range(0, len(mine), part)
+                                         for x in self.nll(mine[i:i + part], part)], size)
         for (_, first, end), value in zip(mine, nll):
             self.meter.add(first, end, value, int(self.stream.bytes[first:end].sum(dtype=np.int64)))
 
@@ -2152,14 +2305,16 @@ class Evaluation:
     def nll(self, windows, size):
         """Summed nll (0-d float64) of each window's scored targets; only those get logits."""
         length = windows[0][2] - windows[0][0]
-        padded = windows + windows[-1:] * (size - len(windows) if self.runtime.compiling else 0)  # one compiled shape
+        # one compiled shape
+        padded = windows + windows[-1:] * (size - len(windows) if self.runtime.compiling else 0)
         tokens = np.stack([self.stream.tokens[start:end + 1] for start, _, end in padded])
         ids, targets = self.runtime.to_device(tokens[:, :-1]), self.runtime.to_device(tokens[:, 1:])
         with self.runtime.autocast():
             hidden = self.hidden(ids)
             if self.slot != "off":
                 hidden = hidden + self.slot_shift(hidden, targets, windows)
-        places = [np.arange(i * length + first - start, (i + 1) * length) for i, (start, first, _) in enumerate(windows)]
+        places = [np.arange(i * length + first - start, (i + 1) * length) for i,
+                  (start, first, _) in enumerate(windows)]
         sizes, flat = [len(p) for p in places], self.runtime.to_device(np.concatenate(places))
         out = []
         for part in flat.split(8192):
@@ -2175,8 +2330,9 @@ class Evaluation:
     def slot_shift(self, hidden, targets, windows):
         """SLOT: shift of the final states fitted by AdamW with the weights frozen, states computed once.
 
-        causal: one (1, D) per window, fitted on the window's positions that earlier windows scored; a window without any
-        gets none. published (#1150): one for the batch, fitted on all positions, those about to be scored included.
+        causal: one (1, D) per window, fitted on the window's positions that earlier windows scored; a window
+        without any gets none. published (#1150): one for the batch, fitted on all positions, those about to
+        be scored included.
         """
         known = torch.zeros(targets.shape, device=targets.device)
         for i, (start, first, end) in enumerate(windows):
@@ -2188,14 +2344,16 @@ class Evaluation:
         for _ in range(self.config.slot_steps):
             with torch.enable_grad():
                 logits = self.model.logits(hidden.detach() + shift)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(known)
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                                       reduction="none").view_as(known)
                 total = ((loss * known).sum(1) / count).sum()  # windows do not meet in any gradient
             shift.grad, = torch.autograd.grad(total, shift)
             adamw.step()
         return shift.detach()
 
     def train(self, first, row_low, row_high, rate):
-        """One SGD step on rows [row_low, row_high) of the chunk that starts at target `first`; all of them are scored."""
+        """One SGD step on rows [row_low, row_high) of the chunk that starts at target `first`; all of them
+        are scored."""
         length, comm, total = self.config.eval_seq_len, self.runtime.comm, row_high - row_low
         starts = [first + row * length for row in range(row_low, row_high)][comm.rank::comm.world]
         params = self.sgd.param_groups[0]["params"]
@@ -2206,7 +2364,8 @@ class Evaluation:
             for i in range(0, len(starts), part):
                 tokens = np.stack([self.stream.tokens[s:s + length + 1] for s in starts[i:i + part]])
                 with self.runtime.autocast():
-                    loss = self.loss(self.runtime.to_device(tokens[:, :-1]), self.runtime.to_device(tokens[:, 1:]))
+                    loss = self.loss(self.runtime.to_device(tokens[:, :-1]),
+                                     self.runtime.to_device(tokens[:, 1:]))
                 (loss * (len(tokens) / total)).backward()
 
         self.halving(run, max(1, len(starts)))
@@ -2214,7 +2373,9 @@ class Evaluation:
         if comm.world > 1:  # ranks without a row add zeros
             flat = torch.cat([g.flatten() for g in grads])
             comm.all_reduce(flat).wait()
-            torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in grads]), grads)])
+            torch._foreach_copy_(grads,
+                                 [x.view_as(g) for x,
+                                  g in zip(flat.split([g.numel() for g in grads]), grads)])
         if self.config.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, self.config.ttt_grad_clip)
         self.sgd.param_groups[0]["lr"] = rate
@@ -2225,10 +2386,13 @@ class Evaluation:
         nats, tokens, num_bytes, _ = self.runtime.comm.gather_rows(self.meter.row()).sum(0)
         coverage = self.all_coverage()
         if complete and not (coverage == 1).all():
-            raise LegalityError(f"targets were scored {coverage.min()}…{coverage.max()} times instead of once")
+            times = f"{coverage.min()}…{coverage.max()}"
+            raise LegalityError(f"targets were scored {times} times instead of once")
         if not math.isfinite(nats):
-            raise ArtifactError(f"{self.label or 'validation'}: the score is not finite: the weights are damaged")
-        return Score(self.label, nats / max(tokens, 1), bits_per_byte(nats, max(num_bytes, 1)), int(tokens), int(num_bytes),
+            raise ArtifactError(f"{self.label or 'validation'}: the score is not finite: the weights are "
+                                f"damaged")
+        return Score(self.label, nats / max(tokens, 1), bits_per_byte(nats, max(num_bytes, 1)), int(tokens),
+                     int(num_bytes),
                      time.monotonic() - self.begun, self.slot != "published")
 
     def all_coverage(self):
@@ -2261,7 +2425,8 @@ class Evaluation:
             self.runtime.log(f"warning: {error}; this evaluation starts again")
             return
         if state["identity"] != self.identity:
-            self.runtime.log(f"warning: {self.state_path} belongs to another evaluation; this one starts at its beginning")
+            self.runtime.log(f"warning: {self.state_path} belongs to another evaluation; this one starts at "
+                             f"its beginning")
             return
         coverage = np.unpackbits(state["coverage"].numpy(), count=self.stream.num_targets)
         self.meter.restore(state["rows"].numpy(), coverage, self.runtime.comm)
@@ -2273,26 +2438,31 @@ class Evaluation:
 
 
 def evaluate(model, stream, config, runtime, stride=None, **options):
-    """Score a validation stream; stride EVAL_STRIDE by default, EVAL_SEQ_LEN for non-overlapping windows. See Evaluation."""
+    """Score a validation stream; stride EVAL_STRIDE by default, EVAL_SEQ_LEN for non-overlapping windows. See
+    Evaluation."""
     return Evaluation(model, stream, config, runtime, stride or config.eval_stride, **options).run()
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Legality
-# The four conditions of issue #1017, checked on the functions that produce the score: the checks only change tokens and
-# look at what the scoring loop shows an Observer. Comparisons are bit for bit.
-# ======================================================================================================================
+# The four conditions of issue #1017, checked on the functions that produce the score: the checks only change
+# tokens and look at what the scoring loop shows an Observer. Comparisons are bit for bit.
+# ============================================================================================================
 class Recorder(Observer):
-    """Keeps what one evaluation showed: nll by target, log-probabilities of `keep` targets, state hashes, trained spans."""
+    """Keeps what one evaluation showed: nll by target, log-probabilities of `keep` targets, state hashes,
+    trained spans."""
 
     def __init__(self, num_targets, keep=(), hash_state=False):
         self.nll = torch.zeros(num_targets)
         self.keep, self.hash_state = {int(t): None for t in keep}, hash_state
         self.normalised, self.entries, self.order, self.sums = True, True, [], []
         self.score_changed_state, self.trained_ahead, self.state_entering = False, False, {}
+        self.times, self.total = np.zeros(num_targets, np.int64), 0.0
 
     def scored(self, targets, logps, nll):
         self.nll[targets] = nll.float().cpu()
+        self.total += float(nll.double().sum())
+        np.add.at(self.times, targets, 1)
         for row in np.flatnonzero(np.isin(targets, list(self.keep))):
             self.keep[int(targets[row])] = logps[row].float().cpu(), float(nll[row])
 
@@ -2320,7 +2490,8 @@ def state_hash(evaluation):
     digest = hashlib.sha256()
     tensors = [*evaluation.model.parameters(), *evaluation.model.buffers()]
     if evaluation.sgd:
-        tensors += [t for s in evaluation.sgd.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        tensors += [t for s in evaluation.sgd.state.values() for t in s.values()
+                    if isinstance(t, torch.Tensor)]
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -2354,7 +2525,9 @@ class Audit:
         """`stream` with tokens [low, high) replaced by others, each different from what it was."""
         tokens = np.array(stream.tokens)
         span = tokens[low:high].astype(np.int64)
-        tokens[low:high] = (span + self.random.integers(1, self.config.vocab_size, len(span))) % self.config.vocab_size
+        tokens[low:high] = (span
+                            + self.random.integers(1, self.config.vocab_size,
+                                                   len(span))) % self.config.vocab_size
         return stream.replaced(tokens)
 
     def edges(self):
@@ -2371,19 +2544,22 @@ class Audit:
         for k in places:
             recorder, _ = self.run(self.changed(self.short, k + 1, self.short.num_targets + 1), last_target=k)
             bad += [k] if not torch.equal(recorder.nll[:k], base.nll[:k]) else []
-        self.check("C1 future_flip", not bad, f"{len(places)} places, tokens after each replaced; differ: {bad[:5]}")
+        self.check("C1 future_flip", not bad, f"{len(places)} places, tokens after each replaced; differ: "
+                                              f"{bad[:5]}")
         bad = []
         for t in places[:: max(1, len(places) // 6)]:
             recorder, _ = self.run(self.changed(self.short, t + 1, t + 2), last_target=t, keep=[t])
             mine, reference = recorder.keep[t], base.keep[t]
             bad += [t] if mine and not torch.equal(mine[0], reference[0]) else []
-        self.check("C1 own_token", not bad, f"log-probabilities at t do not depend on token t; differ: {bad[:5]}")
+        self.check("C1 own_token", not bad, f"log-probabilities at t do not depend on token t; differ: "
+                                            f"{bad[:5]}")
 
     def boundary(self):
         """A document's first position takes nothing from its predecessor in the smear gate."""
         ids = self.runtime.to_device(self.random.integers(2, self.config.vocab_size, (2, 16)))
         ids[:, 8] = BOS
-        states = torch.randn(1, 16, self.config.model_dim, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1)
+        states = torch.randn(1, 16, self.config.model_dim,
+                             generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1)
         states[1, 7] += 1.0
         with torch.no_grad():
             out = self.model.smear(states.to(self.runtime.device), ids)
@@ -2392,34 +2568,46 @@ class Audit:
 
     def normalisation(self):
         places = self.random.integers(0, self.short.num_targets, 64)
-        recorder, _ = self.run(self.short, keep=places)
+        recorder, evaluation = self.run(self.short, keep=places)
         found = {t: row for t, row in recorder.keep.items() if row}
         worst = max((abs(float(torch.logsumexp(lp.double(), 0))) for lp, _ in found.values()), default=0.0)
-        finite = all(bool(torch.isfinite(lp).all()) and len(lp) == self.config.vocab_size for lp, _ in found.values())
+        finite = all(bool(torch.isfinite(lp).all()) and len(lp) == self.config.vocab_size for lp,
+                     _ in found.values())
         entries = all(-float(lp[int(self.short.tokens[t + 1])]) == nll for t, (lp, nll) in found.items())
-        self.check("C2 normalised", finite and worst < 1e-4, f"{len(found)} positions, worst |logsumexp| {worst:.2e}")
-        self.check("C2 nll_is_entry", entries, "the counted nll is minus the target's log-probability")
+        self.check("C2 normalised", finite and worst < 1e-4, f"{len(found)} positions, worst |logsumexp| "
+                                                             f"{worst:.2e}")
+        counted, *_ = evaluation.meter.row()
+        entries &= math.isclose(counted, recorder.total, rel_tol=1e-9)
+        entries &= evaluation.meter.bytes == int(self.short.bytes[recorder.times > 0].sum(dtype=np.int64))
+        self.check("C2 nll_is_entry", entries, "the counted nll is minus the log-probabilities, the bytes "
+                                               "are the targets'")
 
     def order(self):
         ttt, chunk = self.config.ttt_enabled, self.config.ttt_chunk_tokens
         stream = self.long if ttt else self.short
         edge = chunk if ttt and stream.num_targets > chunk else stream.num_targets // 2
         base, evaluation = self.run(stream, ttt, hash_state=True)
-        self.check("C3 state_unchanged", not base.score_changed_state, "hash of weights, buffers, optimiser around scoring")
-        self.check("C3 trained_is_scored", not base.trained_ahead, "each trained token precedes the next one to be scored")
+        self.check("C3 state_unchanged", not base.score_changed_state, "hash of weights, buffers, optimiser "
+                                                                       "around scoring")
+        self.check("C3 trained_is_scored", not base.trained_ahead, "each trained token precedes the next one "
+                                                                   "to be scored")
         twin, _ = self.run(self.changed(stream, edge + 1, stream.num_targets + 1), ttt, hash_state=True)
         same = torch.equal(twin.nll[:edge], base.nll[:edge])
         entering = [first for first in base.state_entering if first <= edge]
         same_state = all(base.state_entering[f] == twin.state_entering.get(f) for f in entering)
-        self.check("C3 twin_run", same and same_state, f"targets from {edge} on replaced: earlier scores and state the same")
-        coverage = evaluation.all_coverage()
-        self.check("C4 coverage", bool((coverage == 1).all()), f"{stream.num_targets} targets, each scored once")
+        self.check("C3 twin_run", same and same_state, f"targets from {edge} on replaced: earlier scores and "
+                                                       f"state the same")
+        coverage, times = evaluation.all_coverage(), self.runtime.comm.gather_rows(base.times).sum(0)
+        coverage = coverage * (times == 1)  # what the meter says and what was seen
+        self.check("C4 coverage", bool((coverage == 1).all()), f"{stream.num_targets} targets, each scored "
+                                                               f"once")
         ordered = base.order == sorted(base.order) and base.sums == sorted(base.sums)
         self.check("C4 single_pass", ordered, f"{len(base.order)} rounds in order, sums only grow")
 
 
 def audit(model, stream, config, runtime):
-    """[{"name", "passed", "detail"}] for conditions C1 to C4 on a slice of `stream`, by the configured evaluation."""
+    """[{"name", "passed", "detail"}] for conditions C1 to C4 on a slice of `stream`, by the configured
+    evaluation."""
     checker = Audit(model, stream, config, runtime)
     for part in (checker.causality, checker.boundary, checker.normalisation, checker.order):
         try:
@@ -2429,13 +2617,15 @@ def audit(model, stream, config, runtime):
     return checker.checks
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of (seed, step, sequence) and
-# tokens of the step, so a checkpoint holds no generator and a resumed run is the uninterrupted one bit for bit.
-# ======================================================================================================================
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of (seed, step,
+# sequence) and tokens of the step, so a checkpoint holds no generator and a resumed run is the uninterrupted
+# one bit for bit.
+# ============================================================================================================
 class Saver:
-    """Writes checkpoints on a thread, so that training waits only for the copy of its state; keeps the last two."""
+    """Writes checkpoints on a thread, so that training waits only for the copy of its state; keeps the last
+    two."""
 
     def __init__(self, runtime):
         self.runtime, self.folder, self.thread, self.error = runtime, runtime.dir / "checkpoint", None, None
@@ -2452,8 +2642,10 @@ class Saver:
         try:
             size = save_tensors(self.folder / f"step_{step:08d}.pt", state)
             self.runtime.save_seconds = time.monotonic() - begin
-            self.runtime.log(f"checkpoint_saved step:{step} seconds:{self.runtime.save_seconds:.2f} bytes:{size}")
-            self.runtime.event("checkpoint", step=step, seconds=round(self.runtime.save_seconds, 3), bytes=size)
+            self.runtime.log(f"checkpoint_saved step:{step} seconds:{self.runtime.save_seconds:.2f} "
+                             f"bytes:{size}")
+            self.runtime.event("checkpoint", step=step, seconds=round(self.runtime.save_seconds, 3),
+                               bytes=size)
             for old in self.files()[:-2]:
                 old.unlink()
         except Exception as error:
@@ -2504,7 +2696,8 @@ class Trainer:
         self.step, self.seconds, self.early, self.saved_step = 0, 0.0, False, 0
         sequences, world = config.train_batch_tokens // config.train_seq_len, runtime.comm.world
         if sequences % world:
-            raise ConfigError(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, which {world} ranks "
+            raise ConfigError(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
+                              f"which {world} ranks "
                               "cannot share evenly: change the batch or the number of ranks")
         self.share = sequences // world
         most = min(self.share, config.micro_batch_tokens // config.train_seq_len)
@@ -2516,10 +2709,12 @@ class Trainer:
         log(f"world_size:{self.runtime.comm.world} grad_accum_steps:{self.share // self.micro}")
         log(f"train_loader:dataset:{Path(c.data_path).name} train_shards:{len(paths)}")
         if c.late_qat_threshold and not any(module.bits for _, module in self.model.quantizable()):
-            log(f"warning: LATE_QAT_THRESHOLD={c.late_qat_threshold} has no effect: no matrix of this model is stored in integers")
+            log(f"warning: LATE_QAT_THRESHOLD={c.late_qat_threshold} has no effect: no matrix of this model "
+                f"is stored in integers")
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; logs, validates and saves on the way."""
+        """Train to the last step, the wallclock cap or a wish to stop; logs, validates and saves on the
+        way."""
         self.load()
         self.warm_up()
         config, validated = self.config, -1
@@ -2527,7 +2722,8 @@ class Trainer:
         try:
             while True:
                 done = self.step >= config.iterations or self.out_of_time()
-                if (done or (config.val_loss_every and self.step and self.step % config.val_loss_every == 0)) \
+                if (done
+                    or (config.val_loss_every and self.step and self.step % config.val_loss_every == 0)) \
                         and validated != self.step:
                     validated = self.step
                     self.validate()
@@ -2538,10 +2734,10 @@ class Trainer:
             if self.saved_step != self.step:  # stopped in a validation
                 self.save(wait=True)
             raise
-        except (DataError, ArtifactError) as error:
+        except DataError as error:
             self.saver.wait()
             last = self.saver.files()[-1:]
-            raise type(error)(f"{error} (last checkpoint: {last[0] if last else 'none'})") from None
+            raise DataError(f"{error} (last checkpoint: {last[0] if last else 'none'})") from None
         self.saver.wait()
 
     def out_of_time(self):
@@ -2561,7 +2757,8 @@ class Trainer:
         now = time.monotonic()
         due = config.checkpoint_seconds and now - self.checkpointed > config.checkpoint_seconds
         step_seconds = self.seconds / self.step if self.step else 0.0
-        loss, stop, due, elapsed = comm.agree(loss, self.runtime.wants_stop(2 * step_seconds), self.runtime.is_main and bool(due),
+        loss, stop, due, elapsed = comm.agree(loss, self.runtime.wants_stop(2 * step_seconds),
+                                              self.runtime.is_main and bool(due),
                                               (now - self.mark) * self.runtime.is_main)
         self.mark = now
         if not math.isfinite(loss):
@@ -2596,7 +2793,8 @@ class Trainer:
         for i in range(rounds):
             low = i * self.micro * length
             ids = self.runtime.to_device(span[low:low + self.micro * length]).view(self.micro, length)
-            targets = self.runtime.to_device(span[low + 1:low + self.micro * length + 1]).view(self.micro, length)
+            targets = self.runtime.to_device(span[low + 1:low + self.micro * length + 1]).view(self.micro,
+                                                                                               length)
             noise = flow_noise(config, step, first + i * self.micro, self.micro, self.runtime.device)
             try:
                 with self.runtime.autocast():
@@ -2604,7 +2802,8 @@ class Trainer:
                 loss.backward()
             except OUT_OF_MEMORY:
                 half = self.micro * length // 2
-                raise ResourceError(f"out of memory in training with MICRO_BATCH_TOKENS={config.micro_batch_tokens}: run the "
+                raise ResourceError(f"out of memory in training with "
+                                    f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: run the "
                                     f"same command with MICRO_BATCH_TOKENS={max(half, length)}") from None
             total = total + loss.detach()
         return float(total)
@@ -2622,21 +2821,28 @@ class Trainer:
     def validate(self):
         """Validation of the raw weights by non-overlapping windows; not counted as training time."""
         c, begin = self.config, time.monotonic()
-        score = evaluate(self.model, self.val, c, self.runtime, c.eval_seq_len)
+        try:
+            score = evaluate(self.model, self.val, c, self.runtime, c.eval_seq_len)
+        except ArtifactError:
+            self.diverged(math.nan)
         milliseconds = 1000 * self.seconds
-        self.runtime.log(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
+        self.runtime.log(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} "
+                         f"val_bpb:{score.val_bpb:.4f} "
                          f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(1, self.step):.2f}ms")
-        self.runtime.event("val", step=self.step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_time_ms=milliseconds)
+        self.runtime.event("val", step=self.step, val_loss=score.val_loss, val_bpb=score.val_bpb,
+                           train_time_ms=milliseconds)
         self.mark += time.monotonic() - begin
 
     def warm_up(self):
-        """Compile (and let allocators settle) on synthetic tokens, then restore weights and optimisers bit for bit."""
+        """Compile (and let allocators settle) on synthetic tokens, then restore weights and optimisers bit
+        for bit."""
         steps = self.config.warmup_steps if self.runtime.compiling else 0
         if not steps or self.step >= self.config.iterations:
             return
         before = private_copy(self.training_state())
         random = np.random.default_rng(0)
-        tokens = random.integers(0, self.config.vocab_size, self.config.train_batch_tokens + 1).astype(np.uint16)
+        tokens = random.integers(0, self.config.vocab_size,
+                                 self.config.train_batch_tokens + 1).astype(np.uint16)
 
         class Synthetic:
             def take(self, span, low, high):
@@ -2664,7 +2870,8 @@ class Trainer:
         return [int(self.stream.ends[-1]), self.val.fingerprint["val_sha256"]]
 
     def save(self, wait=False):
-        """Copy the state and write it in the background; with `wait`, raises ResourceError if it cannot be written.
+        """Copy the state and write it in the background; with `wait`, raises ResourceError if it cannot be
+        written.
 
         Weights that are not finite are never saved: the checkpoints before them are the ones to keep.
         """
@@ -2672,7 +2879,8 @@ class Trainer:
             return self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
         state, self.saved_step = self.training_state(), self.step
         if self.runtime.is_main:
-            state.update(step=self.step, seconds=self.seconds, position=self.stream.position, hash=self.config.hash(),
+            state.update(step=self.step, seconds=self.seconds, position=self.stream.position,
+                         hash=self.config.hash(),
                          data=self.data_identity())
             self.saver.start(self.step, private_copy(state))
         self.checkpointed = time.monotonic()
@@ -2680,7 +2888,8 @@ class Trainer:
             self.saver.wait()
             if self.saver.error:
                 raise ResourceError(str(self.saver.error))
-            self.runtime.comm.barrier()  # a rank that left now would have the launcher end the one that writes
+            # a rank that left now would have the launcher end the one that writes
+            self.runtime.comm.barrier()
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
@@ -2691,7 +2900,8 @@ class Trainer:
         path = self.saver.folder / f"step_{step:08d}.pt"
         state = state or load_tensors(path)
         if state["hash"] != self.config.hash() or state["data"] != self.data_identity():
-            raise ConfigError(f"{path} belongs to another configuration or other data: set another RUN_ID or RESUME=never")
+            raise ConfigError(f"{path} belongs to another configuration or other data: set another RUN_ID or "
+                              f"RESUME=never")
         self.restore(state)
         self.step, self.seconds, self.stream.position = step, state["seconds"], state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
@@ -2704,7 +2914,8 @@ class Trainer:
         self.save(wait=True)
         self.saver.wait()
         last = self.saver.files()[-1:]
-        raise DivergedError(f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good weights: "
+        raise DivergedError(f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
+                            f"weights: "
                             f"{last[0] if last else 'none were saved'}")
 
     def export(self):
@@ -2712,7 +2923,8 @@ class Trainer:
         kind, tensors = self.average.exported()
         state = dict(self.model.state_dict())
         state.update((name, t) for (name, _), t in zip(self.model.named_parameters(), tensors, strict=True))
-        info = dict(steps=self.step, train_time_ms=1000 * self.seconds, step_avg_ms=1000 * self.seconds / max(1, self.step),
+        info = dict(steps=self.step, train_time_ms=1000 * self.seconds,
+                    step_avg_ms=1000 * self.seconds / max(1, self.step),
                     stopped_early=self.early, peak_mib=self.runtime.peak_mib()[0])
         self.runtime.log(f"export:{kind}")
         return dict(config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info)
@@ -2732,10 +2944,10 @@ def train(config, runtime, val, path):
     runtime.comm.barrier()
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # main
 # A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what it found.
-# ======================================================================================================================
+# ============================================================================================================
 ARTIFACT_NAME, FLOAT_NAME = "final_model.int6.ptz", "final_model.pt"
 
 
@@ -2744,17 +2956,20 @@ def load_weights(path):
     try:
         head = open(path, "rb").read(len(ARTIFACT_MAGIC))
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}: name a readable artifact or float checkpoint") from None
+        what_to_do = "name a readable artifact or float checkpoint"
+        raise ArtifactError(f"{path}: {error.strerror}: {what_to_do}") from None
     if head == ARTIFACT_MAGIC:
         blob = Path(path).read_bytes()
         return *unpack_artifact(blob), read_artifact(blob)[4]
     if not str(path).endswith(".pt"):
-        raise ArtifactError(f"{path}: does not start like an artifact: it is damaged, or of another submission")
+        raise ArtifactError(f"{path}: does not start like an artifact: it is damaged, or of another "
+                            f"submission")
     saved = load_tensors(path)
     try:
         return Config(**saved["config"]), saved["state_dict"], ""
     except (KeyError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{path}: not the final weights of a run ({error}): name {FLOAT_NAME} or {ARTIFACT_NAME}") from None
+        raise ArtifactError(f"{path}: not the final weights of a run ({error}): name {FLOAT_NAME} or "
+                            f"{ARTIFACT_NAME}") from None
 
 
 def score_label(config):
@@ -2778,13 +2993,11 @@ class Run:
         return self.runtime.comm.agree(self.runtime.is_main and Path(path).exists())[0] > 0
 
     def prepare(self):
-        """Log the configuration, compare it with the run's, load data, write config.json and manifest.json."""
+        """Log the configuration, compare it with the run's, load data, write config.json and
+        manifest.json."""
         config, log = self.config, self.runtime.log
         self.compare_config()
         different = config.differences()
-        for name, value in config.as_dict().items():
-            log(f"config:{name}={value}{' *' if name in different else ''}")
-        log(f"config_hash:{config.hash()}")
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
                 build_demo_data(config, log)
@@ -2798,26 +3011,36 @@ class Run:
         if self.runtime.is_main:
             text = self.val.fingerprint["val_sha256"]
             if self.known_text not in (None, text):
-                raise DataError(f"{config.data_path}: the validation text is not the one {self.path} was begun with (sha256 {text[:16]}… "
+                raise DataError(f"{config.data_path}: the validation text is not the one {self.path} was "
+                                f"begun with (sha256 {text[:16]}… "
                                 f"instead of {self.known_text[:16]}…): restore it, or set another RUN_ID")
-            write_json(self.path / "config.json", dict(preset=config.preset, hash=config.hash(), eval_only=config.eval_only,
-                                                       val_sha256=text, config=config.as_dict(), differs=different))
+            write_json(self.path / "config.json",
+                       dict(preset=config.preset, hash=config.hash(), eval_only=config.eval_only,
+                                                       val_sha256=text, config=config.as_dict(),
+                                                       differs=different))
         self.write_manifest()
+        for name, value in config.as_dict().items():
+            log(f"config:{name}={value}{' *' if name in different else ''}")
+        log(f"config_hash:{config.hash()}")
         log(f"attention:{self.runtime.attention_choice}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         log(f"val_loader:shards pattern={config.data_path}/fineweb_val_*.bin tokens:{self.val.num_targets}")
         f = self.val.fingerprint
-        log(f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} bytes_per_token:"
-            f"{f['bytes_per_token']:.4f} documents:{f['val_documents']} sha256:{f['val_sha256']} score_scope:{f['scope']}")
+        log(f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} "
+            f"bytes_per_token:"
+            f"{f['bytes_per_token']:.4f} documents:{f['val_documents']} sha256:{f['val_sha256']} "
+            f"score_scope:{f['scope']}")
         log(f"seed:{config.seed}")
         steps = [int(path.stem[5:]) for path in (self.path / "checkpoint").glob("step_*.pt")]
-        self.runtime.event("start", preset=config.preset, hash=config.hash(), seed=config.seed, resumed_step=max(steps, default=0))
+        self.runtime.event("start", preset=config.preset, hash=config.hash(), seed=config.seed,
+                           resumed_step=max(steps, default=0))
         if self.runtime.is_main:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / "STOPPED").unlink()
 
     def compare_config(self):
-        """Raises ConfigError when RUN_DIR holds a run of another configuration, or none where there must be one."""
+        """Raises ConfigError when RUN_DIR holds a run of another configuration, or none where there must be
+        one."""
         known = self.exists(self.path / "config.json")
         if not known and self.config.resume == "must":
             raise ConfigError(f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto")
@@ -2829,10 +3052,13 @@ class Run:
         differ = [f"{name.upper()}: {old['config'].get(name)} -> {value}" for name, value in mine.items()
                   if old["config"].get(name) != value]
         if old.get("eval_only", "") != self.config.eval_only:
-            differ.append(f"EVAL_ONLY: {old.get('eval_only') or 'unset'} -> {self.config.eval_only or 'unset'}")
+            differ.append(f"EVAL_ONLY: {old.get('eval_only') or 'unset'} -> "
+                          f"{self.config.eval_only or 'unset'}")
         if differ:
-            raise ConfigError(f"{self.path} holds a run of another configuration: {'; '.join(differ)}. Use the same settings to "
-                              "resume it, another RUN_ID to start another, or RESUME=never to start again and keep it aside")
+            raise ConfigError(f"{self.path} holds a run of another configuration: {'; '.join(differ)}. Use "
+                              f"the same settings to "
+                              "resume it, another RUN_ID to start another, or RESUME=never to start again "
+                              "and keep it aside")
         with contextlib.suppress(FileNotFoundError):
             self.results = json.loads(self.scores_path.read_text())
 
@@ -2843,12 +3069,15 @@ class Run:
         shards = len(list(Path(config.data_path).glob("fineweb_train_*.bin")))
         manifest = dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-            sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__, device=str(device), device_name=device_name(device),
-            world_size=self.runtime.comm.world, torch_threads=torch.get_num_threads(), config_hash=config.hash(),
+            sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__, device=str(device),
+            device_name=device_name(device),
+            world_size=self.runtime.comm.world, torch_threads=torch.get_num_threads(),
+            config_hash=config.hash(),
             code_sha256=sha256_file(CODE_PATH), code_bytes=CODE_PATH.stat().st_size,
             artifact_sha256=sha256_file(artifact) if artifact else None,
             artifact_bytes=artifact.stat().st_size if artifact else None,
-            tokenizer_sha256=sha256_file(config.tokenizer_path), data=dict(train_shards=shards, **self.val.fingerprint))
+            tokenizer_sha256=sha256_file(config.tokenizer_path),
+            data=dict(train_shards=shards, **self.val.fingerprint))
         self.runtime.log(f"manifest:{json.dumps(manifest)}")
         if self.runtime.is_main:
             write_json(self.path / "manifest.json", manifest)
@@ -2881,7 +3110,8 @@ class Run:
     def model_of(self, path):
         """The model with the weights of a file; one object for all scores, so that it is compiled once."""
         if self.model is None:
-            quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)  # rounding in training has no place here
+            # rounding in training has no place here
+            quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)
             self.model = GPT(quiet, self.runtime.attend).to(self.runtime.device)
         self.model.load_state_dict(load_weights(path)[1])
         return self.model
@@ -2889,21 +3119,26 @@ class Run:
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
         if self.config.mode == "audit" and not self.exists(self.source):
-            raise ConfigError(f"MODE=audit needs an artifact: {self.source} does not exist; set EVAL_ONLY=path")
+            raise ConfigError(f"MODE=audit needs an artifact: {self.source} does not exist; set "
+                              f"EVAL_ONLY=path")
         seal, known = f"{sha256_file(self.source)}/{self.config.hash()}", self.path / "audit.json"
-        done = self.runtime.is_main and known.exists() and json.loads(known.read_text()).get("seal") == seal
-        if self.config.mode == "train" and self.runtime.comm.agree(done)[0] and json.loads(known.read_text())["passed"]:
+        old = json.loads(known.read_text()) if self.runtime.is_main and known.exists() else {}
+        done = old.get("seal") == seal and old["passed"] and self.config.mode == "train"
+        if self.runtime.comm.agree(done)[0]:
             return self.runtime.log(f"phase_done:audit ({known} is this artifact's and passed)")
         self.runtime.stop_if_wanted("the audit", 30)
         begin = time.monotonic()
         checks = audit(self.model_of(self.source), self.val, self.config, self.runtime)
         failed = [check["name"] for check in checks if not check["passed"]]
         if self.runtime.is_main:
-            write_json(known, dict(passed=not failed, seal=seal, seconds=time.monotonic() - begin, checks=checks))
+            write_json(known,
+                       dict(passed=not failed, seal=seal, seconds=time.monotonic() - begin, checks=checks))
         self.runtime.event("audit", passed=not failed)
-        self.runtime.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in {time.monotonic() - begin:.1f} s")
+        self.runtime.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in "
+                         f"{time.monotonic() - begin:.1f} s")
         if failed:
-            raise LegalityError(f"the audit failed: {', '.join(failed)}: this configuration's score is not legal")
+            raise LegalityError(f"the audit failed: {', '.join(failed)}: this configuration's score is not "
+                                f"legal")
 
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
@@ -2920,7 +3155,8 @@ class Run:
                 continue
             score = evaluate(
                 self.model_of(path), self.val, c, self.runtime, stride, ttt=ttt, slot=slot, label=label,
-                state_path=self.path / "checkpoint" / f"eval_{label}.pt", identity=f"{sha256_file(path)}/{c.hash()}")
+                state_path=self.path / "checkpoint" / f"eval_{label}.pt",
+                identity=f"{sha256_file(path)}/{c.hash()}")
             self.record(score, stride)
         self.finish()
 
@@ -2929,12 +3165,15 @@ class Run:
         mark = "" if score.legal else " legality:illegal"
         at = f" stride:{stride}" if score.label.endswith("sliding_window") else ""
         log, name = self.runtime.log, score.label
-        log(f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{at} eval_time:{1000 * score.seconds:.0f}ms{mark}")
+        log(f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{at} "
+            f"eval_time:{1000 * score.seconds:.0f}ms{mark}")
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")
-        self.runtime.event("score", label=name, val_loss=score.val_loss, val_bpb=score.val_bpb, scope=self.val.scope,
+        self.runtime.event("score", label=name, val_loss=score.val_loss, val_bpb=score.val_bpb,
+                           scope=self.val.scope,
                            eval_time_ms=1000 * score.seconds, legal=score.legal)
-        self.results["scores"][name] = dict(val_loss=score.val_loss, val_bpb=score.val_bpb, tokens=score.tokens,
+        self.results["scores"][name] = dict(val_loss=score.val_loss, val_bpb=score.val_bpb,
+                                            tokens=score.tokens,
                                             bytes=score.bytes, eval_time_s=score.seconds, legal=score.legal)
         self.write_results(finished=False)
 
@@ -2946,7 +3185,9 @@ class Run:
         self.results.update(
             finished=finished, seed=c.seed, preset=c.preset, config_hash=c.hash(), scope=self.val.scope,
             world_size=self.runtime.comm.world, iterations=c.iterations, artifact_bytes=size, code_bytes=code,
-            total_bytes=size + code, hardware=f"{self.runtime.comm.world}x {device_name(self.runtime.device)}", pytorch_version=torch.__version__,
+            total_bytes=size + code,
+            hardware=f"{self.runtime.comm.world}x {device_name(self.runtime.device)}",
+            pytorch_version=torch.__version__,
             tokens=self.val.num_targets, bytes=self.val.fingerprint["val_bytes"],
             **{k: v for k, v in info.items() if k != "train_time_ms"})
         if info:
@@ -2956,7 +3197,8 @@ class Run:
     def finish(self):
         self.write_results(finished=True)
         for label, s in self.results["scores"].items():
-            self.runtime.log(f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} score_scope:{self.val.scope}")
+            self.runtime.log(f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} "
+                             f"score_scope:{self.val.scope}")
         self.runtime.event("done")
         self.summarise()
         self.runtime.log(f"run_finished {self.path}")
@@ -2972,10 +3214,12 @@ class Run:
                 log(f"baseline {name} bpb:{8 * packed / len(text):.4f} on the same {len(text)} bytes of text")
         best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
         if not c.eval_only:
-            log(f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact {r['artifact_bytes']} bytes + code "
+            log(f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact "
+                f"{r['artifact_bytes']} bytes + code "
                 f"{r['code_bytes']} = {r['total_bytes']} of {c.budget_bytes}.")
         log(f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}.")
-        log("next: AUDIT=1 proves the score legal; EVAL_ONLY=path/to/final_model.int6.ptz verifies the artifact; more "
+        log("next: AUDIT=1 proves the score legal; EVAL_ONLY=path/to/final_model.int6.ptz verifies the "
+            "artifact; more "
             "ITERATIONS or a larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission.")
 
 
@@ -3008,7 +3252,8 @@ def reported_errors(runtime):
         import traceback
         runtime.event("error", code=1, message=f"{type(error).__name__}: {error}")
         text = traceback.format_exc()
-        print("".join(f"[rank {runtime.comm.rank}] {line}\n" for line in text.splitlines()), file=sys.stderr, flush=True)
+        print("".join(f"[rank {runtime.comm.rank}] {line}\n" for line in text.splitlines()), file=sys.stderr,
+              flush=True)
         leave(runtime, 1)
 
 
