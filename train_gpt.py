@@ -491,7 +491,8 @@ def load_tensors(path):
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}: name a readable file") from None
     if len(blob) < 32 or hashlib.sha256(memoryview(blob)[:-32]).digest() != blob[-32:]:
-        raise ArtifactError(f"{path}: checksum does not match, the file is truncated, damaged or not ours")
+        raise ArtifactError(f"{path}: checksum does not match: it is truncated, damaged or not "
+                            "ours: copy it again, or name another file")
     try:
         return torch.load(io.BytesIO(blob[:-32]), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -790,7 +791,7 @@ def read_shard(path):
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         found = header[:2].tolist()
         raise DataError(f"{path}: not a token shard: header starts with {found}, expected [{SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}]")
+                        f"{SHARD_VERSION}]: download it again, or set DATA_PATH")
     expected = 4 * SHARD_HEADER + 2 * int(header[2])
     if header[2] <= 0:
         raise DataError(f"{path}: its header promises {header[2]} tokens, expected at least one: download it "
@@ -826,7 +827,7 @@ def check_ids(ids, vocab_size, where):
     top = int(ids.max()) if len(ids) else 0
     if top >= vocab_size:
         raise DataError(f"{where}: token id {top} is outside VOCAB_SIZE={vocab_size}: the shards belong to "
-                        f"another tokenizer")
+                        "another tokenizer: set DATA_PATH and TOKENIZER_PATH that belong together")
     return ids
 
 
@@ -939,7 +940,8 @@ class ValStream:
         self.token_bytes, self.seq_len = token_bytes, seq_len
         total = int(self.bytes.sum(dtype=np.int64))
         low, high = CANONICAL_BYTES
-        canonical = token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS and low <= total <= high
+        canonical = token_bytes.vocab_size == 1024 and low <= total <= high
+        canonical = canonical and self.num_targets == CANONICAL_TARGETS
         self.scope = "canonical" if canonical else "proxy"
         self.fingerprint = dict(val_tokens=len(tokens), val_targets=self.num_targets, val_bytes=total,
                                 val_documents=int((tokens == BOS).sum()),
@@ -973,8 +975,8 @@ def load_token_bytes(config, expected_sha256=""):
                         f"VOCAB_SIZE is {config.vocab_size}: set the one that matches")
     if expected_sha256 and sha256_file(config.tokenizer_path) != expected_sha256:
         raise DataError(f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer this artifact was "
-                        f"trained with "
-                        f"(sha256 {expected_sha256[:16]}… expected)")
+                        f"trained with (sha256 {expected_sha256[:16]}… expected): set TOKENIZER_PATH to that "
+                        f"one")
     return token_bytes
 
 
@@ -1273,7 +1275,7 @@ class Attention(nn.Module):
         self.c_q, self.c_k, self.c_v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.proj = Linear(dim, dim)
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
-        self.attn_gate = nn.Linear(dim, config.num_heads) if config.gated_attention else None
+        self.attn_gate = Linear(dim, config.num_heads, bias=True) if config.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual else None
 
     def forward(self, x, scale, out_scale, angles, v0, ve):
@@ -1292,8 +1294,7 @@ class Attention(nn.Module):
         if self.xsa:
             y = ExclusiveAttention.apply(y, v)  # (B, T, H, d)
         if self.attn_gate is not None:
-            gate = F.linear(x, self.attn_gate.weight * scale, self.attn_gate.bias)
-            y = y * torch.sigmoid(gate)[..., None]
+            y = y * torch.sigmoid(self.attn_gate(x, scale))[..., None]
         return self.proj(y.reshape(batch, length, c.model_dim), out_scale[:, None]), own
 
 
@@ -1857,7 +1858,7 @@ def scheme_of(name, shape, config, int5_layers=()):
     matrices."""
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
         return "fp32"
-    if math.prod(shape) <= HALF_LIMIT:
+    if len(shape) > 2 or math.prod(shape) <= HALF_LIMIT:
         return "fp16"
     layer = re.match(r"blocks\.(\d+)\.mlp\.", name)
     if layer and int(layer.group(1)) in int5_layers:
@@ -2960,10 +2961,13 @@ def load_weights(path):
         raise ArtifactError(f"{path}: {error.strerror}: {what_to_do}") from None
     if head == ARTIFACT_MAGIC:
         blob = Path(path).read_bytes()
-        return *unpack_artifact(blob), read_artifact(blob)[4]
+        try:
+            return *unpack_artifact(blob), read_artifact(blob)[4]
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
     if not str(path).endswith(".pt"):
         raise ArtifactError(f"{path}: does not start like an artifact: it is damaged, or of another "
-                            f"submission")
+                            "submission: copy it again, or name another file")
     saved = load_tensors(path)
     try:
         return Config(**saved["config"]), saved["state_dict"], ""
