@@ -1,0 +1,141 @@
+"""PRESET=demo: the whole path on a laptop, with the scores of gzip and xz beside its own."""
+import gzip
+import lzma
+import re
+
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import TINY, launch, read_json
+from test_presets import run_main
+
+import train_gpt
+from train_gpt import Config
+
+DEMO = Config.from_env({"PRESET": "demo"})
+
+
+@pytest.fixture(scope="module")
+def demo(tiny_data, tmp_path_factory):
+    """The demo on tiny data, started in an empty directory."""
+    settings = {**tiny_data.settings, "preset": "demo", "dtype": "float32"}
+    finished = run_main(tmp_path_factory.mktemp("demo") / "run", **settings)
+    assert finished.code == 0, finished.err
+    return finished
+
+
+@pytest.fixture(scope="module")
+def text(tiny_data):
+    """The validation text that is scored: all whole windows, decoded."""
+    tokens = np.fromfile(tiny_data.data_path / "fineweb_val_000000.bin", "<u2")[512:]
+    targets = (len(tokens) - 1) // TINY["eval_seq_len"] * TINY["eval_seq_len"]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tiny_data.tokenizer_path))
+    return model.decode(tokens[:targets + 1].tolist()).encode()
+
+
+@pytest.mark.parametrize("name", ["gzip -9", "xz -6"])
+def test_a_baseline_is_the_compressed_size_of_the_text_that_is_scored(name, demo, text):
+    packed = gzip.compress(text, 9) if name == "gzip -9" else lzma.compress(text, preset=6)
+    line = f"baseline {name} bpb:{8 * len(packed) / len(text):.4f} on the same {len(text)} bytes of text"
+    assert demo.lines.count(line) == 1
+
+
+def test_the_baselines_text_is_as_long_as_the_bytes_that_are_scored(demo, text):
+    scored = read_json(demo.dir / "scores.json")["bytes"]
+    documents = read_json(demo.dir / "manifest.json")["data"]["val_documents"]
+    assert scored == demo.scores()["legal_ttt"]["bytes"] and abs(scored - len(text)) <= documents
+
+
+def test_the_demo_ends_with_scores_baselines_summary_and_what_to_try_next(demo):
+    tail = demo.lines[[i for i, line in enumerate(demo.lines) if line.startswith("legal_ttt ")][0]:]
+    starts = ["legal_ttt ", "legal_ttt_exact ", "score_scope:proxy", "result pre_quant ",
+              "result final_int6_roundtrip ", "result final_int6_sliding_window ", "result legal_ttt ",
+              "baseline gzip -9 ", "baseline xz -6 ", "summary: trained ", "summary: best legal score ",
+              "next: ", "run_finished "]
+    assert [line.startswith(start) for line, start in zip(tail, starts, strict=True)] == [True] * len(starts)
+
+
+def test_the_demo_tells_its_artifact_size_and_what_to_try(demo):
+    summary = next(line for line in demo.lines if line.startswith("summary: trained"))
+    advice = next(line for line in demo.lines if line.startswith("next:"))
+    assert f"artifact {(demo.dir / 'final_model.int6.ptz').stat().st_size} bytes" in summary
+    assert set(re.findall(r"\b([A-Z][A-Z_]+)=?", advice)) <= {*(name.upper() for name in DEMO.as_dict())}
+    assert "PRESET=nfm_7k" in advice
+
+
+def test_with_data_of_ones_own_the_demo_builds_none(demo):
+    assert "demo_data:" not in demo.out
+    assert [path.name for path in demo.dir.parent.iterdir()] == ["run"]
+
+
+def test_another_preset_without_data_points_to_the_demo(tmp_path):
+    failed = run_main(tmp_path / "run", device="cpu")
+    assert failed.code == 3 and "PRESET=demo python train_gpt.py" in failed.err
+    assert "data/datasets/fineweb10B_sp1024" in failed.err and "DATA_PATH" in failed.err
+
+
+# --------------------------------------------------------------------------------------------------
+# With the demo's own data
+# --------------------------------------------------------------------------------------------------
+# A model that learns fast, few steps, and windows that hardly overlap: a minute instead of four.
+SHORT = dict(preset="demo", num_layers=3, model_dim=128, iterations=40, warmdown_iters=20, val_loss_every=0,
+             train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=256, eval_seq_len=256,
+             eval_stride=128, ttt_chunk_tokens=65536, ttt_epochs=1, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short_demo")
+    finished = launch({**SHORT, "run_id": "first"}, folder, timeout=900)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return folder, finished.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_builds_enough_text_and_scores_all_of_it(short_demo):
+    folder, out = short_demo
+    train, val = map(int, re.search(r"^demo_data: train (\d+) bytes, val (\d+) bytes", out, re.M).groups())
+    assert train >= 6_000_000 and val >= 250_000
+    result = read_json(folder / "runs/first/scores.json")
+    assert result["finished"] and list(result["scores"]) == [
+        "pre_quant", "final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"]
+    # Normalisation may shorten the text, trimming takes less than one window of it.
+    assert val - 0.02 * val - 8 * 256 <= result["bytes"] <= val
+
+
+@pytest.mark.slow
+def test_the_demo_s_parts_share_no_paragraph(short_demo):
+    folder = short_demo[0]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / DEMO.tokenizer_path))
+    parts = []
+    for split in ("train", "val"):
+        tokens = np.asarray(train_gpt.read_shard(folder / DEMO.data_path / f"fineweb_{split}_000000.bin"))
+        documents = np.split(tokens, np.flatnonzero(tokens == train_gpt.BOS))[1:]
+        parts.append({model.decode(ids.tolist()) for ids in documents})
+    # Spaces and line ends are gone from the tokens, so what can be compared is a long enough stretch of text.
+    stretches = [{text[i:i + 400] for text in part for i in range(0, len(text) - 400, 400)} for part in parts]
+    held_out = "\n".join(parts[1])
+    assert len(stretches[1]) > 100 and not [s for s in stretches[0] if s in held_out]
+
+
+@pytest.mark.slow
+def test_a_second_demo_finds_the_data_of_the_first(short_demo):
+    folder, _ = short_demo
+    settings = {**SHORT, "iterations": 0, "ttt_enabled": False, "eval_stride": 256}
+    again = run_main(folder / "runs" / "second", cwd=folder, **settings)
+    assert again.code == 0 and "demo_data:" not in again.out
+    first, second = (read_json(folder / f"runs/{name}/manifest.json")["data"] for name in ("first", "second"))
+    assert first == second
+
+
+@pytest.mark.slow
+def test_the_demo_beats_gzip(short_demo):
+    """At its own size and a third of its steps; the README's figures come from the whole run."""
+    folder, _ = short_demo
+    settings = dict(preset="demo", iterations=100, warmdown_iters=50, ttt_enabled=False, eval_stride=512,
+                    device="cpu", run_id="third", omp_num_threads=2)
+    finished = launch(settings, folder, timeout=1800)
+    assert finished.returncode == 0, finished.stderr
+    baseline = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", finished.stdout, re.M)[1])
+    scores = read_json(folder / "runs/third/scores.json")["scores"]
+    assert scores["final_int6_sliding_window"]["val_bpb"] < baseline

@@ -1,0 +1,691 @@
+"""Evaluation: the plan, the meter, the scoring loop, test-time training, SLOT, and going on after a stop."""
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import train_gpt
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_gpt import ArtifactError, LegalityError, Meter, Stopped, plan_windows, plan_work
+
+SEQ, STRIDE, CHUNK = 64, 16, 256  # of conftest.TINY
+EVERY_PART = dict(ve_dim=8, ve_last_n=2, flow_enabled=True, flow_latent_dim=8, flow_hidden_dim=16,
+                  e2e_ttt_enabled=True)
+
+
+def random_model(config, attend=train_gpt.cpu_attention, seed=0):
+    """A model none of whose tensors is zero, in training mode as a trainer would leave it."""
+    torch.manual_seed(seed)
+    model = train_gpt.GPT(config, attend)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.15 * torch.randn_like(param))
+    return model.train()
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def replaced(stream, low, high=None):
+    """`stream` with each token of [low, high) replaced by another."""
+    tokens = np.array(stream.tokens)
+    tokens[low:high] = (tokens[low:high] + 7) % 384
+    return stream.replaced(tokens)
+
+
+class Seen(train_gpt.Observer):
+    """nll of every target as the loop counted it."""
+
+    def __init__(self, num_targets):
+        self.nll = np.full(num_targets, np.nan)
+
+    def scored(self, targets, logps, nll):
+        assert np.isnan(self.nll[targets]).all()
+        self.nll[targets] = nll.double().numpy()
+
+
+@dataclasses.dataclass
+class Case:
+    """A configuration, a runtime and a validation stream."""
+    config: train_gpt.Config
+    runtime: train_gpt.Runtime
+    stream: train_gpt.ValStream
+
+    def model(self):
+        return random_model(self.config, self.runtime.attend)
+
+    def run(self, model=None, stream=None, stride=None, **options):
+        """(Score, Seen) of one evaluation."""
+        model, stream = model or self.model(), stream or self.stream
+        options.setdefault("observer", Seen(stream.num_targets))
+        score = train_gpt.evaluate(model, stream, self.config, self.runtime, stride, **options)
+        return score, options["observer"]
+
+    def log(self):
+        return (self.runtime.dir / "train.log").read_text()
+
+
+@pytest.fixture
+def case(runtime, tiny_data):
+    """make(targets, **changes of the configuration) -> Case."""
+    tokens = np.array(train_gpt.read_shard(tiny_data.data_path / "fineweb_val_000000.bin"))
+    token_bytes = train_gpt.TokenBytes(tiny_data.tokenizer_path)
+
+    def make(targets=300, **changes):
+        config = tiny_config(**changes)
+        stream = train_gpt.ValStream(tokens[:targets + 1], token_bytes, config.eval_seq_len)
+        return Case(config, runtime(config), stream)
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Windows and work
+# ------------------------------------------------------------------------------------------------------------
+def test_windows_of_a_short_stream_by_hand():
+    assert plan_windows(10, 4, 2) == [(0, 0, 4), (2, 4, 6), (4, 6, 8), (6, 8, 10)]
+    assert plan_windows(9, 4, 4) == [(0, 0, 4), (4, 4, 8), (5, 8, 9)]  # the last reaches back for context
+    assert plan_windows(3, 4, 1) == [(0, 0, 3)]
+    assert plan_windows(4, 4, 9) == [(0, 0, 4)]
+    assert plan_windows(0, 4, 2) == []
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(st.integers(0, 400), st.integers(1, 60), st.integers(1, 80))
+def test_every_target_is_scored_exactly_once_in_order_with_as_much_context_as_fits(targets, seq_len, stride):
+    windows = plan_windows(targets, seq_len, stride)
+    assert [t for _, first, end in windows for t in range(first, end)] == list(range(targets))
+    for number, (start, first, end) in enumerate(windows):
+        assert start <= first < end
+        assert start == max(0, end - seq_len)
+        assert end - first <= (seq_len if number == 0 else min(stride, seq_len))
+    full = [end - first for _, first, end in windows[1:-1]]
+    assert set(full) <= {min(stride, seq_len)}  # no window is wasted on fewer targets than it could score
+
+
+# The arguments of planned() below.
+WORK = st.tuples(st.integers(1, 900), st.integers(2, 40), st.integers(1, 40), st.integers(1, 4),
+                 st.integers(1, 7), st.integers(1, 3), st.integers(1, 5))
+
+
+def planned(targets, seq_len, stride, rows, per_round, epochs, batch, ttt=True):
+    stride = min(stride, seq_len)
+    config = tiny_config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_tokens=rows * seq_len,
+                         ttt_epochs=epochs, ttt_batch_seqs=batch, ttt_lr=0.1)
+    windows = plan_windows(targets, seq_len, stride)
+    return config, windows, plan_work(windows, targets, config, per_round, ttt)
+
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(WORK)
+def test_each_chunk_is_scored_before_it_is_trained_on_and_the_last_is_never_trained_on(numbers):
+    config, windows, work = planned(*numbers)
+    targets, chunk, scored, trained = numbers[0], config.ttt_chunk_tokens, 0, {}
+    for item in work:
+        if item[0] == "score":
+            assert 0 < item[2] - item[1] <= numbers[4]
+            assert windows[item[1]][1] == scored
+            scored = windows[item[2] - 1][2]
+            # Rounds do not cross chunks: all of the next chunk's windows see this chunk's training.
+            assert windows[item[1]][1] // chunk == windows[item[2] - 1][1] // chunk
+            assert windows[item[1]][1] // chunk == len(trained)
+        else:
+            _, first, low, high, rate = item
+            assert 0 < high - low <= config.ttt_batch_seqs
+            assert first + high * config.eval_seq_len <= scored
+            trained.setdefault(first, []).extend(range(low, high))
+    chunks, rows = math.ceil(targets / chunk), chunk // config.eval_seq_len
+    assert scored == targets
+    assert trained == {c * chunk: list(range(rows)) * config.ttt_epochs for c in range(chunks - 1)}
+
+
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
+@given(WORK)
+def test_without_test_time_training_the_work_is_one_row_of_full_rounds(numbers):
+    _, windows, work = planned(*numbers, ttt=False)
+    per_round, count = numbers[4], len(windows)
+    assert work == [("score", at, min(at + per_round, count)) for at in range(0, count, per_round)]
+
+
+def test_the_learning_rate_is_a_cosine_over_chunks():
+    config, _, work = planned(5 * 40 * 4, 40, 10, 4, 2, 1, 4)
+    rates = {item[1] // config.ttt_chunk_tokens: item[4] for item in work if item[0] == "train"}
+    # lr 0.1 over 5 chunks: (1 + cos(pi c / 4)) / 20; the fifth chunk is not trained on
+    assert rates == pytest.approx({0: 0.1, 1: 0.0853553, 2: 0.05, 3: 0.0146447}, abs=1e-7)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_share_all_windows_and_their_sums_add_up(case, world):
+    case = case(300)
+    model, alone = case.model(), case.run()[0]
+    coverage, nats, num_bytes = np.zeros(300, int), 0.0, 0
+    for rank in range(world):
+        case.runtime.comm = train_gpt.Comm(rank, world)
+        share = train_gpt.Evaluation(model.eval(), case.stream, case.config, case.runtime, STRIDE)
+        for item in share.work:
+            share.score(*item[1:])
+        coverage += share.meter.coverage
+        nats, num_bytes = nats + float(share.meter.nll), num_bytes + share.meter.bytes
+    case.runtime.comm = train_gpt.Comm()
+    assert (coverage == 1).all()
+    assert nats / 300 == pytest.approx(alone.val_loss, rel=1e-6) and num_bytes == alone.bytes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The meter
+# ------------------------------------------------------------------------------------------------------------
+def test_bits_per_byte_is_nats_over_ln_2_over_bytes():
+    assert train_gpt.bits_per_byte(math.log(2) * 10, 5) == pytest.approx(2, rel=1e-15)
+
+
+@pytest.mark.parametrize("first, end", [(0, 4), (3, 6), (2, 3)])
+def test_the_meter_refuses_a_target_twice_and_a_step_back(first, end):
+    meter = Meter(10, "cpu")
+    meter.add(0, 4, torch.tensor(1.0), 4)
+    with pytest.raises(LegalityError):
+        meter.add(first, end, torch.tensor(1.0), 1)
+    meter.add(6, 8, torch.tensor(1.0), 2)
+    with pytest.raises(LegalityError):
+        meter.add(4, 6, torch.tensor(1.0), 2)
+
+
+def test_the_meter_sums_in_float64():
+    meter = Meter(3, "cpu")
+    for target, value in enumerate((2.0**25, 1.0, 2.0**-20)):
+        meter.add(target, target + 1, torch.tensor(value, dtype=torch.float64), 1)
+    assert float(meter.nll) == 2.0**25 + 1 + 2.0**-20
+
+
+def test_an_evaluation_that_misses_targets_is_no_score(case, monkeypatch):
+    monkeypatch.setattr(train_gpt, "plan_windows", lambda *a: plan_windows(*a)[:-1])
+    with pytest.raises(LegalityError):
+        case().run()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scoring
+# ------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def plain_nll(model, tokens, seq_len, stride):
+    """nll of every target in float64: the window of each is found on its own, and each window runs alone."""
+    targets, ends = len(tokens) - 1, {}
+    for t in range(targets):
+        steps = max(0, math.ceil((t + 1 - seq_len) / stride))
+        ends.setdefault(min(targets, seq_len + steps * stride), []).append(t)
+    nll, ids, model = np.zeros(targets), torch.from_numpy(np.array(tokens, np.int64)), model.eval()
+    for end, scored in ends.items():
+        start = max(0, end - seq_len)
+        logits = model.logits(model.hidden(ids[None, start:end]))[0].double()
+        for t in scored:
+            nll[t] = torch.logsumexp(logits[t - start], 0) - logits[t - start, ids[t + 1]]
+    return nll
+
+
+@pytest.mark.parametrize("stride", [1, 16, 37, SEQ])
+def test_the_score_equals_a_plain_loop_over_all_windows(case, stride):
+    case = case(150 if stride == 1 else 300, eval_batch_seqs=5)
+    score, seen = case.run(stride=stride)
+    expected = plain_nll(case.model(), case.stream.tokens, SEQ, stride)
+    assert np.abs(seen.nll - expected).max() < 2e-5
+    assert score.val_loss == pytest.approx(expected.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("targets", [5, SEQ - 1, SEQ, SEQ + 1, 2 * SEQ + 3])
+def test_streams_of_any_length_are_scored_whole(case, targets):
+    case = case(targets)
+    score, _ = case.run()
+    assert score.tokens == targets
+    expected = plain_nll(case.model(), case.stream.tokens, SEQ, STRIDE)
+    assert score.val_loss == pytest.approx(expected.mean(), rel=1e-6)
+
+
+def test_the_score_does_not_depend_on_the_batch_size(case):
+    case, losses = case(), []
+    for size in (1, 3, 8, 50):
+        case.config = dataclasses.replace(case.config, eval_batch_seqs=size)
+        losses.append(case.run()[0].val_loss)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_the_score_is_the_float64_sum_over_bytes_by_the_tokenizer(case):
+    case = case()
+    score, seen = case.run()
+    ids = np.array(case.stream.tokens)
+    assert score.bytes == case.stream.token_bytes.count(ids[:-1], ids[1:]).sum()
+    assert score.val_loss * score.tokens == pytest.approx(seen.nll.sum(), rel=1e-13)
+    assert score.val_bpb == pytest.approx(seen.nll.sum() / math.log(2) / score.bytes, rel=1e-13)
+    assert score.legal
+
+
+def test_roundtrip_is_the_same_loop_with_windows_side_by_side(case):
+    case = case(3 * SEQ)
+    score, _ = case.run(stride=SEQ)
+    ids = torch.from_numpy(np.array(case.stream.tokens, np.int64))
+    with torch.no_grad():
+        loss = case.model().eval()(ids[:-1].view(3, SEQ), ids[1:].view(3, SEQ))
+    assert score.val_loss == pytest.approx(float(loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, STRIDE, SEQ])
+def test_only_scored_positions_get_logits(case, stride):
+    case = case(150)
+    model, rows = case.model(), []
+    logits = model.logits
+    model.logits = lambda hidden: rows.append(hidden.numel() // hidden.size(-1)) or logits(hidden)
+    case.run(model, stride=stride)
+    assert sum(rows) == 150
+
+
+def test_scoring_leaves_weights_and_mode_alone_and_builds_no_graph(case):
+    case = case(100)
+    model = case.model()
+    before = weights(model)
+    case.run(model)
+    assert same(before, weights(model)) and model.training
+    assert all(param.grad is None and param.requires_grad for param in model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("ttt", [False, True])
+def test_weights_that_are_not_finite_are_a_clear_error(case, value, ttt):
+    case = case(2 * CHUNK)
+    model = case.model()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc.weight[0, 0] = value
+    with pytest.raises(ArtifactError, match="finite"):
+        case.run(model, ttt=ttt)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Out of memory
+# ------------------------------------------------------------------------------------------------------------
+def with_memory_for(model, rows):
+    """`model` as on a device that cannot hold more than `rows` sequences; returns the sizes that ran."""
+    ran = []
+
+    def limited(function):
+        def call(ids, *rest):
+            if len(ids) > rows:
+                raise torch.OutOfMemoryError("no memory")
+            ran.append(len(ids))
+            return function(ids, *rest)
+        return call
+    model.hidden, model.forward = limited(model.hidden), limited(model.forward)
+    return ran
+
+
+@pytest.mark.parametrize("ttt", [False, True])
+def test_out_of_memory_halves_the_batch_and_keeps_the_score(case, ttt):
+    case = case(2 * CHUNK, eval_batch_seqs=8, ttt_batch_seqs=4)
+    expected, every = case.run(ttt=ttt)
+    model = case.model()
+    ran = with_memory_for(model, 3)
+    score, seen = case.run(model, ttt=ttt)
+    assert max(ran) == 2 and case.runtime.batch_seqs == 2
+    assert score.tokens == expected.tokens and score.bytes == expected.bytes
+    assert score.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
+    assert np.abs(seen.nll - every.nll).max() < 1e-3
+    assert "out_of_memory" in case.log()
+
+
+@pytest.mark.parametrize("ttt", [False, True])
+def test_no_memory_for_one_window_is_an_error_of_exit_code_7(case, ttt):
+    case = case(2 * CHUNK)
+    model = case.model()
+    if ttt:  # scoring fits, training does not
+        model.forward = lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    else:
+        with_memory_for(model, 0)
+    with pytest.raises(train_gpt.ResourceError, match="EVAL_SEQ_LEN") as error:
+        case.run(model, ttt=ttt)
+    assert error.value.code == 7
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Test-time training
+# ------------------------------------------------------------------------------------------------------------
+class Weights(Seen):
+    """Also the weights that scored each chunk, and the rate of every step."""
+
+    def __init__(self, num_targets):
+        super().__init__(num_targets)
+        self.by_chunk, self.rates = {}, []
+
+    def before_item(self, evaluation, item):
+        if item[0] == "score":
+            self.by_chunk[evaluation.windows[item[1]][1] // CHUNK] = weights(evaluation.model)
+
+    def after_item(self, evaluation, item):
+        if item[0] == "train":
+            self.rates.append(evaluation.sgd.param_groups[0]["lr"])
+
+
+def adapt(case, model=None):
+    return case.run(model, ttt=True, observer=Weights(case.stream.num_targets))
+
+
+def test_replacing_a_chunk_leaves_all_earlier_scores_bit_for_bit(case):
+    case = case(3 * CHUNK, ttt_lr=0.05)
+    _, base = case.run(ttt=True)
+    for edge in (CHUNK, 2 * CHUNK, 2 * CHUNK + 100):
+        _, twin = case.run(stream=replaced(case.stream, edge + 1), ttt=True)
+        assert np.array_equal(twin.nll[:edge], base.nll[:edge])
+        assert not np.array_equal(twin.nll[edge:edge + SEQ], base.nll[edge:edge + SEQ])
+
+
+def test_training_on_a_chunk_changes_the_scores_after_it_and_none_before(case):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    still, moved = case.run()[1].nll, case.run(ttt=True)[1].nll
+    assert np.array_equal(still[:CHUNK], moved[:CHUNK])
+    assert (still[CHUNK:] != moved[CHUNK:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("freeze", [0, 1, 3])
+def test_frozen_blocks_do_not_move_and_everything_else_does(case, freeze):
+    case = case(2 * CHUNK, ttt_freeze_blocks=freeze, ttt_lr=0.5, ttt_epochs=2, **EVERY_PART)
+    model = case.model()
+    model.ve.scale.data.fill_(1.0)  # strong enough for steps that float32 does not round away
+    _, seen = adapt(case, model)
+    before, after = seen.by_chunk[0], seen.by_chunk[1]
+    frozen = {name for name in before if name.startswith(tuple(f"blocks.{i}." for i in range(freeze)))}
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    assert len(frozen) > 0 or freeze == 0
+
+
+def test_the_optimiser_holds_no_frozen_weight(case):
+    case = case(2 * CHUNK, ttt_freeze_blocks=2)
+    model = case.model()
+    with train_gpt.adapted(model, 2) as params:
+        held = {id(param) for param in params}
+        for name, param in model.named_parameters():
+            is_frozen = name.startswith(("blocks.0.", "blocks.1."))
+            assert (id(param) in held) is not is_frozen and param.requires_grad is not is_frozen
+
+
+def test_every_step_uses_the_rate_of_its_chunk(case):
+    case = case(4 * CHUNK, ttt_lr=0.02, ttt_epochs=2)
+    _, seen = adapt(case)
+    steps = 2 * 2  # 2 epochs of 4 rows in batches of 2
+    assert seen.rates == pytest.approx([0.02] * steps + [0.015] * steps + [0.005] * steps, rel=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_the_steps_on_a_chunk_equal_plain_sgd(case, clip):
+    case = case(3 * CHUNK, ttt_lr=0.05, ttt_epochs=2, ttt_batch_seqs=3, ttt_momentum=0.8, ttt_grad_clip=clip)
+    _, seen = adapt(case)
+    model, momentum = case.model().eval(), {}
+    tokens = torch.from_numpy(np.array(case.stream.tokens, np.int64))
+    params = {name: p for name, p in model.named_parameters() if not name.startswith("blocks.0.")}
+    for chunk, rate in ((0, 0.05), (1, 0.025)):
+        span = tokens[chunk * CHUNK:(chunk + 1) * CHUNK + 1]
+        ids, targets = span[:-1].view(-1, SEQ), span[1:].view(-1, SEQ)
+        for _ in range(2):
+            for rows in (slice(0, 3), slice(3, 4)):
+                logits = model.logits(model.hidden(ids[rows]))
+                loss = F.cross_entropy(logits.flatten(0, 1), targets[rows].flatten())
+                grads = torch.autograd.grad(loss, list(params.values()))
+                norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+                scale = min(1.0, clip / norm) if clip else 1.0
+                for (name, param), grad in zip(params.items(), grads):
+                    momentum[name] = 0.8 * momentum.get(name, 0) + scale * grad
+                    param.data -= rate * momentum[name]
+        found = seen.by_chunk[chunk + 1]
+        for name, value in model.state_dict().items():
+            assert torch.allclose(found[name], value, rtol=1e-4, atol=2e-5), (chunk, name)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_weights_modes_and_gradients_are_restored_after_the_evaluation(case, stop):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    model = case.model()
+    model.skip_weights.requires_grad_(False)
+    before = weights(model)
+    if stop:
+        with pytest.raises(Stopped):
+            case.run(model, ttt=True, observer=StopAfter(case.runtime, 7, 2 * CHUNK))
+    else:
+        case.run(model, ttt=True)
+    assert same(before, weights(model)) and model.training
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["skip_weights"]
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_training_rounds_nothing_and_adds_no_flow_loss(case):
+    """Test-time training minimises what is scored: the cross entropy alone."""
+    case = case(2 * CHUNK, nfm_loss_weight=0.0, ttt_lr=0.05)
+    plain = case.run(ttt=True)[0]
+    case.config = dataclasses.replace(case.config, nfm_loss_weight=5.0)
+    assert case.run(ttt=True)[0].val_loss == plain.val_loss
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SLOT
+# ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def shifts(monkeypatch):
+    """{first scored target of a window: its shift (1, D)}, filled by every evaluation."""
+    kept, original = {}, train_gpt.Evaluation.slot_shift
+
+    def recording(self, hidden, targets, windows):
+        shift = original(self, hidden, targets, windows)
+        for (_, first, _), row in zip(windows, shift.expand(len(windows), -1, -1)):
+            kept[first] = row.clone()
+        return shift
+    monkeypatch.setattr(train_gpt.Evaluation, "slot_shift", recording)
+    return kept
+
+
+def slot_leaks(case, shifts, ttt=False):
+    """First scored targets of windows whose shift, or whose earlier scores, see a token from there on."""
+    _, base = case.run(slot=case.config.slot, ttt=ttt)
+    base_shifts, leaks = dict(shifts), []
+    firsts = [first for _, first, _ in plan_windows(case.stream.num_targets, SEQ, STRIDE)]
+    for first in firsts[::3] + firsts[-1:]:
+        shifts.clear()
+        _, twin = case.run(stream=replaced(case.stream, first + 1), slot=case.config.slot, ttt=ttt)
+        same_shift = torch.equal(shifts[first], base_shifts[first])
+        same_scores = np.array_equal(twin.nll[:first], base.nll[:first])
+        leaks += [] if same_shift and same_scores else [first]
+    return leaks, base_shifts
+
+
+@pytest.mark.parametrize("ttt", [False, True])
+def test_causal_slot_sees_no_token_from_its_first_scored_position_on(case, shifts, ttt):
+    leaks, base_shifts = slot_leaks(case(2 * CHUNK if ttt else 250, slot="causal"), shifts, ttt)
+    assert leaks == []
+    assert not base_shifts.pop(0).any()  # nothing is known before the first window
+    assert all(shift.any() for shift in base_shifts.values())
+
+
+def test_published_slot_leaks_at_every_place_that_was_tried(case, shifts):
+    leaks, base_shifts = slot_leaks(case(250, slot="published"), shifts)
+    assert len(leaks) >= 5 and leaks[0] == 0 and set(leaks) <= set(base_shifts)
+
+
+def test_the_shift_of_a_window_equals_plain_adamw_on_that_window_alone(case, shifts):
+    case = case(250, slot="causal", slot_lr=0.01, slot_steps=4)
+    score, seen = case.run(slot="causal")
+    model = case.model().eval().requires_grad_(False)
+    ids = torch.from_numpy(np.array(case.stream.tokens, np.int64))
+    for start, first, end in plan_windows(250, SEQ, STRIDE):
+        hidden = model.hidden(ids[None, start:end])[0]
+        shift = torch.zeros(1, hidden.size(1), requires_grad=True)
+        adamw = torch.optim.AdamW([shift], lr=0.01)
+        for _ in range(4 if first > start else 0):
+            known = slice(0, first - start)
+            loss = F.cross_entropy(model.logits(hidden[known] + shift), ids[start + 1:first + 1])
+            shift.grad, = torch.autograd.grad(loss, shift)
+            adamw.step()
+        assert torch.allclose(shifts[first], shift, rtol=1e-3, atol=2e-5), first
+        nll = F.cross_entropy(model.logits(hidden + shift), ids[start + 1:end + 1], reduction="none")
+        assert np.allclose(seen.nll[first:end], nll[first - start:].detach().numpy(), atol=1e-4)
+
+
+def test_slot_computes_the_hidden_states_of_a_window_once(case):
+    case = case(250, slot="causal", slot_steps=5)
+    model, rows = case.model(), []
+    hidden = model.hidden
+    model.hidden = lambda ids: rows.append(len(ids)) or hidden(ids)
+    case.run(model, slot="causal")
+    assert sum(rows) == len(plan_windows(250, SEQ, STRIDE))
+
+
+def test_only_published_slot_is_illegal(case):
+    case = case(100)
+    assert [case.run(slot=slot)[0].legal for slot in ("off", "causal", "published")] == [True, True, False]
+
+
+@pytest.mark.parametrize("slot, ttt, label", [
+    ("off", False, ""), ("off", True, "legal_ttt"), ("causal", False, "slot_causal"),
+    ("causal", True, "legal_ttt_slot_causal"), ("published", False, "illegal_slot_published"),
+    ("published", True, "illegal_ttt_slot_published")])
+def test_the_label_of_a_score_says_whether_it_is_legal(slot, ttt, label):
+    assert train_gpt.score_label(tiny_config(slot=slot, ttt_enabled=ttt)) == label
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Going on after a stop
+# ------------------------------------------------------------------------------------------------------------
+class StopAfter(Seen):
+    """Wishes to stop after work item `item`, as a signal would."""
+
+    def __init__(self, runtime, item, num_targets):
+        super().__init__(num_targets)
+        self.runtime, self.item = runtime, item
+
+    def after_item(self, evaluation, item):
+        if evaluation.cursor == self.item:
+            self.runtime.stop_signal = "SIGTERM"
+
+
+def result(score):
+    return dataclasses.replace(score, seconds=0.0)
+
+
+MODES = {"sliding": {}, "ttt": dict(ttt=True), "ttt_slot": dict(ttt=True, slot="causal")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stopped_evaluation_goes_on_to_exactly_the_uninterrupted_score(case, tmp_path, mode):
+    case = case(3 * CHUNK, ttt_lr=0.05, ttt_epochs=2, eval_batch_seqs=3)
+    options = dict(MODES[mode], label=mode)
+    expected, whole = case.run(**options)
+    windows = plan_windows(3 * CHUNK, SEQ, STRIDE)
+    items = len(plan_work(windows, 3 * CHUNK, case.config, 3, options.get("ttt", False)))
+    for item in np.random.default_rng(1).integers(0, items - 1, 4).tolist():
+        options.update(state_path=tmp_path / f"state_{item}.pt", identity="weights")
+        with pytest.raises(Stopped, match=mode) as stop:
+            case.run(observer=StopAfter(case.runtime, item, 3 * CHUNK), **options)
+        assert stop.value.code == 75
+        case.runtime.stop_signal = ""
+        score, rest = case.run(**options)
+        assert result(score) == result(expected)
+        done = np.isnan(rest.nll)
+        assert done.any() and np.array_equal(rest.nll[~done], whole.nll[~done])  # nothing was scored again
+
+
+def test_an_evaluation_stopped_after_every_item_still_gives_the_same_score(case, tmp_path):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    options = dict(ttt=True, state_path=tmp_path / "state.pt", label="legal_ttt")
+    expected = case.run(ttt=True, label="legal_ttt")[0]
+    for item in range(100):
+        try:
+            score = case.run(observer=StopAfter(case.runtime, item, 2 * CHUNK), **options)[0]
+            break
+        except Stopped:
+            case.runtime.stop_signal = ""
+    assert item >= 8 and result(score) == result(expected)
+
+
+class Killed(Exception):
+    """Ends the process without a chance to save."""
+
+
+class KillAt(Seen):
+    def __init__(self, item, num_targets):
+        super().__init__(num_targets)
+        self.item = item
+
+    def before_item(self, evaluation, item):
+        if evaluation.cursor == self.item:
+            raise Killed
+
+
+def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case, tmp_path):
+    case = case(2 * CHUNK, ttt_lr=0.05, eval_checkpoint_seconds=1e-9)
+    options = dict(ttt=True, state_path=tmp_path / "state.pt", label="legal_ttt")
+    expected = case.run(ttt=True, label="legal_ttt")[0]
+    with pytest.raises(Killed):
+        case.run(observer=KillAt(7, 2 * CHUNK), **options)
+    assert result(case.run(**options)[0]) == result(expected)
+    assert "resumed_evaluation legal_ttt item:7/" in case.log()
+
+
+def stopped_state(case, path, **options):
+    """Leave the state of an evaluation that stopped half-way at `path`."""
+    with pytest.raises(Stopped):
+        case.run(observer=StopAfter(case.runtime, 3, case.stream.num_targets), state_path=path, **options)
+    case.runtime.stop_signal = ""
+
+
+@pytest.mark.parametrize("change", [dict(identity="other"), dict(label="b"), dict(stride=8), dict(ttt=True),
+                                    dict(slot="causal")])
+def test_the_state_of_another_evaluation_is_ignored_with_a_warning(case, tmp_path, change):
+    case = case(2 * CHUNK)
+    stopped_state(case, tmp_path / "state.pt", identity="mine", label="a")
+    options = {**dict(identity="mine", label="a"), **change}
+    expected = case.run(**options)[0]
+    assert result(case.run(state_path=tmp_path / "state.pt", **options)[0]) == result(expected)
+    assert "warning: " in case.log() and "resumed_evaluation" not in case.log()
+
+
+def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(case, tmp_path):
+    case = case(2 * CHUNK)
+    stopped_state(case, tmp_path / "state.pt", identity="mine")
+    other = replaced(case.stream, 5)
+    expected = case.run(stream=other, identity="mine")[0]
+    found = case.run(stream=other, identity="mine", state_path=tmp_path / "state.pt")[0]
+    assert result(found) == result(expected)
+    assert "warning: " in case.log()
+
+
+DAMAGE = {
+    "empty": lambda blob: b"", "foreign": lambda blob: b"x" * 500, "short by one": lambda blob: blob[:-1],
+    "half": lambda blob: blob[:len(blob) // 2],
+    "flipped bit": lambda blob: blob[:900] + bytes([blob[900] ^ 1]) + blob[901:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_state_file_means_starting_again(case, tmp_path, damage):
+    case, path = case(2 * CHUNK), tmp_path / "state.pt"
+    expected = case.run(identity="mine")[0]
+    stopped_state(case, path, identity="mine")
+    path.write_bytes(damage(path.read_bytes()))
+    assert result(case.run(identity="mine", state_path=path)[0]) == result(expected)
+    assert "warning: " in case.log() and "resumed_evaluation" not in case.log()
+
+
+def test_a_finished_evaluation_does_not_stop_any_more(case, tmp_path):
+    """A signal during the last item comes too late to lose anything."""
+    case = case(100)
+    items = len(plan_work(plan_windows(100, SEQ, STRIDE), 100, case.config, 4, False))
+    score, _ = case.run(observer=StopAfter(case.runtime, items - 1, 100), state_path=tmp_path / "state.pt")
+    assert score.tokens == 100
+
+
+def test_an_evaluation_leaves_nothing_behind_for_the_next(case):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    model = case.model()
+    twin = copy.deepcopy(model)
+    first = case.run(model, ttt=True)[0]
+    assert result(case.run(twin, ttt=True)[0]) == result(first) == result(case.run(model, ttt=True)[0])

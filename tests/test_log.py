@@ -1,0 +1,339 @@
+"""The log is an interface: tools parse its lines byte by byte (REFERENCE §9); metrics.jsonl agrees."""
+import itertools
+import json
+import math
+import re
+import time
+import types
+
+import pytest
+import train_gpt
+from conftest import ROOT, events, read_json
+from test_presets import run_main
+from train_gpt import Config
+
+INTEGER, MS, AVERAGE = r"\d+", r"\d+ms", r"\d+\.\d\dms"
+LOSS, EXACT, SHA = r"\d+\.\d{4}", r"\d+\.\d{8}", "[0-9a-f]{64}"
+CLOCK = f"train_time:{MS} step_avg:{AVERAGE}"
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory):
+    """A run with validations, checkpoints, every default score and an audit."""
+    changes = dict(dtype="float32", iterations=STEPS, train_log_every=4, val_loss_every=3, checkpoint_every=5,
+                   audit=True, seed=7, eval_batch_seqs=16, ttt_chunk_tokens=512)
+    finished = run_main(tmp_path_factory.mktemp("log") / "run", **{**tiny_data.settings, **changes})
+    assert finished.code == 0, finished.err
+    return finished
+
+
+@pytest.fixture(scope="module")
+def illegal_run(run, tiny_data):
+    """The same artifact scored once more with SLOT=published."""
+    artifact = run.dir / "final_model.int6.ptz"
+    finished = run_main(run.dir.parent / "illegal", eval_only=artifact, slot="published", device="cpu",
+                        data_path=tiny_data.data_path, tokenizer_path=tiny_data.tokenizer_path)
+    assert finished.code == 0, finished.err
+    return finished
+
+
+def only(lines, pattern):
+    """The one line that is wholly of `pattern`, as a match."""
+    found = [match for match in map(re.compile(pattern).fullmatch, lines) if match]
+    assert len(found) == 1, (pattern, [match.string for match in found])
+    return found[0]
+
+
+def starting(lines, start):
+    return [line for line in lines if line.startswith(start)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines of REFERENCE §9
+# --------------------------------------------------------------------------------------------------
+def test_the_run_introduces_itself(run, tiny_data):
+    data, tokenizer = map(re.escape, map(str, (tiny_data.data_path, tiny_data.tokenizer_path)))
+    assert int(only(run.lines, f"model_params:({INTEGER})")[1]) == parameter_count(run)
+    only(run.lines, "world_size:1 grad_accum_steps:2")
+    only(run.lines, f"train_loader:dataset:{re.escape(tiny_data.data_path.name)} train_shards:2")
+    only(run.lines, rf"val_loader:shards pattern={data}/fineweb_val_\*\.bin tokens:1472")
+    only(run.lines, f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer}")
+    only(run.lines, "seed:7")
+
+
+def parameter_count(run):
+    config = Config(**read_json(run.dir / "config.json")["config"])
+    return sum(p.numel() for p in train_gpt.GPT(config).parameters())
+
+
+def test_a_step_line_has_the_reference_s_format(run):
+    found = [re.fullmatch(rf"step:({INTEGER})/{STEPS} train_loss:{LOSS} {CLOCK}", line)
+             for line in run.lines if "train_loss:" in line]
+    assert [int(match[1]) for match in found] == [1, 2, 3, 4, 5, 8]  # the first five, every fourth, the last
+
+
+def test_a_validation_line_has_the_reference_s_format(run):
+    found = [re.fullmatch(rf"step:({INTEGER})/{STEPS} val_loss:{LOSS} val_bpb:{LOSS} {CLOCK}", line)
+             for line in run.lines if re.match(r"step:.* val_loss:", line)]
+    assert [int(match[1]) for match in found] == [3, 6, 8]
+
+
+def test_the_average_is_the_time_over_the_steps(run):
+    for line in starting(run.lines, "step:"):
+        found = re.search(r"step:(\d+)/.* train_time:(\d+)ms step_avg:([\d.]+)ms", line)
+        step, total, average = found.groups()
+        assert abs(float(average) * int(step) - int(total)) <= 0.5 + 0.005 * int(step)
+
+
+def test_training_time_only_grows_and_a_step_s_lines_agree_on_it(run):
+    found = re.findall(r"^step:(\d+)/.* train_time:(\d+)ms", run.out, re.M)
+    clock = [(int(step), int(milliseconds)) for step, milliseconds in found]
+    assert clock == sorted(clock) and len(dict(clock)) == len(set(clock))
+
+
+def test_the_peak_of_memory_is_logged(run):
+    match = only(run.lines, f"peak memory allocated: ({INTEGER}) MiB reserved: ({INTEGER}) MiB")
+    assert 0 < int(match[1]) <= int(match[2])
+
+
+def test_the_sizes_are_the_files_and_add_up(run):
+    code, model, total, room = (
+        int(only(run.lines, pattern)[1]) for pattern in (
+            f"Code size: ({INTEGER}) bytes", rf"Serialized model int6\+zstd: ({INTEGER}) bytes",
+            rf"Total submission size int6\+zstd: ({INTEGER}) bytes", f"headroom: ({INTEGER}) bytes"))
+    assert model == (run.dir / "final_model.int6.ptz").stat().st_size
+    assert code == read_json(run.dir / "manifest.json")["code_bytes"]
+    assert total == code + model and room == 16_000_000 - total
+
+
+@pytest.mark.parametrize("label, stride", [
+    ("pre_quant", ""), ("final_int6_roundtrip", ""), ("final_int6_sliding_window", "stride:16 "),
+    ("legal_ttt", "")])
+def test_a_score_has_two_lines_and_its_scope(label, stride, run):
+    short = only(run.lines, rf"{label} val_loss:({LOSS}) val_bpb:({LOSS}) {stride}eval_time:{MS}")
+    exact = only(run.lines, rf"{label}_exact val_loss:({EXACT}) val_bpb:({EXACT})")
+    at = run.lines.index(short.string)
+    assert run.lines[at:at + 3] == [short.string, exact.string, "score_scope:proxy"]
+    score = run.scores()[label]
+    assert exact.groups() == (f"{score['val_loss']:.8f}", f"{score['val_bpb']:.8f}")
+    assert short.groups() == (f"{score['val_loss']:.4f}", f"{score['val_bpb']:.4f}")
+    bits = score["val_loss"] * score["tokens"] / math.log(2)
+    assert score["val_bpb"] == pytest.approx(bits / score["bytes"], rel=1e-12)
+
+
+def test_the_scope_follows_every_exact_line_and_stands_nowhere_else(run, illegal_run):
+    for lines in (run.lines, illegal_run.lines):
+        follows = [i + 1 for i, line in enumerate(lines) if re.match(r"\w+_exact ", line)]
+        assert follows == [i for i, line in enumerate(lines) if line == "score_scope:proxy"] != []
+
+
+def test_an_illegal_score_is_marked_in_every_line_that_reports_it(run, illegal_run):
+    label, number = "illegal_ttt_slot_published", rf"val_loss:{EXACT} val_bpb:({EXACT})"
+    only(illegal_run.lines, rf"{label} val_loss:{LOSS} val_bpb:{LOSS} eval_time:{MS} legality:illegal")
+    exact = only(illegal_run.lines, rf"{label}_exact {number} legality:illegal")
+    reporting = [line for line in illegal_run.lines if exact[1] in line or f"{float(exact[1]):.4f}" in line]
+    assert len(reporting) >= 3 and all("illegal" in line for line in reporting)
+    assert not [line for line in run.lines if "illegal" in line]
+
+
+def test_an_illegal_score_is_never_called_the_best(illegal_run):
+    legal = {label: score["val_bpb"] for label, score in illegal_run.scores().items() if score["legal"]}
+    best = min(legal, key=legal.get)
+    only(illegal_run.lines, rf"summary: .*{legal[best]:.4f} bits per byte \({best}\).*")
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines that the reference leaves to us
+# --------------------------------------------------------------------------------------------------
+def test_every_setting_is_logged_and_what_differs_from_the_preset_is_marked(run):
+    stored = read_json(run.dir / "config.json")
+    differs, settings = stored["differs"], Config(**stored["config"]).as_dict()
+    assert starting(run.lines, "config:") == [
+        f"config:{name}={value}{' *' if name in differs else ''}" for name, value in settings.items()]
+    assert {"seed": 7, "model_dim": 32, "audit": True}.items() <= differs.items()
+    assert not {"beta1", "preset", "run_id", "run_dir", "ttt_enabled"} & set(differs)
+    only(run.lines, f"config_hash:{stored['hash']}")
+
+
+def test_a_value_of_the_preset_is_no_difference_and_a_default_in_its_place_is():
+    wide = Config.from_env({"PRESET": "base_7k", "EVAL_SEQ_LEN": "2048"})
+    narrow = Config.from_env({"PRESET": "base_7k", "EVAL_SEQ_LEN": "1024"})
+    assert wide.differences() == {} and narrow.differences() == {"eval_seq_len": 1024}
+
+
+def test_the_validation_split_is_fingerprinted(run):
+    match = only(run.lines, rf"data_fingerprint tokens:1473 targets:1472 bytes:({INTEGER}) bytes_per_token:"
+                            rf"({LOSS}) documents:{INTEGER} sha256:({SHA}) score_scope:proxy")
+    data = read_json(run.dir / "manifest.json")["data"]
+    assert match.groups() == (str(data["val_bytes"]), f"{data['val_bytes'] / 1472:.4f}", data["val_sha256"])
+
+
+def test_the_manifest_is_logged_before_training_and_again_with_the_artifact(run):
+    before, after = (json.loads(line.partition(":")[2]) for line in starting(run.lines, "manifest:"))
+    assert before == {**after, "artifact_sha256": None, "artifact_bytes": None} != after
+    assert after == read_json(run.dir / "manifest.json")
+    assert after["code_sha256"] == train_gpt.sha256_file(ROOT / "train_gpt.py")
+
+
+def test_the_audit_s_checks_are_logged(run):
+    checks = read_json(run.dir / "audit.json")["checks"]
+    assert [line.split(" ")[1:4] for line in starting(run.lines, "legality ")] == [
+        [*check["name"].split(" "), "pass"] for check in checks]
+    assert {check["name"][:2] for check in checks} == {"C1", "C2", "C3", "C4"}
+
+
+def test_a_saved_checkpoint_is_logged_with_its_size(run):
+    match = only(run.lines, rf"checkpoint_saved step:5 seconds:\d+\.\d\d bytes:({INTEGER})")
+    assert int(match[1]) == (run.dir / "checkpoint" / "step_00000005.pt").stat().st_size
+
+
+def test_the_phases_come_in_order_and_the_end_names_the_run(run):
+    starts = ["config:preset=", "config_hash:", "data_fingerprint ", "model_params:", "step:1/",
+              f"step:{STEPS}/", "export:", "Code size:", "legality ", "pre_quant ", "final_int6_roundtrip ",
+              "final_int6_sliding_window ", "legal_ttt ", "summary:", "next:", "run_finished "]
+    places = [run.lines.index(starting(run.lines, start)[0]) for start in starts]
+    assert places == sorted(places)
+    assert run.lines[-1] == f"run_finished {run.dir}"
+
+
+def test_the_summary_tells_steps_sizes_and_the_best_score(run):
+    result, legal = read_json(run.dir / "scores.json"), {k: s["val_bpb"] for k, s in run.scores().items()}
+    best = min(legal, key=legal.get)
+    model, code, total = (result[f"{part}_bytes"] for part in ("artifact", "code", "total"))
+    only(run.lines, rf"summary: trained {STEPS} steps in {INTEGER} s; artifact {model} bytes \+ code {code} "
+                    rf"= {total} of 16000000\.")
+    only(run.lines, rf"summary: best legal score {legal[best]:.4f} bits per byte \({best}\); "
+                    rf"files are in {run.dir}\.")
+
+
+def test_the_log_file_holds_what_was_printed(run):
+    assert (run.dir / "train.log").read_text() == run.out
+    assert "\r" not in run.out and "\x1b" not in run.out  # rewriting in place is for terminals
+    assert run.err == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# metrics.jsonl
+# --------------------------------------------------------------------------------------------------
+FIELDS = {
+    "start": {"resumed_step"}, "step": {"step", "train_loss", "train_time_ms", "lr_scale"},
+    "val": {"step", "val_loss", "val_bpb", "train_time_ms"}, "checkpoint": {"step", "seconds", "bytes"},
+    "trained": {"steps", "train_time_ms", "step_avg_ms", "peak_mib", "stopped_early"},
+    "packed": {"artifact_bytes", "code_bytes", "total_bytes", "headroom_bytes", "int5_layers"},
+    "score": {"label", "val_loss", "val_bpb", "eval_time_ms", "scope", "legal"}, "audit": {"passed"},
+    "done": set()}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_an_event_has_its_fields(kind, run):
+    found = events(run.dir, kind)
+    assert found and all(FIELDS[kind] | {"event", "time"} <= event.keys() for event in found)
+
+
+def test_the_events_are_the_documented_ones_in_the_order_of_time(run):
+    found = events(run.dir)
+    assert {event["event"] for event in found} == set(FIELDS)
+    assert [event["time"] for event in found] == sorted(event["time"] for event in found)
+    assert found[0]["event"] == "start" and found[-1]["event"] == "done"
+
+
+def test_the_events_are_the_lines_of_the_log(run):
+    steps, validations = events(run.dir, "step"), events(run.dir, "val")
+    assert [f"step:{e['step']}/{STEPS} train_loss:{e['train_loss']:.4f}" for e in steps] == [
+        line.partition(" train_time")[0] for line in run.lines if "train_loss:" in line]
+    described = [f"step:{e['step']}/{STEPS} val_loss:{e['val_loss']:.4f} val_bpb:{e['val_bpb']:.4f}"
+                 for e in validations]
+    assert described == [
+        line.partition(" train_time")[0] for line in run.lines if re.match(r"step:.* val_loss", line)]
+    assert {e["label"]: (e["val_loss"], e["val_bpb"], e["legal"]) for e in events(run.dir, "score")} == {
+        label: (s["val_loss"], s["val_bpb"], s["legal"]) for label, s in run.scores().items()}
+
+
+def test_the_rate_in_the_events_is_the_schedule(run):
+    # Warmdown over the last 3 of 8 steps: 6, 7, 8 run at 3/3, 2/3, 1/3; only 1-5 and 8 are logged.
+    assert [e["lr_scale"] for e in events(run.dir, "step")] == pytest.approx([1, 1, 1, 1, 1, 1 / 3])
+
+
+def test_an_error_is_an_event_a_log_line_and_one_line_of_stderr(tiny_data, tmp_path):
+    failed = run_main(tmp_path / "run", **{**tiny_data.settings, "data_path": tmp_path / "nowhere"})
+    error, = events(failed.dir, "error")
+    assert (failed.code, error["code"]) == (3, 3) and str(tmp_path / "nowhere") in error["message"]
+    assert failed.err == f"error: {error['message']}\n"
+    assert (failed.dir / "train.log").read_text().splitlines()[-1] == failed.err.strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# The clock
+# --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def ticking(monkeypatch):
+    """tick(seconds): the program's clock advances by that much whenever it is read."""
+    def tick(seconds):
+        ticks = itertools.count(1000.0, seconds)
+        clock = types.SimpleNamespace(monotonic=lambda: next(ticks), time=time.time)
+        monkeypatch.setattr(train_gpt, "time", clock)
+    return tick
+
+
+def timed_run(tiny_data, folder, **changes):
+    settings = {**tiny_data.settings, "dtype": "float32", "ttt_enabled": False, "eval_stride": 64, **changes}
+    folder.mkdir(exist_ok=True)
+    finished = run_main(folder / "run", **settings)
+    assert finished.code == 0, finished.err
+    return finished
+
+
+def test_training_stops_before_the_step_that_would_pass_the_cap(tiny_data, tmp_path, ticking):
+    ticking(1.0)
+    cap = 20.0
+    finished = timed_run(tiny_data, tmp_path, iterations=40, max_wallclock_seconds=cap, warmdown_iters=10)
+    pattern = f"stopping_early: wallclock_cap train_time:({INTEGER})ms step:({INTEGER})/40"
+    match = only(finished.lines, pattern)
+    seconds, steps = int(match[1]) / 1000, int(match[2])
+    assert 1 <= steps < 40
+    assert seconds <= cap < seconds * (1 + 1 / steps)  # inside the cap, the next step would not be
+    found = re.findall(r"^step:(\d+)/40 train_loss.* train_time:(\d+)ms", finished.out, re.M)
+    times = [(int(milliseconds) / 1000, int(step)) for step, milliseconds in found]
+    assert all(at * (1 + 1 / step) <= cap for at, step in times[:-1]) and times[-1] == (seconds, steps)
+    trained, = events(finished.dir, "trained")
+    assert trained["stopped_early"] and trained["steps"] == steps
+    only(finished.lines, f"step:{steps}/40 val_loss:{LOSS} val_bpb:{LOSS} {CLOCK}")
+
+
+def test_with_a_cap_the_rate_falls_with_the_time_that_is_left(tiny_data, tmp_path, ticking):
+    ticking(1.0)
+    finished = timed_run(tiny_data, tmp_path, iterations=1000, max_wallclock_seconds=40.0, warmdown_iters=4)
+    scales = [event["lr_scale"] for event in events(finished.dir, "step")]
+    assert scales[0] == 1.0 and scales == sorted(scales, reverse=True) and 0 < scales[-1] < 0.5
+
+
+def test_validation_is_no_training_time(tiny_data, tmp_path, ticking):
+    def seconds(every):
+        ticking(1.0)
+        finished = timed_run(tiny_data, tmp_path / str(every), val_loss_every=every)
+        return events(finished.dir, "trained")[0]["train_time_ms"] / 1000
+    # Each of the 6 validations reads the clock in each of its 6 rounds; one of these readings may count.
+    assert seconds(1) <= seconds(0) + 6
+
+
+def test_without_a_cap_nothing_stops_early(run):
+    assert not starting(run.lines, "stopping_early") and not events(run.dir, "trained")[0]["stopped_early"]
+
+
+def test_a_long_evaluation_logs_its_rate_and_what_is_left(tiny_data, tmp_path, ticking):
+    ticking(16.0)
+    finished = timed_run(tiny_data, tmp_path, iterations=1, eval_stride=16)
+    lines = starting(finished.lines, "final_int6_sliding_window_progress ")
+    pattern = rf"final_int6_sliding_window_progress (\d+)/(\d+) tokens:(\d+) running_bpb:{LOSS} eta:\d+s"
+    found = [[int(n) for n in re.fullmatch(pattern, line).groups()] for line in lines]
+    assert len(found) > 3 and found == sorted(found) and all(done <= total for done, total, _ in found)
+
+
+# --------------------------------------------------------------------------------------------------
+# Averages that are not what was asked for
+# --------------------------------------------------------------------------------------------------
+def test_swa_that_takes_no_snapshot_warns_and_exports_the_ema(tiny_data, tmp_path):
+    finished = timed_run(tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50)
+    only(finished.lines, "warning: .*(SWA|snapshot).*EMA.*")
+    only(finished.lines, "export:EMA.*")

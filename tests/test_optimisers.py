@@ -1,0 +1,476 @@
+"""Muon and AdamW against one-matrix references, schedules against hand-written tables, averages against hand-computed means."""
+import math
+
+import pytest
+import torch
+
+import train_gpt
+from conftest import tiny_config
+
+EVERYTHING = dict(nfm_enabled=True, flow_enabled=True, e2e_ttt_enabled=True, ve_dim=8)
+
+
+def build(**changes):
+    config = tiny_config(**changes)
+    model = train_gpt.GPT(config)
+    muon, adamw = train_gpt.build_optimizers(model, config)
+    for group in adamw.param_groups:
+        group["lr"] = group["base_lr"]
+    return config, model, muon, adamw
+
+
+def give_gradients(model, seed, size=1.0):
+    """A random gradient for every parameter; returns copies by name."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        param.grad = size * torch.randn(param.shape, generator=generator)
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def step(config, muon, adamw, clip=0.0):
+    train_gpt.reduce_clip_step(muon, adamw, train_gpt.Comm(), clip)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- Muon
+def newton_schulz(matrix, steps):
+    """The quintic iteration on one matrix, on its transpose where it is tall."""
+    x = matrix / matrix.norm()
+    if x.size(0) > x.size(1):
+        x = x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+def muon_step(weight, grad, buffer, lr, momentum, decay, steps):
+    """One step of one matrix: (weight, buffer)."""
+    buffer = momentum * buffer + grad
+    update = newton_schulz(grad + momentum * buffer, steps)  # Nesterov looks one step ahead
+    factor = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
+    return weight * (1 - lr * decay) - lr * factor * update, buffer
+
+
+@pytest.mark.parametrize("ns_steps", [1, 5])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps):
+    config, model, muon, adamw = build(weight_decay=decay, muon_ns_steps=ns_steps, matrix_lr=0.07)
+    expected = {n: p for n, p in weights(model).items() if is_block_matrix(n)}
+    buffers = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for number, momentum in enumerate((0.85, 0.9, 0.95, 0.95)):
+        muon.momentum, muon.lr = momentum, 0.07 / (1 + number)
+        grads = give_gradients(model, number)
+        step(config, muon, adamw)
+        for name in expected:
+            expected[name], buffers[name] = muon_step(expected[name], grads[name], buffers[name], muon.lr, momentum, decay,
+                                                      ns_steps)
+    after = weights(model)
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, atol=2e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+def is_block_matrix(name):
+    """The six matrices of every block, written down rather than derived."""
+    kinds = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    return name.startswith("blocks.") and name.endswith(tuple(f".{kind}.weight" for kind in kinds))
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48), (16, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_is_nearly_orthogonal_with_the_singular_vectors_of_the_gradient(shape, dtype):
+    params = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(3)]
+    muon = train_gpt.Muon(params, lr=1.0, momentum=0.0, weight_decay=0.0, dtype=dtype)
+    for param in params:
+        spread = torch.diag(torch.linspace(0.3, 3, min(shape)))
+        left, right = (torch.linalg.qr(torch.randn(n, min(shape)))[0] for n in shape)
+        param.grad = left @ spread @ right.T
+    muon.launch()
+    muon.collect()
+    muon.step()
+    for param in params:
+        update = -param.detach() / max(1, shape[0] / shape[1]) ** 0.5
+        values = torch.linalg.svdvals(update)
+        assert 0.6 < values.min() and values.max() < 1.3
+        left, _, right = torch.linalg.svd(param.grad, full_matrices=False)
+        assert (update * (left @ right)).sum() / update.norm() / min(shape) ** 0.5 > 0.97
+
+
+def test_a_gradient_of_zeros_gives_a_finite_update():
+    config, model, muon, adamw = build(weight_decay=0.0)
+    before = weights(model)
+    give_gradients(model, 0, size=0.0)
+    step(config, muon, adamw)
+    assert all(torch.equal(before[name], after) for name, after in weights(model).items())
+
+
+def test_restored_optimisers_go_on_bit_for_bit():
+    config, model, muon, adamw = build()
+    for number in range(2):
+        give_gradients(model, number)
+        step(config, muon, adamw)
+    _, other, other_muon, other_adamw = build()
+    other.load_state_dict(model.state_dict())
+    other_muon.load_state_dict(train_gpt.private_copy(muon.state_dict()))
+    other_adamw.load_state_dict(train_gpt.private_copy(adamw.state_dict()))
+    for number in range(2, 4):
+        give_gradients(model, number), give_gradients(other, number)
+        step(config, muon, adamw), step(config, other_muon, other_adamw)
+    left, right = weights(model), weights(other)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_saved_momentum_is_a_copy():
+    config, model, muon, adamw = build()
+    give_gradients(model, 0)
+    step(config, muon, adamw)
+    saved = {name: value.clone() for name, value in muon.state_dict().items()}
+    state = muon.state_dict()
+    give_gradients(model, 1)
+    step(config, muon, adamw)
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    assert any(not torch.equal(state[name], now) for name, now in muon.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------------------- AdamW
+def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
+    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, weight_decay=0.1, beta1=0.8, beta2=0.9, adam_eps=1e-6,
+                                       **EVERYTHING)
+    expected = {n: p.double() for n, p in weights(model).items() if not is_block_matrix(n)}
+    first = {name: torch.zeros_like(p) for name, p in expected.items()}
+    second = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for number in range(1, 4):
+        grads = give_gradients(model, number)
+        step(config, muon, adamw)
+        for name, value in expected.items():
+            lr = 0.05 if name in ("tok_emb.weight", "bigram.embed.weight", "ve.embed.weight") else 0.02
+            grad = grads[name].double()
+            first[name] = 0.8 * first[name] + 0.2 * grad
+            second[name] = 0.9 * second[name] + 0.1 * grad ** 2
+            root = (second[name] / (1 - 0.9 ** number)).sqrt() + 1e-6
+            expected[name] = value * (1 - lr * 0.1) - lr * first[name] / (1 - 0.8 ** number) / root
+    after = weights(model)
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name].double(), value, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+def preset_config(name, **changes):
+    return train_gpt.Config(**{**train_gpt.PRESETS[name], "preset": name, **changes})
+
+
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_every_parameter_of_a_preset_is_in_exactly_one_group(preset):
+    with torch.device("meta"):
+        model = train_gpt.GPT(preset_config(preset))
+    groups = train_gpt.parameter_groups(model)
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert set(groups) == {"muon", "embed", "scalar"}
+    assert set(groups["muon"]) == {name for name in names if is_block_matrix(name)}
+    tables = {"tok_emb.weight", "bigram.embed.weight", "ve.embed.weight"}
+    assert set(groups["embed"]) == tables & set(names)
+
+
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_the_optimisers_of_a_preset_hold_every_parameter_once(preset):
+    small = dict(num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=3, vocab_size=64,
+                 bigram_vocab_size=32, ttt_freeze_blocks=0)
+    config = preset_config(preset, **small)
+    model = train_gpt.GPT(config)
+    muon, adamw = train_gpt.build_optimizers(model, config)
+    held = [id(p) for stack in muon.stacks for p in stack]
+    held += [id(p) for group in adamw.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    if preset != "demo":  # which has rates of its own
+        assert [group["base_lr"] for group in adamw.param_groups] == [0.035, 0.025]
+        assert muon.lr == 0.025
+
+
+@pytest.mark.parametrize("change", ["drop", "repeat"])
+def test_a_parameter_in_no_group_or_in_two_stops_the_start_by_name(change, monkeypatch):
+    original = train_gpt.parameter_groups
+
+    def spoiled(model):
+        groups = original(model)
+        if change == "drop":
+            groups["scalar"].pop("smear.gate")
+        else:
+            groups["embed"]["smear.gate"] = groups["scalar"]["smear.gate"]
+        return groups
+    monkeypatch.setattr(train_gpt, "parameter_groups", spoiled)
+    with pytest.raises((AssertionError, ValueError), match="smear.gate|more than one"):
+        build()
+
+
+# ------------------------------------------------------------------------------------------------------------ clipping
+def momenta(model, muon, adamw):
+    """(Muon's buffers, AdamW's first moments) after one step: proportional to the gradients that the optimisers saw."""
+    return torch.cat([b.flatten() for b in muon.state_dict().values()]), {
+        name: adamw.state[p]["exp_avg"] for name, p in model.named_parameters() if p in adamw.state}
+
+
+@pytest.mark.parametrize("size, clip, clipped", [(1.0, 0.3, True), (1e-6, 0.3, False), (1.0, 0.0, False)])
+def test_gradients_are_clipped_by_their_global_norm(size, clip, clipped):
+    config, model, muon, adamw = build()
+    grads = give_gradients(model, 0, size)
+    total = math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
+    factor = clip / total if clipped else 1.0
+    step(config, muon, adamw, clip)
+    buffers, moments = momenta(model, muon, adamw)
+    matrices = math.sqrt(sum(g.double().square().sum().item() for n, g in grads.items() if is_block_matrix(n)))
+    assert buffers.norm().item() == pytest.approx(factor * matrices, rel=1e-4)
+    assert len(moments) == sum(not is_block_matrix(name) for name in grads)
+    for name, moment in moments.items():
+        torch.testing.assert_close(moment, (1 - config.beta1) * factor * grads[name], rtol=1e-4, atol=1e-12)
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero():
+    config, model, muon, adamw = build(weight_decay=0.0)
+    give_gradients(model, 0)
+    model.smear.gate.grad = None
+    before = weights(model)
+    step(config, muon, adamw, 0.3)
+    assert torch.equal(model.smear.gate, before["smear.gate"])
+    assert not torch.equal(model.skip_weights, before["skip_weights"])
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+LINEAR = dict(iterations=10, warmdown_iters=4, warmdown_shape="linear")
+COSINE = dict(LINEAR, warmdown_shape="cosine")
+CAP = dict(iterations=1000, warmdown_iters=10, max_wallclock_seconds=100.0)
+
+
+@pytest.mark.parametrize("settings, step, seconds, expected", [
+    (LINEAR, 0, 0.0, 1.0),         # start
+    (LINEAR, 5, 0.0, 1.0),         # five of ten left, the warmdown has four
+    (LINEAR, 6, 0.0, 1.0),         # four left: the warmdown begins at the full rate
+    (LINEAR, 7, 0.0, 0.75),        # 3/4 left
+    (LINEAR, 8, 0.0, 0.5),         # 2/4 left
+    (LINEAR, 9, 0.0, 0.25),        # 1/4 left: the last step still learns
+    (LINEAR, 10, 0.0, 0.0),        # past the end
+    (LINEAR, 11, 0.0, 0.0),        # never negative
+    (COSINE, 6, 0.0, 1.0),         # (1 - cos(pi)) / 2
+    (COSINE, 7, 0.0, 0.8535534),   # (1 - cos(3 pi / 4)) / 2
+    (COSINE, 8, 0.0, 0.5),         # (1 - cos(pi / 2)) / 2
+    (COSINE, 9, 0.0, 0.1464466),   # (1 - cos(pi / 4)) / 2
+    (COSINE, 10, 0.0, 0.0),        # (1 - cos(0)) / 2
+    (dict(LINEAR, warmdown_iters=0), 9, 0.0, 1.0),    # no warmdown
+    (dict(LINEAR, warmdown_iters=20), 0, 0.0, 0.5),   # longer than the run: begins half-way down
+    (LINEAR, 8, 1e6, 0.5),         # without a cap the time does not matter
+    (CAP, 0, 0.0, 1.0),            # nothing measured yet
+    (CAP, 50, 50.0, 1.0),          # 1 s a step: the warmdown takes 10 s, 50 s are left
+    (CAP, 90, 90.0, 1.0),          # 10 s left: it begins
+    (CAP, 95, 95.0, 0.5),          # 5 of 10 s
+    (CAP, 99, 99.0, 0.1),          # 1 of 10 s
+    (CAP, 40, 80.0, 1.0),          # 2 s a step: the warmdown takes 20 s, 20 s are left
+    (CAP, 45, 90.0, 0.5),          # 10 of 20 s
+    (CAP, 120, 120.0, 0.0),        # past the cap
+    (dict(CAP, iterations=20), 15, 15.0, 0.5),        # the steps end before the time does
+    (dict(CAP, warmdown_shape="cosine"), 95, 95.0, 0.5),         # cosine of the time left
+    (dict(CAP, warmdown_shape="cosine"), 99, 99.0, 0.0244717),   # (1 - cos(pi / 10)) / 2
+    (dict(CAP, warmdown_iters=0), 99, 99.0, 1.0),     # no warmdown before the cap either
+])
+def test_the_learning_rate_follows_the_table(settings, step, seconds, expected):
+    assert train_gpt.lr_scale(tiny_config(**settings), step, seconds) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("step, expected", [
+    (0, 0.92),       # start
+    (375, 0.9375),   # a quarter of the way
+    (750, 0.955),    # half-way
+    (1500, 0.99),    # warm
+    (7000, 0.99),    # and stays
+])
+def test_muon_momentum_follows_the_table(step, expected):
+    assert train_gpt.momentum_at(train_gpt.Config(), step) == pytest.approx(expected, abs=1e-12)
+
+
+def test_muon_momentum_without_a_warm_up_is_constant():
+    assert train_gpt.momentum_at(train_gpt.Config(muon_momentum_warmup_steps=0), 0) == 0.99
+
+
+@pytest.fixture
+def trainer(tiny_data, runtime):
+    """make(**changes) -> Trainer on the tiny data, each in the test's own directory."""
+    def make(**changes):
+        config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
+                             **{"num_layers": 1, "xsa_last_n": 1, **changes})
+        val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+        return train_gpt.Trainer(config, runtime(config), val)
+    return make
+
+
+def test_the_scale_reaches_every_rate(trainer):
+    made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
+    made.step = 5
+    made.set_rates(0.5)
+    assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (0.015, [0.02, 0.01])
+    assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ averages
+RECORDED = [torch.tensor([value, -value]) for value in (1.0, 3.0, 2.0, 7.0, 5.0)]
+FIRST = torch.tensor([10.0, -10.0])
+
+
+def averaged(scales=(1.0, 0.15, 0.1, 0.05, 0.0), **settings):
+    """WeightAverage after five recorded steps at the given learning-rate scales."""
+    param = torch.nn.Parameter(FIRST.clone())
+    average = train_gpt.WeightAverage([param], tiny_config(**settings))
+    for number, (value, scale) in enumerate(zip(RECORDED, scales)):
+        with torch.no_grad():
+            param.copy_(value)
+        average.update(number, scale)
+    return average
+
+
+def emas(cap):
+    """The averages after each of the five steps, with decays min(cap, 1/10, 2/11, 3/12, 4/13, 5/14)."""
+    ema, out = FIRST, []
+    for value, decay in zip(RECORDED, (1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14)):
+        decay = min(cap, decay)
+        ema = decay * ema + (1 - decay) * value
+        out.append(ema)
+    return out
+
+
+@pytest.mark.parametrize("cap", [0.997, 0.2])
+def test_the_ema_is_the_hand_computed_mean_of_five_steps(cap):
+    kind, (got,) = averaged(ema_decay=cap).exported()
+    assert kind == "EMA"
+    torch.testing.assert_close(got, emas(cap)[-1])
+
+
+def test_snapshots_are_taken_of_the_ema_every_n_steps_below_the_scale():
+    """Steps 2 and 4 (counted from 1) end a pair; step 2's scale 0.2 is not below 0.2."""
+    average = averaged((1.0, 0.2, 0.1, 0.05, 0.0), swa_enabled=True, swa_every=2, ema_decay=0.997)
+    torch.testing.assert_close(average.exported()[1][0], emas(0.997)[3])
+    average = averaged((1.0, 0.19, 0.1, 0.05, 0.0), swa_enabled=True, swa_every=2, ema_decay=0.997)
+    torch.testing.assert_close(average.exported()[1][0], (emas(0.997)[1] + emas(0.997)[3]) / 2)
+
+
+def test_snapshots_are_taken_of_the_raw_weights_without_an_ema():
+    average = averaged((1.0, 0.19, 0.1, 0.05, 0.0), swa_enabled=True, swa_every=1, ema_decay=0.0)
+    torch.testing.assert_close(average.exported()[1][0], torch.tensor([17 / 4, -17 / 4]))  # of 3, 2, 7, 5
+
+
+@pytest.mark.parametrize("settings, scales, expected", [
+    (dict(ema_decay=0.997), None, emas(0.997)[-1]),                                  # EMA alone
+    (dict(ema_decay=0.0), None, RECORDED[-1]),                                       # neither: the raw weights
+    (dict(ema_decay=0.997, swa_enabled=True, swa_every=5), None, emas(0.997)[-1]),   # one snapshot, of the EMA
+    (dict(ema_decay=0.0, swa_enabled=True, swa_every=4), None, RECORDED[3]),         # one snapshot, of the raw weights
+    (dict(ema_decay=0.997, swa_enabled=True, swa_every=1), [1.0] * 5, emas(0.997)[-1]),   # no snapshot: the EMA
+    (dict(ema_decay=0.0, swa_enabled=True, swa_every=1), [1.0] * 5, RECORDED[-1]),        # no snapshot, no EMA: raw
+])
+def test_snapshots_come_before_the_ema_and_the_ema_before_the_raw_weights(settings, scales, expected):
+    average = averaged(scales or (1.0, 0.15, 0.1, 0.05, 0.0), **settings)
+    torch.testing.assert_close(average.exported()[1][0], expected)
+
+
+def test_averages_survive_their_state_dict():
+    settings = dict(swa_enabled=True, swa_every=1, ema_decay=0.997)
+    average = averaged(**settings)
+    restored = train_gpt.WeightAverage([torch.nn.Parameter(torch.zeros(2))], tiny_config(**settings))
+    restored.load_state_dict(train_gpt.private_copy(average.state_dict()))
+    assert restored.exported()[0] == average.exported()[0]
+    assert torch.equal(restored.exported()[1][0], average.exported()[1][0])
+    for one in (average, restored):
+        with torch.no_grad():
+            one.params[0].copy_(torch.tensor([4.0, 4.0]))
+        one.update(5, 0.0)
+    assert torch.equal(restored.exported()[1][0], average.exported()[1][0])
+
+
+def recorded_run(made, monkeypatch, steps=5):
+    """Take `steps` training steps; returns the raw weights before and after each."""
+    history, original = [weights(made.model)], train_gpt.reduce_clip_step
+
+    def recording(*arguments):
+        original(*arguments)
+        history.append(weights(made.model))
+    monkeypatch.setattr(train_gpt, "reduce_clip_step", recording)
+    made.mark = made.checkpointed = train_gpt.time.monotonic()
+    for _ in range(steps):
+        made.one_step()
+    return history
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)])
+def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, trainer, monkeypatch):
+    """Five steps with a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is that of step 4."""
+    made = trainer(iterations=5, warmdown_iters=4, **settings)
+    history = recorded_run(made, monkeypatch)
+    exported = made.export()["state_dict"]
+    moved = 0
+    for name in history[0]:
+        ema, means = history[0][name], []
+        for values, decay in zip(history[1:], (1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14)):
+            ema = decay * ema + (1 - decay) * values[name]
+            means.append(ema)
+        torch.testing.assert_close(exported[name], means[3] if settings else means[4], atol=1e-6, rtol=1e-5)
+        moved += not torch.equal(exported[name], history[-1][name])
+    assert moved > 10
+
+
+# ------------------------------------------------------------------------------------------------------------- warm-up
+def with_warm_up(made, monkeypatch):
+    """Make the trainer believe that it compiles, and count the steps of its warm-up."""
+    steps, original = [], train_gpt.reduce_clip_step
+
+    def counting(*arguments):
+        steps.append(1)
+        original(*arguments)
+    made.runtime.compiling = True
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "reduce_clip_step", counting)
+        made.warm_up()
+    return len(steps)
+
+
+def flat(tree, at=""):
+    """{path: leaf} of a tree of dictionaries and lists."""
+    if isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {path: leaf for key, value in items for path, leaf in flat(value, f"{at}/{key}").items()}
+    return {at: tree}
+
+
+def same(left, right):
+    left, right = flat(left), flat(right)
+    assert left.keys() == right.keys()
+    different = [path for path, leaf in left.items() if not (
+        torch.equal(leaf, right[path]) if isinstance(leaf, torch.Tensor) else leaf == right[path])]
+    return not different
+
+
+@pytest.mark.parametrize("trained", [0, 2])
+def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, trainer, monkeypatch):
+    monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
+    made = trainer(warmup_steps=3, swa_enabled=True, **EVERYTHING, ve_last_n=1, late_qat_threshold=0.5)
+    recorded_run(made, monkeypatch, trained)
+    before, position = train_gpt.private_copy(made.training_state()), made.stream.position
+    assert with_warm_up(made, monkeypatch) == 3
+    assert same(train_gpt.private_copy(made.training_state()), before)
+    assert made.stream.position == position
+    assert (made.step, made.early) == (trained, False)
+
+
+def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
+    finals = []
+    for warm in (True, False):
+        made = trainer(warmup_steps=2, run_dir=str(tmp_path / f"warm_{warm}"), **EVERYTHING, ve_last_n=1)
+        if warm:
+            assert with_warm_up(made, monkeypatch) == 2
+        finals.append(recorded_run(made, monkeypatch, 3)[-1])
+    assert same(*finals)
+
+
+def test_nothing_is_warmed_up_where_nothing_is_compiled(trainer, monkeypatch):
+    made = trainer(warmup_steps=3)
+    monkeypatch.setattr(made, "accumulate", lambda *arguments: pytest.fail("a warm-up step without compilation"))
+    made.warm_up()

@@ -1,0 +1,465 @@
+"""NativeFlowMatcher, FlowRefiner, TTT-Linear and rounding in training, each against its formula."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from conftest import tiny_config
+
+BOS = train_gpt.BOS
+
+
+@pytest.fixture
+def double():
+    """float64 everywhere, constants made inside the model included."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
+def randomised(module):
+    """Every parameter away from its initial value, gates half open."""
+    for param in module.parameters():
+        noise = torch.randn_like(param)
+        param.copy_(noise / param.size(-1) ** 0.5 if param.dim() > 1 else 0.5 * noise)
+    return module
+
+
+def build(**changes):
+    config = tiny_config(**changes)
+    return config, randomised(train_gpt.GPT(config, train_gpt.cpu_attention))
+
+
+def batch(config, length=21, rows=2):
+    ids = torch.randint(BOS + 1, config.vocab_size, (rows, length + 1))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def without(refiner, model, config_changes):
+    """The same weights in a model that lacks one refiner: its hidden states are what the refiner receives."""
+    plain = train_gpt.GPT(tiny_config(**config_changes), train_gpt.cpu_attention)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(f"{refiner}.")})
+    return plain
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+# --------------------------------------------------------------------------------------------------- NativeFlowMatcher
+def velocity(w, x, t):
+    """v(x, t) of REFERENCE §4 from the state-dict; t has x's leading shape or is a scalar."""
+    half = x.size(-1) // 2
+    frequencies = torch.tensor([10000.0 ** (-j / half) for j in range(half)])
+    angle = t[..., None] * frequencies
+    tau = gelu(torch.cat([angle.cos(), angle.sin()], -1) @ w["nfm.time.weight"].T + w["nfm.time.bias"])
+    return gelu(x @ w["nfm.inp.weight"].T + w["nfm.inp.bias"] + tau) @ w["nfm.out.weight"].T
+
+
+def test_the_flow_matcher_takes_one_gated_euler_step_at_time_one(double):
+    config, model = build()
+    ids, _ = batch(config)
+    x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
+    expected = x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0))
+    torch.testing.assert_close(model.hidden(ids), expected, atol=1e-10, rtol=1e-10)
+    assert (expected - x).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.7])
+def test_training_adds_the_weighted_flow_matching_loss(weight, double):
+    config, model = build(nfm_loss_weight=weight)
+    ids, targets = batch(config)
+    noise = torch.randn(*ids.shape, config.model_dim + 1)
+    x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
+    z, t = noise[..., :-1], 0.5 * (1 + torch.erf(noise[..., -1] / math.sqrt(2)))  # uniform through the normal's CDF
+    x_t = (1 - t[..., None]) * z + t[..., None] * x
+    flow = (velocity(w, x_t, t) - (x - z)).square().mean()
+    cross_entropy = F.cross_entropy(model.logits(model.hidden(ids)).flatten(0, 1), targets.flatten())
+    assert model.train()(ids, targets, noise).item() == pytest.approx((cross_entropy + weight * flow).item(), abs=1e-6)
+    assert model.eval()(ids, targets, noise).item() == pytest.approx(cross_entropy.item(), abs=1e-6)
+
+
+def test_the_flow_loss_sends_no_gradient_into_the_trunk():
+    gradients = {}
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        config, model = build(nfm_loss_weight=weight)
+        ids, targets = batch(config)
+        model.train()(ids, targets, torch.randn(*ids.shape, config.model_dim + 1)).backward()
+        gradients[weight] = {name: p.grad for name, p in model.named_parameters()}
+    for name, gradient in gradients[0.0].items():
+        if not name.startswith("nfm."):
+            assert torch.equal(gradient, gradients[0.5][name]), name
+    moved = {name for name, g in gradients[0.0].items() if not torch.equal(g, gradients[0.5][name])}
+    assert moved == {"nfm.inp.weight", "nfm.inp.bias", "nfm.time.weight", "nfm.time.bias", "nfm.out.weight"}
+
+
+def test_a_training_forward_without_given_noise_draws_its_own():
+    config, model = build()
+    ids, targets = batch(config)
+    with torch.no_grad():
+        first, second = model.train()(ids, targets), model(ids, targets)
+    assert first != second
+
+
+def test_the_time_embedding_of_time_one_is_computed_for_one_row():
+    config, model = build()
+    rows = []
+    model.nfm.time.register_forward_hook(lambda module, inputs, output: rows.append(output.numel() // output.size(-1)))
+    model.eval().hidden(batch(config)[0])
+    assert rows in ([], [1])  # [] where it was computed before
+
+
+@pytest.mark.parametrize("cuts", [[4], [1, 3], [2, 2], [1, 1, 1, 1]])
+def test_flow_noise_does_not_depend_on_how_ranks_and_micro_batches_slice_a_step(cuts):
+    config = tiny_config()
+    whole = train_gpt.flow_noise(config, 7, 0, 4, torch.device("cpu"))
+    torch.randn(5)  # the global generator has no say
+    parts, first = [], 0
+    for count in cuts:
+        parts.append(train_gpt.flow_noise(config, 7, first, count, torch.device("cpu")))
+        first += count
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_flow_noise_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    train_gpt.flow_noise(tiny_config(), 0, 0, 2, torch.device("cpu"))
+    assert torch.equal(torch.randn(4), expected)
+
+
+def test_flow_noise_differs_between_sequences_steps_and_seeds():
+    draws = [train_gpt.flow_noise(tiny_config(seed=seed), step, first, 1, torch.device("cpu"))
+             for seed in (42, 43) for step in (-1, 0, 1) for first in (0, 1)]
+    assert len({d.numpy().tobytes() for d in draws}) == len(draws)
+
+
+def test_flow_noise_is_standard_normal():
+    config = tiny_config(train_seq_len=512, train_batch_tokens=2048, micro_batch_tokens=2048)
+    noise = train_gpt.flow_noise(config, 0, 0, 4, torch.device("cpu"))
+    assert noise.shape == (4, 512, config.model_dim + 1)
+    assert abs(noise.mean()) < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
+    time = torch.special.ndtr(noise[..., -1])
+    assert time.mean().item() == pytest.approx(0.5, abs=0.03) and time.var().item() == pytest.approx(1 / 12, abs=0.01)
+
+
+@pytest.mark.parametrize("changes", [dict(nfm_enabled=False), dict(nfm_loss_weight=0.0)])
+def test_flow_noise_is_not_drawn_where_nothing_uses_it(changes):
+    assert train_gpt.flow_noise(tiny_config(**changes), 0, 0, 2, torch.device("cpu")) is None
+
+
+# --------------------------------------------------------------------------------------------------------- FlowRefiner
+FLOW = dict(nfm_enabled=False, flow_enabled=True, flow_latent_dim=8, flow_hidden_dim=24)
+
+
+def flow_refiner(w, x):
+    z = x @ w["flow.down.weight"].T
+    inner = gelu(z @ w["flow.fc.weight"].T + w["flow.fc.bias"]) @ w["flow.proj.weight"].T + w["flow.proj.bias"]
+    return x + torch.sigmoid(w["flow.gate"]) * ((z + inner) @ w["flow.up.weight"].T)
+
+
+def test_the_flow_refiner_follows_its_formula(double):
+    config, model = build(**FLOW)
+    ids, _ = batch(config)
+    x = without("flow", model, dict(nfm_enabled=False)).hidden(ids)
+    expected = flow_refiner(model.state_dict(), x)
+    torch.testing.assert_close(model.hidden(ids), expected, atol=1e-10, rtol=1e-10)
+    assert (expected - x).abs().max() > 0.01
+
+
+def test_the_flow_refiner_has_98625_parameters_at_full_size():
+    with torch.device("meta"):
+        flow = train_gpt.GPT(train_gpt.Config(flow_enabled=True)).flow
+    assert sum(p.numel() for p in flow.parameters()) == 98_625
+
+
+def test_flow_init_scale_scales_the_initial_up_projection_only():
+    states = {}
+    for scale in (1.0, 0.01):
+        torch.manual_seed(0)
+        states[scale] = train_gpt.GPT(tiny_config(**FLOW, flow_init_scale=scale)).state_dict()
+    for name, value in states[1.0].items():
+        factor = 0.01 if name == "flow.up.weight" else 1.0
+        torch.testing.assert_close(states[0.01][name], factor * value)
+    assert states[1.0]["flow.up.weight"].abs().max() > 0
+    assert states[1.0]["flow.gate"] == -5
+
+
+# ---------------------------------------------------------------------------------------------------------- TTT-Linear
+TTT = dict(nfm_enabled=False, e2e_ttt_enabled=True)
+
+
+def layer_norm(x, gain, bias, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * gain + bias
+
+
+def inner_steps(q, k, v, w, b, gain, bias, rate, mini_batch):
+    """Outputs of one head's f(k) = k + LN(kW + b), which takes one autograd step per token. q, k, v (T, d).
+
+    All gradients of a mini-batch are taken at its start; token i uses those of the tokens <= i of its mini-batch.
+    """
+    outputs = []
+    for i in range(len(q)):
+        if i % mini_batch == 0:
+            w_start, b_start, w_now, b_now = w, b, w, b
+        loss = 0.5 * (layer_norm(k[i] @ w_start + b_start, gain, bias, 1e-6) - (v[i] - k[i])).square().sum()
+        dw, db = torch.autograd.grad(loss, (w_start, b_start), create_graph=True)
+        w_now, b_now = w_now - rate * dw, b_now - rate * db
+        outputs.append(q[i] + layer_norm(q[i] @ w_now + b_now, gain, bias, 1e-6))
+        if i % mini_batch == mini_batch - 1:
+            w, b = w_now, b_now
+    return torch.stack(outputs)
+
+
+def plain_ttt(config, w, x):
+    """The refiner on x (B, T, D) from its own state-dict: loops over sequences, heads and tokens."""
+    d, rows = config.head_dim, []
+    for row in x:
+        q, k, v = (row @ w[f"{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
+        heads = []
+        for h in range(config.num_heads):
+            part = slice(h * d, (h + 1) * d)
+            heads.append(inner_steps(q[:, part], k[:, part], v[:, part], w["w"][h], w["b"][h, 0], w["ln_gain"][h, 0],
+                                     w["ln_bias"][h, 0], config.e2e_ttt_base_lr / d, config.e2e_ttt_mini_batch))
+        z = layer_norm(torch.cat(heads, -1), w["norm.weight"], w["norm.bias"], 1e-5)
+        rows.append(row + torch.sigmoid(w["gate"]) * (z @ w["proj.weight"].T))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("length, mini_batch, base_lr", [
+    (5, 16, 1.0), (16, 16, 1.0), (37, 16, 1.0), (48, 16, 4.0), (9, 1, 1.0), (20, 7, 1.0), (20, 7, 0.0)])
+def test_ttt_linear_equals_inner_gradient_steps_taken_token_by_token(length, mini_batch, base_lr, double):
+    config, model = build(**TTT, e2e_ttt_mini_batch=mini_batch, e2e_ttt_base_lr=base_lr)
+    ttt = model.ttt
+    x, weigh = torch.randn(2, length, config.model_dim, requires_grad=True), torch.randn(2, length, config.model_dim)
+    plain_x = x.detach().clone().requires_grad_()
+    weights = {name: p.detach().clone().requires_grad_() for name, p in ttt.named_parameters()}
+    expected, got = plain_ttt(config, weights, plain_x), ttt(x)
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+    (expected * weigh).sum().backward()
+    (got * weigh).sum().backward()
+    torch.testing.assert_close(x.grad, plain_x.grad, atol=1e-7, rtol=1e-7)
+    for name, param in ttt.named_parameters():
+        torch.testing.assert_close(param.grad, weights[name].grad, atol=1e-7, rtol=1e-7, msg=lambda text: f"{name}: {text}")
+        assert param.grad.abs().max() > 1e-6 or base_lr == 0, f"nothing depends on {name}"
+
+
+def test_the_inner_model_learns():
+    """Without it the same key at a later token would give the same output: the state must move inside the sequence."""
+    config, model = build(**TTT)
+    x = torch.randn(1, 1, config.model_dim).expand(1, 40, -1)
+    y = model.ttt(x)
+    assert (y[0, 39] - y[0, 0]).abs().max() > 1e-3
+
+
+def test_the_inner_state_restarts_with_every_sequence(double):
+    config, model = build(**TTT)
+    x = torch.randn(3, 20, config.model_dim)
+    together = model.ttt(x)
+    for row in range(3):
+        torch.testing.assert_close(model.ttt(x[row:row + 1]), together[row:row + 1], atol=1e-12, rtol=0)
+
+
+def test_ttt_linear_is_causal_bit_for_bit():
+    config, model = build(**TTT)
+    x = torch.randn(2, 50, config.model_dim)
+    before = model.ttt(x)
+    for t in range(0, 50, 7):
+        changed = x.clone()
+        changed[:, t:] += torch.randn_like(changed[:, t:])
+        assert torch.equal(model.ttt(changed)[:, :t], before[:, :t])
+
+
+def test_the_memory_of_ttt_linear_is_linear_in_length():
+    config, model = build(**TTT)
+
+    def kept(length):
+        sizes = {}
+        x = torch.randn(1, length, config.model_dim, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+            y = model.ttt(x)
+        assert y.requires_grad
+        return sum(sizes.values())
+    sizes = [kept(length) for length in (128, 256, 512)]
+    assert sizes[2] - sizes[1] <= 2.1 * (sizes[1] - sizes[0])  # a quadratic term would make it 4
+
+
+def test_the_inner_steps_stay_out_of_bfloat16():
+    """The inner state sums hundreds of steps. Only the projections may be rounded, so that rounding the input, too, is close."""
+    config, model = build(**TTT)
+    x = torch.randn(1, 64, config.model_dim)
+    exact = model.ttt(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.ttt(x.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_ttt_linear_has_1083905_parameters_at_full_size():
+    with torch.device("meta"):
+        ttt = train_gpt.GPT(train_gpt.Config(e2e_ttt_enabled=True)).ttt
+    assert sum(p.numel() for p in ttt.parameters()) == 1_083_905
+
+
+def test_a_fresh_gate_is_almost_closed():
+    assert train_gpt.GPT(tiny_config(**TTT)).state_dict()["ttt.gate"] == -5
+
+
+def test_refiners_follow_in_the_order_ttt_flow_nfm(double):
+    config, model = build(**{**FLOW, "nfm_enabled": True, "e2e_ttt_enabled": True})
+    ids, _ = batch(config, 20)
+    w = model.state_dict()
+    plain = without("nfm", without("flow", without("ttt", model, {**FLOW, "nfm_enabled": True}), {}), dict(nfm_enabled=False))
+    x = plain.hidden(ids)
+    x = plain_ttt(config, {n[4:]: p.requires_grad_() for n, p in w.items() if n.startswith("ttt.")}, x)
+    x = flow_refiner(w, x)
+    x = x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0))
+    torch.testing.assert_close(model.hidden(ids), x, atol=1e-9, rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ rounding in training
+# Widths at which some matrices exceed the artifact's float16 limit and others do not.
+QAT = dict(num_layers=2, model_dim=288, mlp_mult=1.0, e2e_ttt_enabled=True, nfm_hidden_dim=256, ve_dim=8,
+           late_qat_threshold=0.15)
+
+
+def through_the_artifact(config, model):
+    """The weights as the artifact will give them back."""
+    return train_gpt.unpack_artifact(train_gpt.pack_artifact(config, model.state_dict()))[1]
+
+
+def large_ones_rounded(config, model):
+    """The state-dict with exactly the tensors that the artifact stores as integers as it will give them back."""
+    packed = through_the_artifact(config, model)
+    return {name: packed[name] if train_gpt.scheme_of(name, tensor.shape, config).startswith("int") else tensor
+            for name, tensor in model.state_dict().items()}
+
+
+def twin(config_changes, state):
+    """A model without rounding that has the given weights."""
+    model = train_gpt.GPT(tiny_config(**{**config_changes, "late_qat_threshold": 0.0}), train_gpt.cpu_attention)
+    model.load_state_dict(state)
+    return model.train()
+
+
+def loss_and_gradients(model, ids, targets, noise):
+    model.zero_grad()
+    loss = model(ids, targets, noise)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def qat_case(**changes):
+    config, model = build(**{**QAT, **changes})
+    ids, targets = batch(config, 12)
+    return config, model.train(), (ids, targets, torch.randn(*ids.shape, config.model_dim + 1))
+
+
+@pytest.mark.parametrize("bits", [dict(), dict(block_bits=5, embed_bits=6)])
+def test_with_the_blend_at_one_training_sees_the_weights_of_the_artifact(bits):
+    config, model, case = qat_case(**bits)
+    model.set_qat(1.0)
+    loss, gradients = loss_and_gradients(model, *case)
+    rounded = twin({**QAT, **bits}, large_ones_rounded(config, model))
+    expected, straight_through = loss_and_gradients(rounded, *case)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for name, gradient in gradients.items():  # straight through: as if the rounded weights were the parameters
+        torch.testing.assert_close(gradient, straight_through[name], atol=1e-6, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+def test_rounding_moves_the_loss_and_covers_both_widths():
+    config, model, case = qat_case()
+    schemes = {name: train_gpt.scheme_of(name, t.shape, config) for name, t in model.state_dict().items()}
+    assert set(schemes.values()) == {"int6", "int8", "fp16", "fp32"}
+    with torch.no_grad():
+        raw = model(*case)
+        model.set_qat(1.0)
+        assert abs(model(*case) - raw) > 1e-4
+
+
+def test_with_the_blend_at_zero_training_sees_the_raw_weights_bit_for_bit():
+    config, model, case = qat_case()
+    expected, gradients = loss_and_gradients(twin(QAT, model.state_dict()), *case)
+    for blend in (None, 1.0, 0.0):  # fresh, and after it was on
+        if blend is not None:
+            model.set_qat(blend)
+    loss, mine = loss_and_gradients(model, *case)
+    assert loss == expected
+    assert all(torch.equal(mine[name], gradients[name]) for name in gradients)
+
+
+def test_rounding_is_off_in_evaluation_and_back_in_training():
+    config, model, (ids, targets, noise) = qat_case()
+    plain = twin(QAT, model.state_dict()).eval()
+    model.set_qat(1.0)
+    with torch.no_grad():
+        on = model(ids, targets, noise)
+        assert torch.equal(model.eval()(ids, targets), plain(ids, targets))
+        assert torch.equal(model.hidden(ids), plain.hidden(ids))
+        assert torch.equal(model.train()(ids, targets, noise), on)
+
+
+def test_scales_follow_the_weights():
+    """Rounding with the scales of an earlier step would not be what the artifact stores."""
+    config, model, case = qat_case()
+    model.set_qat(1.0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1.7)
+        model.set_qat(1.0)
+        rounded = twin(QAT, large_ones_rounded(config, model))
+        assert model(*case).item() == pytest.approx(rounded(*case).item(), abs=1e-6)
+
+
+def test_a_large_tensor_that_is_no_layer_weight_is_rounded_too():
+    """TTT-Linear's inner W exceeds the float16 limit at two heads of 192 and is stored as integers then."""
+    wide = dict(num_layers=1, model_dim=384, num_heads=2, num_kv_heads=1, mlp_mult=0.25, ve_dim=0, nfm_enabled=False)
+    config, model, case = qat_case(**wide)
+    assert train_gpt.scheme_of("ttt.w", model.ttt.w.shape, config).startswith("int")
+    model.set_qat(1.0)
+    rounded = twin({**QAT, **wide}, large_ones_rounded(config, model))
+    with torch.no_grad():
+        assert model(*case).item() == pytest.approx(rounded(*case).item(), abs=1e-6)
+
+
+def test_a_compiled_model_sees_the_switch_without_compiling_again():
+    config, model, case = qat_case(num_layers=1, ve_dim=0, e2e_ttt_enabled=False)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counting)
+    losses = set()
+    for blend in (0.0, 1.0, 0.0, 1.0):
+        model.set_qat(blend)
+        loss, gradients = loss_and_gradients(compiled, *case)
+        expected, eager = loss_and_gradients(model, *case)
+        assert loss == pytest.approx(expected, abs=1e-6)
+        torch.testing.assert_close(gradients["_orig_mod.tok_emb.weight"], eager["tok_emb.weight"])
+        losses.add(loss)
+    assert len(graphs) == 1
+    assert len(losses) == 2, "the switch must act on the compiled model"
+
+
+@pytest.mark.parametrize("scale, on", [(1.0, False), (0.15, False), (0.149, True), (0.0, True)])
+def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(scale, on, tiny_data, runtime):
+    paths = dict(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path))
+    config = tiny_config(**{**QAT, **paths, "num_layers": 1, "ve_dim": 0})
+    val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+    trainer = train_gpt.Trainer(config, runtime(config), val)
+    model = randomised(trainer.model).train()
+    ids, targets = batch(config, 12)
+    case = (ids, targets, torch.randn(*ids.shape, config.model_dim + 1))
+    with torch.no_grad():
+        raw = model(*case)
+        trainer.set_rates(scale)
+        assert (model(*case) != raw) == on

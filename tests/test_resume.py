@@ -1,0 +1,707 @@
+"""A run that is killed, stopped or repeated ends with the weights, the artifact and the scores of an uninterrupted one.
+
+Runs here are real processes, forked from a server that has imported PyTorch (a start costs 0.3 s instead of 3) and
+killed for real. Their directories lie in memory where possible: they are many, and each save is flushed to the disk.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train_gpt
+from conftest import ROOT, environment, launch, read_json
+
+SERVER = """
+import json, os, runpy, sys
+import numpy, sentencepiece, torch, torch._dynamo, torch.distributed, zstandard
+sys.path.insert(0, sys.argv[1])
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork() == 0:  # waits for the run and leaves its exit status in a file
+        pid = os.fork()
+        if pid == 0:
+            break
+        for name, value in (("pid", lambda: pid), ("rc", lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))):
+            with open(job["files"] + "tmp", "w") as file:
+                print(value(), file=file)
+            os.rename(job["files"] + "tmp", job["files"] + name)
+        os._exit(0)
+    while os.waitpid(-1, os.WNOHANG)[0]:
+        pass
+else:
+    os._exit(0)
+os.environ.clear()
+os.environ.update(job["environ"])
+for number, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(job["files"] + name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+sys.argv[:] = [job["script"]]
+runpy.run_path(job["script"], run_name="__main__")
+"""
+
+# 18 steps of a small model that validates, saves every 3 steps and after every item of an evaluation.
+QUICK = dict(num_layers=2, xsa_last_n=1, iterations=18, warmdown_iters=6, checkpoint_every=3, val_loss_every=8,
+             eval_checkpoint_seconds=1e-9, eval_stride=32, dtype="float32")
+MAIN = """
+try:
+    train_gpt.main()
+except train_gpt.GolfError as error:
+    sys.exit(print(f"error: {error}", file=sys.stderr) or error.code)
+"""
+# Every durable write ends in a rename: list them, and die at the wanted one, half-written, unnamed or just named.
+TRACE = """
+replace, written, wish = os.replace, [], os.environ.pop("KILL_AT", "0 -").split()
+def traced(source, target):
+    written.append(os.path.basename(target))
+    last = len(written) == int(wish[0])
+    if last and wish[1] == "half":
+        os.truncate(source, os.path.getsize(source) // 2)
+    if not last or wish[1] == "renamed":
+        replace(source, target)
+    if last:
+        os.kill(os.getpid(), 9)
+    with open(os.environ["RUN_DIR"] + ".trace", "a") as file:
+        print(written[-1], file=file)
+os.replace = traced
+"""
+
+
+class Group:
+    """The processes of one run, one per rank."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def _read(self, name, rank, timeout=30.0):
+        path, end = Path(f"{self.files[rank]}{name}"), time.monotonic() + timeout
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.002)
+        return path.read_text() if path.exists() else None
+
+    def pid(self, rank=0):
+        return int(self._read("pid", rank))
+
+    def kill(self, number=signal.SIGKILL, ranks=None):
+        for rank in range(len(self.files)) if ranks is None else ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid(rank), number)
+
+    def wait(self, timeout=240.0):
+        """Exit status of every rank (negative for signals), or None when one still runs after `timeout`."""
+        end = time.monotonic() + timeout
+        codes = [self._read("rc", rank, max(0.0, end - time.monotonic())) for rank in range(len(self.files))]
+        return None if None in codes else [int(code) for code in codes]
+
+    def stdout(self, rank=0):
+        return self._read("stdout", rank) or ""
+
+    def stderr(self, rank=0):
+        return self._read("stderr", rank) or ""
+
+    def until(self, holds, timeout=240.0):
+        """Wait until holds() is true; False when the run ended before."""
+        end = time.monotonic() + timeout
+        while not holds():
+            if self.wait(0.0) is not None:
+                return holds()
+            assert time.monotonic() < end, f"waited {timeout} s in vain:\n{self.stdout()}\n{self.stderr()}"
+            time.sleep(0.001)
+        return True
+
+
+class Children:
+    """Starts runs by forking the server; `folder` holds their output, run directories and scripts."""
+
+    def __init__(self, folder, data):
+        self.folder, self.data, self.count, self.groups = Path(folder), data, 0, []
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT)], stdin=subprocess.PIPE, text=True,
+                                       env=environment())
+
+    def new(self, name):
+        self.count += 1
+        return self.folder / f"{self.count:03d}_{name}"
+
+    def script(self, patch):
+        """A file that imports train_gpt, runs `patch` and then main()."""
+        path = self.new("wrapper.py")
+        path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n{patch}\n{MAIN}")
+        return path
+
+    def settings(self, run_dir, **changes):
+        return {**self.data.settings, **QUICK, "run_dir": run_dir, **changes}
+
+    def start(self, run_dir, ranks=1, patch=None, **changes):
+        script = self.script(patch) if patch else ROOT / "train_gpt.py"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = Group([str(self.new(f"rank{rank}_")) for rank in range(ranks)])
+        for rank, files in enumerate(group.files):
+            place = dict(rank=rank, local_rank=rank, world_size=ranks, master_addr="127.0.0.1", master_port=port)
+            environ = environment(**self.settings(run_dir, **changes), **(place if ranks > 1 else {}))
+            print(json.dumps(dict(files=files, script=str(script), environ=environ)), file=self.server.stdin, flush=True)
+        self.groups.append(group)
+        return group
+
+    def finish(self, run_dir, ranks=1, patch=None, code=0, **changes):
+        """Run to the end and check the exit status of rank 0 (all ranks where it is 0)."""
+        group = self.start(run_dir, ranks, patch, **changes)
+        codes = group.wait()
+        expected = [code] * (ranks if code == 0 else 1)
+        assert codes and codes[:len(expected)] == expected, f"{codes}\n{group.stdout()[-3000:]}\n{group.stderr()[-3000:]}"
+        return group
+
+    def close(self):
+        for group in self.groups:
+            if group.wait(0.0) is None:
+                group.kill()
+        self.server.stdin.close()
+        self.server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def children(tiny_data):
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="golf_", dir=memory, ignore_cleanup_errors=True) as folder:
+        made = Children(folder, tiny_data)
+        yield made
+        made.close()
+
+
+def outcome(run_dir):
+    """What must not depend on interruptions: tensors, artifact and scores (texts short enough for a failed assertion)."""
+    weights = train_gpt.load_tensors(Path(run_dir) / "final_model.pt")["state_dict"]
+    results = read_json(Path(run_dir) / "scores.json")
+    scores = {label: {k: v for k, v in s.items() if k != "eval_time_s"} for label, s in results["scores"].items()}
+    return dict(
+        weights={name: hashlib.sha256(t.numpy().tobytes()).hexdigest()[:12] for name, t in weights.items()},
+        artifact=hashlib.sha256((Path(run_dir) / "final_model.int6.ptz").read_bytes()).hexdigest(),
+        scores=scores, finished=results["finished"], steps=results["steps"], tokens=results["tokens"])
+
+
+def log_of(run_dir):
+    return (Path(run_dir) / "train.log").read_text()
+
+
+def json_lines(run_dir):
+    """(events, number of lines that do not parse)."""
+    good, bad = [], 0
+    for line in filter(None, (Path(run_dir) / "metrics.jsonl").read_text().splitlines()):
+        try:
+            good.append(json.loads(line))
+        except ValueError:
+            bad += 1
+    return good, bad
+
+
+def steps_of(run_dir):
+    """Steps logged so far, [] before the first."""
+    path = Path(run_dir) / "metrics.jsonl"
+    return [int(s) for s in re.findall(r'"event": "step".*?"step": (\d+)', path.read_text())] if path.exists() else []
+
+
+def copy_run(children, run_dir):
+    target = children.new("copy")
+    shutil.copytree(run_dir, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def whole(children):
+    """Directory of an uninterrupted run."""
+    run_dir = children.new("whole")
+    children.finish(run_dir, patch=TRACE)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def writes(whole):
+    """Names of the files that an uninterrupted run makes durable, in order."""
+    return Path(f"{whole}.trace").read_text().split()
+
+
+@pytest.fixture(scope="module")
+def stopped(children):
+    """(directory, output) of a run that SIGUSR1 stopped in training, after two checkpoints of its own."""
+    run_dir = children.new("stopped")
+    group = children.start(run_dir)
+    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 7)
+    group.kill(signal.SIGUSR1)
+    assert group.wait() == [75], group.stderr()
+    return run_dir, group.stdout()
+
+
+@pytest.fixture(scope="module")
+def whole_two(children):
+    run_dir = children.new("whole_two")
+    children.finish(run_dir, ranks=2)
+    return run_dir
+
+
+def killed_and_resumed(children, run_dir, number, stage):
+    """Kill a run at its durable write `number` (from 1) and run the same command again; returns that one's output."""
+    assert children.start(run_dir, patch=TRACE, kill_at=f"{number} {stage}").wait() == [-9]
+    return children.finish(run_dir).stdout()
+
+
+def killed_after(children, run_dir, seconds, ranks=1):
+    """Kill a run (all its ranks) `seconds` after its start and run the same command again."""
+    group = children.start(run_dir, ranks)
+    if group.wait(seconds) is None:
+        group.kill()
+        group.wait()
+    children.finish(run_dir, ranks)
+    return outcome(run_dir)
+
+
+def number_of(writes, pattern, which):
+    """Position (from 1) of one of the writes that match."""
+    places = [i for i, name in enumerate(writes, 1) if re.match(pattern, name)]
+    return places[which]
+
+
+@pytest.mark.parametrize("pattern, which, stage, resumed", [
+    (r"step_", 4, "half", r"^resumed_from:\S+step_00000012.pt step:12$"),
+    (r"final_model\.int6", 0, "whole", r"^phase_done:train "),
+    (r"eval_legal_ttt", 7, "renamed", r"^resumed_evaluation legal_ttt item:8/\d\d$")])
+def test_a_run_killed_in_a_write_ends_like_an_uninterrupted_one(children, whole, writes, pattern, which, stage, resumed):
+    run_dir = children.new("killed")
+    output = killed_and_resumed(children, run_dir, number_of(writes, pattern, which), stage)
+    assert re.search(resumed, output, re.M)
+    assert outcome(run_dir) == outcome(whole)
+    assert not list(run_dir.rglob("*.tmp")), "a killed write left its temporary file behind"
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_change_nothing(children, whole, writes):
+    seed = random.randrange(1 << 30)
+    draw, expected = random.Random(seed), outcome(whole)
+    begin = time.monotonic()
+    children.finish(children.new("timed"))
+    duration = time.monotonic() - begin
+    for i in range(20):
+        run_dir = children.new("killed")
+        if i % 2:
+            found = killed_after(children, run_dir, draw.uniform(0.2, duration))
+        else:
+            killed_and_resumed(children, run_dir, draw.randint(1, len(writes)), draw.choice(["half", "whole", "renamed"]))
+            found = outcome(run_dir)
+        assert found == expected, f"kill {i}, random.Random({seed})"
+
+
+def test_a_run_killed_again_and_again_still_ends_the_same(children, whole):
+    run_dir = children.new("chain")
+    for step in (4, 8, 13):
+        group = children.start(run_dir)
+        assert group.until(lambda: max(steps_of(run_dir), default=0) >= step)
+        group.kill()
+        assert group.wait() == [-9]
+    children.finish(run_dir)
+    assert outcome(run_dir) == outcome(whole)
+    assert len(re.findall(r"^resumed_from:", log_of(run_dir), re.M)) == 3
+
+
+def test_two_ranks_killed_together_end_like_uninterrupted_ones(children, whole_two):
+    run_dir = children.new("killed_two")
+    group = children.start(run_dir, ranks=2)
+    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 8)
+    group.kill()
+    group.wait()
+    output = children.finish(run_dir, ranks=2).stdout()
+    assert "resumed_from:" in output
+    assert outcome(run_dir) == outcome(whole_two)
+
+
+def test_two_ranks_killed_while_they_evaluate_end_like_uninterrupted_ones(children, whole_two):
+    run_dir, state = children.new("killed_two"), "checkpoint/eval_legal_ttt.pt"
+    group = children.start(run_dir, ranks=2)
+    assert group.until((run_dir / state).exists)
+    group.kill()
+    group.wait()
+    assert "resumed_evaluation legal_ttt" in children.finish(run_dir, ranks=2).stdout()
+    assert outcome(run_dir) == outcome(whole_two)
+
+
+@pytest.mark.slow
+def test_random_kills_of_two_ranks_change_nothing(children, whole_two):
+    seed = random.randrange(1 << 30)
+    draw = random.Random(seed)
+    for i in range(8):
+        found = killed_after(children, children.new("killed_two"), draw.uniform(0.3, 6), ranks=2)
+        assert found == outcome(whole_two), f"kill {i}, random.Random({seed})"
+
+
+def descendants(pid):
+    """Process ids below `pid`: torchrun puts its workers into sessions of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found += [int(path.parent.name), *descendants(int(path.parent.name))]
+    return found
+
+
+def kill_tree(process):
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_torchrun_group_ends_like_an_uninterrupted_one(children, whole_two):
+    run_dir = children.new("torchrun")
+    settings = children.settings(run_dir)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
+    for step in (5, 10):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(**settings), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        while max(steps_of(run_dir), default=0) < step:
+            assert process.poll() is None
+            time.sleep(0.002)
+        kill_tree(process)
+    done = launch(settings, children.folder, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert outcome(run_dir) == outcome(whole_two)
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+def test_the_last_two_checkpoints_are_kept(whole):
+    assert sorted(p.name for p in (whole / "checkpoint").glob("step_*")) == ["step_00000015.pt", "step_00000018.pt"]
+
+
+def test_a_checkpoint_loads_without_running_code_and_says_what_it_is(whole):
+    state = torch.load(whole / "checkpoint" / "step_00000018.pt", weights_only=True)
+    assert state["step"] == 18 and state["seconds"] > 0
+    assert state["hash"] == read_json(whole / "config.json")["hash"]
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(children, stopped, whole):
+    run_dir = copy_run(children, stopped[0])
+    older, newest = sorted((run_dir / "checkpoint").glob("step_*.pt"))
+    blob = bytearray(newest.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    newest.write_bytes(blob)
+    output = children.finish(run_dir).stdout()
+    assert re.search(rf"warning: .*{newest.name}", output)
+    assert f"resumed_from:{older}" in output
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_a_run_without_any_readable_checkpoint_starts_again(children, stopped, whole):
+    run_dir = copy_run(children, stopped[0])
+    for path in (run_dir / "checkpoint").glob("step_*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    output = children.finish(run_dir).stdout()
+    assert output.count("warning:") == 2 and "resumed_from:" not in output
+    assert outcome(run_dir) == outcome(whole)
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_an_unusable_state_of_an_evaluation_is_not_used(children, whole, damage):
+    run_dir = copy_run(children, whole)
+    (run_dir / "scores.json").unlink()
+    state = run_dir / "checkpoint" / "eval_legal_ttt.pt"
+    if damage == "cut":
+        state.write_bytes(state.read_bytes()[:-100])
+    else:
+        shutil.copy(run_dir / "checkpoint" / "eval_final_int6_sliding_window.pt", state)
+    output = children.finish(run_dir).stdout()
+    assert re.search(r"warning: .*eval_legal_ttt\.pt", output) and "resumed_evaluation legal_ttt" not in output
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_checkpoints_by_seconds_are_written_too(children, whole):
+    run_dir = children.new("seconds")
+    children.finish(run_dir, checkpoint_every=0, checkpoint_seconds=0.01)
+    saved = [e["step"] for e in json_lines(run_dir)[0] if e["event"] == "checkpoint"]
+    assert len(saved) >= 2 and saved == sorted(saved)
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_time_already_spent_counts_towards_the_wallclock_cap(children):
+    run_dir = children.new("capped")
+    group = children.start(run_dir, max_wallclock_seconds=1000)
+    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 4)
+    group.kill(signal.SIGTERM)
+    assert group.wait() == [75]
+    newest = sorted((run_dir / "checkpoint").glob("step_*.pt"))[-1]
+    state = train_gpt.load_tensors(newest)
+    train_gpt.save_tensors(newest, {**state, "seconds": 999.9})
+    output = children.finish(run_dir, max_wallclock_seconds=1000).stdout()
+    assert f"stopping_early: wallclock_cap train_time:999900ms step:{state['step']}/18" in output
+    results = read_json(run_dir / "scores.json")
+    assert results["stopped_early"] and results["steps"] == state["step"] and results["train_time_s"] == 999.9
+
+
+# Logs -----------------------------------------------------------------------------------------------------------------
+def test_logs_append_and_stay_parseable_after_a_cut_last_line(children, stopped):
+    run_dir = copy_run(children, stopped[0])
+    before = log_of(run_dir)
+    for name, text in (("train.log", "step:7/18 train_lo"), ("metrics.jsonl", '{"event": "step", "st')):
+        with open(run_dir / name, "a") as file:
+            file.write(text)
+    children.finish(run_dir)
+    log = log_of(run_dir)
+    assert log.startswith(before + "step:7/18 train_lo\n")
+    found, bad = json_lines(run_dir)
+    assert bad == 1 and found[-1]["event"] == "done"
+    last = {e["step"]: e["train_loss"] for e in found if e["event"] == "step"}
+    assert sorted(last) == list(range(1, 19))
+    logged = re.findall(r"^step:(\d+)/18 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", log, re.M)
+    assert set(map(int, logged)) == set(last)
+
+
+@pytest.fixture(scope="module")
+def resumed(children, stopped):
+    """A run that was stopped, then finished."""
+    run_dir = copy_run(children, stopped[0])
+    return run_dir, children.finish(run_dir, resume="must").stdout()
+
+
+def test_every_event_has_a_name_and_a_time(resumed):
+    found, bad = json_lines(resumed[0])
+    assert not bad and all({"event", "time"} <= e.keys() for e in found)
+    kinds = {"start", "step", "val", "checkpoint", "trained", "packed", "score", "stopped", "done"}
+    assert kinds <= {e["event"] for e in found}
+
+
+def test_the_start_event_tells_the_step_it_resumed_from(resumed):
+    starts = [e["resumed_step"] for e in json_lines(resumed[0])[0] if e["event"] == "start"]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 7
+
+
+# Signals and time limits ----------------------------------------------------------------------------------------------
+def check_stopped(run_dir, output, *names):
+    """One line, one event as the last, and the file, all of a stop by one of `names`."""
+    lines = re.findall(r"^stopped signal:(\w+)", output, re.M)
+    last = json_lines(run_dir)[0][-1]
+    assert len(lines) == 1 and lines[0] in names
+    assert last["event"] == "stopped" and last["signal"] == lines[0]
+    assert (run_dir / "STOPPED").exists()
+
+
+def test_a_signal_stops_with_one_line_and_one_save(stopped):
+    run_dir, output = stopped
+    check_stopped(run_dir, output, "SIGUSR1")
+    step = int(re.search(r"phase:in training after step (\d+)/18", output).group(1))
+    assert step == max(steps_of(run_dir)) and (run_dir / "checkpoint" / f"step_{step:08d}.pt").exists()
+    assert output.count(f"checkpoint_saved step:{step} ") == 1, "saving twice wastes the time that is left"
+
+
+def test_a_stopped_run_resumes_and_ends_like_an_uninterrupted_one(resumed, whole):
+    run_dir, output = resumed
+    assert f"resumed_from:{run_dir}" in output
+    assert not (run_dir / "STOPPED").exists()
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_sigterm_stops_an_evaluation_and_a_rerun_finishes_it(children, whole):
+    run_dir = copy_run(children, whole)
+    (run_dir / "scores.json").unlink()
+    for path in (run_dir / "checkpoint").glob("eval_*"):
+        path.unlink()
+    group = children.start(run_dir)
+    assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
+    group.kill(signal.SIGTERM)
+    assert group.wait() == [75]
+    check_stopped(run_dir, group.stdout(), "SIGTERM")
+    assert "resumed_evaluation legal_ttt" in children.finish(run_dir).stdout()
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_a_second_signal_exits_at_once(children):
+    """The step in which the first signal arrives never ends here."""
+    hang = """
+def endless(self, step, stream):
+    while step == 2:
+        time.sleep(0.02)
+    return accumulate(self, step, stream)
+accumulate, train_gpt.Trainer.accumulate = train_gpt.Trainer.accumulate, endless"""
+    run_dir = children.new("second")
+    group = children.start(run_dir, patch=hang)
+    assert group.until(lambda: 2 in steps_of(run_dir))
+    group.kill(signal.SIGTERM)
+    time.sleep(0.7)
+    assert group.wait(0) is None
+    group.kill(signal.SIGTERM)
+    assert group.wait(5) == [128 + signal.SIGTERM]
+
+
+def test_signals_that_arrive_together_count_as_one(children):
+    """A cluster and torchrun may both pass on the same wish."""
+    run_dir = children.new("together")
+    group = children.start(run_dir)
+    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 3)
+    group.kill(signal.SIGTERM)
+    group.kill(signal.SIGUSR1)
+    assert group.wait() == [75]
+    check_stopped(run_dir, group.stdout(), "SIGTERM", "SIGUSR1")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(children, whole_two, rank):
+    run_dir = children.new("signal_two")
+    group = children.start(run_dir, ranks=2)
+    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 7)
+    group.kill(signal.SIGUSR1, ranks=[rank])
+    assert group.wait() == [75, 75], group.stderr()
+    output = group.stdout()
+    assert len(re.findall("^stopped ", output, re.M)) == 1 and (run_dir / "STOPPED").exists()
+    children.finish(run_dir, ranks=2)
+    assert outcome(run_dir) == outcome(whole_two)
+
+
+SLOW_STEPS = """
+def slower(self, step, stream):
+    time.sleep(0.2)
+    return accumulate(self, step, stream)
+accumulate, train_gpt.Trainer.accumulate = train_gpt.Trainer.accumulate, slower"""
+
+
+@pytest.mark.parametrize("variable", ["time_limit_seconds", "slurm_job_end_time"])
+def test_a_time_limit_stops_in_time_and_a_rerun_finishes(children, whole, variable):
+    run_dir, begin = children.new("limited"), time.time()
+    group = children.start(run_dir, patch=SLOW_STEPS, **{variable: 2.0 if variable == "time_limit_seconds" else begin + 3.0})
+    assert group.wait() == [75], group.stderr()
+    check_stopped(run_dir, group.stdout(), "TIME_LIMIT")
+    found = json_lines(run_dir)[0]
+    begin = found[0]["time"] if variable == "time_limit_seconds" else begin + 1.0
+    assert found[-1]["time"] - begin < 2.0
+    assert 0 < max(steps_of(run_dir)) < 18
+    children.finish(run_dir)
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_packing_is_not_begun_when_it_could_not_end(children, whole):
+    """Packing cannot be resumed, so it must not be started without the time for it."""
+    run_dir = copy_run(children, whole)
+    for name in ("final_model.int6.ptz", "scores.json"):
+        (run_dir / name).unlink()
+    group = children.finish(run_dir, code=75, time_limit_seconds=1.0)
+    check_stopped(run_dir, group.stdout(), "TIME_LIMIT")
+    assert not (run_dir / "final_model.int6.ptz").exists()
+
+
+def test_the_first_real_signal_after_a_time_limit_does_not_break_off_the_saving(runtime, monkeypatch):
+    """SLURM's warning and torchrun's SIGTERM come while a time limit's save is under way."""
+    from conftest import tiny_config
+    made = runtime(tiny_config(time_limit_seconds=1e-3))
+    assert made.wants_stop()
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    made.on_signal(signal.SIGTERM, None)
+    assert not exits
+
+
+# Phases ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def audited(children, whole):
+    """A finished run with its audit, and the output of that rerun."""
+    run_dir = copy_run(children, whole)
+    output = children.finish(run_dir, audit=1).stdout()
+    return run_dir, output
+
+
+SCORES = ("pre_quant", "final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt")
+
+
+@pytest.mark.parametrize("missing, done", [
+    ("scores.json", ("train", "pack", "audit")),
+    ("final_model.int6.ptz", ("train", "audit", *SCORES)),
+    ("audit.json", ("train", "pack", *SCORES))])
+def test_a_rerun_does_only_what_is_missing_and_says_so(children, audited, whole, missing, done):
+    run_dir = copy_run(children, audited[0])
+    (run_dir / missing).unlink()
+    output = children.finish(run_dir, audit=1).stdout()
+    assert (run_dir / missing).exists()
+    assert sorted(re.findall(r"^phase_done:(\w+)", output, re.M)) == sorted(done)
+    assert not re.search(r"^step:", output, re.M)
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_a_finished_run_prints_its_results_again_without_training(children, audited):
+    run_dir = copy_run(children, audited[0])
+    output = children.finish(run_dir, audit=1).stdout()
+    for label, score in read_json(run_dir / "scores.json")["scores"].items():
+        assert f"result {label} val_bpb:{score['val_bpb']:.8f}" in output
+    assert not re.search(r"^(step:|legality |checkpoint_saved|budget:)", output, re.M)
+    assert "run_finished" in output and json_lines(run_dir)[0][-1]["event"] == "done"
+
+
+def test_a_finished_run_of_two_ranks_prints_its_results_again(children, whole_two):
+    run_dir = copy_run(children, whole_two)
+    output = children.finish(run_dir, ranks=2).stdout()
+    assert output.count("result legal_ttt") == 1 and "run_finished" in output
+
+
+def test_an_artifact_is_scored_the_same_by_a_killed_and_resumed_verification(children, whole):
+    run_dir, source = children.new("verify"), whole / "final_model.int6.ptz"
+    group = children.start(run_dir, eval_only=source)
+    assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
+    group.kill()
+    group.wait()
+    children.finish(run_dir, eval_only=source)
+    found, expected = (read_json(d / "scores.json")["scores"] for d in (run_dir, whole))
+    assert {k: v["val_bpb"] for k, v in found.items()} == {k: expected[k]["val_bpb"] for k in SCORES[1:]}
+
+
+# Whether and how to resume --------------------------------------------------------------------------------------------
+def test_resume_never_keeps_the_old_run_aside_and_starts_again(children, stopped, whole):
+    run_dir = copy_run(children, stopped[0])
+    old = log_of(run_dir)
+    output = children.finish(run_dir, resume="never").stdout()
+    assert "resumed_from:" not in output and "step:1/18" in output
+    assert log_of(run_dir / "old_1") == old and list((run_dir / "old_1" / "checkpoint").glob("step_*"))
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_resume_must_refuses_a_directory_without_a_run(children):
+    group = children.finish(children.new("nothing"), code=2, resume="must")
+    assert "RESUME=must" in group.stderr() and "Traceback" not in group.stderr()
+
+
+def test_a_changed_configuration_is_refused_with_the_fields_that_differ(children, stopped, whole):
+    run_dir = copy_run(children, stopped[0])
+    group = children.finish(run_dir, code=2, matrix_lr=0.031, seed=7, checkpoint_every=5)
+    error = group.stderr()
+    assert "MATRIX_LR: 0.025 -> 0.031" in error and "SEED: 42 -> 7" in error
+    assert "CHECKPOINT_EVERY" not in error and "Traceback" not in error
+    assert (run_dir / "STOPPED").exists(), "the run is still stopped: a launcher has to see that"
+    children.finish(run_dir)
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_other_training_data_is_refused(children, stopped, tmp_path):
+    run_dir = copy_run(children, stopped[0])
+    shards = sorted(children.data.data_path.glob("*.bin"))
+    for shard in shards:
+        if not shard.name.startswith("fineweb_train_000001"):
+            shutil.copy(shard, tmp_path)
+    group = children.finish(run_dir, code=2, data_path=tmp_path)
+    assert "other data" in group.stderr()
+
+
+def test_settings_of_pace_may_change_at_a_resume(children, stopped, whole):
+    run_dir = copy_run(children, stopped[0])
+    children.finish(run_dir, checkpoint_every=5, val_loss_every=0, train_log_every=4, eval_checkpoint_seconds=0)
+    assert outcome(run_dir) == outcome(whole)
+
+
+def test_the_micro_batch_may_change_at_a_resume(children, stopped, whole):
+    run_dir = copy_run(children, stopped[0])
+    output = children.finish(run_dir, micro_batch_tokens=64).stdout()
+    assert "grad_accum_steps:8" in output and "resumed_from:" in output
+    found, expected = (read_json(d / "scores.json")["scores"]["pre_quant"]["val_loss"] for d in (run_dir, whole))
+    assert abs(found - expected) < 1e-3
