@@ -673,8 +673,8 @@ def zeros_of_a_real_architecture():
 
 
 # In a process of its own, since only the peak of a whole process counts what the C libraries take: how far a
-# new peak lies above the memory in use before. Seconds are the processor's, whatever else the machine does. The
-# first artifact is honest: what PyTorch imports at its first use is no cost of the others.
+# new peak lies above the memory in use before. Seconds are the processor's, whatever else the machine does.
+# The first artifact is honest: what PyTorch imports at its first use is no cost of the others.
 MEASURE = """
 import resource, sys, time
 sys.path.insert(0, sys.argv[1])

@@ -1,9 +1,8 @@
 """One, two and four ranks train the same model and report the same scores; uneven shares never hang.
 
-Each world size is launched once, by torchrun over gloo as a user would, on a script that uses the public parts of
-train_gpt.py; many tests look at what it left.
+Each world size runs once, over gloo, a script that uses the public parts of train_gpt.py (four ranks by
+torchrun as a user would, the others forked); many tests look at what it left.
 """
-import json
 import os
 import re
 import signal
@@ -12,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train_gpt
-from conftest import ROOT, launch, read_json, tiny_config
-from test_resume import children, copy_run, outcome, steps_of  # noqa: F401
+from conftest import ROOT, TINY, events, launch, read_json, tiny_config
+from test_resume import children, copy_run, outcome, steps_of, unscored  # noqa: F401
 
 LAB = f"""
 import dataclasses, json, os, sys
@@ -49,35 +48,40 @@ score("sliding", model, val)
 score("four_targets_per_window", model, few, stride=4)
 score("two_windows", model, few, stride=config.eval_seq_len)
 score("slot", model, few, slot="causal")
-score("ttt", model, val, ttt=True)
+score("ttt", model, val, ttt=True, changes=dict(ttt_lr=0.02))
 score("ttt_two_epochs", model, few, ttt=True, changes=dict(ttt_chunk_tokens=64, ttt_epochs=2, ttt_lr=0.05))
 score("ttt_small_chunks", model, half, ttt=True, changes=dict(ttt_chunk_tokens=64, ttt_lr=0.05))
 score("ttt_one_row_steps", model, half, ttt=True, changes=dict(ttt_batch_seqs=1))
 score("ttt_slot", model, few, ttt=True, slot="causal", changes=dict(ttt_chunk_tokens=64))
-left["audit"] = [check["name"] for check in train_gpt.audit(model, val, config, runtime) if not check["passed"]]
+left["audit"] = [c["name"] for c in train_gpt.audit(model, val, config, runtime) if not c["passed"]]
 if runtime.is_main:
     train_gpt.save_tensors(left["out"] + ".pt", dict(trainer.model.state_dict()))
     train_gpt.write_json(left["out"] + ".json", left)
 runtime.close()
 """
 WORLDS = (1, 2, 4)
-STEPS = dict(iterations=20, train_batch_tokens=512, train_seq_len=64, micro_batch_tokens=256, warmdown_iters=8, dtype="float32",
-             val_loss_every=0)
+STEPS = dict(TINY, iterations=20, warmdown_iters=8, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def labs(tiny_data, tmp_path_factory):
+def labs(children, tmp_path_factory):
     """{world size: what its launch left: state, losses, scores, output}."""
     folder, labs = tmp_path_factory.mktemp("labs"), {}
-    (folder / "lab.py").write_text(LAB)
+    script = folder / "lab.py"
+    script.write_text(LAB)
     for world in WORLDS:
-        settings = {**tiny_data.settings, **STEPS, "run_dir": folder / f"run{world}", "lab_out": folder / f"lab{world}"}
-        done = launch(settings, folder, world, folder / "lab.py")
-        assert done.returncode == 0, done.stderr[-4000:]
-        lines = (folder / f"run{world}" / "metrics.jsonl").read_text().splitlines()
-        losses = {e["step"]: e["train_loss"] for e in map(json.loads, lines) if e["event"] == "step"}
-        labs[world] = SimpleNamespace(**read_json(folder / f"lab{world}.json"), losses=losses, stdout=done.stdout,
-                                      state=train_gpt.load_tensors(folder / f"lab{world}.pt"))
+        run_dir, out = folder / f"run{world}", folder / f"lab{world}"
+        settings = dict(STEPS, lab_out=out)
+        if world < WORLDS[-1]:
+            group = children.finish(run_dir, world, script=script, **settings)
+            stdout = "".join(group.stdout(rank) for rank in range(world))
+        else:
+            done = launch(children.settings(run_dir, **settings), folder, world, script)
+            assert done.returncode == 0, done.stderr[-4000:]
+            stdout = done.stdout
+        losses = {e["step"]: e["train_loss"] for e in events(run_dir, "step")}
+        labs[world] = SimpleNamespace(**read_json(f"{out}.json"), state=train_gpt.load_tensors(f"{out}.pt"),
+                                      losses=losses, stdout=stdout)
     return labs
 
 
@@ -115,7 +119,8 @@ def test_scores_without_training_do_not_depend_on_the_ranks(labs, world, name):
     assert found[2:] == expected[2:]
 
 
-@pytest.mark.parametrize("name", ["ttt", "ttt_two_epochs", "ttt_small_chunks", "ttt_one_row_steps", "slot", "ttt_slot"])
+@pytest.mark.parametrize("name", ["ttt", "ttt_two_epochs", "ttt_small_chunks", "ttt_one_row_steps", "slot",
+                                  "ttt_slot"])
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_scores_with_training_do_not_depend_on_the_ranks(labs, world, name):
     found, expected = labs[world].scores[name], labs[1].scores[name]
@@ -144,7 +149,7 @@ def test_all_log_lines_come_from_rank_0(labs):
 
 
 class Collectives:
-    """Stands in for torch.distributed on rank 0 of `world` equal ranks and adds up what a ring makes each of them send."""
+    """Stands in for torch.distributed on rank 0 of `world` equal ranks; sums what a ring makes each send."""
 
     def __init__(self, world):
         self.world, self.sent = world, 0
@@ -195,7 +200,7 @@ def test_one_rank_sends_nothing(labs):
     assert labs[1].bytes_sent == [0]
 
 
-# The whole program over ranks ----------------------------------------------------------------------------------------
+# The whole program over ranks -------------------------------------------------------------------------------
 SHORT = dict(iterations=10, warmdown_iters=4)
 
 
@@ -217,7 +222,8 @@ def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks
     run_dir = copy_run(children, two[0])
     output = children.finish(run_dir, ranks, **SHORT).stdout()
     assert "resumed_from:" in output and f"world_size:{ranks} " in output
-    weights, expected = (train_gpt.load_tensors(d / "final_model.pt")["state_dict"] for d in (run_dir, two[1]))
+    weights, expected = (train_gpt.load_tensors(folder / "final_model.pt")["state_dict"]
+                         for folder in (run_dir, two[1]))
     for name, value in expected.items():
         assert (weights[name] - value).norm() <= 1e-4 * value.norm(), name
     assert outcome(run_dir)["tokens"] == outcome(two[1])["tokens"]
@@ -227,12 +233,9 @@ def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks
 
 def test_an_evaluation_saved_at_two_ranks_is_scored_the_same_at_one(children, two):
     """No target may be scored twice or lost, whether the saved state is used or not."""
-    run_dir, state = copy_run(children, two[1]), "checkpoint/eval_legal_ttt.pt"
-    (run_dir / "scores.json").unlink()
-    for path in (run_dir / "checkpoint").glob("eval_*"):
-        path.unlink()
+    run_dir = unscored(children, two[1])
     group = children.start(run_dir, ranks=2, **SHORT)
-    assert group.until((run_dir / state).exists)
+    assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
     group.kill()
     group.wait()
     children.finish(run_dir, **SHORT)

@@ -1,4 +1,4 @@
-"""The trunk against a plain, slow reference that reads the state-dict, and the properties that no reference shows."""
+"""The trunk against a plain, slow reference that reads the state-dict, and properties no reference shows."""
 import dataclasses
 import math
 
@@ -30,7 +30,7 @@ def double():
 
 @torch.no_grad()
 def randomised(model):
-    """Every parameter away from its initial value: what starts at zero or one would hide what it multiplies."""
+    """Every parameter away from its initial value: a start at zero or one would hide what it multiplies."""
     for param in model.parameters():
         noise = torch.randn_like(param)
         param.copy_(noise / param.size(-1) ** 0.5 if param.dim() > 1 else param + 0.3 * noise)
@@ -47,6 +47,10 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def assert_near(mine, expected, atol, rtol, name):
+    torch.testing.assert_close(mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
+
+
 def batch(config, length=21, rows=2):
     """ids and targets (rows, length); documents begin inside the rows."""
     ids = torch.randint(BOS + 1, config.vocab_size, (rows, length + 1))
@@ -54,10 +58,15 @@ def batch(config, length=21, rows=2):
     return ids[:, :-1], ids[:, 1:]
 
 
-# ---------------------------------------------------------------------------------------------------- parameter counts
+# ------------------------------------------------------------------------------------------- parameter counts
 PUBLISHED = {  # REFERENCE §3; slot_11l's figure is at MLP_MULT=3
-    "nfm_7k": ({}, 27_530_952), "base_7k": ({}, 27_137_223), "base_20k": ({}, 27_137_223), "flow_20k": ({}, 27_235_848),
-    "ttt_linear_10l": ({}, 25_749_398), "ttt_linear_11l": ({}, 28_110_750), "slot_11l": (dict(mlp_mult=3.0), 26_928_220),
+    "nfm_7k": ({}, 27_530_952),
+    "base_7k": ({}, 27_137_223),
+    "base_20k": ({}, 27_137_223),
+    "flow_20k": ({}, 27_235_848),
+    "ttt_linear_10l": ({}, 25_749_398),
+    "ttt_linear_11l": ({}, 28_110_750),
+    "slot_11l": (dict(mlp_mult=3.0), 26_928_220),
 }
 
 
@@ -108,17 +117,19 @@ def test_an_mlp_of_2_8_has_1432_hidden_units():
 
 
 def test_the_state_dict_has_the_documented_names():
-    names = set(preset_model("ttt_linear_11l", nfm_enabled=True, gated_attention=True, value_residual=True).state_dict())
+    everything = dict(nfm_enabled=True, gated_attention=True, value_residual=True)
+    names = set(preset_model("ttt_linear_11l", **everything).state_dict())
     block = {f"blocks.10.{name}" for name in (
-        "attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "attn.q_gain", "attn.vr_lambda",
-        "attn.attn_gate.weight", "attn.attn_gate.bias", "mlp.fc.weight", "mlp.proj.weight", "attn_scale", "mlp_scale",
-        "resid_mix")}
+        "attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "attn.q_gain",
+        "attn.vr_lambda", "attn.attn_gate.weight", "attn.attn_gate.bias", "mlp.fc.weight", "mlp.proj.weight",
+        "attn_scale", "mlp_scale", "resid_mix")}
     assert {n for n in names if n.startswith("blocks.10.")} == block
-    assert {n.split(".")[0] for n in names} == {"tok_emb", "bigram", "smear", "blocks", "skip_weights", "ve", "nfm", "flow", "ttt"}
+    parts = {"tok_emb", "bigram", "smear", "blocks", "skip_weights", "ve", "nfm", "flow", "ttt"}
+    assert {n.split(".")[0] for n in names} == parts
     assert {"tok_emb.weight", "smear.gate", "skip_weights"} < names
 
 
-# -------------------------------------------------------------------------------------------------------- fresh models
+# ----------------------------------------------------------------------------------------------- fresh models
 @pytest.mark.parametrize("preset", ["nfm_7k", "ttt_linear_10l", "slot_11l"])
 def test_a_fresh_model_of_full_size_knows_nothing(preset):
     config = train_gpt.Config(**{**train_gpt.PRESETS[preset], "preset": preset})
@@ -142,7 +153,7 @@ def test_the_training_loss_of_a_fresh_model_is_cross_entropy_plus_the_flow_term(
     ids, targets = batch(config)
     noise = torch.randn(*ids.shape, config.model_dim + 1)
     with torch.no_grad():
-        flow = (model.hidden(ids) - noise[..., :-1]).square().mean()  # a fresh velocity is 0 and refines nothing
+        flow = (model.hidden(ids) - noise[..., :-1]).square().mean()  # a fresh velocity is 0
         cross_entropy = model(ids, targets, noise) - 0.3 * flow
     assert cross_entropy.item() == pytest.approx(math.log(config.vocab_size), abs=0.05)
 
@@ -150,10 +161,12 @@ def test_the_training_loss_of_a_fresh_model_is_cross_entropy_plus_the_flow_term(
 def test_a_fresh_model_starts_as_the_reference_says():
     model = train_gpt.GPT(tiny_config(ve_dim=8, model_dim=64))
     state = model.state_dict()
-    values = {"skip_weights": 1.0, "smear.gate": 0.0, "bigram.scale": 0.05, "bigram.embed.weight": 0.0, "ve.scale": 0.1,
-              "ve.layer_scales": 1.0, "ve.proj.weight": 0.0, "nfm.gate": -5.0, "nfm.out.weight": 0.0}
-    per_block = {"attn.q_gain": 1.5, "attn.vr_lambda": 0.5, "attn.attn_gate.weight": 0.0, "attn.attn_gate.bias": 4.0,
-                 "attn.proj.weight": 0.0, "mlp.proj.weight": 0.0, "attn_scale": 1.0, "mlp_scale": 1.0}
+    values = {"skip_weights": 1.0, "smear.gate": 0.0, "bigram.scale": 0.05, "bigram.embed.weight": 0.0,
+              "ve.scale": 0.1, "ve.layer_scales": 1.0, "ve.proj.weight": 0.0, "nfm.gate": -5.0,
+              "nfm.out.weight": 0.0}
+    per_block = {"attn.q_gain": 1.5, "attn.vr_lambda": 0.5, "attn.attn_gate.weight": 0.0,
+                 "attn.attn_gate.bias": 4.0, "attn.proj.weight": 0.0, "mlp.proj.weight": 0.0,
+                 "attn_scale": 1.0, "mlp_scale": 1.0}
     values.update((f"blocks.{i}.{name}", value) for i in range(3) for name, value in per_block.items())
     for name, value in values.items():
         assert torch.equal(state[name], torch.full_like(state[name], value)), name
@@ -171,13 +184,13 @@ def assert_orthogonal(weight):
     torch.testing.assert_close(narrow @ narrow.T, torch.eye(len(narrow)), atol=1e-5, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------- reference
+# -------------------------------------------------------------------------------------------------- reference
 def norm(x):
     return x / (x.square().mean(-1, keepdim=True) + 2.0 ** -23).sqrt()  # float32's epsilon in any type
 
 
 def rope(x, dims, base):
-    """x (B, T, d) of one head: the pair (x_j, x_{j + dims/2}) is a complex number that turns with the position."""
+    """x (B, T, d) of one head: the pair (x_j, x_{j + dims/2}) is a complex number that turns."""
     half = dims // 2
     angle = torch.tensor([[t * base ** (-2 * j / dims) for j in range(half)] for t in range(x.size(1))])
     turned = torch.complex(x[..., :half], x[..., half:dims]) * torch.polar(torch.ones_like(angle), angle)
@@ -237,13 +250,15 @@ def reference_hidden(c, w, ids):
             x = x + w["skip_weights"][decoder] * skips.pop()
         ve, late = 0.0, i - (c.num_layers - c.ve_last_n)
         if c.ve_dim and late >= 0:
-            ve = w["ve.embed.weight"][ids] @ w["ve.proj.weight"].T * w["ve.scale"] * w["ve.layer_scales"][late]
+            ve = w["ve.embed.weight"][ids] @ w["ve.proj.weight"].T
+            ve = ve * w["ve.scale"] * w["ve.layer_scales"][late]
         h = w[f"{at}resid_mix"][0] * x + w[f"{at}resid_mix"][1] * x0
         y, v = reference_attention(c, w, i, norm(h) * scale, v0, ve)
         v0 = v if v0 is None else v0
         y = h + w[f"{at}attn_scale"] * y
         up = norm(y) * scale @ w[f"{at}mlp.fc.weight"].T
-        x = y + w[f"{at}mlp_scale"] * (torch.where(up > 0, up, 0.5 * up).square() @ w[f"{at}mlp.proj.weight"].T)
+        squared = torch.where(up > 0, up, 0.5 * up).square()
+        x = y + w[f"{at}mlp_scale"] * (squared @ w[f"{at}mlp.proj.weight"].T)
         if i < c.num_layers // 2:
             skips.append(x)
     return norm(x)
@@ -254,7 +269,8 @@ def reference_logits(c, w, ids):
 
 
 # 24-wide heads rotate their first 16 dimensions; a low softcap makes its curvature visible.
-TRUNK = dict(nfm_enabled=False, num_layers=5, model_dim=96, rope_dims=16, xsa_last_n=5, mlp_mult=1.5, logit_softcap=2.0)
+TRUNK = dict(nfm_enabled=False, num_layers=5, model_dim=96, rope_dims=16, xsa_last_n=5, mlp_mult=1.5,
+             logit_softcap=2.0)
 VARIANTS = {
     "all features": {},
     "even number of layers": dict(num_layers=4, xsa_last_n=4),
@@ -269,7 +285,8 @@ VARIANTS = {
     "one head per value": dict(num_kv_heads=4),
     "one value for all heads": dict(num_kv_heads=1),
     "another base of the angles": dict(rope_base=100.0),
-    "the published #549 base": dict(gated_attention=False, value_residual=False, xsa_last_n=4, ve_dim=12, mlp_mult=2.8),
+    "the published #549 base": dict(gated_attention=False, value_residual=False, xsa_last_n=4, ve_dim=12,
+                                    mlp_mult=2.8),
 }
 
 
@@ -291,7 +308,7 @@ def test_loss_logits_and_gradients_equal_the_plain_reference(variant, double):
         if param.numel() == 0:  # a single layer has no skip
             continue
         assert gradient.abs().max() > 1e-9, f"the reference does not depend on {name}"
-        torch.testing.assert_close(param.grad, gradient, atol=1e-9, rtol=1e-7, msg=lambda text: f"{name}: {text}")
+        assert_near(param.grad, gradient, 1e-9, 1e-7, name)
 
 
 def test_the_bigram_hash_wraps_around_like_32_bit_integers(double):
@@ -329,7 +346,7 @@ def test_bfloat16_autocast_stays_close_to_float32_with_float32_logits(attend):
 
 
 def gradients(model, ids, targets, noise=None, loss=None):
-    """{"loss" and every parameter: value or gradient} of one backward pass by `loss`, the model itself if absent."""
+    """{"loss" and every parameter: value or gradient} of one backward pass by `loss`, else by the model."""
     model.zero_grad()
     value = (model if loss is None else loss)(ids, targets, noise)
     value.backward()
@@ -337,7 +354,7 @@ def gradients(model, ids, targets, noise=None, loss=None):
             **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
 
 
-# ---------------------------------------------------------------------------------------------------------- properties
+# ------------------------------------------------------------------------------------------------- properties
 @pytest.mark.parametrize("attend", [train_gpt.cpu_attention, train_gpt.sdpa_attention])
 @pytest.mark.parametrize("refiner", REFINERS)
 def test_outputs_before_a_changed_token_stay_bit_identical(refiner, attend):
@@ -373,7 +390,7 @@ def test_outputs_do_not_depend_on_the_sequence_length_in_use(refiner, double):
     with torch.no_grad():
         long = model.hidden(ids)
         for length in (1, 2, 16, 33):
-            torch.testing.assert_close(model.hidden(ids[:, :length]), long[:, :length], atol=1e-10, rtol=1e-10)
+            assert_near(model.hidden(ids[:, :length]), long[:, :length], 1e-10, 1e-10, f"length {length}")
 
 
 def test_a_document_start_resets_the_smear_gate():
@@ -393,7 +410,7 @@ def test_a_document_start_resets_the_smear_gate():
     assert states[9] > 1e-3
 
 
-# -------------------------------------------------------------------------------------------------- attention backends
+# ----------------------------------------------------------------------------------------- attention backends
 def explicit_attention(q, k, v):
     """Softmax over an explicit mask, one head at a time. q (B, T, H, d), k and v (B, T, K, d)."""
     future = torch.ones(q.size(1), q.size(1), dtype=torch.bool).triu(1)
@@ -452,9 +469,10 @@ def test_the_cpu_runtime_attends_like_pytorch(runtime):
         torch.testing.assert_close(mine, plain, atol=1e-10, rtol=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------------- compilation
+# ------------------------------------------------------------------------------------------------ compilation
 def assert_compiled_equals_eager(refiner, backend, tolerance, num_layers=2):
-    config = tiny_config(num_layers=num_layers, xsa_last_n=1, ve_last_n=1, e2e_ttt_mini_batch=8, **REFINERS[refiner])
+    config = tiny_config(num_layers=num_layers, xsa_last_n=1, ve_last_n=1, e2e_ttt_mini_batch=8,
+                         **REFINERS[refiner])
     model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention)).train()
     ids, targets = batch(config, 20)
     noise = torch.randn(*ids.shape, config.model_dim + 1)
@@ -462,10 +480,11 @@ def assert_compiled_equals_eager(refiner, backend, tolerance, num_layers=2):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     for name, value in gradients(model, ids, targets, noise, compiled).items():
-        torch.testing.assert_close(value, expected[name], atol=tolerance, rtol=tolerance, msg=lambda text: f"{name}: {text}")
+        assert_near(value, expected[name], tolerance, tolerance, name)
 
 
-@pytest.mark.parametrize("refiner, backend, num_layers", [("base", "aot_eager", 1), ("nfm", "eager", 2), ("ttt", "eager", 2)])
+@pytest.mark.parametrize("refiner, backend, num_layers", [
+    ("base", "aot_eager", 1), ("nfm", "eager", 2), ("ttt", "eager", 2)])
 def test_the_whole_model_compiles_to_one_graph_that_equals_eager(refiner, backend, num_layers):
     assert_compiled_equals_eager(refiner, backend, 1e-6, num_layers)
 
@@ -476,7 +495,7 @@ def test_generated_code_equals_eager(refiner, backend):
     assert_compiled_equals_eager(refiner, backend, 1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- initial seeds
+# ---------------------------------------------------------------------------------------------- initial seeds
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     def weights(seed):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Muon and AdamW against one-matrix references, schedules against hand-written tables, averages against hand-computed means."""
+"""Muon and AdamW against plain references, schedules and weight averages against hand-written tables."""
 import math
 
 import pytest
@@ -27,6 +27,10 @@ def give_gradients(model, seed, size=1.0):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def assert_near(mine, expected, atol, rtol, name):
+    torch.testing.assert_close(mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
+
+
 def step(config, muon, adamw, clip=0.0):
     train_gpt.reduce_clip_step(muon, adamw, train_gpt.Comm(), clip)
 
@@ -35,7 +39,7 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- Muon
+# ------------------------------------------------------------------------------------------------------- Muon
 def newton_schulz(matrix, steps):
     """The quintic iteration on one matrix, on its transpose where it is tall."""
     x = matrix / matrix.norm()
@@ -66,11 +70,11 @@ def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps):
         grads = give_gradients(model, number)
         step(config, muon, adamw)
         for name in expected:
-            expected[name], buffers[name] = muon_step(expected[name], grads[name], buffers[name], muon.lr, momentum, decay,
-                                                      ns_steps)
+            expected[name], buffers[name] = muon_step(expected[name], grads[name], buffers[name], muon.lr,
+                                                      momentum, decay, ns_steps)
     after = weights(model)
     for name, value in expected.items():
-        torch.testing.assert_close(after[name], value, atol=2e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+        assert_near(after[name], value, 2e-5, 1e-4, name)
 
 
 def is_block_matrix(name):
@@ -135,10 +139,10 @@ def test_saved_momentum_is_a_copy():
     assert any(not torch.equal(state[name], now) for name, now in muon.state_dict().items())
 
 
-# --------------------------------------------------------------------------------------------------------------- AdamW
+# ------------------------------------------------------------------------------------------------------ AdamW
 def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
-    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, weight_decay=0.1, beta1=0.8, beta2=0.9, adam_eps=1e-6,
-                                       **EVERYTHING)
+    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, weight_decay=0.1, beta1=0.8, beta2=0.9,
+                                       adam_eps=1e-6, **EVERYTHING)
     expected = {n: p.double() for n, p in weights(model).items() if not is_block_matrix(n)}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -154,10 +158,10 @@ def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
             expected[name] = value * (1 - lr * 0.1) - lr * first[name] / (1 - 0.8 ** number) / root
     after = weights(model)
     for name, value in expected.items():
-        torch.testing.assert_close(after[name].double(), value, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+        assert_near(after[name].double(), value, 1e-5, 1e-5, name)
 
 
-# -------------------------------------------------------------------------------------------------------------- groups
+# ----------------------------------------------------------------------------------------------------- groups
 def preset_config(name, **changes):
     return train_gpt.Config(**{**train_gpt.PRESETS[name], "preset": name, **changes})
 
@@ -177,8 +181,8 @@ def test_every_parameter_of_a_preset_is_in_exactly_one_group(preset):
 
 @pytest.mark.parametrize("preset", train_gpt.PRESETS)
 def test_the_optimisers_of_a_preset_hold_every_parameter_once(preset):
-    small = dict(num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=3, vocab_size=64,
-                 bigram_vocab_size=32, ttt_freeze_blocks=0)
+    small = dict(num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=3,
+                 vocab_size=64, bigram_vocab_size=32, ttt_freeze_blocks=0)
     config = preset_config(preset, **small)
     model = train_gpt.GPT(config)
     muon, adamw = train_gpt.build_optimizers(model, config)
@@ -206,9 +210,9 @@ def test_a_parameter_in_no_group_or_in_two_stops_the_start_by_name(change, monke
         build()
 
 
-# ------------------------------------------------------------------------------------------------------------ clipping
+# --------------------------------------------------------------------------------------------------- clipping
 def momenta(model, muon, adamw):
-    """(Muon's buffers, AdamW's first moments) after one step: proportional to the gradients that the optimisers saw."""
+    """(Muon's buffers, AdamW's first moments): after one step proportional to the gradients they saw."""
     return torch.cat([b.flatten() for b in muon.state_dict().values()]), {
         name: adamw.state[p]["exp_avg"] for name, p in model.named_parameters() if p in adamw.state}
 
@@ -221,7 +225,7 @@ def test_gradients_are_clipped_by_their_global_norm(size, clip, clipped):
     factor = clip / total if clipped else 1.0
     step(config, muon, adamw, clip)
     buffers, moments = momenta(model, muon, adamw)
-    matrices = math.sqrt(sum(g.double().square().sum().item() for n, g in grads.items() if is_block_matrix(n)))
+    matrices = math.sqrt(sum(grads[n].double().square().sum().item() for n in grads if is_block_matrix(n)))
     assert buffers.norm().item() == pytest.approx(factor * matrices, rel=1e-4)
     assert len(moments) == sum(not is_block_matrix(name) for name in grads)
     for name, moment in moments.items():
@@ -238,7 +242,7 @@ def test_a_parameter_without_a_gradient_counts_as_zero():
     assert not torch.equal(model.skip_weights, before["skip_weights"])
 
 
-# ----------------------------------------------------------------------------------------------------------- schedules
+# -------------------------------------------------------------------------------------------------- schedules
 LINEAR = dict(iterations=10, warmdown_iters=4, warmdown_shape="linear")
 COSINE = dict(LINEAR, warmdown_shape="cosine")
 CAP = dict(iterations=1000, warmdown_iters=10, max_wallclock_seconds=100.0)
@@ -312,12 +316,14 @@ def test_the_scale_reaches_every_rate(trainer):
     assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
 
 
-# ------------------------------------------------------------------------------------------------------------ averages
+# --------------------------------------------------------------------------------------------------- averages
 RECORDED = [torch.tensor([value, -value]) for value in (1.0, 3.0, 2.0, 7.0, 5.0)]
 FIRST = torch.tensor([10.0, -10.0])
+LOW, HIGH = (1.0, 0.15, 0.1, 0.05, 0.0), (1.0,) * 5  # learning-rate scales of five steps
+SNAPSHOTS = dict(swa_enabled=True, swa_every=4)
 
 
-def averaged(scales=(1.0, 0.15, 0.1, 0.05, 0.0), **settings):
+def averaged(scales=LOW, **settings):
     """WeightAverage after five recorded steps at the given learning-rate scales."""
     param = torch.nn.Parameter(FIRST.clone())
     average = train_gpt.WeightAverage([param], tiny_config(**settings))
@@ -359,15 +365,15 @@ def test_snapshots_are_taken_of_the_raw_weights_without_an_ema():
 
 
 @pytest.mark.parametrize("settings, scales, expected", [
-    (dict(ema_decay=0.997), None, emas(0.997)[-1]),                                  # EMA alone
-    (dict(ema_decay=0.0), None, RECORDED[-1]),                                       # neither: the raw weights
-    (dict(ema_decay=0.997, swa_enabled=True, swa_every=5), None, emas(0.997)[-1]),   # one snapshot, of the EMA
-    (dict(ema_decay=0.0, swa_enabled=True, swa_every=4), None, RECORDED[3]),         # one snapshot, of the raw weights
-    (dict(ema_decay=0.997, swa_enabled=True, swa_every=1), [1.0] * 5, emas(0.997)[-1]),   # no snapshot: the EMA
-    (dict(ema_decay=0.0, swa_enabled=True, swa_every=1), [1.0] * 5, RECORDED[-1]),        # no snapshot, no EMA: raw
+    (dict(ema_decay=0.997), LOW, emas(0.997)[-1]),                # EMA alone
+    (dict(ema_decay=0.0), LOW, RECORDED[-1]),                     # neither: the raw weights
+    (dict(ema_decay=0.997, **SNAPSHOTS), LOW, emas(0.997)[3]),    # one snapshot, of the EMA
+    (dict(ema_decay=0.0, **SNAPSHOTS), LOW, RECORDED[3]),         # one snapshot, of the raw weights
+    (dict(ema_decay=0.997, **SNAPSHOTS), HIGH, emas(0.997)[-1]),  # never below the scale: the EMA
+    (dict(ema_decay=0.0, **SNAPSHOTS), HIGH, RECORDED[-1]),       # no snapshot and no EMA: raw
 ])
 def test_snapshots_come_before_the_ema_and_the_ema_before_the_raw_weights(settings, scales, expected):
-    average = averaged(scales or (1.0, 0.15, 0.1, 0.05, 0.0), **settings)
+    average = averaged(scales, **settings)
     torch.testing.assert_close(average.exported()[1][0], expected)
 
 
@@ -401,7 +407,7 @@ def recorded_run(made, monkeypatch, steps=5):
 
 @pytest.mark.parametrize("settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)])
 def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, trainer, monkeypatch):
-    """Five steps with a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is that of step 4."""
+    """Five steps, a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is step 4's."""
     made = trainer(iterations=5, warmdown_iters=4, **settings)
     history = recorded_run(made, monkeypatch)
     exported = made.export()["state_dict"]
@@ -416,7 +422,7 @@ def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, traine
     assert moved > 10
 
 
-# ------------------------------------------------------------------------------------------------------------- warm-up
+# ---------------------------------------------------------------------------------------------------- warm-up
 def with_warm_up(made, monkeypatch):
     """Make the trainer believe that it compiles, and count the steps of its warm-up."""
     steps, original = [], train_gpt.reduce_clip_step
@@ -472,5 +478,5 @@ def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_
 
 def test_nothing_is_warmed_up_where_nothing_is_compiled(trainer, monkeypatch):
     made = trainer(warmup_steps=3)
-    monkeypatch.setattr(made, "accumulate", lambda *arguments: pytest.fail("a warm-up step without compilation"))
+    monkeypatch.setattr(made, "accumulate", lambda *arguments: pytest.fail("a step without compilation"))
     made.warm_up()

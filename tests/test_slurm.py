@@ -223,8 +223,9 @@ class Cluster:
         finished("bash", str(NODE), "stop", str(self.folder / "slurm"))
 
 
-# SLURM looks at time limits every 30 s. The job that is to be hit by its limit gets a short one as soon as it trains,
-# and waits a little at every step until then; each start begins with a long limit, so that the next one finishes.
+# SLURM looks at time limits every 30 s. The job that is to be hit by its limit gets a short one as soon as it
+# trains, and waits a little at every step until it is hit. Each start begins with a long limit, so that the
+# second one finishes.
 LONG_LIMIT = 'scontrol update JobId="$SLURM_JOB_ID" TimeLimit=20\n'
 HIT_BY_THE_LIMIT = f"""
 import os, subprocess, sys, time
@@ -237,7 +238,8 @@ def slowly(*arguments):
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         if not calls:
             minutes = int((time.monotonic() - started) / 60) + 2
-            subprocess.run(["scontrol", "update", "JobId=" + os.environ["SLURM_JOB_ID"], f"TimeLimit={{minutes}}"])
+            job = "JobId=" + os.environ["SLURM_JOB_ID"]
+            subprocess.run(["scontrol", "update", job, f"TimeLimit={{minutes}}"])
         calls.append(0)
         time.sleep(0.2)
     return take(*arguments)
