@@ -1,8 +1,7 @@
 """Whatever a user gets wrong: one clear line, the right exit code, no traceback, and nothing lost.
 
-Most attempts run the script as __main__ in this process,
-which saves the seconds of importing PyTorch; a few run it as a
-user does.
+Most attempts run the script as __main__ in this process, which saves the seconds of importing PyTorch; a few
+run it as a user does.
 """
 import concurrent.futures
 import functools
@@ -24,8 +23,7 @@ from train_gpt import write_shard
 
 CONFIGURATION, DATA, ARTIFACT = 2, 3, 4
 ADVICE = ("set ", "unset ", "use ", "change ", "raise ", "lower ", "restore ", "download ", "get ", "see ",
-          "name ",
-          "rename ", "run ", "train ", "wait ", "check ", "copy ")
+          "name ", "rename ", "run ", "train ", "wait ", "check ", "copy ")
 
 
 @functools.cache
@@ -224,8 +222,8 @@ def test_a_damaged_shard_is_named_with_what_is_wrong(place, split, number, how):
     place.refused(DATA, f"{path}: ", found)
 
 
-@pytest.mark.parametrize("split,number,where", [("val", 0, "fineweb_val_*.bin"),
-                                                ("train", 0, "fineweb_train_000000.bin")])
+@pytest.mark.parametrize("split,number,where", [
+    ("val", 0, "fineweb_val_*.bin"), ("train", 0, "fineweb_train_000000.bin")])
 def test_a_token_outside_the_vocabulary_is_named_with_its_shard(place, split, number, where):
     path = place.shard(split, number)
     tokens = np.array(train_gpt.read_shard(path))

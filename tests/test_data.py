@@ -62,8 +62,7 @@ def test_a_written_shard_has_the_challenges_bytes(shard):
     (b"", "not a token shard"),
     (b"PK\3\4" + bytes(2000), "not a token shard")],
     ids=["magic", "version", "truncated", "over-long", "half a token less", "half a token more", "negative",
-         "header only",
-         "header cut", "two words", "empty", "foreign"])
+         "header only", "header cut", "two words", "empty", "foreign"])
 def test_a_damaged_shard_is_refused_with_what_was_found(shard, content, found):
     shard.write_bytes(content)
     with pytest.raises(DataError) as error:
@@ -268,8 +267,8 @@ def test_bytes_follow_the_challenges_table(tmp_path):
     previous, ids = (grid.ravel() for grid in np.meshgrid(range(VOCAB), range(VOCAB)))
     expected = [rule(int(a), int(b)) for a, b in zip(previous, ids)]
     assert TokenBytes(tmp_path / "model").count(previous, ids).tolist() == expected
-    assert {model.id_to_piece(i) for i in range(VOCAB) if silent(i)} == {"<pad>", "<s>", "</s>", "<unk>",
-                                                                         "<ctl>"}
+    silents = [model.id_to_piece(i) for i in range(VOCAB) if silent(i)]
+    assert silents == ["<pad>", "<s>", "</s>", "<unk>", "<ctl>"]
 
 
 def test_counts_have_the_shape_of_the_tokens(tiny_data):
@@ -527,6 +526,26 @@ def test_an_evaluation_does_not_build_the_demos_training_shard_again(small_demo)
     os.unlink(os.path.join(config.data_path, "fineweb_train_000000.bin"))
     assert small_demo(eval_only="some.ptz")[1] == []
     assert sorted(contents(config)) == ["demo.model", "fineweb_val_000000.bin"]
+
+
+def test_no_paragraph_of_the_demo_corpus_is_taken_twice(tmp_path, monkeypatch):
+    """Modules share licences and notes; the part that is scored must not repeat what was trained on."""
+    stdlib, site = tmp_path / "python3", tmp_path / "site"
+    shared = [f"Shared paragraph {i} that many of these modules repeat, word for word, as it is so good."
+              for i in range(7)]
+    for i in range(300):
+        own = f"Paragraph of module {i} alone, which is long enough to be kept, and no label."
+        path = [stdlib / f"m{i}.py", stdlib / "package" / f"m{i}.py", site / "torch" / f"m{i}.py"][i % 3]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""{shared[i % 7]}\n\n{own}\n\n{shared[i % 5]}\n\nToo short."""\n')
+    (stdlib / "test").mkdir()
+    (stdlib / "test" / "m.py").write_text(f'"""{shared[0] * 3} of the tests."""\n')
+    monkeypatch.setattr(train_gpt.sysconfig, "get_paths", lambda: {"stdlib": str(stdlib)})
+    monkeypatch.setattr(train_gpt.torch, "__file__", str(site / "torch" / "__init__.py"))
+    train, val = train_gpt.demo_texts()
+    paragraphs = [paragraph for text in train + val for paragraph in text.split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) == 307 and set(shared) < set(paragraphs)
+    assert 300 * 0.01 < len(val) < 300 * 0.08 and len(train) + len(val) == 300
 
 
 DIGEST = textwrap.dedent("""

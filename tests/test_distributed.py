@@ -5,14 +5,13 @@ torchrun as a user would, the others forked); many tests look at what it left.
 """
 import os
 import re
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 import train_gpt
 from conftest import ROOT, TINY, events, launch, read_json, tiny_config
-from test_resume import children, copy_run, outcome, steps_of, unscored  # noqa: F401
+from test_resume import AT_WRITE, at_step, children, copy_run, outcome, unscored  # noqa: F401
 
 LAB = f"""
 import dataclasses, json, os, sys
@@ -201,26 +200,21 @@ def test_one_rank_sends_nothing(labs):
 
 
 # The whole program over ranks -------------------------------------------------------------------------------
-SHORT = dict(iterations=10, warmdown_iters=4)
-
-
 @pytest.fixture(scope="module")
 def two(children):
     """(a run stopped at two ranks, the same run finished at two)."""
     run_dir = children.new("two")
-    group = children.start(run_dir, ranks=2, **SHORT)
-    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 4)
-    group.kill(signal.SIGTERM)
+    group = children.start(run_dir, ranks=2, patch=at_step(6, "os.kill(os.getpid(), 15)"))
     assert group.wait() == [75, 75], group.stderr()
     finished = copy_run(children, run_dir)
-    children.finish(finished, ranks=2, **SHORT)
+    children.finish(finished, ranks=2)
     return run_dir, finished
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks):
     run_dir = copy_run(children, two[0])
-    output = children.finish(run_dir, ranks, **SHORT).stdout()
+    output = children.finish(run_dir, ranks).stdout()
     assert "resumed_from:" in output and f"world_size:{ranks} " in output
     weights, expected = (train_gpt.load_tensors(folder / "final_model.pt")["state_dict"]
                          for folder in (run_dir, two[1]))
@@ -234,11 +228,11 @@ def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks
 def test_an_evaluation_saved_at_two_ranks_is_scored_the_same_at_one(children, two):
     """No target may be scored twice or lost, whether the saved state is used or not."""
     run_dir = unscored(children, two[1])
-    group = children.start(run_dir, ranks=2, **SHORT)
+    group = children.start(run_dir, ranks=2, patch=AT_WRITE, at="eval_legal_ttt 5 hold")
     assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
     group.kill()
     group.wait()
-    children.finish(run_dir, **SHORT)
+    children.finish(run_dir)
     found, expected = (outcome(d)["scores"]["legal_ttt"] for d in (run_dir, two[1]))
     assert found["tokens"] == expected["tokens"] and found["bytes"] == expected["bytes"]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)

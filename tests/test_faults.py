@@ -12,20 +12,8 @@ import pytest
 import torch
 import train_gpt
 from conftest import events, launch, read_json, tiny_config
-from test_resume import (children, copy_run, json_lines, kill_tree, log_of, outcome, steps_of,  # noqa: F401
-                         stopped, torchrun, whole)
-
-# Applies to the trainer's second half: the first checkpoints are good.
-AT_STEP_8 = """
-accumulate = train_gpt.Trainer.accumulate
-def faulty(self, step, stream):
-    loss = accumulate(self, step, stream)
-    if step == 7:
-        FAULT
-    return loss
-train_gpt.Trainer.accumulate = faulty
-"""
-
+from test_resume import (at_step, children, copy_run, json_lines, kill_tree, log_of, outcome,  # noqa: F401
+                         steps_of, stopped, torchrun, whole)
 
 def newest(run_dir):
     return sorted((run_dir / "checkpoint").glob("step_*.pt"))[-1]
@@ -65,7 +53,7 @@ def test_a_run_goes_on_when_checkpoints_cannot_be_written(children, stopped, who
 def test_a_stop_that_cannot_be_saved_is_an_error_and_the_old_checkpoint_is_intact(children, stopped, whole):
     run_dir = copy_run(children, stopped[0])
     old = newest(run_dir).read_bytes()
-    stop = AT_STEP_8.replace("FAULT", "os.kill(os.getpid(), 15)").replace("step == 7", "step == 11")
+    stop = at_step(9, "os.kill(os.getpid(), 15)")
     patch = LIMIT.format(limit=len(old) // 2) + stop
     group = children.finish(run_dir, code=7, patch=patch)
     check_message(group, str(run_dir), "free space")
@@ -121,7 +109,7 @@ def test_a_log_that_cannot_be_appended_is_a_clear_error(children, whole, small_d
         except OSError:
             pass"""
     run_dir = folder / "run"
-    group = children.finish(run_dir, code=7, patch=AT_STEP_8.replace("FAULT", fill.strip()))
+    group = children.finish(run_dir, code=7, patch=at_step(7, fill.strip()))
     assert "Traceback" not in group.stdout() + group.stderr()
     assert "error: " in group.stderr() and "space" in group.stderr()
     train_gpt.load_tensors(newest(run_dir))
@@ -151,7 +139,7 @@ def test_a_shard_that_vanishes_in_mid_run_ends_it_with_the_last_checkpoint_named
     shutil.copytree(children.data.data_path, folder)
     shard, aside = folder / "fineweb_train_000000.bin", tmp_path / "aside.bin"
     rename = f"os.rename({str(shard)!r}, {str(aside)!r})"
-    group = children.finish(run_dir, code=3, data_path=folder, patch=AT_STEP_8.replace("FAULT", rename))
+    group = children.finish(run_dir, code=3, data_path=folder, patch=at_step(7, rename))
     check_message(group, str(shard), "No such file", f"last checkpoint: {newest(run_dir)}")
     check_last_error(run_dir, 3)
     aside.rename(shard)
@@ -165,14 +153,14 @@ def test_a_shard_that_shrinks_in_mid_run_is_an_error_and_not_a_crash(children, t
     shutil.copytree(children.data.data_path, folder)
     shard = folder / "fineweb_train_000000.bin"
     group = children.finish(run_dir, code=3, data_path=folder,
-                            patch=AT_STEP_8.replace("FAULT", f"os.truncate({str(shard)!r}, 1024)"))
+                            patch=at_step(7, f"os.truncate({str(shard)!r}, 1024)"))
     check_message(group, str(shard), "1024 bytes", "last checkpoint")
 
 
 # Ranks ------------------------------------------------------------------------------------------------------
 def test_a_rank_that_dies_ends_the_job_within_a_minute(children, tmp_path):
     run_dir = children.new("dead_rank")
-    script = children.script(AT_STEP_8.replace("FAULT", "self.runtime.comm.rank and os._exit(9)"))
+    script = children.script(at_step(7, "self.runtime.comm.rank and os._exit(9)"))
     done = launch(children.settings(run_dir), tmp_path, ranks=2, script=script)
     last_step = [e["time"] for e in json_lines(run_dir)[0] if e["event"] == "step"][-1]
     assert done.returncode not in (0, 75) and time.time() - last_step < 60
@@ -186,7 +174,7 @@ def test_a_rank_that_dies_ends_the_job_within_a_minute(children, tmp_path):
 def test_every_rank_shows_its_own_exception_with_its_rank(children):
     run_dir = children.new("both_fail")
     fault = "raise RuntimeError(f'boom of {self.runtime.comm.rank}')"
-    group = children.start(run_dir, ranks=2, patch=AT_STEP_8.replace("FAULT", fault))
+    group = children.start(run_dir, ranks=2, patch=at_step(7, fault))
     assert group.wait() == [1, 1]
     for rank in (0, 1):
         lines = group.stderr(rank).splitlines()
@@ -199,7 +187,7 @@ def test_an_error_of_one_rank_ends_the_others_too(children):
     """The exit code of the rank that knows what is wrong is the right one."""
     run_dir = children.new("one_fails")
     fault = "if self.runtime.comm.rank == 1: raise train_gpt.DataError('this shard is bad')"
-    group = children.start(run_dir, ranks=2, patch=AT_STEP_8.replace("FAULT", fault))
+    group = children.start(run_dir, ranks=2, patch=at_step(7, fault))
     codes = group.wait()
     assert codes and codes[1] == 3 and codes[0] not in (0, 75)
     assert "[rank 1] error: this shard is bad" in group.stderr(1)
@@ -218,7 +206,7 @@ def slow(path, state):
 train_gpt.save_tensors = slow
 """
     run_dir = children.new("slow_save")
-    script = children.script(AT_STEP_8.replace("FAULT", stop) + slow)
+    script = children.script(at_step(7, stop) + slow)
     done = launch(children.settings(run_dir, checkpoint_every=0), tmp_path, ranks=2, script=script)
     assert done.returncode != 0
     assert (run_dir / "STOPPED").exists(), done.stderr[-2000:]
@@ -230,7 +218,7 @@ train_gpt.save_tensors = slow
 def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(children):
     """What a cluster does: the signal goes to torchrun, which passes it on."""
     run_dir = children.new("torchrun_term")
-    slow = AT_STEP_8.replace("if step == 7:", "if step >= 7:").replace("FAULT", "time.sleep(0.5)")
+    slow = at_step("max(7, step)", "time.sleep(1)")
     process = torchrun(children.settings(run_dir), children.script(slow), stderr=subprocess.PIPE)
     try:
         while max(steps_of(run_dir), default=0) < 8:
@@ -255,7 +243,7 @@ def greedy(self, ids, targets, noise=None):
         raise train_gpt.torch.OutOfMemoryError("CUDA out of memory")
     return forward(self, ids, targets, noise)
 train_gpt.GPT.forward = greedy"""
-    group = children.finish(run_dir, code=7, patch=patch)
+    group = children.finish(run_dir, code=7, patch=patch, micro_batch_tokens=256)
     check_message(group, "MICRO_BATCH_TOKENS=256", "MICRO_BATCH_TOKENS=128")
     check_last_error(run_dir, 7)
     assert "run_finished" in children.finish(run_dir, patch=patch, micro_batch_tokens=128).stdout()
@@ -320,7 +308,7 @@ def check_diverged(group, run_dir):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoint(children):
     run_dir = children.new("nan_loss")
-    group = children.finish(run_dir, code=5, patch=AT_STEP_8.replace("FAULT", "loss = float('nan')"))
+    group = children.finish(run_dir, code=5, patch=at_step(7, "loss = float('nan')"))
     assert check_diverged(group, run_dir)["step"] == 7
     assert not (run_dir / "final_model.pt").exists()
 
@@ -329,14 +317,14 @@ def test_weights_that_are_not_finite_are_never_called_good(children):
     """The loss is one step late: a checkpoint of every step would hold the damage already."""
     run_dir = children.new("nan_weights")
     fault = "next(iter(self.model.blocks)).attn.c_q.weight.grad.fill_(float('nan'))"
-    group = children.finish(run_dir, code=5, checkpoint_every=1, patch=AT_STEP_8.replace("FAULT", fault))
+    group = children.finish(run_dir, code=5, checkpoint_every=1, patch=at_step(7, fault))
     assert check_diverged(group, run_dir)["step"] == 7
 
 
 def test_both_ranks_end_when_the_loss_of_one_is_not_finite(children):
     run_dir = children.new("nan_two")
     fault = "loss = float('nan') if self.runtime.comm.rank else loss"
-    group = children.start(run_dir, ranks=2, patch=AT_STEP_8.replace("FAULT", fault))
+    group = children.start(run_dir, ranks=2, patch=at_step(7, fault))
     assert group.wait() == [5, 5]
     assert check_diverged(group, run_dir)["step"] == 7
 
@@ -346,7 +334,7 @@ def test_both_ranks_end_when_the_loss_of_one_is_not_finite(children):
 def test_a_second_run_in_the_same_directory_refuses_and_the_first_goes_on(children, whole, ranks):
     run_dir = children.new("shared")
     wait = "exec('while not os.path.exists(os.environ[\"RUN_DIR\"] + \".go\"): time.sleep(0.01)')"
-    first = children.start(run_dir, patch=AT_STEP_8.replace("FAULT", wait))
+    first = children.start(run_dir, patch=at_step(7, wait))
     assert first.until(lambda: max(steps_of(run_dir), default=0) == 7)
     second = children.start(run_dir, ranks=ranks)
     codes = second.wait()

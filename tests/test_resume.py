@@ -1,7 +1,7 @@
 """A run that is killed, stopped or repeated ends with the weights and scores of an uninterrupted one.
 
 Runs here are real processes, killed for real, but forked from a server that has imported PyTorch: a start
-costs 0.1 s instead of 3. Their directories lie in memory where possible, since every save is flushed to the disk.
+costs 0.1 s instead of 3. Their directories lie in memory where possible, as every save is flushed to the disk.
 """
 import contextlib
 import hashlib
@@ -51,30 +51,49 @@ sys.argv[:] = [job["script"]]
 runpy.run_path(job["script"], run_name="__main__")
 """
 
-# 18 steps of a small model that validates, saves every 3 steps and after every item of an evaluation.
-QUICK = dict(num_layers=2, xsa_last_n=1, iterations=18, warmdown_iters=6, checkpoint_every=3, eval_stride=32,
-             val_loss_every=8, eval_checkpoint_seconds=1e-9, dtype="float32")
+# 12 steps of a small model that validates, saves every 2 steps and after every item of an evaluation.
+QUICK = dict(num_layers=2, xsa_last_n=1, iterations=12, warmdown_iters=4, checkpoint_every=2, eval_stride=32,
+             micro_batch_tokens=512, eval_batch_seqs=8, val_loss_every=5, eval_checkpoint_seconds=1e-9,
+             dtype="float32")
+LONGER = dict(iterations=36, warmdown_iters=12, checkpoint_every=3)
 MAIN = """
 try:
     train_gpt.main()
 except train_gpt.GolfError as error:
     sys.exit(print(f"error: {error}", file=sys.stderr) or error.code)
 """
-# Every durable write ends in a rename: list them, die at the wanted one (half-written, unnamed, just named).
-TRACE = """
-replace, written, wish = os.replace, [], os.environ.pop("KILL_AT", "0 -").split()
-def traced(source, target):
-    written.append(os.path.basename(target))
-    last = len(written) == int(wish[0])
-    if last and wish[1] == "half":
+# Every durable write ends in a rename. AT="name number what" lets this happen at one of those of files name*:
+# die with half of it written, with the whole but unnamed, or named; hold on there; or get a signal.
+AT_WRITE = """
+replace, count, (name, number, what) = os.replace, [], os.environ.pop("AT").split()
+def at_write(source, target):
+    match = os.path.basename(target).startswith(name.strip("*"))
+    count.extend([1] * match)
+    hit = match and len(count) == int(number)
+    if hit and what == "half":
         os.truncate(source, os.path.getsize(source) // 2)
-    if not last or wish[1] == "renamed":
+    if not hit or what not in ("half", "whole"):
         replace(source, target)
-    if last:
+    if hit and what in ("half", "whole", "named"):
         os.kill(os.getpid(), 9)
-    with open(os.environ["RUN_DIR"] + ".trace", "a") as file:
-        print(written[-1], file=file)
-os.replace = traced
+    while hit and what == "hold":
+        time.sleep(0.01)
+    if hit:
+        os.kill(os.getpid(), int(what))
+os.replace = at_write
+"""
+
+
+def at_step(step, action):
+    """A patch that runs `action` in the step after `step` others; it may use `self` and change `loss`."""
+    return f"""
+accumulate = train_gpt.Trainer.accumulate
+def at_step(self, step, stream):
+    loss = accumulate(self, step, stream)
+    if step == {step}:
+        {action}
+    return loss
+train_gpt.Trainer.accumulate = at_step
 """
 
 
@@ -241,24 +260,15 @@ def unscored(children, run_dir):
 def whole(children):
     """Directory of an uninterrupted run."""
     run_dir = children.new("whole")
-    children.finish(run_dir, patch=TRACE)
+    children.finish(run_dir)
     return run_dir
 
 
 @pytest.fixture(scope="module")
-def writes(whole):
-    """Names of the files that an uninterrupted run makes durable, in order."""
-    return Path(f"{whole}.trace").read_text().split()
-
-
-@pytest.fixture(scope="module")
 def stopped(children):
-    """(directory, output) of a run that SIGUSR1 stopped in training, after two checkpoints of its own."""
+    """(directory, output) of a run that SIGUSR1 stopped in training, after three checkpoints of its own."""
     run_dir = children.new("stopped")
-    group = children.start(run_dir)
-    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 7)
-    group.kill(signal.SIGUSR1)
-    assert group.wait() == [75], group.stderr()
+    group = children.finish(run_dir, code=75, patch=AT_WRITE, at=f"step_ 3 {int(signal.SIGUSR1)}")
     return run_dir, group.stdout()
 
 
@@ -269,92 +279,81 @@ def whole_two(children):
     return run_dir
 
 
-def killed_and_resumed(children, run_dir, number, stage):
-    """Kill a run at its durable write `number` (from 1); returns the output of the same command run again."""
-    assert children.start(run_dir, patch=TRACE, kill_at=f"{number} {stage}").wait() == [-9]
-    return children.finish(run_dir).stdout()
+def killed_and_resumed(children, run_dir, at, **changes):
+    """Kill a run at a durable write; returns the output of the same command run again."""
+    assert children.start(run_dir, patch=AT_WRITE, at=at, **changes).wait() == [-9]
+    return children.finish(run_dir, **changes).stdout()
 
 
-def killed_after(children, run_dir, seconds, ranks=1):
-    """Kill a run (all its ranks) `seconds` after its start and run the same command again."""
-    group = children.start(run_dir, ranks)
+def killed_after(children, run_dir, seconds, ranks=1, **changes):
+    """Kill a run (all ranks) `seconds` after its start; returns the output of the same command run again."""
+    group = children.start(run_dir, ranks, **changes)
     if group.wait(seconds) is None:
         group.kill()
         group.wait()
-    children.finish(run_dir, ranks)
-    return outcome(run_dir)
+    return children.finish(run_dir, ranks, **changes).stdout()
 
 
-@pytest.mark.parametrize("name, which, stage, resumed", [
-    ("step_", 4, "half", r"^resumed_from:\S+step_00000012.pt step:12$"),
-    ("final_model.int6", 0, "whole", r"^phase_done:train "),
-    ("eval_legal_ttt", 7, "renamed", r"^resumed_evaluation legal_ttt item:8/\d\d$")])
-def test_a_run_killed_in_a_write_ends_the_same(children, whole, writes, name, which, stage, resumed):
+@pytest.mark.parametrize("at, resumed", [
+    ("step_ 5 half", r"^resumed_from:\S+step_00000008.pt step:8$"),
+    ("final_model.int6 1 whole", r"^phase_done:train "),
+    ("eval_legal_ttt 8 named", r"^resumed_evaluation legal_ttt item:8/\d\d$")])
+def test_a_run_killed_in_a_write_ends_like_an_uninterrupted_one(children, whole, at, resumed):
     run_dir = children.new("killed")
-    number = [i for i, written in enumerate(writes, 1) if written.startswith(name)][which]
-    output = killed_and_resumed(children, run_dir, number, stage)
-    assert re.search(resumed, output, re.M)
+    assert re.search(resumed, killed_and_resumed(children, run_dir, at), re.M)
     assert outcome(run_dir) == outcome(whole)
     assert not list(run_dir.rglob("*.tmp")), "a killed write left its temporary file behind"
 
 
 @pytest.mark.slow
-def test_twenty_random_kills_change_nothing(children, whole, writes):
-    seed = random.randrange(1 << 30)
-    draw, expected, stages = random.Random(seed), outcome(whole), ("half", "whole", "renamed")
-    begin = time.monotonic()
-    children.finish(children.new("timed"))
-    duration = time.monotonic() - begin
+def test_twenty_random_kills_change_nothing(children):
+    seed, begin = random.randrange(1 << 30), time.monotonic()
+    draw, reference = random.Random(seed), children.new("reference")
+    children.finish(reference, **LONGER)
+    duration, writes = time.monotonic() - begin, 12 + len(log_of(reference).split("evaluation_saved"))
     for i in range(20):
         run_dir = children.new("killed")
         if i % 2:
-            found = killed_after(children, run_dir, draw.uniform(0.2, duration))
+            killed_after(children, run_dir, draw.uniform(0.2, duration), **LONGER)
         else:
-            killed_and_resumed(children, run_dir, draw.randint(1, len(writes)), draw.choice(stages))
-            found = outcome(run_dir)
-        assert found == expected, f"kill {i}, random.Random({seed})"
+            at = f"* {draw.randint(1, writes)} {draw.choice(['half', 'whole', 'named'])}"
+            killed_and_resumed(children, run_dir, at, **LONGER)
+        assert outcome(run_dir) == outcome(reference), f"kill {i}, random.Random({seed})"
 
 
 def test_a_run_killed_again_and_again_still_ends_the_same(children, whole):
+    """Each attempt gets two checkpoints further."""
     run_dir = children.new("chain")
-    for step in (4, 8, 13):
-        group = children.start(run_dir)
-        assert group.until(lambda: max(steps_of(run_dir), default=0) >= step)
-        group.kill()
-        assert group.wait() == [-9]
+    for _ in range(3):
+        assert children.start(run_dir, patch=AT_WRITE, at="step_ 2 named").wait() == [-9]
     children.finish(run_dir)
     assert outcome(run_dir) == outcome(whole)
-    assert len(re.findall(r"^resumed_from:", log_of(run_dir), re.M)) == 3
+    assert re.findall(r"^resumed_from:.* step:(\d+)$", log_of(run_dir), re.M) == ["4", "8", "12"]
 
 
-def test_two_ranks_killed_together_end_like_uninterrupted_ones(children, whole_two):
-    run_dir = children.new("killed_two")
-    group = children.start(run_dir, ranks=2)
-    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 8)
+@pytest.mark.parametrize("at, resumed", [
+    ("step_ 4 hold", "resumed_from:"), ("eval_legal_ttt 5 hold", "resumed_evaluation legal_ttt item:5/")])
+def test_two_ranks_killed_together_end_like_uninterrupted_ones(children, whole_two, at, resumed):
+    run_dir = unscored(children, whole_two) if at.startswith("eval") else children.new("killed_two")
+    group = children.start(run_dir, ranks=2, patch=AT_WRITE, at=at)
+    name = "step_00000008.pt" if at.startswith("step") else "eval_legal_ttt.pt"
+    assert group.until((run_dir / "checkpoint" / name).exists)
     group.kill()
-    group.wait()
-    output = children.finish(run_dir, ranks=2).stdout()
-    assert "resumed_from:" in output
-    assert outcome(run_dir) == outcome(whole_two)
-
-
-def test_two_ranks_killed_while_they_evaluate_end_like_uninterrupted_ones(children, whole_two):
-    run_dir = unscored(children, whole_two)
-    group = children.start(run_dir, ranks=2)
-    assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
-    group.kill()
-    group.wait()
-    assert "resumed_evaluation legal_ttt" in children.finish(run_dir, ranks=2).stdout()
+    assert group.wait() == [-9, -9]
+    assert resumed in children.finish(run_dir, ranks=2).stdout()
     assert outcome(run_dir) == outcome(whole_two)
 
 
 @pytest.mark.slow
-def test_random_kills_of_two_ranks_change_nothing(children, whole_two):
-    seed = random.randrange(1 << 30)
-    draw = random.Random(seed)
+def test_random_kills_of_two_ranks_change_nothing(children):
+    seed, begin = random.randrange(1 << 30), time.monotonic()
+    draw, reference = random.Random(seed), children.new("reference_two")
+    children.finish(reference, ranks=2, **LONGER)
+    duration = time.monotonic() - begin
     for i in range(8):
-        found = killed_after(children, children.new("killed_two"), draw.uniform(0.3, 6), ranks=2)
-        assert found == outcome(whole_two), f"kill {i}, random.Random({seed})"
+        run_dir = children.new("killed_two")
+        killed_after(children, run_dir, draw.uniform(0.3, duration), ranks=2, **LONGER)
+        assert outcome(run_dir) == outcome(reference), f"kill {i}, random.Random({seed})"
 
 
 def descendants(pid):
@@ -382,10 +381,11 @@ def kill_tree(process):
 
 
 @pytest.mark.slow
-def test_a_killed_torchrun_group_ends_like_an_uninterrupted_one(children, whole_two):
-    run_dir = children.new("torchrun")
-    settings = children.settings(run_dir)
-    for step in (5, 10):
+def test_a_killed_torchrun_group_ends_like_an_uninterrupted_one(children):
+    run_dir, reference = children.new("torchrun"), children.new("reference_two")
+    children.finish(reference, ranks=2, **LONGER)
+    settings = children.settings(run_dir, **LONGER)
+    for step in (5, 14):
         process = torchrun(settings, ROOT / "train_gpt.py")
         while max(steps_of(run_dir), default=0) < step:
             assert process.poll() is None
@@ -393,18 +393,18 @@ def test_a_killed_torchrun_group_ends_like_an_uninterrupted_one(children, whole_
         kill_tree(process)
     done = launch(settings, children.folder, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert outcome(run_dir) == outcome(whole_two)
+    assert outcome(run_dir) == outcome(reference)
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------
 def test_the_last_two_checkpoints_are_kept(whole):
     kept = sorted(path.name for path in (whole / "checkpoint").glob("step_*"))
-    assert kept == ["step_00000015.pt", "step_00000018.pt"]
+    assert kept == ["step_00000010.pt", "step_00000012.pt"]
 
 
 def test_a_checkpoint_loads_without_running_code_and_says_what_it_is(whole):
-    state = torch.load(whole / "checkpoint" / "step_00000018.pt", weights_only=True)
-    assert state["step"] == 18 and state["seconds"] > 0
+    state = torch.load(whole / "checkpoint" / "step_00000012.pt", weights_only=True)
+    assert state["step"] == 12 and state["seconds"] > 0
     assert state["hash"] == read_json(whole / "config.json")["hash"]
 
 
@@ -454,15 +454,13 @@ def test_checkpoints_by_seconds_are_written_too(children, whole):
 
 def test_time_already_spent_counts_towards_the_wallclock_cap(children):
     run_dir = children.new("capped")
-    group = children.start(run_dir, max_wallclock_seconds=1000)
-    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 4)
-    group.kill(signal.SIGTERM)
-    assert group.wait() == [75]
+    stop = at_step(4, "os.kill(os.getpid(), 15)")
+    children.finish(run_dir, code=75, patch=stop, max_wallclock_seconds=1000)
     newest = sorted((run_dir / "checkpoint").glob("step_*.pt"))[-1]
     state = train_gpt.load_tensors(newest)
     train_gpt.save_tensors(newest, {**state, "seconds": 999.9})
     output = children.finish(run_dir, max_wallclock_seconds=1000).stdout()
-    assert f"stopping_early: wallclock_cap train_time:999900ms step:{state['step']}/18" in output
+    assert f"stopping_early: wallclock_cap train_time:999900ms step:{state['step']}/12" in output
     results = read_json(run_dir / "scores.json")
     assert results["stopped_early"] and results["steps"] == state["step"] and results["train_time_s"] == 999.9
 
@@ -471,17 +469,17 @@ def test_time_already_spent_counts_towards_the_wallclock_cap(children):
 def test_logs_append_and_stay_parseable_after_a_cut_last_line(children, stopped):
     run_dir = copy_run(children, stopped[0])
     before = log_of(run_dir)
-    for name, text in (("train.log", "step:7/18 train_lo"), ("metrics.jsonl", '{"event": "step", "st')):
+    for name, text in (("train.log", "step:7/12 train_lo"), ("metrics.jsonl", '{"event": "step", "st')):
         with open(run_dir / name, "a") as file:
             file.write(text)
     children.finish(run_dir)
     log = log_of(run_dir)
-    assert log.startswith(before + "step:7/18 train_lo\n")
+    assert log.startswith(before + "step:7/12 train_lo\n")
     found, bad = json_lines(run_dir)
     assert bad == 1 and found[-1]["event"] == "done"
     last = {e["step"]: e["train_loss"] for e in found if e["event"] == "step"}
-    assert sorted(last) == list(range(1, 19))
-    line = r"^step:(\d+)/18 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
+    assert sorted(last) == list(range(1, 13))
+    line = r"^step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
     assert set(map(int, re.findall(line, log, re.M))) == set(last)
 
 
@@ -501,7 +499,7 @@ def test_every_event_has_a_name_and_a_time(resumed):
 
 def test_the_start_event_tells_the_step_it_resumed_from(resumed):
     starts = [e["resumed_step"] for e in json_lines(resumed[0])[0] if e["event"] == "start"]
-    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 7
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 6
 
 
 # Signals and time limits ------------------------------------------------------------------------------------
@@ -517,7 +515,7 @@ def check_stopped(run_dir, output, *names):
 def test_a_signal_stops_with_one_line_and_one_save(stopped):
     run_dir, output = stopped
     check_stopped(run_dir, output, "SIGUSR1")
-    step = int(re.search(r"phase:in training after step (\d+)/18", output).group(1))
+    step = int(re.search(r"phase:in training after step (\d+)/12", output).group(1))
     assert step == max(steps_of(run_dir)) and (run_dir / "checkpoint" / f"step_{step:08d}.pt").exists()
     assert output.count(f"checkpoint_saved step:{step} ") == 1, "saving twice wastes the time that is left"
 
@@ -531,10 +529,7 @@ def test_a_stopped_run_resumes_and_ends_like_an_uninterrupted_one(resumed, whole
 
 def test_sigterm_stops_an_evaluation_and_a_rerun_finishes_it(children, whole):
     run_dir = unscored(children, whole)
-    group = children.start(run_dir)
-    assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
-    group.kill(signal.SIGTERM)
-    assert group.wait() == [75]
+    group = children.finish(run_dir, code=75, patch=AT_WRITE, at=f"eval_legal_ttt 4 {int(signal.SIGTERM)}")
     check_stopped(run_dir, group.stdout(), "SIGTERM")
     assert "resumed_evaluation legal_ttt" in children.finish(run_dir).stdout()
     assert outcome(run_dir) == outcome(whole)
@@ -542,14 +537,8 @@ def test_sigterm_stops_an_evaluation_and_a_rerun_finishes_it(children, whole):
 
 def test_a_second_signal_exits_at_once(children):
     """The step in which the first signal arrives never ends here."""
-    hang = """
-def endless(self, step, stream):
-    while step == 2:
-        time.sleep(0.02)
-    return accumulate(self, step, stream)
-accumulate, train_gpt.Trainer.accumulate = train_gpt.Trainer.accumulate, endless"""
     run_dir = children.new("second")
-    group = children.start(run_dir, patch=hang)
+    group = children.start(run_dir, patch=at_step(2, "while True: time.sleep(0.02)"))
     assert group.until(lambda: 2 in steps_of(run_dir))
     group.kill(signal.SIGTERM)
     time.sleep(0.7)
@@ -561,42 +550,31 @@ accumulate, train_gpt.Trainer.accumulate = train_gpt.Trainer.accumulate, endless
 def test_signals_that_arrive_together_count_as_one(children):
     """A cluster and torchrun may both pass on the same wish."""
     run_dir = children.new("together")
-    group = children.start(run_dir)
-    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 3)
-    group.kill(signal.SIGTERM)
-    group.kill(signal.SIGUSR1)
-    assert group.wait() == [75]
+    both = "os.kill(os.getpid(), 15), os.kill(os.getpid(), 10)"
+    group = children.finish(run_dir, code=75, patch=at_step(3, both))
     check_stopped(run_dir, group.stdout(), "SIGTERM", "SIGUSR1")
 
 
 def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(children, whole_two):
     run_dir = children.new("signal_two")
-    group = children.start(run_dir, ranks=2)
-    assert group.until(lambda: max(steps_of(run_dir), default=0) >= 7)
-    group.kill(signal.SIGUSR1, ranks=[1])
+    signal_one = at_step(6, "self.runtime.comm.rank and os.kill(os.getpid(), 10)")
+    group = children.start(run_dir, ranks=2, patch=signal_one)
     assert group.wait() == [75, 75], group.stderr()
     assert len(re.findall("^stopped ", group.stdout(), re.M)) == 1 and (run_dir / "STOPPED").exists()
     children.finish(run_dir, ranks=2)
     assert outcome(run_dir) == outcome(whole_two)
 
 
-SLOW_STEPS = """
-def slower(self, step, stream):
-    time.sleep(0.2)
-    return accumulate(self, step, stream)
-accumulate, train_gpt.Trainer.accumulate = train_gpt.Trainer.accumulate, slower"""
-
-
 @pytest.mark.parametrize("variable", ["time_limit_seconds", "slurm_job_end_time"])
 def test_a_time_limit_stops_in_time_and_a_rerun_finishes(children, whole, variable):
     run_dir, end = children.new("limited"), time.time() + 3.0
     limit = 2.0 if variable == "time_limit_seconds" else end
-    group = children.start(run_dir, patch=SLOW_STEPS, **{variable: limit})
-    assert group.wait() == [75], group.stderr()
+    slow_steps = at_step("step", "time.sleep(0.4)")
+    group = children.finish(run_dir, code=75, patch=slow_steps, **{variable: limit})
     check_stopped(run_dir, group.stdout(), "TIME_LIMIT")
     found = json_lines(run_dir)[0]
     assert found[-1]["time"] < (found[0]["time"] + 2.0 if variable == "time_limit_seconds" else end)
-    assert 0 < max(steps_of(run_dir)) < 18
+    assert 0 < max(steps_of(run_dir)) < 12
     children.finish(run_dir)
     assert outcome(run_dir) == outcome(whole)
 
@@ -664,11 +642,8 @@ def test_a_finished_run_of_two_ranks_prints_its_results_again(children, whole_tw
 
 def test_an_artifact_is_scored_the_same_by_a_killed_and_resumed_verification(children, whole):
     run_dir, source = children.new("verify"), whole / "final_model.int6.ptz"
-    group = children.start(run_dir, eval_only=source)
-    assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
-    group.kill()
-    group.wait()
-    children.finish(run_dir, eval_only=source)
+    output = killed_and_resumed(children, run_dir, "eval_legal_ttt 3 named", eval_only=source)
+    assert "resumed_evaluation legal_ttt" in output
     found, expected = (read_json(d / "scores.json")["scores"] for d in (run_dir, whole))
     assert {k: v["val_bpb"] for k, v in found.items()} == {k: expected[k]["val_bpb"] for k in SCORES[1:]}
 
@@ -678,7 +653,7 @@ def test_resume_never_keeps_the_old_run_aside_and_starts_again(children, stopped
     run_dir = copy_run(children, stopped[0])
     old = log_of(run_dir)
     output = children.finish(run_dir, resume="never").stdout()
-    assert "resumed_from:" not in output and "step:1/18" in output
+    assert "resumed_from:" not in output and "step:1/12" in output
     assert log_of(run_dir / "old_1") == old and list((run_dir / "old_1" / "checkpoint").glob("step_*"))
     assert outcome(run_dir) == outcome(whole)
 
@@ -718,7 +693,7 @@ def test_settings_of_pace_may_change_at_a_resume(children, stopped, whole):
 
 def test_the_micro_batch_may_change_at_a_resume(children, stopped, whole):
     run_dir = copy_run(children, stopped[0])
-    output = children.finish(run_dir, micro_batch_tokens=64).stdout()
-    assert "grad_accum_steps:8" in output and "resumed_from:" in output
+    output = children.finish(run_dir, micro_batch_tokens=128).stdout()
+    assert "grad_accum_steps:4" in output and "resumed_from:" in output
     found, expected = (outcome(folder)["scores"]["pre_quant"]["val_loss"] for folder in (run_dir, whole))
     assert abs(found - expected) < 1e-3

@@ -230,8 +230,8 @@ def moved_away(folder, number):
 
 def test_a_run_directory_is_made_with_its_parents(config, runtime, tmp_path):
     runtime(config)
-    assert {item.name for item in (tmp_path / "deep" / "run").iterdir()} >= {"train.log", "metrics.jsonl",
-                                                                             "checkpoint"}
+    names = {item.name for item in (tmp_path / "deep" / "run").iterdir()}
+    assert names == {"lock", "train.log", "metrics.jsonl", "checkpoint"}
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
@@ -342,8 +342,7 @@ def test_the_log_shows_on_the_terminal_what_the_file_keeps(config, runtime, tmp_
     assert (tmp_path / "deep/run/train.log").read_text() == "step:1/2 train_loss:5.9513\nünïcode\n"
 
 
-def test_a_terminals_progress_line_is_rewritten_and_never_kept(config, runtime, tmp_path, capsys,
-                                                               monkeypatch):
+def test_a_progress_line_is_rewritten_and_never_kept(config, runtime, tmp_path, capsys, monkeypatch):
     made = runtime(config)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for text in ("eta:3s", "eta:2s"):
