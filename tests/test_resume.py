@@ -1,7 +1,7 @@
 """A run that is killed, stopped or repeated ends with the weights and scores of an uninterrupted one.
 
 Runs here are real processes, killed for real, but forked from a server that has imported PyTorch: a start
-costs 0.1 s instead of 3. Their directories lie in memory where possible, as every save is flushed to the disk.
+costs 0.1 s instead of 3. Their directories lie in memory where possible, as each save is flushed to disk.
 """
 import contextlib
 import hashlib
