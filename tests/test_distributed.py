@@ -5,6 +5,7 @@ torchrun as a user would, the others forked); many tests look at what it left.
 """
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -229,7 +230,7 @@ def test_an_evaluation_saved_at_two_ranks_is_scored_the_same_at_one(children, tw
     """No target may be scored twice or lost, whether the saved state is used or not."""
     run_dir = unscored(children, two[1])
     group = children.start(run_dir, ranks=2, patch=AT_WRITE, at="eval_legal_ttt 5 hold")
-    assert group.until((run_dir / "checkpoint" / "eval_legal_ttt.pt").exists)
+    assert group.until(Path(f"{run_dir}.held").exists)
     group.kill()
     group.wait()
     children.finish(run_dir)

@@ -303,7 +303,7 @@ def test_training_stops_before_the_step_that_would_pass_the_cap(tiny_data, tmp_p
 
 def test_with_a_cap_the_rate_falls_with_the_time_that_is_left(tiny_data, tmp_path, ticking):
     ticking(1.0)
-    finished = timed_run(tiny_data, tmp_path, iterations=1000, max_wallclock_seconds=40.0, warmdown_iters=4)
+    finished = timed_run(tiny_data, tmp_path, iterations=1000, max_wallclock_seconds=25.0, warmdown_iters=4)
     scales = [event["lr_scale"] for event in events(finished.dir, "step")]
     assert scales[0] == 1.0 and scales == sorted(scales, reverse=True) and 0 < scales[-1] < 0.5
 
@@ -311,10 +311,10 @@ def test_with_a_cap_the_rate_falls_with_the_time_that_is_left(tiny_data, tmp_pat
 def test_validation_is_no_training_time(tiny_data, tmp_path, ticking):
     def seconds(every):
         ticking(1.0)
-        finished = timed_run(tiny_data, tmp_path / str(every), val_loss_every=every)
+        finished = timed_run(tiny_data, tmp_path / str(every), val_loss_every=every, iterations=3)
         return events(finished.dir, "trained")[0]["train_time_ms"] / 1000
-    # Each of the 6 validations reads the clock in each of its 6 rounds; one of these readings may count.
-    assert seconds(1) <= seconds(0) + 6
+    # Each of the 3 validations reads the clock in each of its 6 rounds; one of these readings may count.
+    assert seconds(1) <= seconds(0) + 3
 
 
 def test_without_a_cap_nothing_stops_early(run):
@@ -335,5 +335,5 @@ def test_a_long_evaluation_logs_its_rate_and_what_is_left(tiny_data, tmp_path, t
 # --------------------------------------------------------------------------------------------------
 def test_swa_that_takes_no_snapshot_warns_and_exports_the_ema(tiny_data, tmp_path):
     finished = timed_run(tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50)
-    only(finished.lines, "warning: .*(SWA|snapshot).*EMA.*")
     only(finished.lines, "export:EMA.*")
+    only(finished.lines, ".*warning: SWA took no snapshot.*")

@@ -53,7 +53,8 @@ def run_main(run_dir, arguments=(), cwd=None, **settings):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    gc.collect()  # the run's lock goes with its Runtime, which an exception's frames may still hold
+    if code:
+        gc.collect()  # a stopped run's lock goes with its Runtime, which the exception's frames may still hold
     return Finished(code, out.getvalue(), err.getvalue(), Path(run_dir))
 
 

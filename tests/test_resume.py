@@ -63,7 +63,7 @@ except train_gpt.GolfError as error:
     sys.exit(print(f"error: {error}", file=sys.stderr) or error.code)
 """
 # Every durable write ends in a rename. AT="name number what" lets this happen at one of those of files name*:
-# die with half of it written, with the whole but unnamed, or named; hold on there; or get a signal.
+# die with half of it written, with the whole but unnamed, or named; hold on there (and say so); or get a signal.
 AT_WRITE = """
 replace, count, (name, number, what) = os.replace, [], os.environ.pop("AT").split()
 def at_write(source, target):
@@ -77,6 +77,7 @@ def at_write(source, target):
     if hit and what in ("half", "whole", "named"):
         os.kill(os.getpid(), 9)
     while hit and what == "hold":
+        open(os.environ["RUN_DIR"] + ".held", "w").close()
         time.sleep(0.01)
     if hit:
         os.kill(os.getpid(), int(what))
@@ -336,8 +337,7 @@ def test_a_run_killed_again_and_again_still_ends_the_same(children, whole):
 def test_two_ranks_killed_together_end_like_uninterrupted_ones(children, whole_two, at, resumed):
     run_dir = unscored(children, whole_two) if at.startswith("eval") else children.new("killed_two")
     group = children.start(run_dir, ranks=2, patch=AT_WRITE, at=at)
-    name = "step_00000008.pt" if at.startswith("step") else "eval_legal_ttt.pt"
-    assert group.until((run_dir / "checkpoint" / name).exists)
+    assert group.until(Path(f"{run_dir}.held").exists)
     group.kill()
     assert group.wait() == [-9, -9]
     assert resumed in children.finish(run_dir, ranks=2).stdout()
