@@ -476,7 +476,7 @@ def test_operational_settings_are_those_that_train_gpt_keeps_out_of_its_hash():
     script = ROOT / "train_gpt.py"
     if not script.exists():
         pytest.skip("train_gpt.py is not here")
-    fields = re.findall(r'^    (\w+): \w+ = opt\(.*?, "(arch|train|eval|run)", "', script.read_text(), re.M)
+    fields = re.findall(r'^    (\w+): \w+ = opt\(.*?, "(arch|train|eval|run)",\s+"', script.read_text(), re.M)
     assert len(fields) > 50
     assert collect.OPERATIONAL == {name for name, kind in fields if kind == "run"} | {"seed"}
 
