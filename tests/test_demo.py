@@ -41,7 +41,8 @@ def baselines(text):
 
 @pytest.fixture(scope="module")
 def text(tiny_data):
-    return scored_text(tiny_data.data_path / "fineweb_val_000000.bin", tiny_data.tokenizer_path, TINY["eval_seq_len"])
+    shard = tiny_data.data_path / "fineweb_val_000000.bin"
+    return scored_text(shard, tiny_data.tokenizer_path, TINY["eval_seq_len"])
 
 
 def test_the_baselines_are_compressed_sizes_of_the_text_that_is_scored(demo, text):
@@ -86,7 +87,8 @@ def test_another_preset_without_data_points_to_the_demo(tmp_path):
 # With the demo's own data
 # --------------------------------------------------------------------------------------------------
 # A model that learns fast, few steps, and windows that hardly overlap: a minute instead of four.
-SHORT = dict(preset="demo", num_layers=3, model_dim=128, iterations=40, warmdown_iters=20, val_loss_every=0,
+SHORT = dict(preset="demo", num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, iterations=40,
+             warmdown_iters=20, val_loss_every=0,
              train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=256, eval_seq_len=256,
              eval_stride=128, ttt_chunk_tokens=65536, ttt_epochs=1, device="cpu", dtype="float32")
 
@@ -107,7 +109,7 @@ def test_the_demo_builds_enough_text_and_scores_all_of_it(short_demo):
     result = read_json(folder / "runs/first/scores.json")
     assert result["finished"] and list(result["scores"]) == [
         "pre_quant", "final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"]
-    # The tokenizer's normalisation makes one space of indentation and line ends; trimming takes less than a window.
+    # Normalisation makes one space of indentation and line ends; trimming takes less than a window.
     assert 0.9 * val <= result["bytes"] <= val
 
 
@@ -120,7 +122,7 @@ def test_hardly_any_passage_of_the_demo_s_text_is_in_both_parts(short_demo):
         tokens = np.asarray(train_gpt.read_shard(folder / DEMO.data_path / f"fineweb_{split}_000000.bin"))
         documents = np.split(tokens, np.flatnonzero(tokens == train_gpt.BOS))[1:]
         parts.append([model.decode(ids.tolist()) for ids in documents])
-    # No paragraph is in both, but some differ from another by a word only; tokens keep no paragraphs to compare.
+    # No paragraph is in both, but some differ by a word only; tokens keep no paragraphs to compare.
     seen, width = "\n".join(parts[0]), 200
     passages = [text[i:i + width] for text in parts[1] for i in range(0, len(text) - width, width)]
     assert len(passages) > 1000

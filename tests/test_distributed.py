@@ -1,6 +1,6 @@
 """One, two and four ranks train the same model and report the same scores; uneven shares never hang.
 
-Each world size runs once, over gloo, a script that uses the public parts of train_gpt.py (four ranks by
+Each world size runs once, over gloo, a script that uses the public parts of train_gpt.py (two ranks by
 torchrun as a user would, the others forked); many tests look at what it left.
 """
 import os
@@ -53,14 +53,15 @@ score("ttt_two_epochs", model, few, ttt=True, changes=dict(ttt_chunk_tokens=64, 
 score("ttt_small_chunks", model, half, ttt=True, changes=dict(ttt_chunk_tokens=64, ttt_lr=0.05))
 score("ttt_one_row_steps", model, half, ttt=True, changes=dict(ttt_batch_seqs=1))
 score("ttt_slot", model, few, ttt=True, slot="causal", changes=dict(ttt_chunk_tokens=64))
-left["audit"] = [c["name"] for c in train_gpt.audit(model, val, config, runtime) if not c["passed"]]
+if runtime.comm.world == 2:
+    left["audit"] = [c["name"] for c in train_gpt.audit(model, val, config, runtime) if not c["passed"]]
 if runtime.is_main:
     train_gpt.save_tensors(left["out"] + ".pt", dict(trainer.model.state_dict()))
     train_gpt.write_json(left["out"] + ".json", left)
 runtime.close()
 """
 WORLDS = (1, 2, 4)
-STEPS = dict(TINY, iterations=20, warmdown_iters=8, dtype="float32")
+STEPS = dict(TINY, num_layers=2, xsa_last_n=1, iterations=20, warmdown_iters=8, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def labs(children, tmp_path_factory):
     for world in WORLDS:
         run_dir, out = folder / f"run{world}", folder / f"lab{world}"
         settings = dict(STEPS, lab_out=out)
-        if world < WORLDS[-1]:
+        if world != 2:
             group = children.finish(run_dir, world, script=script, **settings)
             stdout = "".join(group.stdout(rank) for rank in range(world))
         else:
@@ -95,7 +96,7 @@ def test_parameters_agree_with_one_rank_after_twenty_steps(labs, world):
 def test_training_has_moved_every_parameter(labs, tiny_data):
     """Otherwise their agreement would say nothing."""
     torch.manual_seed(42)
-    fresh = train_gpt.GPT(tiny_config()).state_dict()
+    fresh = train_gpt.GPT(tiny_config(num_layers=2, xsa_last_n=1)).state_dict()
     still = [name for name, value in labs[4].state.items() if torch.equal(value, fresh[name])]
     assert not still
 
@@ -136,15 +137,15 @@ def test_the_adapted_scores_differ_from_the_plain_ones(labs):
     assert scores["ttt_slot"][0] != scores["slot"][0]
 
 
-def test_the_audit_passes_at_every_world_size(labs):
-    assert [lab.audit for lab in labs.values()] == [[], [], []]
+def test_the_audit_passes_at_two_ranks(labs):
+    assert labs[2].audit == []
 
 
 def test_all_log_lines_come_from_rank_0(labs):
     for world, lab in labs.items():
         assert lab.stdout.count("model_params:") == 1
         assert re.findall(r"^step:(\d+)/20 train_loss", lab.stdout, re.M) == [str(s) for s in range(1, 21)]
-        assert len(re.findall(r"^legality C1 future_flip", lab.stdout, re.M)) == 1
+        assert len(re.findall(r"^legality C1 future_flip", lab.stdout, re.M)) == (world == 2)
         assert f"world_size:{world} grad_accum_steps:{2 if world == 1 else 1}" in lab.stdout
 
 
@@ -179,7 +180,7 @@ def bytes_of_a_step(monkeypatch, world):
     monkeypatch.setattr(train_gpt, "dist", SimpleNamespace(all_reduce=ring.all_reduce))
     monkeypatch.setattr(train_gpt, "reduce_scatter", ring.reduce_scatter)
     monkeypatch.setattr(train_gpt, "all_gather", ring.all_gather)
-    config = tiny_config()
+    config = tiny_config(num_layers=2, xsa_last_n=1)
     model = train_gpt.GPT(config)
     ids = torch.randint(2, config.vocab_size, (2, 17))
     model(ids[:, :-1], ids[:, 1:]).backward()

@@ -50,7 +50,7 @@ def test_a_run_goes_on_when_checkpoints_cannot_be_written(children, stopped, who
     assert outcome(run_dir) == outcome(whole)
 
 
-def test_a_stop_that_cannot_be_saved_is_an_error_and_the_old_checkpoint_is_intact(children, stopped, whole):
+def test_a_stop_that_cannot_be_saved_is_an_error_and_the_old_checkpoint_is_intact(children, stopped):
     run_dir = copy_run(children, stopped[0])
     old = newest(run_dir).read_bytes()
     stop = at_step(9, "os.kill(os.getpid(), 15)")
@@ -60,8 +60,6 @@ def test_a_stop_that_cannot_be_saved_is_an_error_and_the_old_checkpoint_is_intac
     check_last_error(run_dir, 7)
     assert not (run_dir / "STOPPED").exists()
     assert newest(run_dir).read_bytes() == old
-    children.finish(run_dir)
-    assert outcome(run_dir) == outcome(whole)
 
 
 @pytest.fixture
@@ -147,6 +145,7 @@ def test_a_shard_that_vanishes_in_mid_run_ends_it_with_the_last_checkpoint_named
     assert outcome(run_dir) == outcome(whole)
 
 
+@pytest.mark.slow
 def test_a_shard_that_shrinks_in_mid_run_is_an_error_and_not_a_crash(children, tmp_path):
     """Reading a map beyond its file's end would be SIGBUS."""
     folder, run_dir = tmp_path / "data", children.new("shrinking")
@@ -167,8 +166,6 @@ def test_a_rank_that_dies_ends_the_job_within_a_minute(children, tmp_path):
     assert "[rank 0]" in done.stderr
     assert max(steps_of(run_dir)) == 7
     train_gpt.load_tensors(newest(run_dir))
-    output = children.finish(run_dir, ranks=2).stdout()
-    assert "resumed_from:" in output
 
 
 def test_every_rank_shows_its_own_exception_with_its_rank(children):
@@ -246,7 +243,9 @@ train_gpt.GPT.forward = greedy"""
     group = children.finish(run_dir, code=7, patch=patch, micro_batch_tokens=256)
     check_message(group, "MICRO_BATCH_TOKENS=256", "MICRO_BATCH_TOKENS=128")
     check_last_error(run_dir, 7)
-    assert "run_finished" in children.finish(run_dir, patch=patch, micro_batch_tokens=128).stdout()
+    train = children.finish(run_dir, code=75, patch=patch + at_step(0, "os.kill(os.getpid(), 15)"),
+                            micro_batch_tokens=128)
+    assert "step:1/12" in train.stdout()
 
 
 def evaluation_parts(runtime, tiny_data):
@@ -330,7 +329,7 @@ def test_both_ranks_end_when_the_loss_of_one_is_not_finite(children):
 
 
 # One directory, one run -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_second_run_in_the_same_directory_refuses_and_the_first_goes_on(children, whole, ranks):
     run_dir = children.new("shared")
     wait = "exec('while not os.path.exists(os.environ[\"RUN_DIR\"] + \".go\"): time.sleep(0.01)')"
