@@ -21,9 +21,12 @@ import dataclasses
 import datetime
 import difflib
 import fcntl
+import functools
+import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -31,13 +34,15 @@ import multiprocessing
 import os
 import platform
 import re
-import shutil
+import resource
 import signal
 import struct
 import sys
 import sysconfig
 import threading
 import time
+import traceback
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -51,6 +56,8 @@ from torch import nn
 
 BOS = 1  # every document of the official shards starts with this token
 CODE_PATH = Path(__file__).resolve()
+OTHER_FILE = "copy it again, or name another file"
+READABLE = "name a readable artifact (*.ptz) or float checkpoint (*.pt)"
 
 
 class GolfError(Exception):
@@ -93,121 +100,119 @@ class Stopped(GolfError):
 # says what it belongs to: "arch" and "eval" travel inside the artifact, "train" fixes the weights, "run"
 # changes where and how a run happens but not its result. The hash covers all but "run".
 # ============================================================================================================
-def opt(default, kind, text, low=None, high=None, choices=None):
+def opt(kind, default, text, low=-math.inf, high=math.inf, choices=None):
     """A Config field with what --help and the range checks need to know."""
     return dataclasses.field(default=default,
                              metadata=dict(kind=kind, text=text, low=low, high=high, choices=choices))
+
+
+arch, training = functools.partial(opt, "arch"), functools.partial(opt, "train")
+evaluation, place = functools.partial(opt, "eval"), functools.partial(opt, "run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run. Raises ConfigError when a value has the wrong type, is out of range or does not
     fit."""
-    preset: str = opt("nfm_7k", "run", "named set of differences from the defaults")
+    preset: str = place("nfm_7k", "named set of differences from the defaults")
     # architecture
-    vocab_size: int = opt(1024, "arch", "tokenizer pieces", 8, 65536)
-    num_layers: int = opt(11, "arch", "transformer blocks", 1, 64)
-    model_dim: int = opt(512, "arch", "width of the residual stream", 16, 4096)
-    num_heads: int = opt(8, "arch", "query heads", 1, 64)
-    num_kv_heads: int = opt(4, "arch", "key/value heads", 1, 64)
-    mlp_mult: float = opt(3.0, "arch", "MLP width / model_dim (hidden rounded down to a multiple of 8)",
-                          0.25, 16)
-    rope_dims: int = opt(16, "arch", "rotated dimensions per head", 0, 512)
-    rope_base: float = opt(10000.0, "arch", "base of the rotary frequencies", 1)
-    logit_softcap: float = opt(30.0, "arch", "logits are cap*tanh(logits/cap)", 1e-3)
-    bigram_vocab_size: int = opt(4096, "arch", "rows of the bigram hash table", 2, 1 << 20)
-    bigram_dim: int = opt(128, "arch", "width of the bigram hash table", 1, 4096)
-    ve_dim: int = opt(0, "arch", "width of the shared value embedding, 0 = off", 0, 4096)
-    ve_last_n: int = opt(2, "arch", "last layers that receive the value embedding", 1, 64)
-    xsa_last_n: int = opt(11, "arch", "last layers with exclusive self-attention", 0, 64)
-    gated_attention: bool = opt(True, "arch", "per-head sigmoid gate on the attention output")
-    value_residual: bool = opt(True, "arch", "mix layer 0's values into every layer")
-    e2e_ttt_enabled: bool = opt(False, "arch", "TTT-Linear refiner, trained end to end")
-    e2e_ttt_mini_batch: int = opt(16, "arch", "tokens per inner step of TTT-Linear", 1, 1024)
-    e2e_ttt_base_lr: float = opt(1.0, "arch", "inner rate of TTT-Linear x head_dim", 0)
-    flow_enabled: bool = opt(False, "arch", "FlowRefiner after the trunk")
-    flow_latent_dim: int = opt(64, "arch", "latent width of FlowRefiner", 1, 4096)
-    flow_hidden_dim: int = opt(256, "arch", "hidden width of FlowRefiner", 1, 4096)
-    nfm_enabled: bool = opt(True, "arch", "NativeFlowMatcher after the trunk")
-    nfm_hidden_dim: int = opt(256, "arch", "hidden width of NativeFlowMatcher", 1, 4096)
+    vocab_size: int = arch(1024, "tokenizer pieces", 8, 65536)
+    num_layers: int = arch(11, "transformer blocks", 1, 64)
+    model_dim: int = arch(512, "width of the residual stream", 16, 4096)
+    num_heads: int = arch(8, "query heads", 1, 64)
+    num_kv_heads: int = arch(4, "key/value heads", 1, 64)
+    mlp_mult: float = arch(3.0, "MLP width / model_dim (hidden rounded down to a multiple of 8)", 0.25, 16)
+    rope_dims: int = arch(16, "rotated dimensions per head", 0, 512)
+    rope_base: float = arch(10000.0, "base of the rotary frequencies", 1)
+    logit_softcap: float = arch(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
+    bigram_vocab_size: int = arch(4096, "rows of the bigram hash table", 2, 1 << 20)
+    bigram_dim: int = arch(128, "width of the bigram hash table", 1, 4096)
+    ve_dim: int = arch(0, "width of the shared value embedding, 0 = off", 0, 4096)
+    ve_last_n: int = arch(2, "last layers that receive the value embedding", 1, 64)
+    xsa_last_n: int = arch(11, "last layers with exclusive self-attention", 0, 64)
+    gated_attention: bool = arch(True, "per-head sigmoid gate on the attention output")
+    value_residual: bool = arch(True, "mix layer 0's values into every layer")
+    e2e_ttt_enabled: bool = arch(False, "TTT-Linear refiner, trained end to end")
+    e2e_ttt_mini_batch: int = arch(16, "tokens per inner step of TTT-Linear", 1, 1024)
+    e2e_ttt_base_lr: float = arch(1.0, "inner rate of TTT-Linear x head_dim", 0)
+    flow_enabled: bool = arch(False, "FlowRefiner after the trunk")
+    flow_latent_dim: int = arch(64, "latent width of FlowRefiner", 1, 4096)
+    flow_hidden_dim: int = arch(256, "hidden width of FlowRefiner", 1, 4096)
+    nfm_enabled: bool = arch(True, "NativeFlowMatcher after the trunk")
+    nfm_hidden_dim: int = arch(256, "hidden width of NativeFlowMatcher", 1, 4096)
     # training
-    seed: int = opt(42, "train", "seed of weights and noise", 0, 2**31 - 1)
-    iterations: int = opt(7000, "train", "optimiser steps", 0)
-    train_batch_tokens: int = opt(786432, "train", "tokens per optimiser step, all ranks together", 1)
-    train_seq_len: int = opt(2048, "train", "training sequence length", 2)
-    warmdown_iters: int = opt(2800, "train", "last steps over which the learning rate falls to 0", 0)
-    warmdown_shape: str = opt("linear", "train", "shape of the warmdown", choices=("linear", "cosine"))
-    max_wallclock_seconds: float = opt(0.0, "train", "training time cap, 0 = none", 0)
-    embed_lr: float = opt(0.035, "train", "AdamW rate of embeddings", 0)
-    scalar_lr: float = opt(0.025, "train", "AdamW rate of everything that is neither embedding nor block "
-                                           "matrix", 0)
-    matrix_lr: float = opt(0.025, "train", "Muon rate of the blocks' matrices", 0)
-    muon_momentum: float = opt(0.99, "train", "Muon momentum after its warm-up", 0, 1)
-    muon_momentum_warmup_start: float = opt(0.92, "train", "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = opt(1500, "train", "steps of the linear momentum warm-up", 0)
-    muon_ns_steps: int = opt(5, "train", "Newton-Schulz steps", 1, 20)
-    weight_decay: float = opt(0.04, "train", "decoupled weight decay, Muon and AdamW", 0)
-    beta1: float = opt(0.9, "train", "AdamW beta1", 0, 0.9999)
-    beta2: float = opt(0.95, "train", "AdamW beta2", 0, 0.999999)
-    adam_eps: float = opt(1e-8, "train", "AdamW epsilon", 1e-30)
-    grad_clip_norm: float = opt(0.3, "train", "clip of the global gradient norm, 0 = off", 0)
-    qk_gain_init: float = opt(1.5, "train", "initial per-head query gain")
-    embed_init_std: float = opt(0.005, "train", "standard deviation of the initial embedding", 0)
-    flow_init_scale: float = opt(0.01, "train", "scale of FlowRefiner's initial up-projection", 0)
-    nfm_loss_weight: float = opt(0.1, "train", "weight of the flow-matching loss", 0)
-    ema_decay: float = opt(0.997, "train", "decay of the weight average, 0 = off", 0, 0.999999)
-    swa_enabled: bool = opt(False, "train", "export the mean of snapshots taken late in the run")
-    swa_every: int = opt(50, "train", "steps between snapshots", 1)
-    swa_start_scale: float = opt(0.2, "train", "snapshots start below this learning-rate scale", 0, 1)
-    late_qat_threshold: float = opt(0.0, "train", "straight-through rounding below this learning-rate scale, "
-                                                  "0 = off", 0, 1)
+    seed: int = training(42, "seed of weights and noise", 0, 2**31 - 1)
+    iterations: int = training(7000, "optimiser steps", 0)
+    train_batch_tokens: int = training(786432, "tokens per optimiser step, all ranks together", 1)
+    train_seq_len: int = training(2048, "training sequence length", 2)
+    warmdown_iters: int = training(2800, "last steps over which the learning rate falls to 0", 0)
+    warmdown_shape: str = training("linear", "shape of the warmdown", choices=("linear", "cosine"))
+    max_wallclock_seconds: float = training(0.0, "training time cap, 0 = none", 0)
+    embed_lr: float = training(0.035, "AdamW rate of embeddings", 0)
+    scalar_lr: float = training(0.025, "AdamW rate of what is neither embedding nor block matrix", 0)
+    matrix_lr: float = training(0.025, "Muon rate of the blocks' matrices", 0)
+    muon_momentum: float = training(0.99, "Muon momentum after its warm-up", 0, 1)
+    muon_momentum_warmup_start: float = training(0.92, "Muon momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = training(1500, "steps of the linear momentum warm-up", 0)
+    muon_ns_steps: int = training(5, "Newton-Schulz steps", 1, 20)
+    weight_decay: float = training(0.04, "decoupled weight decay, Muon and AdamW", 0)
+    beta1: float = training(0.9, "AdamW beta1", 0, 0.9999)
+    beta2: float = training(0.95, "AdamW beta2", 0, 0.999999)
+    adam_eps: float = training(1e-8, "AdamW epsilon", 1e-30)
+    grad_clip_norm: float = training(0.3, "clip of the global gradient norm, 0 = off", 0)
+    qk_gain_init: float = training(1.5, "initial per-head query gain")
+    embed_init_std: float = training(0.005, "standard deviation of the initial embedding", 0)
+    flow_init_scale: float = training(0.01, "scale of FlowRefiner's initial up-projection", 0)
+    nfm_loss_weight: float = training(0.1, "weight of the flow-matching loss", 0)
+    ema_decay: float = training(0.997, "decay of the weight average, 0 = off", 0, 0.999999)
+    swa_enabled: bool = training(False, "export the mean of snapshots taken late in the run")
+    swa_every: int = training(50, "steps between snapshots", 1)
+    swa_start_scale: float = training(0.2, "snapshots start below this learning-rate scale", 0, 1)
+    late_qat_threshold: float = training(0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1)
     # compression
-    block_bits: int = opt(6, "train", "bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = opt(8, "train", "bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = opt("zstd", "train", "compressor of the artifact", choices=("zstd", "lzma"))
-    zstd_level: int = opt(16, "train", "zstd level", 1, 22)
-    lzma_preset: int = opt(6, "train", "lzma preset", 0, 9)
-    budget_bytes: int = opt(16_000_000, "train", "code + model must fit this", 1)
+    block_bits: int = training(6, "bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = training(8, "bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = training("zstd", "compressor of the artifact", choices=("zstd", "lzma"))
+    zstd_level: int = training(16, "zstd level", 1, 22)
+    lzma_preset: int = training(6, "lzma preset", 0, 9)
+    budget_bytes: int = training(16_000_000, "code + model must fit this", 1)
     # evaluation
-    dtype: str = opt("bfloat16", "eval", "autocast type; float32 = no autocast",
-                     choices=("bfloat16", "float32"))
-    eval_seq_len: int = opt(1024, "eval", "window of every evaluation", 2)
-    eval_stride: int = opt(64, "eval", "stride of the sliding window", 1)
-    eval_batch_seqs: int = opt(32, "eval", "windows per batch and rank", 1)
-    ttt_enabled: bool = opt(True, "eval", "legal score-first test-time training")
-    ttt_lr: float = opt(0.002, "eval", "SGD rate, cosine over chunks", 0)
-    ttt_momentum: float = opt(0.9, "eval", "SGD momentum", 0, 1)
-    ttt_epochs: int = opt(10, "eval", "epochs over each scored chunk", 1)
-    ttt_chunk_tokens: int = opt(32768, "eval", "tokens per chunk", 1)
-    ttt_batch_seqs: int = opt(32, "eval", "sequences per SGD step, all ranks together", 1)
-    ttt_freeze_blocks: int = opt(2, "eval", "first blocks that stay frozen", 0)
-    ttt_grad_clip: float = opt(1.0, "eval", "clip of the SGD gradient norm, 0 = off", 0)
-    slot: str = opt("off", "eval", "per-window shift of the hidden state; published is illegal",
-                    choices=("off", "causal", "published"))
-    slot_lr: float = opt(0.003, "eval", "AdamW rate of SLOT", 0)
-    slot_steps: int = opt(5, "eval", "AdamW steps of SLOT", 1)
+    dtype: str = evaluation("bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32"))
+    eval_seq_len: int = evaluation(1024, "window of every evaluation", 2)
+    eval_stride: int = evaluation(64, "stride of the sliding window", 1)
+    eval_batch_seqs: int = evaluation(32, "windows per batch and rank", 1)
+    ttt_enabled: bool = evaluation(True, "legal score-first test-time training")
+    ttt_lr: float = evaluation(0.002, "SGD rate, cosine over chunks", 0)
+    ttt_momentum: float = evaluation(0.9, "SGD momentum", 0, 1)
+    ttt_epochs: int = evaluation(10, "epochs over each scored chunk", 1)
+    ttt_chunk_tokens: int = evaluation(32768, "tokens per chunk", 1)
+    ttt_batch_seqs: int = evaluation(32, "sequences per SGD step, all ranks together", 1)
+    ttt_freeze_blocks: int = evaluation(2, "first blocks that stay frozen", 0)
+    ttt_grad_clip: float = evaluation(1.0, "clip of the SGD gradient norm, 0 = off", 0)
+    slot: str = evaluation("off", "per-window shift of the hidden state; published is illegal",
+                           choices=("off", "causal", "published"))
+    slot_lr: float = evaluation(0.003, "AdamW rate of SLOT", 0)
+    slot_steps: int = evaluation(5, "AdamW steps of SLOT", 1)
     # where and how
-    data_path: str = opt("./data/datasets/fineweb10B_sp1024", "run", "directory of the shards")
-    tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model", "run", "SentencePiece model")
-    run_id: str = opt("", "run", "name of the run; default {preset}_seed{seed} and the SLURM job")
-    run_dir: str = opt("", "run", "directory of the run; default runs/$RUN_ID")
-    resume: str = opt("auto", "run", "continue RUN_DIR; never keeps the old run aside",
-                      choices=("auto", "never", "must"))
-    eval_only: str = opt("", "run", "score this artifact or float checkpoint, do not train")
-    mode: str = opt("train", "run", "audit = only the legality audit", choices=("train", "audit"))
-    audit: bool = opt(False, "run", "prove the four legality conditions before scoring")
-    device: str = opt("auto", "run", "auto, cpu, cuda or cuda:N")
-    compile: str = opt("auto", "run", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
-    micro_batch_tokens: int = opt(98304, "run", "tokens per forward pass and rank", 1)
-    warmup_steps: int = opt(20, "run", "compile warm-up steps on synthetic tokens; weights are restored", 0)
-    train_log_every: int = opt(100, "run", "steps between training log lines", 1)
-    val_loss_every: int = opt(1000, "run", "steps between validations, 0 = only after the last step", 0)
-    checkpoint_every: int = opt(1000, "run", "steps between checkpoints, 0 = off", 0)
-    checkpoint_seconds: float = opt(600.0, "run", "seconds between checkpoints, 0 = off", 0)
-    eval_checkpoint_seconds: float = opt(300.0, "run", "seconds between saved states of an evaluation, 0 = "
-                                                       "off", 0)
-    time_limit_seconds: float = opt(0.0, "run",
-                                    "save and stop within this time; 0 = SLURM's end time or none", 0)
+    data_path: str = place("./data/datasets/fineweb10B_sp1024", "directory of the shards")
+    tokenizer_path: str = place("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+    run_id: str = place("", "name of the run; default {preset}_seed{seed} and the SLURM job")
+    run_dir: str = place("", "directory of the run; default runs/$RUN_ID")
+    resume: str = place("auto", "continue RUN_DIR; never keeps the old run aside",
+                        choices=("auto", "never", "must"))
+    eval_only: str = place("", "score this artifact or float checkpoint, do not train")
+    mode: str = place("train", "audit = only the legality audit", choices=("train", "audit"))
+    audit: bool = place(False, "prove the four legality conditions before scoring")
+    device: str = place("auto", "auto, cpu, cuda or cuda:N")
+    compile: str = place("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
+    micro_batch_tokens: int = place(98304, "tokens per forward pass and rank", 1)
+    warmup_steps: int = place(20, "compile warm-up steps on synthetic tokens; weights are restored", 0)
+    train_log_every: int = place(100, "steps between training log lines", 1)
+    val_loss_every: int = place(1000, "steps between validations, 0 = only after the last step", 0)
+    checkpoint_every: int = place(1000, "steps between checkpoints, 0 = off", 0)
+    checkpoint_seconds: float = place(600.0, "seconds between checkpoints, 0 = off", 0)
+    eval_checkpoint_seconds: float = place(300.0, "seconds between saved states of an evaluation, 0 = off", 0)
+    time_limit_seconds: float = place(0.0, "save and stop within this time; 0 = SLURM's end time or none", 0)
     explicit: tuple = dataclasses.field(default=(), compare=False, repr=False, metadata=dict(kind="hidden"))
 
     def __post_init__(self):
@@ -226,31 +231,25 @@ class Config:
 
     @classmethod
     def from_env(cls, environ):
-        """Explicit variable > PRESET > default. Raises ConfigError, naming near misses, for anything it
-        cannot use."""
+        """Explicit variable > PRESET > default. Raises ConfigError, naming near misses, for what it cannot
+        use."""
         names = {field.name.upper(): field for field in config_fields()}
-        for name in environ:
-            near = difflib.get_close_matches(name.upper(), names, 1,
-                                             0.86) if name not in names and len(name) > 3 else []
-            if near:
+        for name in sorted(environ.keys() - names):
+            near = difflib.get_close_matches(name.upper(), names, 1, 0.86)
+            if near and len(name) > 3:
                 raise ConfigError(f"environment variable {name}={environ[name]!r} is not a setting, but "
-                                  f"looks like "
-                                  f"{near[0]}: rename or unset it (see --help)")
-        preset = environ.get("PRESET", "nfm_7k")
-        if preset not in PRESETS:
-            raise ConfigError(f"PRESET={preset!r} is unknown: expected one of {', '.join(PRESETS)}")
+                                  f"looks like {near[0]}: rename or unset it (see --help)")
         explicit = {f.name: parse_value(f, environ[name]) for name, f in names.items() if name in environ}
-        values = {**PRESETS[preset], **explicit, "preset": preset}
-        job = environ.get("SLURM_ARRAY_JOB_ID",
-                          environ.get("SLURM_JOB_ID", "")), environ.get("SLURM_ARRAY_TASK_ID", "")
-        values["run_id"] = values.get("run_id") or default_run_id(values,
-                                                                  "".join(f"_{part}" for part in job if part))
-        values["run_dir"] = values.get("run_dir") or f"runs/{values['run_id']}"
+        values = {"preset": "nfm_7k", **PRESETS.get(environ.get("PRESET"), {}), **explicit}
+        job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
+        job = "".join(f"_{part}" for part in (job, environ.get("SLURM_ARRAY_TASK_ID")) if part)
+        run_id = values.get("run_id") or default_run_id(values) + job
+        values.update(run_id=run_id, run_dir=values.get("run_dir") or f"runs/{run_id}")
         return cls(**values, explicit=tuple(sorted(explicit)))
 
     def as_dict(self, *kinds):
-        return {f.name: getattr(self, f.name) for f in config_fields() if not kinds
-                or f.metadata["kind"] in kinds}
+        fields = [f.name for f in config_fields() if not kinds or f.metadata["kind"] in kinds]
+        return {name: getattr(self, name) for name in fields}
 
     def hash(self):
         """16 hex digits over everything that can change a result."""
@@ -259,8 +258,8 @@ class Config:
 
     def differences(self):
         """Fields that differ from the preset (settings of place and pace included)."""
-        base = {f.name: f.default for f in config_fields()}
-        base.update(PRESETS[self.preset], preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
+        base = {f.name: f.default for f in config_fields()} | PRESETS[self.preset]
+        base.update(preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
 
     def adopt(self, other):
@@ -269,13 +268,13 @@ class Config:
 
         Raises ConfigError when an architecture variable was set explicitly to something else.
         """
-        for name, value in other.as_dict("arch").items():
-            if name in self.explicit and getattr(self, name) != value:
-                raise ConfigError(f"{name.upper()}={getattr(self, name)} contradicts the artifact, which has "
-                                  f"{value}: "
-                                  f"unset {name.upper()} (an artifact brings its own architecture)")
-        kept = {n: v for n, v in other.as_dict("eval").items() if n not in self.explicit}
-        adopted = dataclasses.replace(self, **{**other.as_dict("arch"), **kept})
+        brought = other.as_dict("arch", "eval")
+        for name in set(self.explicit) & brought.keys():
+            mine, value = getattr(self, name), brought.pop(name)
+            if mine != value and name in other.as_dict("arch"):
+                raise ConfigError(f"{name.upper()}={mine} contradicts the artifact, which has {value}: unset "
+                                  f"{name.upper()} (an artifact brings its own architecture)")
+        adopted = dataclasses.replace(self, **brought)
         check_fit(adopted)
         return adopted
 
@@ -284,86 +283,67 @@ def config_fields():
     return [f for f in dataclasses.fields(Config) if f.metadata["kind"] != "hidden"]
 
 
-def default_run_id(values, job):
-    if values.get("eval_only"):
-        try:
-            return f"eval_{sha256_file(values['eval_only'])[:8]}{job}"
-        except OSError as error:
-            raise ArtifactError(f"EVAL_ONLY={values['eval_only']}: {error.strerror}: name a readable "
-                                f"artifact (*.ptz) or "
-                              "float checkpoint (*.pt)") from None
-    return f"{values['preset']}_seed{values.get('seed', Config.seed)}{job}"
+def default_run_id(values):
+    path = values.get("eval_only")
+    if not path:
+        return f"{values['preset']}_seed{values.get('seed', Config.seed)}"
+    try:
+        return f"eval_{sha256_file(path)[:8]}"
+    except OSError as error:
+        raise ArtifactError(f"EVAL_ONLY={path}: {error.strerror}: {READABLE}") from None
 
 
 def parse_value(field, text):
-    if field.type is bool:
-        known = {"0": False, "1": True, "false": False, "true": True}
-        if text.lower() not in known:
-            raise ConfigError(f"{field.name.upper()}={text!r}: expected 0, 1, true or false")
-        return known[text.lower()]
     try:
+        if field.type is bool:
+            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return field.type(text)
-    except ValueError:
-        raise ConfigError(f"{field.name.upper()}={text!r}: expected {field.type.__name__}") from None
+    except (ValueError, KeyError):
+        expected = "0, 1, true or false" if field.type is bool else field.type.__name__
+        raise ConfigError(f"{field.name.upper()}={text!r}: expected {expected}") from None
 
 
 def check_value(field, value):
-    meta, name = field.metadata, field.name.upper()
-    right = isinstance(value, (int, float)) if field.type is float else isinstance(value, field.type)
-    if not right or (isinstance(value, bool) and field.type is not bool):
+    meta, name, number = field.metadata, field.name.upper(), field.type in (int, float)
+    right = isinstance(value, (int, float) if field.type is float else field.type)
+    if not right or (isinstance(value, bool) and number):
         raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
-    try:
-        finite = field.type not in (int, float) or math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        finite = False
-    if not finite:
+    if number and not abs(value) <= sys.float_info.max:  # NaN, infinity, an integer beyond every float
         raise ConfigError(f"{name}={value}: expected a finite number")
+    if number and not meta["low"] <= value <= meta["high"]:
+        most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
+        raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, meta['choices']))}")
-    low, high = meta["low"], meta["high"]
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-        raise ConfigError(f"{name}={value}: expected {bounds}")
 
 
 def check_fit(c):
-    """Settings that only make sense together; each row is (holds, what is wrong, what to do)."""
-    heads = c.num_heads > 0 and c.model_dim % c.num_heads == 0
+    """Settings that only make sense together; each row is (holds, their names, what is expected)."""
+    heads = c.model_dim % c.num_heads == 0
+    multiple = "the first is no multiple of the second: change one of them"
     rows = [
-        (c.preset in PRESETS, f"PRESET={c.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"),
-        (heads, f"MODEL_DIM={c.model_dim} is not divisible by NUM_HEADS={c.num_heads}", "change one of them"),
-        (c.num_heads % c.num_kv_heads == 0, f"NUM_HEADS={c.num_heads} is not divisible by NUM_KV_HEADS="
-         f"{c.num_kv_heads}", "change one of them"),
-        (heads and c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims} does not "
-                                                                       f"fit heads of "
-         f"{c.model_dim / c.num_heads:g}", "use an even number up to MODEL_DIM/NUM_HEADS"),
-        (c.mlp_hidden >= 8, f"MLP_MULT={c.mlp_mult} gives no hidden unit", "raise it"),
-        (c.train_batch_tokens % c.train_seq_len == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not "
-                                                      f"divisible by "
-         f"TRAIN_SEQ_LEN={c.train_seq_len}", "use a multiple"),
-        (c.micro_batch_tokens >= c.train_seq_len, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} is less than "
-                                                  f"one sequence "
-         f"of TRAIN_SEQ_LEN={c.train_seq_len}", "raise it"),
-        (c.eval_stride <= c.eval_seq_len,
-         f"EVAL_STRIDE={c.eval_stride} exceeds EVAL_SEQ_LEN={c.eval_seq_len}",
-         "targets between the windows would never be scored: lower it"),
-        (c.ttt_chunk_tokens % c.eval_seq_len == 0, f"TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is not a multiple "
-                                                   f"of "
-         f"EVAL_SEQ_LEN={c.eval_seq_len}", "training sequences have the window's length: use a multiple"),
-        (c.ttt_freeze_blocks <= c.num_layers, f"TTT_FREEZE_BLOCKS={c.ttt_freeze_blocks} exceeds NUM_LAYERS="
-         f"{c.num_layers}", "lower it"),
-        (not c.ve_dim or c.ve_last_n <= c.num_layers, f"VE_LAST_N={c.ve_last_n} exceeds "
-                                                      f"NUM_LAYERS={c.num_layers}", "lower it"),
-        (c.slot == "off" or c.eval_stride < c.eval_seq_len, f"SLOT={c.slot} with EVAL_STRIDE={c.eval_stride} "
-                                                            f"= EVAL_SEQ_LEN: no "
-         "window has a position that an earlier one scored", "lower EVAL_STRIDE"),
-        (c.device in ("auto", "cpu") or re.fullmatch(r"cuda(:\d+)?", c.device), f"DEVICE={c.device!r} is "
-                                                                                f"unknown",
-         "use auto, cpu, cuda or cuda:N"),
+        (c.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}"),
+        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), "device", "expected auto, cpu, cuda or cuda:N"),
+        (heads, "model_dim num_heads", multiple),
+        (c.num_heads % c.num_kv_heads == 0, "num_heads num_kv_heads", multiple),
+        (heads and c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
+         f"use an even number up to MODEL_DIM/NUM_HEADS = {c.model_dim / c.num_heads:g}"),
+        (c.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it"),
+        (c.ttt_freeze_blocks <= c.num_layers, "ttt_freeze_blocks num_layers", "lower the first"),
+        (not c.ve_dim or c.ve_last_n <= c.num_layers, "ve_last_n num_layers", "lower the first"),
+        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens train_seq_len", multiple),
+        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens train_seq_len",
+         "not one sequence fits: raise the first"),
+        (c.eval_stride <= c.eval_seq_len, "eval_stride eval_seq_len",
+         "targets between the windows would never be scored: lower the first"),
+        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens eval_seq_len", multiple),
+        (c.slot == "off" or c.eval_stride < c.eval_seq_len, "slot eval_stride eval_seq_len",
+         "no window has a position that an earlier one scored: lower EVAL_STRIDE"),
     ]
-    for holds, wrong, what_to_do in rows:
+    for holds, names, expected in rows:
         if not holds:
-            raise ConfigError(f"{wrong}: {what_to_do}")
+            values = " and ".join(f"{name.upper()}={getattr(c, name)!r}" for name in names.split())
+            raise ConfigError(f"{values}: {expected}")
 
 
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
@@ -385,14 +365,14 @@ PRESETS = {
                      ttt_epochs=3, ttt_freeze_blocks=0, slot="causal"),
     # The whole path of nfm_7k at a size that two CPU cores train in two minutes.
     # The wallclock cap keeps a slow machine inside five minutes; a fast one takes all steps.
-    "demo": dict(num_layers=5, model_dim=192, num_heads=3, num_kv_heads=1, bigram_vocab_size=2048, xsa_last_n=5,
-                 nfm_hidden_dim=96, iterations=400, warmdown_iters=130, max_wallclock_seconds=150.0,
-                 train_batch_tokens=8192, train_seq_len=256, micro_batch_tokens=8192, embed_lr=0.01, scalar_lr=0.01,
-                 muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, warmup_steps=0,
+    "demo": dict(num_layers=5, model_dim=192, num_heads=3, num_kv_heads=1, bigram_vocab_size=2048,
+                 xsa_last_n=5, nfm_hidden_dim=96, iterations=400, warmdown_iters=130,
+                 max_wallclock_seconds=150.0, train_batch_tokens=8192, train_seq_len=256,
+                 micro_batch_tokens=8192, embed_lr=0.01, scalar_lr=0.01, muon_momentum=0.95,
+                 muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, warmup_steps=0,
                  train_log_every=25, val_loss_every=200, checkpoint_every=0, checkpoint_seconds=60.0,
                  eval_checkpoint_seconds=30.0, eval_seq_len=256, ttt_epochs=1, ttt_chunk_tokens=16384,
-                 ttt_batch_seqs=16, ttt_freeze_blocks=1,
-                 data_path="./data/datasets/demo_sp1024",
+                 ttt_batch_seqs=16, ttt_freeze_blocks=1, data_path="./data/datasets/demo_sp1024",
                  tokenizer_path="./data/tokenizers/demo_1024_bpe.model"),
 }
 
@@ -401,11 +381,10 @@ def help_text():
     """Every variable with its meaning, default and the presets that change it."""
     lines = [__doc__, "Variables (default; [preset=value] where a preset differs):"]
     for field in config_fields():
-        meta, name = field.metadata, field.name
-        choices = PRESETS if name == "preset" else meta["choices"]
+        name, choices = field.name, PRESETS if field.name == "preset" else field.metadata["choices"]
         extra = f" ({'|'.join(map(str, choices))})" if choices else ""
         presets = "".join(f" [{p}={d[name]}]" for p, d in PRESETS.items() if name in d)
-        lines.append(f"  {name.upper()}={field.default}\n      {meta['text']}{extra}{presets}")
+        lines.append(f"  {name.upper()}={field.default}\n      {field.metadata['text']}{extra}{presets}")
     return "\n".join(lines)
 
 
@@ -422,8 +401,8 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
-def write_atomic(path, write):
-    """Call write(file) on a temporary file, flush it to the disk and rename it, so that `path` is never
+def write_atomic(path, parts):
+    """Write byte strings to a temporary file, flush it to the disk and rename it: `path` is never
     half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
@@ -431,7 +410,7 @@ def write_atomic(path, write):
     path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -442,54 +421,31 @@ def write_atomic(path, write):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ResourceError(f"cannot write {path}: {error.strerror}: free space or change RUN_DIR; what was "
-                            f"saved before "
-                            "is intact") from None
+                            "saved before is intact") from None
 
 
 def write_json(path, value):
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-class HashingFile:
-    """A write-only file that hashes what passes, since PyTorch's reader does not check its archive's
-    checksums."""
-
-    def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data):
-        self.digest.update(data)
-        self.file.write(data)
-        return len(data)
-
-    def flush(self):
-        self.file.flush()
+    write_atomic(path, [(json.dumps(value, indent=1) + "\n").encode()])
 
 
 def save_tensors(path, state):
-    """Write a tree of tensors and plain values with a trailing SHA-256; returns its bytes."""
-    def write(file):
-        hashing = HashingFile(file)
-        try:
-            torch.save(state, hashing)
-        except RuntimeError as error:  # PyTorch's archive writer hides the OSError of a full disk
-            raise OSError(28, f"writing failed ({str(error).splitlines()[0]})") from None
-        file.write(hashing.digest.digest())
-
-    write_atomic(path, write)
+    """Write a tree of tensors and plain values with a trailing SHA-256, since PyTorch's reader does not
+    check its archive's checksums; returns the number of bytes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, [buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()])
     return Path(path).stat().st_size
 
 
 def load_tensors(path):
-    """Read what save_tensors wrote, on the CPU, without running any code of the file. Raises ArtifactError
-    when damaged."""
+    """What save_tensors wrote, on the CPU, without running any code of the file. Raises ArtifactError if
+    damaged."""
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}: name a readable file") from None
+        raise ArtifactError(f"{path}: {error.strerror}: {READABLE}") from None
     if len(blob) < 32 or hashlib.sha256(memoryview(blob)[:-32]).digest() != blob[-32:]:
-        raise ArtifactError(f"{path}: checksum does not match: it is truncated, damaged or not "
-                            "ours: copy it again, or name another file")
+        raise ArtifactError(f"{path}: checksum does not match: truncated, damaged or not ours: {OTHER_FILE}")
     try:
         return torch.load(io.BytesIO(blob[:-32]), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -523,19 +479,26 @@ class Comm:
         self.bytes_sent += full_bytes * (self.world - 1) // self.world
         return collective(*tensors, async_op=True)
 
+    def sum_gradients(self, grads):
+        """Sum a list of tensors over ranks, in place, in one bucket."""
+        if self.world > 1:
+            flat = torch.cat([g.flatten() for g in grads])
+            self.all_reduce(flat).wait()
+            parts = flat.split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
     def agree(self, *values):
         """Element-wise sum of numbers over ranks, as floats, through the host (no device synchronisation)."""
-        if self.world == 1:
-            return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        if self.world > 1:
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather_rows(self, row):
         """(world, n) float64: one row of n numbers from every rank."""
-        rows = [[0.0] * len(row) for _ in range(self.world)]
-        rows[self.rank] = [float(value) for value in row]
-        return np.array(self.agree(*sum(rows, []))).reshape(self.world, -1)
+        rows = np.zeros((self.world, len(row)))
+        rows[self.rank] = row
+        return np.array(self.agree(*rows.flatten())).reshape(rows.shape)
 
     def barrier(self):
         self.agree(0)
@@ -553,18 +516,17 @@ class Runtime:
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
-        self.dtype = getattr(torch, config.dtype)
-        self.compiling = config.compile == "1" or (config.compile == "auto" and self.device.type == "cuda")
+        self.dtype, on_gpu = getattr(torch, config.dtype), self.device.type == "cuda"
+        self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
         self.dir, self.log_file, self.events, self.lock = Path(config.run_dir), None, None, None
         self.stop_signal, self.signalled = "", 0.0
         end = float(environ.get("SLURM_JOB_END_TIME", 0))
-        limits = [config.time_limit_seconds or math.inf, end - time.time() if end else math.inf]
-        self.time_limit = min(limits)
+        self.time_limit = min(config.time_limit_seconds or math.inf, end - time.time() if end else math.inf)
         self.save_seconds, self.on_line, self.batch_seqs = 0.0, False, None
         if self.comm.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                                     timeout=datetime.timedelta(minutes=10))
-        if self.device.type == "cuda":
+        if on_gpu:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         else:
@@ -581,22 +543,22 @@ class Runtime:
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if resume == "never" and (self.dir / "config.json").exists():
-                number = 1 + max([int(old.name[4:]) for old in self.dir.glob("old_*")
-                                  if old.name[4:].isdigit()], default=0)
-                (self.dir / f"old_{number}").mkdir()
+                aside = next(path for n in itertools.count(1) if not (path := self.dir / f"old_{n}").exists())
+                aside.mkdir()
                 for item in self.dir.iterdir():
                     if item.name != "lock" and not item.name.startswith("old_"):
-                        item.rename(self.dir / f"old_{number}" / item.name)
+                        item.rename(aside / item.name)
             (self.dir / "checkpoint").mkdir(exist_ok=True)
+            for unfinished in self.dir.glob("**/*.tmp"):  # of a killed process
+                unfinished.unlink()
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
         except BlockingIOError:
             raise ConfigError(f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another "
-                              f"RUN_ID") from None
+                              "RUN_ID") from None
         except OSError as error:
             raise ConfigError(f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
-                              f"writable "
-                              "directory") from None
+                              "writable directory") from None
 
     def watch_signals(self):
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -622,7 +584,7 @@ class Runtime:
     def stop_if_wanted(self, phase, seconds_needed):
         """Before a phase that cannot be interrupted: all ranks stop together if it would not end in time."""
         if self.comm.agree(self.wants_stop(seconds_needed))[0]:
-            raise Stopped(f"before {phase}: run the same command again to go on")
+            raise Stopped(f"before {phase}")
 
     def log(self, line):
         """One line on rank 0's terminal and in train.log."""
@@ -657,25 +619,18 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiling else function
 
     def to_device(self, array):
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device,
-                                                                                non_blocking=True)
-
-    def sync(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        array = np.ascontiguousarray(array, dtype=np.int64)
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def peak_mib(self):
         """(allocated, reserved) MiB: of the GPU, or the process's peak resident memory on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) >> 10 \
-            if Path("/proc/self/status").exists() else 0
-        return peak, peak
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
 
     def close(self):
-        for file in (self.log_file, self.events, self.lock):
-            if file:
-                file.close()
+        for file in filter(None, (self.log_file, self.events, self.lock)):
+            file.close()
         if self.comm.world > 1:
             dist.destroy_process_group()
 
@@ -715,10 +670,9 @@ def keep_large_blocks():
 
 def sdpa_attention(q, k, v):
     """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                       is_causal=True,
-                                       enable_gqa=q.size(2) != k.size(2))
-    return y.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
 def pick_attention(device, dtype):
@@ -728,40 +682,32 @@ def pick_attention(device, dtype):
     """
     if device.type == "cpu":
         return cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    failures = []
-    if torch.cuda.get_device_capability(device)[0] == 9:
+    failures, sdpa = [], ("flash", "cudnn", "mem_efficient", "math")
+    for chosen in ("flash_attention_3", *sdpa):
+        for name in sdpa:
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == chosen)
         try:
-            from flash_attn_interface import flash_attn_func
-
-            def flash3(q, k, v):
-                out = flash_attn_func(q, k, v, causal=True)
-                return out[0] if isinstance(out, tuple) else out
-            try_attention(flash3, device, dtype)
-            return flash3, "flash_attention_3: importable on Hopper"
+            attend = flash_attention_3(device) if chosen not in sdpa else sdpa_attention
+            q, k = (torch.zeros(1, 64, heads, 64, device=device, dtype=dtype, requires_grad=True)
+                    for heads in (2, 1))
+            attend(q, k, k).float().sum().backward()
+            return attend, f"{chosen}: first that ran; not usable: {', '.join(failures) or 'none'}"
         except Exception as error:
-            failures.append(f"flash_attention_3 ({type(error).__name__})")
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                    SDPBackend.MATH):
-        try:
-            with sdpa_kernel(backend):
-                try_attention(sdpa_attention, device, dtype)
-        except Exception as error:
-            failures.append(f"{backend.name} ({type(error).__name__})")
-            continue
-        for name in ("flash", "cudnn", "mem_efficient", "math"):
-            chosen = backend.name.startswith(name.upper().replace("MEM_EFFICIENT", "EFFICIENT"))
-            getattr(torch.backends.cuda, f"enable_{name}_sdp")(chosen)
-        unusable = ", ".join(failures) or "none"
-        return sdpa_attention, f"sdpa {backend.name}: first that ran; not usable: {unusable}"
+            failures.append(f"{chosen} ({type(error).__name__})")
     raise ConfigError(f"no attention backend runs forward and backward on {device}: tried "
                       f"{', '.join(failures)}")
 
 
-def try_attention(attend, device, dtype):
-    q = torch.zeros(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True)
-    k = torch.zeros(1, 64, 1, 64, device=device, dtype=dtype, requires_grad=True)
-    attend(q, k, k).float().sum().backward()
+def flash_attention_3(device):
+    """FlashAttention-3 where it is installed, on Hopper; raises elsewhere."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        raise NotImplementedError("needs Hopper")
+    from flash_attn_interface import flash_attn_func
+
+    def attend(q, k, v):
+        out = flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    return attend
 
 
 # ============================================================================================================
@@ -781,50 +727,40 @@ def read_shard(path):
     header's.
     """
     try:
-        header = np.fromfile(path, "<i4", SHARD_HEADER)
-        size = os.path.getsize(path)
+        header, size = np.fromfile(path, "<i4", SHARD_HEADER), os.path.getsize(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: restore the shard") from None
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        found = header[:2].tolist()
-        raise DataError(f"{path}: not a token shard: header starts with {found}, expected [{SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}]: download it again, or set DATA_PATH")
+        raise DataError(f"{path}: not a token shard: header starts with {header[:2].tolist()}, expected "
+                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]: download it again, or set DATA_PATH")
     expected = 4 * SHARD_HEADER + 2 * int(header[2])
-    if header[2] <= 0:
-        raise DataError(f"{path}: its header promises {header[2]} tokens, expected at least one: download it "
-                        f"again")
-    if size != expected:
+    if header[2] <= 0 or size != expected:
         raise DataError(f"{path}: {size} bytes, but its header promises {header[2]} tokens = {expected} "
-                        f"bytes: the shard "
-                        "is truncated or over-long; download it again")
+                        "bytes and at least one: truncated or over-long: download it again")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
 
 
 def write_shard(path, tokens):
     header = np.zeros(SHARD_HEADER, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    write_atomic(path,
-                 lambda file: (file.write(header.tobytes()), file.write(tokens.astype("<u2").tobytes())))
+    write_atomic(path, [header.tobytes(), tokens.astype("<u2").tobytes()])
 
 
 def find_shards(config, split):
-    folder = Path(config.data_path)
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    pattern = f"fineweb_{split}_*.bin"
+    paths = sorted(Path(config.data_path).glob(pattern))
     if not paths:
-        raise DataError(
-            f"no shard matches {folder}/fineweb_{split}_*.bin "
-            f"({'the directory is empty of them' if folder.is_dir() else 'no such directory'}). "
-            "Get the official shards with the challenge's download script (README, section Data) and set "
-            "DATA_PATH and "
-            "TOKENIZER_PATH, or try the whole path on data built here: PRESET=demo python train_gpt.py")
+        there = "no such file in it" if Path(config.data_path).is_dir() else "no such directory"
+        raise DataError(f"no shard matches {config.data_path}/{pattern} ({there}): get the official shards "
+                        "(README, section Data) and set DATA_PATH and TOKENIZER_PATH, or try the whole path "
+                        "on data built here: PRESET=demo python train_gpt.py")
     return paths
 
 
 def check_ids(ids, vocab_size, where):
-    top = int(ids.max()) if len(ids) else 0
-    if top >= vocab_size:
-        raise DataError(f"{where}: token id {top} is outside VOCAB_SIZE={vocab_size}: the shards belong to "
-                        "another tokenizer: set DATA_PATH and TOKENIZER_PATH that belong together")
+    if len(ids) and ids.max() >= vocab_size:
+        raise DataError(f"{where}: token id {ids.max()} is outside VOCAB_SIZE={vocab_size}: set DATA_PATH "
+                        "and TOKENIZER_PATH that belong together")
     return ids
 
 
@@ -832,49 +768,38 @@ class TrainStream:
     """The training shards as one ring of tokens; `position` is the index of the next step's first token."""
 
     def __init__(self, paths, vocab_size, position=0):
-        self.paths, self.vocab_size, self.position = [Path(p) for p in paths], vocab_size, position
-        self.ends = np.cumsum([len(read_shard(path)) for path in self.paths])
-        self.open_index, self.open_tokens = -1, None
+        self.paths, self.vocab_size, self.position = paths, vocab_size, position
+        self.sizes = [len(read_shard(path)) for path in paths]
+        self.ends = np.cumsum(self.sizes)
 
     def take(self, span, low, high):
         """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance by `span`.
 
-        The next span starts at this one's last token. Raises DataError when a shard vanished, shrank or holds
-        a bad id.
+        The next span starts at this one's last token. Raises DataError when a shard vanished, shrank or
+        holds a bad id.
         """
         at, wanted, parts = (self.position + low) % int(self.ends[-1]), high - low + 1, []
         while wanted:
             index = int(np.searchsorted(self.ends, at, side="right"))
-            tokens = self._shard(index)
-            start = at - int(self.ends[index] - len(tokens))
-            parts.append(check_ids(tokens[start:start + wanted], self.vocab_size, self.paths[index]))
+            path, size, end = self.paths[index], self.sizes[index], int(self.ends[index])
+            tokens = read_shard(path)  # anew: reading an older map of a file that shrank would be SIGBUS
+            if len(tokens) != size:
+                raise DataError(f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the "
+                                "shard")
+            start = at - (end - size)
+            parts.append(check_ids(tokens[start:start + wanted], self.vocab_size, path))
             wanted -= len(parts[-1])
             at = (at + len(parts[-1])) % int(self.ends[-1])
         self.position += span
         return np.concatenate(parts)
-
-    def _shard(self, index):
-        path, promised = self.paths[index], int(self.ends[index] - (self.ends[index - 1] if index else 0))
-        if index != self.open_index:
-            self.open_tokens, self.open_index = read_shard(path), index
-        expected = 4 * SHARD_HEADER + 2 * promised
-        try:  # a map over a file that shrank would kill the process with SIGBUS
-            size = os.path.getsize(path)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror} in mid-run: restore the shard and run the same "
-                            f"command again") from None
-        if size != expected:
-            raise DataError(f"{path}: {size} bytes instead of {expected} in mid-run: restore the shard and "
-                            f"run again")
-        return self.open_tokens
 
 
 class TokenBytes:
     """UTF-8 bytes that each target token stands for, by the challenge's rule (REFERENCE: official lookup
     tables).
 
-    Control, unknown and unused pieces 0; byte pieces 1; others their text, with one byte for a leading space
-    unless the previous token is a control, unknown or unused piece.
+    Control, unknown and unused pieces 0; byte pieces 1; others their text, with one byte for a leading
+    space unless the previous token is a control, unknown or unused piece.
     """
 
     def __init__(self, tokenizer_path):
@@ -890,7 +815,7 @@ class TokenBytes:
         self.is_byte = np.array([model.is_byte(i) for i in ids])
         pieces = ["" if self.silent[i] else "x" if self.is_byte[i] else model.id_to_piece(i) for i in ids]
         self.spaced = np.array([piece.startswith("▁") for piece in pieces])
-        text = [piece[piece.startswith("▁"):].replace("▁", " ") for piece in pieces]
+        text = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
         self.base = np.array([len(t.encode()) for t in text], np.uint16)
 
     def count(self, prev_ids, target_ids):
@@ -899,15 +824,13 @@ class TokenBytes:
         return self.base[target_ids] + (self.spaced[target_ids] & ~self.silent[prev_ids])
 
     def check(self, ids):
-        """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError at a
-        difference."""
+        """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError if it
+        differs."""
         ids = np.asarray(ids, np.int64)
-        # not inside a character: before the first piece that is no byte
-        start = int(np.argmin(self.is_byte[ids]))
+        start = int(np.argmin(self.is_byte[ids]))  # not inside a character
         edges = sorted({start, *np.flatnonzero(self.silent[ids]).tolist(), len(ids)})
         plain = np.flatnonzero(~self.silent & ~self.spaced & ~self.is_byte & (self.base > 0))
-        # SentencePiece drops spaces at the start of a text, so each run is decoded behind a piece that has
-        # none.
+        # SentencePiece drops spaces at the start of a text: each run is decoded behind a piece without any.
         anchor = plain[:1].tolist() or [self.model.piece_to_id("<0x41>")]
         for left, right in zip(edges, edges[1:]):
             run = ids[left + 1:right].tolist()
@@ -920,25 +843,22 @@ class TokenBytes:
             length = len(decoded.encode()) - (self.spaced[run[0]] and self.silent[ids[left]])
             if length != counted:
                 raise DataError(f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
-                                f"{length} bytes: "
-                                "the tokenizer is not the one that made these shards, or it has no piece for "
-                                "a space")
+                                f"{length}: use the tokenizer that made these shards, with a piece for a "
+                                "space")
 
 
 class ValStream:
-    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint that tells which split it
-    is."""
+    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint that tells which split
+    it is."""
 
-    def __init__(self, tokens, token_bytes, seq_len):
-        self.tokens, self.num_targets = tokens, len(tokens) - 1
-        parts = range(0, self.num_targets, 1 << 20)
-        self.bytes = np.concatenate([token_bytes.count(tokens[i:min(i + (1 << 20), self.num_targets)],
-                                                       tokens[i + 1:i + (1 << 20) + 1]) for i in parts])
-        self.token_bytes, self.seq_len = token_bytes, seq_len
+    def __init__(self, tokens, token_bytes):
+        self.tokens, self.num_targets, self.token_bytes = tokens, len(tokens) - 1, token_bytes
+        parts = [slice(i, i + (1 << 20)) for i in range(0, self.num_targets, 1 << 20)]
+        self.bytes = np.concatenate([token_bytes.count(tokens[:-1][part], tokens[1:][part])
+                                     for part in parts])
         total = int(self.bytes.sum(dtype=np.int64))
-        low, high = CANONICAL_BYTES
-        canonical = token_bytes.vocab_size == 1024 and low <= total <= high
-        canonical = canonical and self.num_targets == CANONICAL_TARGETS
+        canonical = (token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS
+                     and CANONICAL_BYTES[0] <= total <= CANONICAL_BYTES[1])
         self.scope = "canonical" if canonical else "proxy"
         self.fingerprint = dict(val_tokens=len(tokens), val_targets=self.num_targets, val_bytes=total,
                                 val_documents=int((tokens == BOS).sum()),
@@ -948,32 +868,29 @@ class ValStream:
     @classmethod
     def load(cls, config, token_bytes):
         """The shards' tokens, trimmed to whole windows as the official script does. Raises DataError."""
-        tokens = np.concatenate([np.asarray(read_shard(path)) for path in find_shards(config, "val")])
+        tokens = np.concatenate([read_shard(path) for path in find_shards(config, "val")])
         check_ids(tokens, config.vocab_size, f"{config.data_path}/fineweb_val_*.bin")
         targets = (len(tokens) - 1) // config.eval_seq_len * config.eval_seq_len
         if targets == 0:
             raise DataError(f"{config.data_path}: {len(tokens)} validation tokens are less than one window "
-                            f"of "
-                            f"EVAL_SEQ_LEN={config.eval_seq_len}: lower it or get the whole split")
+                            f"of EVAL_SEQ_LEN={config.eval_seq_len}: lower it or get the whole split")
         token_bytes.check(tokens[:100_000])
-        return cls(tokens[:targets + 1], token_bytes, config.eval_seq_len)
+        return cls(tokens[:targets + 1], token_bytes)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
-        return ValStream(tokens, self.token_bytes, self.seq_len)
+        return ValStream(tokens, self.token_bytes)
 
 
 def load_token_bytes(config, expected_sha256=""):
     """TokenBytes of config's tokenizer after its checks. Raises DataError."""
-    token_bytes = TokenBytes(config.tokenizer_path)
+    token_bytes, where = TokenBytes(config.tokenizer_path), f"TOKENIZER_PATH={config.tokenizer_path}"
     if token_bytes.vocab_size != config.vocab_size:
-        raise DataError(f"TOKENIZER_PATH={config.tokenizer_path} has {token_bytes.vocab_size} pieces, but "
-                        f"the model's "
-                        f"VOCAB_SIZE is {config.vocab_size}: set the one that matches")
+        raise DataError(f"{where} has {token_bytes.vocab_size} pieces, but the model's VOCAB_SIZE is "
+                        f"{config.vocab_size}: set the one that matches")
     if expected_sha256 and sha256_file(config.tokenizer_path) != expected_sha256:
-        raise DataError(f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer this artifact was "
-                        f"trained with (sha256 {expected_sha256[:16]}… expected): set TOKENIZER_PATH to that "
-                        f"one")
+        raise DataError(f"{where} is not the tokenizer this artifact was trained with (sha256 "
+                        f"{expected_sha256[:16]}… expected): set TOKENIZER_PATH to that one")
     return token_bytes
 
 
@@ -992,14 +909,11 @@ def english_of(path):
 def demo_texts():
     """(train, val) lists of one text per module: the English of the installed standard library and
     dependencies."""
-    site = Path(torch.__file__).parent.parent
-    roots = [Path(sysconfig.get_paths()["stdlib"])] + [site / name
-                                                       for name in ("torch", "numpy", "sentencepiece",
-                                                                    "zstandard")]
-    skip, paths, seen, texts = {"site-packages", "__pycache__", "test", "idlelib"}, [], set(), ([], [])
-    for root in roots:
+    site, stdlib = Path(torch.__file__).parent.parent, Path(sysconfig.get_paths()["stdlib"])
+    paths, seen, texts = [], set(), ([], [])
+    for root in (stdlib, *(site / name for name in ("torch", "numpy", "sentencepiece", "zstandard"))):
         for folder, folders, files in os.walk(root):
-            folders[:] = sorted(set(folders) - skip)
+            folders[:] = sorted(set(folders) - {"site-packages", "__pycache__", "test", "idlelib"})
             paths += [(root, Path(folder, name)) for name in sorted(files) if name.endswith(".py")]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         found = pool.map(english_of, [path for _, path in paths], chunksize=16)
@@ -1017,43 +931,37 @@ def demo_texts():
 
 
 def build_demo_data(config, log):
-    """Build the demo's tokenizer and shards unless they exist; one process at a time. Deterministic per
-    installation."""
+    """Build the demo's tokenizer and shards unless they exist; one process at a time. The same data each
+    time."""
     data, tokenizer = Path(config.data_path), Path(config.tokenizer_path)
     try:
-        data.mkdir(parents=True, exist_ok=True)
-        tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (data, tokenizer.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         lock = open(data / "lock", "w")
     except OSError as error:
-        raise DataError(f"the demo's data cannot be built in DATA_PATH={data} and {tokenizer.parent}: "
-                        f"{error.strerror}: run in a "
-                        "writable directory") from None
+        raise DataError(f"the demo's data cannot be built in {data} and {tokenizer.parent}: "
+                        f"{error.strerror}: run in a writable directory") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        complete = tokenizer.exists() and list(data.glob("fineweb_val_*.bin"))
-        if complete and (config.eval_only or list(data.glob("fineweb_train_*.bin"))):
+        splits = ["val"] if config.eval_only else ["train", "val"]
+        if tokenizer.exists() and all(any(data.glob(f"fineweb_{split}_*.bin")) for split in splits):
             return
         begin = time.monotonic()
-        log("demo_data: reading the English of the installed standard library, torch and numpy (once, under "
-            "a minute)")
-        train, val = demo_texts()
-        model = io.BytesIO()
+        log("demo_data: reading the English of the installed Python libraries (once, under a minute)")
+        texts, model = dict(zip(("train", "val"), demo_texts())), io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in train for line in text.split("\n") if line.strip()),
-            model_writer=model,
-            vocab_size=config.vocab_size, model_type="bpe", byte_fallback=True, split_digits=True,
-            normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, character_coverage=0.999, pad_id=0,
-            bos_id=BOS,
-            eos_id=2, unk_id=3, minloglevel=2)
+            sentence_iterator=(line for text in texts["train"] for line in text.split("\n") if line.strip()),
+            model_writer=model, vocab_size=config.vocab_size, model_type="bpe", byte_fallback=True,
+            split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
+            character_coverage=0.999, pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, minloglevel=2)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-        write_atomic(tokenizer, lambda file: file.write(model.getvalue()))
-        for split, texts in (("train", train), ("val", val)):
-            ids = processor.encode(texts, num_threads=2)
-            write_shard(data / f"fineweb_{split}_000000.bin",
-                        np.concatenate([np.array([BOS, *doc]) for doc in ids]))
-        log(f"demo_data: train {sum(len(t.encode()) for t in train)} bytes, val "
-            f"{sum(len(t.encode()) for t in val)} bytes, "
-            f"{len(train) + len(val)} documents, {time.monotonic() - begin:.1f} s")
+        write_atomic(tokenizer, [model.getvalue()])
+        for split, documents in texts.items():
+            ids = processor.encode(documents, num_threads=2)
+            tokens = np.concatenate([np.array([BOS, *document]) for document in ids])
+            write_shard(data / f"fineweb_{split}_000000.bin", tokens)
+            log(f"demo_data: {split} {sum(len(t.encode()) for t in documents)} bytes, {len(documents)} "
+                f"documents, {time.monotonic() - begin:.1f} s")
 
 
 # ============================================================================================================
@@ -1754,12 +1662,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
     for param in params:
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad
     grads = [p.grad for p in params]
-    if comm.world > 1:
-        flat = torch.cat([g.flatten() for g in grads])
-        comm.all_reduce(flat).wait()
-        torch._foreach_copy_(grads,
-                             [part.view_as(g) for part,
-                              g in zip(flat.split([g.numel() for g in grads]), grads)])
+    comm.sum_gradients(grads)
     squared = muon.collect()
     if comm.world > 1:
         comm.all_reduce(squared).wait()
@@ -1812,15 +1715,14 @@ class WeightAverage:
 
     def exported(self):
         """(what it is, tensors): snapshots' mean, else the EMA, else the raw weights."""
-        if self.config.swa_enabled and not self.snapshots:
-            kind = (f"{'EMA' if self.ema else 'raw'} weights; warning: SWA took no snapshot (SWA_EVERY="
-                    f"{self.config.swa_every}, SWA_START_SCALE={self.config.swa_start_scale}), so it has no "
-                    f"effect")
-            return kind, self.ema or [p.detach() for p in self.params]
+        kind = "EMA weights" if self.ema else "raw weights"
         if self.snapshots:
-            kind = f"mean of {self.snapshots} snapshots of the {'EMA' if self.ema else 'raw'} weights"
+            kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
-        return ("EMA", self.ema) if self.ema else ("raw weights", [p.detach() for p in self.params])
+        if self.swa:
+            kind += (f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
+                     f"SWA_START_SCALE={self.config.swa_start_scale})")
+        return kind, self.ema or [p.detach() for p in self.params]
 
     def state_dict(self):
         return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
@@ -1892,36 +1794,33 @@ def quantize_rows(weight, bits):
 def encode_tensor(tensor, scheme):
     """[codes or values, scales or nothing] as bytes."""
     if scheme.startswith("int"):
-        codes, scales = quantize_rows(tensor, int(scheme[3:]))
-        return codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes()
+        return [t.cpu().numpy().tobytes() for t in quantize_rows(tensor, int(scheme[3:]))]
     return tensor.detach().float().cpu().numpy().astype(ITEM_TYPES[scheme]).tobytes(), b""
 
 
 def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
-    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors grouped
-    by kind.
+    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors
+    grouped by kind.
 
     The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between calls.
     """
-    cache = {} if cache is None else cache
-    table = []
+    cache, table = {} if cache is None else cache, []
     for name, tensor in state_dict.items():
         scheme = scheme_of(name, tensor.shape, config, int5_layers)
         if (name, scheme) not in cache:
             cache[name, scheme] = encode_tensor(tensor, scheme)
         table.append([name, list(tensor.shape), scheme])
-    order = sorted(table, key=lambda row: list(ITEM_TYPES).index(row[2]))
+    table.sort(key=lambda row: list(ITEM_TYPES).index(row[2]))
     header = json.dumps(dict(config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256,
-                             tensors=order)).encode()
-    parts = [cache[name, scheme] for name, _, scheme in order]
-    raw = b"".join([struct.pack("<I", len(header)), header, *(p[0] for p in parts), *(p[1] for p in parts)])
+                             tensors=table)).encode()
+    codes, scales = zip(*(cache[name, scheme] for name, _, scheme in table))
+    raw = b"".join([struct.pack("<I", len(header)), header, *codes, *scales])
     if config.compressor == "zstd":
         body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
     else:
         body = lzma.compress(raw, preset=config.lzma_preset)
     head = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, COMPRESSORS.index(config.compressor),
-                              len(raw), len(body),
-                              hashlib.sha256(body).digest())
+                              len(raw), len(body), hashlib.sha256(body).digest())
     return head + body
 
 
@@ -1940,9 +1839,7 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
             return blob, layers
         if len(layers) == len(order):
             raise ArtifactError(f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with "
-                                f"every MLP in "
-                                "int5: train a smaller model (MLP_MULT, NUM_LAYERS); the float weights are "
-                                "kept")
+                                "every MLP in int5: train a smaller model (MLP_MULT, NUM_LAYERS)")
         layers.append(order[len(layers)])
         log(f"budget: {over} bytes over, MLP of layer {layers[-1]} to int5")
 
@@ -1951,55 +1848,42 @@ def decompress(body, compressor, size):
     """Exactly `size` bytes, or ArtifactError; never allocates more than that."""
     try:
         if compressor == "zstd":
-            if zstandard.frame_content_size(body) != size:
-                raise ArtifactError("artifact: the zstd frame's size is not the one its head promises")
-            raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(body, allow_extra_data=False)
+            whole = zstandard.frame_content_size(body) == size
+            raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
+                body, allow_extra_data=False) if whole else b""
         else:
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
             raw = unpacker.decompress(body, max_length=size + 1)
-            if not unpacker.eof or unpacker.unused_data:
-                raise ArtifactError("artifact: the compressed payload does not end where it should")
+            whole = unpacker.eof and not unpacker.unused_data
     except (zstandard.ZstdError, lzma.LZMAError, MemoryError) as error:
         raise ArtifactError(f"artifact: the payload does not decompress ({error})") from None
-    if len(raw) != size:
-        raise ArtifactError(f"artifact: the payload has {len(raw)} bytes, its head promises {size}")
+    if not whole or len(raw) != size:
+        raise ArtifactError(f"artifact: the payload is not the {size} bytes that its head promises")
     return raw
 
 
 def unpack_artifact(blob):
-    """(Config, float32 state_dict) of an artifact's bytes. Runs no code of the file; any damage or hostility
-    raises ArtifactError before anything of a size the architecture does not have is allocated."""
+    """(Config, float32 state_dict) of an artifact's bytes. Runs no code of the file; any damage or
+    hostility raises ArtifactError before anything of a size the architecture does not have is allocated."""
     config, table, raw, at, _ = read_artifact(blob)
-    state, scales_at = {}, at + sum(math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape,
-                                    scheme in table)
-    parts = []
+    scales_at = at + sum(math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape, scheme in table)
+    state, parts = {}, []
     for name, shape, scheme in table:  # look at everything before the first float32 tensor is made
-        count = math.prod(shape)
-        rows = count // shape[-1] if scheme.startswith("int") else 0
-        parts.append((np.frombuffer(raw, ITEM_TYPES[scheme], count, at),
-                      np.frombuffer(raw, np.float16, rows, scales_at)))
-        at, scales_at = at + parts[-1][0].nbytes, scales_at + 2 * rows
-        check_values(name, scheme, *parts[-1])
-    for (name, shape, scheme), (values, scales) in zip(table, parts):
+        rows = math.prod(shape[:-1]) if scheme.startswith("int") else 0
+        values = np.frombuffer(raw, ITEM_TYPES[scheme], math.prod(shape), at)
+        scales = np.frombuffer(raw, np.float16, rows, scales_at)
+        at, scales_at = at + values.nbytes, scales_at + scales.nbytes
+        top = 2 ** (int(scheme[3:]) - 1) - 1 if rows else math.inf
+        good = all(np.isfinite(x).all() for x in (values, scales)) and (scales > 0).all()
+        if not good or values.max(initial=0) > top or values.min(initial=0) < -top:
+            raise ArtifactError(f"artifact: {name}: codes, scales or values are outside {scheme}")
+        parts.append((values, scales))
+    for (name, shape, _), (values, scales) in zip(table, parts):
         values = values.astype(np.float32)
-        if scheme.startswith("int"):
-            values = values.reshape(len(scales), -1)
-            values *= scales.astype(np.float32)[:, None]
+        if len(scales):
+            values = values.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
         state[name] = torch.from_numpy(values.reshape(shape))
     return config, state
-
-
-def check_values(name, scheme, values, scales):
-    """Raises ArtifactError for codes outside the grid, scales that are not positive, values that are not
-    finite."""
-    if scheme.startswith("int"):
-        top = 2 ** (int(scheme[3:]) - 1) - 1
-        good = -top <= values.min(initial=0) and values.max(initial=0) <= top
-        good = good and np.isfinite(scales).all() and (scales > 0).all()
-    else:
-        good = np.isfinite(values).all()
-    if not good:
-        raise ArtifactError(f"artifact: {name}: codes, scales or values are outside {scheme}")
 
 
 def read_artifact(blob):
@@ -2007,39 +1891,39 @@ def read_artifact(blob):
     checked."""
     if len(blob) < ARTIFACT_HEAD.size:
         raise ArtifactError(f"artifact: {len(blob)} bytes are less than its head: truncated or not an "
-                            f"artifact")
+                            "artifact")
     magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = memoryview(blob)[ARTIFACT_HEAD.size:]
-    problems = [(magic != ARTIFACT_MAGIC, "magic bytes are not ours: not an artifact"),
-                (version != ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
-                (compressor >= len(COMPRESSORS), f"compressor {compressor} is unknown"),
-                (blob[10:12] != b"\0\0", "reserved bytes are not zero"),
-                (size != len(body), f"{len(body)} bytes of payload, its head promises {size}: truncated or "
-                                    f"trailing bytes"),
-                (not 4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}")]
-    for wrong, text in problems:
-        if wrong:
-            raise ArtifactError(f"artifact: {text}")
-    if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("artifact: checksum does not match: damaged")
+    for holds, wrong in [
+            (magic == ARTIFACT_MAGIC, "magic bytes are not ours: not an artifact"),
+            (version == ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
+            (compressor < len(COMPRESSORS), f"compressor {compressor} is unknown"),
+            (blob[10:12] == b"\0\0", "reserved bytes are not zero"),
+            (size == len(body), f"{len(body)} bytes of payload, its head promises {size}: truncated or "
+                                "trailing bytes"),
+            (4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}"),
+            (hashlib.sha256(body).digest() == digest, "checksum does not match: damaged")]:
+        if not holds:
+            raise ArtifactError(f"artifact: {wrong}")
     raw = decompress(body, COMPRESSORS[compressor], raw_size)
-    length = struct.unpack_from("<I", raw)[0]
-    if length > min(MAX_HEADER_BYTES, raw_size - 4):
-        raise ArtifactError(f"artifact: header of {length} bytes does not fit")
+    end = 4 + struct.unpack_from("<I", raw)[0]
+    if end > min(MAX_HEADER_BYTES, raw_size):
+        raise ArtifactError(f"artifact: header of {end - 4} bytes does not fit")
     try:
-        header = json.loads(raw[4:4 + length])
+        header = json.loads(raw[4:end])
         config = Config(**header["config"])
-        expected = header["config"].keys() == config.as_dict("arch", "eval").keys()
-        expected = expected and header.keys() == {"config", "tokenizer_sha256", "tensors"}
-        if not expected or not isinstance(header["tokenizer_sha256"], str):
+        whole = header["config"].keys() == config.as_dict("arch", "eval").keys()
+        if not whole or header.keys() != {"config", "tokenizer_sha256", "tensors"}:
             raise ConfigError("settings are missing or foreign")
+        if not isinstance(header["tokenizer_sha256"], str):
+            raise TypeError("tokenizer_sha256 is no text")
         table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
-        check_table(config, table, raw_size - 4 - length)
+        check_table(config, table, raw_size - end)
     except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError,
             OverflowError) as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
-    return config, table, raw, 4 + length, header["tokenizer_sha256"]
+    return config, table, raw, end, header["tokenizer_sha256"]
 
 
 def check_table(config, table, data_bytes):
@@ -2053,12 +1937,11 @@ def check_table(config, table, data_bytes):
         raise ArtifactError(f"artifact: tensors differ from its architecture's, or appear twice: {wrong}")
     total = 0
     for name, shape, scheme in table:
-        if scheme not in ITEM_TYPES or not all(type(n) is int for n in shape):
-            raise ArtifactError(f"artifact: {name}: unknown scheme {scheme!r}")
-        rows = math.prod(shape[:-1]) if scheme.startswith("int") and len(shape) > 1 else 0
-        if scheme.startswith("int") and len(shape) < 2:
-            raise ArtifactError(f"artifact: {name}: {scheme} needs rows")
-        total += math.prod(shape) * ITEM_TYPES[scheme]().itemsize + 2 * rows
+        integers = isinstance(scheme, str) and scheme.startswith("int")
+        known = scheme in ITEM_TYPES and all(type(n) is int for n in shape)
+        if not known or (integers and len(shape) < 2):
+            raise ArtifactError(f"artifact: {name}: scheme {scheme!r} is unknown or does not fit")
+        total += math.prod(shape) * ITEM_TYPES[scheme]().itemsize + 2 * math.prod(shape[:-1]) * integers
     if total != data_bytes:
         raise ArtifactError(f"artifact: tensors need {total} bytes, {data_bytes} are there")
 
@@ -2104,27 +1987,25 @@ def plan_windows(num_targets, seq_len, stride):
 
 
 def plan_work(windows, num_targets, config, per_round, ttt):
-    """The evaluation as a flat list: ("score", low, high) scores windows[low:high] in one round of all ranks,
-    ("train", first_target, first_row, last_row, rate) is one SGD step on rows of EVAL_SEQ_LEN targets from
-    first_target.
+    """The evaluation as a flat list: ("score", low, high) scores windows[low:high] in one round of all
+    ranks, ("train", first_target, first_row, last_row, rate) is one SGD step on rows of EVAL_SEQ_LEN
+    targets from first_target.
 
-    With test-time training the chunk's windows come first, then its training; the last chunk is never trained
+    With test-time training a chunk's windows come first, then its training; the last chunk is never trained
     on.
     """
-    chunk = config.ttt_chunk_tokens if ttt else max(num_targets, 1)
-    chunks, work, low = -(-num_targets // chunk), [], 0
+    chunk = config.ttt_chunk_tokens if ttt else num_targets
+    chunks, work, high = -(-num_targets // chunk), [], 0
+    rows, batch = chunk // config.eval_seq_len, config.ttt_batch_seqs
     for c in range(chunks):
-        high = low
+        low = high
         while high < len(windows) and windows[high][1] < (c + 1) * chunk:
             high += 1
         work += [("score", at, min(at + per_round, high)) for at in range(low, high, per_round)]
-        low = high
-        if c == chunks - 1:
-            break
-        rate = 0.5 * config.ttt_lr * (1 + math.cos(math.pi * c / (chunks - 1)))
-        rows = chunk // config.eval_seq_len
-        steps = [(at, min(at + config.ttt_batch_seqs, rows)) for at in range(0, rows, config.ttt_batch_seqs)]
-        work += [("train", c * chunk, *step, rate) for _ in range(config.ttt_epochs) for step in steps]
+        if c < chunks - 1:
+            rate = 0.5 * config.ttt_lr * (1 + math.cos(math.pi * c / (chunks - 1)))
+            work += [("train", c * chunk, at, min(at + batch, rows), rate)
+                     for _ in range(config.ttt_epochs) for at in range(0, rows, batch)]
     return work
 
 
@@ -2145,8 +2026,7 @@ class Meter:
     def add(self, first, end, nll, num_bytes):
         """Targets [first, end) with summed nll (0-d float64)."""
         if first < self.last or self.coverage[first:end].any():
-            raise LegalityError(f"targets {first}…{end} were to be scored after {self.last}: out of order or "
-                                f"twice")
+            raise LegalityError(f"targets {first}…{end} come after {self.last}: out of order or twice")
         self.coverage[first:end] = 1
         self.nll += nll
         self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
@@ -2159,13 +2039,13 @@ class Meter:
         mine = rows[comm.rank] if len(rows) == comm.world else rows.sum(0) * (comm.rank == 0)
         self.nll.fill_(mine[0])
         self.tokens, self.bytes, self.last = int(mine[1]), int(mine[2]), int(rows[:, 3].max())
-        self.coverage = coverage if comm.rank == 0 else np.zeros_like(coverage)
+        self.coverage = coverage * (comm.rank == 0)
 
 
 @contextlib.contextmanager
 def adapted(model, freeze_blocks):
-    """Evaluation mode with the first blocks frozen; yields the trainable parameters and restores weights and
-    modes."""
+    """Evaluation mode with the first blocks frozen; yields the parameters that may be trained, and restores
+    weights, modes and what needs gradients."""
     before = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
     training = model.training
     try:
@@ -2179,15 +2059,6 @@ def adapted(model, freeze_blocks):
                 param.copy_(value)
                 param.requires_grad_(requires_grad)
                 param.grad = None
-        model.train(training)
-
-
-@contextlib.contextmanager
-def eval_mode(model):
-    training = model.training
-    try:
-        yield model.eval()
-    finally:
         model.train(training)
 
 
@@ -2205,76 +2076,65 @@ class Observer:
 
 
 class Evaluation:
-    """One pass over a validation stream. `ttt` trains on scored chunks, `slot` shifts hidden states (see the
-    README).
+    """One pass over a validation stream. `ttt` trains on scored chunks, `slot` shifts hidden states (see
+    the README).
 
     state_path, if given, keeps the state (cursor, sums, coverage, adapted weights, momentum) for the same
     `identity`.
     """
 
     def __init__(self, model, stream, config, runtime, stride, ttt=False, slot="off", observer=None,
-                 state_path=None,
-                 identity="", label=""):
-        self.model, self.stream, self.config, self.runtime = model, stream, config, runtime
-        self.slot, self.observer, self.state_path, self.label = slot, observer, state_path, label
+                 state_path=None, identity="", label=""):
+        self.model, self.stream, self.config = model, stream, config
+        self.runtime, self.comm, self.observer = runtime, runtime.comm, observer or Observer()
+        self.slot, self.state_path, self.label = slot, state_path, label
         self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
-        self.work = plan_work(self.windows, stream.num_targets, config,
-                              config.eval_batch_seqs * runtime.comm.world, ttt)
+        per_round = config.eval_batch_seqs * self.comm.world
+        self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
         self.meter = Meter(stream.num_targets, runtime.device)
         text = stream.fingerprint["val_sha256"]
-        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{runtime.comm.world}"
+        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world}"
         self.hidden, self.loss = runtime.compiled(model.hidden), runtime.compiled(model)
-        self.cursor, self.seconds, self.sgd = 0, 0.0, None
-        self.ttt = ttt
+        self.cursor, self.seconds, self.ttt, self.sgd = 0, 0.0, ttt, None
 
     def run(self, last_target=None):
         """Score all targets (or until a window's first one passes last_target); returns a Score."""
-        with adapted(self.model,
-                     self.config.ttt_freeze_blocks) if self.ttt else eval_mode(self.model) as params:
+        with adapted(self.model, self.config.ttt_freeze_blocks) as params:
             if self.ttt:
                 self.sgd = torch.optim.SGD(params, self.config.ttt_lr, self.config.ttt_momentum)
             self.load()
             self.begun = self.saved = self.logged = time.monotonic() - self.seconds
             first = self.cursor
             while self.cursor < len(self.work):
-                item = self.work[self.cursor]
-                if last_target is not None and item[0] == "score" and self.windows[item[1]][1] > last_target:
+                kind, *item = self.work[self.cursor]
+                if last_target is not None and kind == "score" and self.windows[item[0]][1] > last_target:
                     break
-                if self.observer:
-                    self.observer.before_item(self, item)
-                self.score(*item[1:]) if item[0] == "score" else self.train(*item[1:])
-                if self.observer:
-                    self.observer.after_item(self, item)
+                self.observer.before_item(self, (kind, *item))
+                self.score(*item) if kind == "score" else self.train(*item)
+                self.observer.after_item(self, (kind, *item))
                 self.cursor += 1
                 self.pause(first)
             return self.result(complete=last_target is None)
 
     def pause(self, first):
         """Between items: show progress, save the state when due, stop when wanted (all ranks together)."""
-        self.seconds, every = time.monotonic() - self.begun, self.config.eval_checkpoint_seconds
-        due = self.state_path and every and self.begun + self.seconds - self.saved > every
-        more = self.cursor < len(self.work)
-        stop, save = self.runtime.comm.agree(more and self.runtime.wants_stop(),
-                                             more and self.runtime.is_main and bool(due))
-        if self.label and self.runtime.is_main and self.meter.bytes:
-            self.show(first)
+        runtime, every, now = self.runtime, self.config.eval_checkpoint_seconds, time.monotonic()
+        self.seconds, more = now - self.begun, self.cursor < len(self.work)
+        due = more and runtime.is_main and bool(self.state_path) and 0 < every < now - self.saved
+        stop, save = self.comm.agree(more and runtime.wants_stop(), due)
+        if self.label and runtime.is_main and self.meter.bytes and now - self.logged > 1:
+            bpb = bits_per_byte(float(self.meter.nll), self.meter.bytes)
+            left = (len(self.work) - self.cursor) * self.seconds / max(1, self.cursor - first)
+            text = (f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
+                    f"running_bpb:{bpb:.4f} eta:{left:.0f}s")
+            runtime.progress(text)
+            if now - self.logged > 15:
+                self.logged = now
+                runtime.log(text)
         if (stop or save) and self.state_path:
             self.save()
         if stop:
             raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
-
-    def show(self, first):
-        quiet = time.monotonic() - self.logged
-        if quiet < 1:
-            return
-        left = (len(self.work) - self.cursor) * self.seconds / max(1, self.cursor - first)
-        text = (f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
-                f"running_bpb:"
-                f"{bits_per_byte(float(self.meter.nll), self.meter.bytes):.4f} eta:{left:.0f}s")
-        self.runtime.progress(text)
-        if quiet > 15:
-            self.logged = time.monotonic()
-            self.runtime.log(text)
 
     def halving(self, run, size):
         """run(size) in parts of at most `size` rows; after an out-of-memory error again with half of it."""
@@ -2293,66 +2153,65 @@ class Evaluation:
     def score(self, low, high):
         """Score this rank's share of windows[low:high]."""
         size = self.config.eval_batch_seqs
-        mine = self.windows[low:high][self.runtime.comm.rank * size:(self.runtime.comm.rank + 1) * size]
+        mine = self.windows[low:high][self.comm.rank * size:][:size]
         nll = self.halving(lambda part: [x for i in range(0, len(mine), part)
                                          for x in self.nll(mine[i:i + part], part)], size)
         for (_, first, end), value in zip(mine, nll):
             self.meter.add(first, end, value, int(self.stream.bytes[first:end].sum(dtype=np.int64)))
 
+    def batch(self, starts, length):
+        """ids and targets (n, length) of windows at `starts`, on the device."""
+        tokens = self.runtime.to_device(np.stack([self.stream.tokens[at:at + length + 1] for at in starts]))
+        return tokens[:, :-1], tokens[:, 1:]
+
     @torch.no_grad()
     def nll(self, windows, size):
         """Summed nll (0-d float64) of each window's scored targets; only those get logits."""
         length = windows[0][2] - windows[0][0]
-        # one compiled shape
-        padded = windows + windows[-1:] * (size - len(windows) if self.runtime.compiling else 0)
-        tokens = np.stack([self.stream.tokens[start:end + 1] for start, _, end in padded])
-        ids, targets = self.runtime.to_device(tokens[:, :-1]), self.runtime.to_device(tokens[:, 1:])
+        starts = [start for start, _, _ in windows]
+        missing = size - len(starts) if self.runtime.compiling else 0  # one compiled shape
+        ids, targets = self.batch(starts + starts[-1:] * missing, length)
         with self.runtime.autocast():
             hidden = self.hidden(ids)
             if self.slot != "off":
                 hidden = hidden + self.slot_shift(hidden, targets, windows)
-        places = [np.arange(i * length + first - start, (i + 1) * length) for i,
-                  (start, first, _) in enumerate(windows)]
-        sizes, flat = [len(p) for p in places], self.runtime.to_device(np.concatenate(places))
-        out = []
+        places = [np.arange(i * length + first - start, (i + 1) * length)
+                  for i, (start, first, _) in enumerate(windows)]
+        out, flat = [], self.runtime.to_device(np.concatenate(places))
         for part in flat.split(8192):
             with self.runtime.autocast():
                 logps = log_probs(self.model.logits(hidden.flatten(0, 1)[part]))
             out.append(-logps.gather(1, targets.flatten()[part, None])[:, 0])
-            if self.observer:
-                starts = np.array([w[0] for w in windows])
-                at = part.cpu().numpy()
-                self.observer.scored(starts[at // length] + at % length, logps, out[-1])
-        return [x.double().sum() for x in torch.cat(out).split(sizes)]
+            at = part.cpu().numpy()
+            self.observer.scored(np.array(starts)[at // length] + at % length, logps, out[-1])
+        return [x.double().sum() for x in torch.cat(out).split([len(p) for p in places])]
 
     def slot_shift(self, hidden, targets, windows):
         """SLOT: shift of the final states fitted by AdamW with the weights frozen, states computed once.
 
-        causal: one (1, D) per window, fitted on the window's positions that earlier windows scored; a window
-        without any gets none. published (#1150): one for the batch, fitted on all positions, those about to
-        be scored included.
+        causal: one (1, D) per window, fitted on the window's positions that earlier windows scored; a
+        window without any gets none. published (#1150): one for the batch, fitted on all positions, those
+        about to be scored included.
         """
-        known = torch.zeros(targets.shape, device=targets.device)
+        known, causal = torch.zeros(targets.shape, device=targets.device), self.slot == "causal"
         for i, (start, first, end) in enumerate(windows):
-            known[i, :first - start if self.slot == "causal" else end - start] = 1
-        rows = len(targets) if self.slot == "causal" else 1
+            known[i, :first - start if causal else end - start] = 1
+        rows = len(targets) if causal else 1
         shift = torch.zeros(rows, 1, hidden.size(-1), device=hidden.device, requires_grad=True)
         adamw = torch.optim.AdamW([shift], lr=self.config.slot_lr)
-        count = known.sum(1).clamp(min=1) if self.slot == "causal" else known.sum()
+        count = known.sum(1).clamp(min=1) if causal else known.sum()
         for _ in range(self.config.slot_steps):
             with torch.enable_grad():
                 logits = self.model.logits(hidden.detach() + shift)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
-                                       reduction="none").view_as(known)
-                total = ((loss * known).sum(1) / count).sum()  # windows do not meet in any gradient
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+                total = ((loss.view_as(known) * known).sum(1) / count).sum()  # windows share no gradient
             shift.grad, = torch.autograd.grad(total, shift)
             adamw.step()
         return shift.detach()
 
     def train(self, first, row_low, row_high, rate):
-        """One SGD step on rows [row_low, row_high) of the chunk that starts at target `first`; all of them
-        are scored."""
-        length, comm, total = self.config.eval_seq_len, self.runtime.comm, row_high - row_low
+        """One SGD step on rows [row_low, row_high) of the chunk at target `first`; all of them are scored."""
+        length, comm = self.config.eval_seq_len, self.comm
         starts = [first + row * length for row in range(row_low, row_high)][comm.rank::comm.world]
         params = self.sgd.param_groups[0]["params"]
 
@@ -2360,20 +2219,13 @@ class Evaluation:
             for param in params:
                 param.grad = torch.zeros_like(param)
             for i in range(0, len(starts), part):
-                tokens = np.stack([self.stream.tokens[s:s + length + 1] for s in starts[i:i + part]])
+                ids, targets = self.batch(starts[i:i + part], length)
                 with self.runtime.autocast():
-                    loss = self.loss(self.runtime.to_device(tokens[:, :-1]),
-                                     self.runtime.to_device(tokens[:, 1:]))
-                (loss * (len(tokens) / total)).backward()
+                    loss = self.loss(ids, targets)
+                (loss * (len(ids) / (row_high - row_low))).backward()
 
         self.halving(run, max(1, len(starts)))
-        grads = [p.grad for p in params]
-        if comm.world > 1:  # ranks without a row add zeros
-            flat = torch.cat([g.flatten() for g in grads])
-            comm.all_reduce(flat).wait()
-            torch._foreach_copy_(grads,
-                                 [x.view_as(g) for x,
-                                  g in zip(flat.split([g.numel() for g in grads]), grads)])
+        comm.sum_gradients([p.grad for p in params])  # ranks without a row add zeros
         if self.config.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, self.config.ttt_grad_clip)
         self.sgd.param_groups[0]["lr"] = rate
@@ -2381,36 +2233,35 @@ class Evaluation:
 
     def result(self, complete):
         """The Score over all ranks. Raises LegalityError unless every target was counted exactly once."""
-        nats, tokens, num_bytes, _ = self.runtime.comm.gather_rows(self.meter.row()).sum(0)
+        nats, tokens, num_bytes, _ = self.comm.gather_rows(self.meter.row()).sum(0)
         coverage = self.all_coverage()
         if complete and not (coverage == 1).all():
-            times = f"{coverage.min()}…{coverage.max()}"
-            raise LegalityError(f"targets were scored {times} times instead of once")
+            raise LegalityError(f"targets were scored {coverage.min()}…{coverage.max()} times instead of "
+                                "once")
         if not math.isfinite(nats):
             raise ArtifactError(f"{self.label or 'validation'}: the score is not finite: the weights are "
-                                f"damaged")
+                                "damaged")
         return Score(self.label, nats / max(tokens, 1), bits_per_byte(nats, max(num_bytes, 1)), int(tokens),
-                     int(num_bytes),
-                     time.monotonic() - self.begun, self.slot != "published")
+                     int(num_bytes), time.monotonic() - self.begun, self.slot != "published")
 
     def all_coverage(self):
-        if self.runtime.comm.world == 1:
-            return self.meter.coverage
         total = torch.from_numpy(self.meter.coverage.copy())
-        dist.all_reduce(total)
+        if self.comm.world > 1:
+            dist.all_reduce(total)
         return total.numpy()
 
     def save(self):
         state = dict(identity=self.identity, cursor=self.cursor, seconds=self.seconds,
-                     rows=torch.from_numpy(self.runtime.comm.gather_rows(self.meter.row())),
+                     rows=torch.from_numpy(self.comm.gather_rows(self.meter.row())),
                      coverage=torch.from_numpy(np.packbits(self.all_coverage())))
         if self.ttt:
             state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
         begin = time.monotonic()
         if self.runtime.is_main:
             save_tensors(self.state_path, state)
-        self.runtime.comm.barrier()
-        self.saved, self.runtime.save_seconds = time.monotonic(), time.monotonic() - begin
+        self.comm.barrier()
+        self.saved = time.monotonic()
+        self.runtime.save_seconds = self.saved - begin
         self.runtime.log(f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}")
 
     def load(self):
@@ -2419,15 +2270,12 @@ class Evaluation:
             return
         try:
             state = load_tensors(self.state_path)
+            if state["identity"] != self.identity:
+                raise ArtifactError(f"{self.state_path} belongs to another evaluation")
         except ArtifactError as error:
-            self.runtime.log(f"warning: {error}; this evaluation starts again")
-            return
-        if state["identity"] != self.identity:
-            self.runtime.log(f"warning: {self.state_path} belongs to another evaluation; this one starts at "
-                             f"its beginning")
-            return
+            return self.runtime.log(f"warning: {error}; this evaluation starts at its beginning")
         coverage = np.unpackbits(state["coverage"].numpy(), count=self.stream.num_targets)
-        self.meter.restore(state["rows"].numpy(), coverage, self.runtime.comm)
+        self.meter.restore(state["rows"].numpy(), coverage, self.comm)
         self.cursor, self.seconds = state["cursor"], state["seconds"]
         if self.ttt:
             self.model.load_state_dict(state["model"])
@@ -2447,15 +2295,13 @@ def evaluate(model, stream, config, runtime, stride=None, **options):
 # tokens and look at what the scoring loop shows an Observer. Comparisons are bit for bit.
 # ============================================================================================================
 class Recorder(Observer):
-    """Keeps what one evaluation showed: nll by target, log-probabilities of `keep` targets, state hashes,
-    trained spans."""
+    """Keeps what one evaluation showed: nll by target, log-probabilities of `keep` targets, state hashes."""
 
     def __init__(self, num_targets, keep=(), hash_state=False):
-        self.nll = torch.zeros(num_targets)
+        self.nll, self.times, self.total = torch.zeros(num_targets), np.zeros(num_targets, np.int64), 0.0
         self.keep, self.hash_state = {int(t): None for t in keep}, hash_state
-        self.normalised, self.entries, self.order, self.sums = True, True, [], []
-        self.score_changed_state, self.trained_ahead, self.state_entering = False, False, {}
-        self.times, self.total = np.zeros(num_targets, np.int64), 0.0
+        self.order, self.sums, self.state_entering = [], [], {}
+        self.score_changed_state = self.trained_ahead = False
 
     def scored(self, targets, logps, nll):
         self.nll[targets] = nll.float().cpu()
@@ -2465,33 +2311,30 @@ class Recorder(Observer):
             self.keep[int(targets[row])] = logps[row].float().cpu(), float(nll[row])
 
     def before_item(self, evaluation, item):
+        windows = evaluation.windows
         if item[0] == "score":
-            first = evaluation.windows[item[1]][1]
-            self.order.append(first)
+            self.order.append(windows[item[1]][1])
             if self.hash_state:
-                self.before = state_hash(evaluation)
-                self.state_entering[first] = self.before
+                self.state_entering[self.order[-1]] = state_hash(evaluation)
         else:
-            length, upcoming = evaluation.config.eval_seq_len, evaluation.work[evaluation.cursor + 1:]
-            to_score = [evaluation.windows[i[1]][1] for i in upcoming if i[0] == "score"][:1]
-            self.trained_ahead |= bool(to_score) and item[1] + item[3] * length > to_score[0]
-            self.trained_ahead |= not evaluation.all_coverage()[item[1]:item[1] + item[3] * length].all()
+            end = item[1] + item[3] * evaluation.config.eval_seq_len
+            upcoming = [i for i in evaluation.work[evaluation.cursor + 1:] if i[0] == "score"][:1]
+            ahead = any(end > windows[low][1] for _, low, _ in upcoming)
+            self.trained_ahead |= ahead or not evaluation.all_coverage()[item[1]:end].all()
 
     def after_item(self, evaluation, item):
         self.sums.append(float(evaluation.meter.nll))
         if item[0] == "score" and self.hash_state:
-            self.score_changed_state |= state_hash(evaluation) != self.before
+            self.score_changed_state |= state_hash(evaluation) != self.state_entering[self.order[-1]]
 
 
 def state_hash(evaluation):
     """SHA-256 over parameters, buffers and optimiser state of an evaluation."""
     digest = hashlib.sha256()
-    tensors = [*evaluation.model.parameters(), *evaluation.model.buffers()]
-    if evaluation.sgd:
-        tensors += [t for s in evaluation.sgd.state.values() for t in s.values()
-                    if isinstance(t, torch.Tensor)]
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    momenta = [t for s in evaluation.sgd.state.values() for t in s.values()] if evaluation.sgd else []
+    for tensor in (*evaluation.model.parameters(), *evaluation.model.buffers(), *momenta):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -2502,8 +2345,8 @@ class Audit:
         self.model, self.config, self.runtime, self.checks = model, config, runtime, []
         length, stride, batch = config.eval_seq_len, config.eval_stride, config.eval_batch_seqs
         # Scoring alone is checked on a few batches, test-time training on two chunks.
-        self.short = stream.replaced(stream.tokens[:min(stream.num_targets, length + 3 * batch * stride) + 1])
-        self.long = stream.replaced(stream.tokens[:min(stream.num_targets, 2 * config.ttt_chunk_tokens) + 1])
+        self.short, self.long = (stream.replaced(stream.tokens[:min(stream.num_targets, targets) + 1])
+                                 for targets in (length + 3 * batch * stride, 2 * config.ttt_chunk_tokens))
         self.random = np.random.default_rng(config.seed)
 
     def run(self, stream, ttt=False, last_target=None, **options):
@@ -2519,13 +2362,11 @@ class Audit:
         self.checks.append(dict(name=name, passed=passed, detail=detail))
         self.runtime.log(f"legality {name} {'pass' if passed else 'FAIL'} {detail}")
 
-    def changed(self, stream, low, high):
+    def changed(self, stream, low, high=None):
         """`stream` with tokens [low, high) replaced by others, each different from what it was."""
         tokens = np.array(stream.tokens)
-        span = tokens[low:high].astype(np.int64)
-        tokens[low:high] = (span
-                            + self.random.integers(1, self.config.vocab_size,
-                                                   len(span))) % self.config.vocab_size
+        span, vocab = tokens[low:high].astype(np.int64), self.config.vocab_size
+        tokens[low:high] = (span + self.random.integers(1, vocab, len(span))) % vocab
         return stream.replaced(tokens)
 
     def edges(self):
@@ -2533,31 +2374,29 @@ class Audit:
         n, length, stride = self.short.num_targets, self.config.eval_seq_len, self.config.eval_stride
         batch_end = length + stride * (self.config.eval_batch_seqs - 1)
         wanted = {1, length - 1, length, length + 1, length + stride, batch_end, batch_end + 1, n - 1}
-        return sorted({int(k) for k in wanted if 0 < k < n} | {int(k) for k in self.random.integers(1, n, 4)})
+        return sorted({k for k in wanted if 0 < k < n} | set(self.random.integers(1, n, 4).tolist()))
 
     def causality(self):
-        places = self.edges()
+        places, ahead, own = self.edges(), [], []
         base, _ = self.run(self.short, keep=places)
-        bad = []
         for k in places:
-            recorder, _ = self.run(self.changed(self.short, k + 1, self.short.num_targets + 1), last_target=k)
-            bad += [k] if not torch.equal(recorder.nll[:k], base.nll[:k]) else []
-        self.check("C1 future_flip", not bad, f"{len(places)} places, tokens after each replaced; differ: "
-                                              f"{bad[:5]}")
-        bad = []
+            recorder, _ = self.run(self.changed(self.short, k + 1), last_target=k)
+            ahead += [k] if not torch.equal(recorder.nll[:k], base.nll[:k]) else []
+        self.check("C1 future_flip", not ahead, f"{len(places)} places, tokens after each replaced; differ: "
+                                                f"{ahead[:5]}")
         for t in places[:: max(1, len(places) // 6)]:
             recorder, _ = self.run(self.changed(self.short, t + 1, t + 2), last_target=t, keep=[t])
-            mine, reference = recorder.keep[t], base.keep[t]
-            bad += [t] if mine and not torch.equal(mine[0], reference[0]) else []
-        self.check("C1 own_token", not bad, f"log-probabilities at t do not depend on token t; differ: "
-                                            f"{bad[:5]}")
+            found = recorder.keep[t]
+            own += [t] if found and not torch.equal(found[0], base.keep[t][0]) else []
+        self.check("C1 own_token", not own, "log-probabilities at t do not depend on token t; differ: "
+                                            f"{own[:5]}")
 
     def boundary(self):
         """A document's first position takes nothing from its predecessor in the smear gate."""
         ids = self.runtime.to_device(self.random.integers(2, self.config.vocab_size, (2, 16)))
         ids[:, 8] = BOS
-        states = torch.randn(1, 16, self.config.model_dim,
-                             generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1)
+        noise = self.random.standard_normal((1, 16, self.config.model_dim), np.float32)
+        states = torch.from_numpy(noise).repeat(2, 1, 1)
         states[1, 7] += 1.0
         with torch.no_grad():
             out = self.model.smear(states.to(self.runtime.device), ids)
@@ -2565,40 +2404,39 @@ class Audit:
         self.check("C1 bos_resets", passed, "the state at BOS does not depend on the token before it")
 
     def normalisation(self):
-        places = self.random.integers(0, self.short.num_targets, 64)
-        recorder, evaluation = self.run(self.short, keep=places)
+        short = self.short
+        recorder, evaluation = self.run(short, keep=self.random.integers(0, short.num_targets, 64))
         found = {t: row for t, row in recorder.keep.items() if row}
         worst = max((abs(float(torch.logsumexp(lp.double(), 0))) for lp, _ in found.values()), default=0.0)
-        finite = all(bool(torch.isfinite(lp).all()) and len(lp) == self.config.vocab_size for lp,
-                     _ in found.values())
-        entries = all(-float(lp[int(self.short.tokens[t + 1])]) == nll for t, (lp, nll) in found.items())
-        self.check("C2 normalised", finite and worst < 1e-4, f"{len(found)} positions, worst |logsumexp| "
-                                                             f"{worst:.2e}")
-        counted, *_ = evaluation.meter.row()
+        vocab = self.config.vocab_size
+        whole = all(torch.isfinite(lp).all() and len(lp) == vocab for lp, _ in found.values())
+        self.check("C2 normalised", whole and worst < 1e-4, f"{len(found)} positions, worst |logsumexp| "
+                                                            f"{worst:.2e}")
+        entries = all(-float(lp[int(short.tokens[t + 1])]) == nll for t, (lp, nll) in found.items())
+        counted, _, num_bytes, _ = evaluation.meter.row()
         entries &= math.isclose(counted, recorder.total, rel_tol=1e-9)
-        entries &= evaluation.meter.bytes == int(self.short.bytes[recorder.times > 0].sum(dtype=np.int64))
+        entries &= num_bytes == int(short.bytes[recorder.times > 0].sum(dtype=np.int64))
         self.check("C2 nll_is_entry", entries, "the counted nll is minus the log-probabilities, the bytes "
-                                               "are the targets'")
+                                               "the targets'")
 
     def order(self):
         ttt, chunk = self.config.ttt_enabled, self.config.ttt_chunk_tokens
         stream = self.long if ttt else self.short
         edge = chunk if ttt and stream.num_targets > chunk else stream.num_targets // 2
         base, evaluation = self.run(stream, ttt, hash_state=True)
-        self.check("C3 state_unchanged", not base.score_changed_state, "hash of weights, buffers, optimiser "
-                                                                       "around scoring")
-        self.check("C3 trained_is_scored", not base.trained_ahead, "each trained token precedes the next one "
-                                                                   "to be scored")
-        twin, _ = self.run(self.changed(stream, edge + 1, stream.num_targets + 1), ttt, hash_state=True)
+        self.check("C3 state_unchanged", not base.score_changed_state, "weights, buffers, optimiser around "
+                                                                       "scoring")
+        self.check("C3 trained_is_scored", not base.trained_ahead, "each trained token precedes the next to "
+                                                                   "be scored")
+        twin, _ = self.run(self.changed(stream, edge + 1), ttt, hash_state=True)
         same = torch.equal(twin.nll[:edge], base.nll[:edge])
-        entering = [first for first in base.state_entering if first <= edge]
-        same_state = all(base.state_entering[f] == twin.state_entering.get(f) for f in entering)
-        self.check("C3 twin_run", same and same_state, f"targets from {edge} on replaced: earlier scores and "
-                                                       f"state the same")
-        coverage, times = evaluation.all_coverage(), self.runtime.comm.gather_rows(base.times).sum(0)
-        coverage = coverage * (times == 1)  # what the meter says and what was seen
-        self.check("C4 coverage", bool((coverage == 1).all()), f"{stream.num_targets} targets, each scored "
-                                                               f"once")
+        same &= all(state == twin.state_entering.get(first)
+                    for first, state in base.state_entering.items() if first <= edge)
+        self.check("C3 twin_run", same, f"targets from {edge} on replaced: earlier scores and state the same")
+        seen = self.runtime.comm.gather_rows(base.times).sum(0)
+        # what the meter says and what was seen
+        once = bool(((evaluation.all_coverage() == 1) & (seen == 1)).all())
+        self.check("C4 coverage", once, f"{stream.num_targets} targets, each scored once")
         ordered = base.order == sorted(base.order) and base.sums == sorted(base.sums)
         self.check("C4 single_pass", ordered, f"{len(base.order)} rounds in order, sums only grow")
 
@@ -2631,19 +2469,16 @@ class Saver:
     def start(self, step, state):
         """`state` must be a private copy."""
         self.wait()
-        self.error = None
-        self.thread = threading.Thread(target=self._write, args=(step, state))
+        self.error, self.thread = None, threading.Thread(target=self._write, args=(step, state))
         self.thread.start()
 
     def _write(self, step, state):
         begin = time.monotonic()
         try:
             size = save_tensors(self.folder / f"step_{step:08d}.pt", state)
-            self.runtime.save_seconds = time.monotonic() - begin
-            self.runtime.log(f"checkpoint_saved step:{step} seconds:{self.runtime.save_seconds:.2f} "
-                             f"bytes:{size}")
-            self.runtime.event("checkpoint", step=step, seconds=round(self.runtime.save_seconds, 3),
-                               bytes=size)
+            self.runtime.save_seconds = seconds = time.monotonic() - begin
+            self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
+            self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
             for old in self.files()[:-2]:
                 old.unlink()
         except Exception as error:
@@ -2659,6 +2494,11 @@ class Saver:
 
     def files(self):
         return sorted(self.folder.glob("step_*.pt"))
+
+    def last(self):
+        """Path of the last checkpoint that was written, or 'none'."""
+        self.wait()
+        return str(self.files()[-1]) if self.files() else "none"
 
     def newest(self):
         """(step, state) of the newest readable checkpoint, or (0, None)."""
@@ -2681,49 +2521,47 @@ def private_copy(tree):
 
 class Trainer:
     """Model, optimisers, averages, data position and clock of one training run."""
+    PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
     def __init__(self, config, runtime, val):
-        self.config, self.runtime, self.val = config, runtime, val
+        self.config, self.runtime, self.val, self.comm = config, runtime, val, runtime.comm
         torch.manual_seed(config.seed)
         self.model = GPT(config, runtime.attend).to(runtime.device)
-        self.muon, self.adamw = build_optimizers(self.model, config, runtime.comm)
+        self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
         self.average = WeightAverage(self.model.parameters(), config)
         self.stream = TrainStream(find_shards(config, "train"), config.vocab_size)
-        self.loss = runtime.compiled(self.model)
-        self.saver = Saver(runtime)
+        self.loss, self.saver = runtime.compiled(self.model), Saver(runtime)
         self.step, self.seconds, self.early, self.saved_step = 0, 0.0, False, 0
-        sequences, world = config.train_batch_tokens // config.train_seq_len, runtime.comm.world
+        sequences, world = config.train_batch_tokens // config.train_seq_len, self.comm.world
         if sequences % world:
             raise ConfigError(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
-                              f"which {world} ranks "
-                              "cannot share evenly: change the batch or the number of ranks")
+                              f"which {world} ranks cannot share evenly: change the batch or the number of "
+                              "ranks")
         self.share = sequences // world
         most = min(self.share, config.micro_batch_tokens // config.train_seq_len)
         self.micro = max(n for n in range(1, most + 1) if self.share % n == 0)
+        self.identity = dict(hash=config.hash(),
+                             data=[int(self.stream.ends[-1]), val.fingerprint["val_sha256"]])
 
     def announce(self):
-        log, c, paths = self.runtime.log, self.config, self.stream.paths
+        log, c = self.runtime.log, self.config
         log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        log(f"world_size:{self.runtime.comm.world} grad_accum_steps:{self.share // self.micro}")
-        log(f"train_loader:dataset:{Path(c.data_path).name} train_shards:{len(paths)}")
+        log(f"world_size:{self.comm.world} grad_accum_steps:{self.share // self.micro}")
+        log(f"train_loader:dataset:{Path(c.data_path).name} train_shards:{len(self.stream.paths)}")
         if c.late_qat_threshold and not any(module.bits for _, module in self.model.quantizable()):
-            log(f"warning: LATE_QAT_THRESHOLD={c.late_qat_threshold} has no effect: no matrix of this model "
-                f"is stored in integers")
+            log("warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in integers")
 
     def run(self):
         """Train to the last step, the wallclock cap or a wish to stop; logs, validates and saves on the
         way."""
         self.load()
         self.warm_up()
-        config, validated = self.config, -1
-        self.mark = self.checkpointed = time.monotonic()
+        every, self.mark = self.config.val_loss_every, time.monotonic()
+        self.checkpointed = self.mark
         try:
             while True:
-                done = self.step >= config.iterations or self.out_of_time()
-                if (done
-                    or (config.val_loss_every and self.step and self.step % config.val_loss_every == 0)) \
-                        and validated != self.step:
-                    validated = self.step
+                done = self.step >= self.config.iterations or self.out_of_time()
+                if done or (every and self.step and self.step % every == 0):
                     self.validate()
                 if done:
                     break
@@ -2733,9 +2571,7 @@ class Trainer:
                 self.save(wait=True)
             raise
         except DataError as error:
-            self.saver.wait()
-            last = self.saver.files()[-1:]
-            raise DataError(f"{error} (last checkpoint: {last[0] if last else 'none'})") from None
+            raise DataError(f"{error} (last checkpoint: {self.saver.last()})") from None
         self.saver.wait()
 
     def out_of_time(self):
@@ -2748,22 +2584,20 @@ class Trainer:
         return self.early
 
     def one_step(self):
-        config, comm = self.config, self.runtime.comm
-        scale = lr_scale(config, self.step, self.seconds)
+        config, runtime, step = self.config, self.runtime, self.step
+        scale = lr_scale(config, step, self.seconds)
         self.set_rates(scale)
-        loss = self.accumulate(self.step, self.stream)
-        now = time.monotonic()
+        loss, now = self.accumulate(step, self.stream), time.monotonic()
         due = config.checkpoint_seconds and now - self.checkpointed > config.checkpoint_seconds
-        step_seconds = self.seconds / self.step if self.step else 0.0
-        loss, stop, due, elapsed = comm.agree(loss, self.runtime.wants_stop(2 * step_seconds),
-                                              self.runtime.is_main and bool(due),
-                                              (now - self.mark) * self.runtime.is_main)
+        loss, stop, due, elapsed = self.comm.agree(
+            loss, runtime.wants_stop(2 * self.seconds / max(1, step)), runtime.is_main and bool(due),
+            (now - self.mark) * runtime.is_main)
         self.mark = now
         if not math.isfinite(loss):
             self.diverged(loss)
-        reduce_clip_step(self.muon, self.adamw, comm, config.grad_clip_norm)
-        self.average.update(self.step, scale)
-        self.step, self.seconds = self.step + 1, self.seconds + elapsed
+        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        self.average.update(step, scale)
+        self.step, self.seconds = step + 1, self.seconds + elapsed
         self.report(loss, scale)
         if stop and self.step < config.iterations:
             self.save(wait=True)
@@ -2781,40 +2615,39 @@ class Trainer:
 
     def accumulate(self, step, stream):
         """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
-        config, comm, length = self.config, self.runtime.comm, self.config.train_seq_len
-        first = comm.rank * self.share
+        config, runtime, length = self.config, self.runtime, self.config.train_seq_len
+        first, total, rounds = self.comm.rank * self.share, 0.0, self.share // self.micro
         span = stream.take(config.train_batch_tokens, first * length, (first + self.share) * length)
-        for param in self.model.parameters():
-            param.grad = None
+        self.model.zero_grad()
         self.model.train()
-        total, rounds = 0.0, self.share // self.micro
-        for i in range(rounds):
-            low = i * self.micro * length
-            ids = self.runtime.to_device(span[low:low + self.micro * length]).view(self.micro, length)
-            targets = self.runtime.to_device(span[low + 1:low + self.micro * length + 1]).view(self.micro,
-                                                                                               length)
-            noise = flow_noise(config, step, first + i * self.micro, self.micro, self.runtime.device)
+        for low in range(0, self.share, self.micro):
+            part = runtime.to_device(span[low * length:(low + self.micro) * length + 1])
+            noise = flow_noise(config, step, first + low, self.micro, runtime.device)
             try:
-                with self.runtime.autocast():
-                    loss = self.loss(ids, targets, noise) / (rounds * comm.world)
+                with runtime.autocast():
+                    loss = self.loss(part[:-1].view(-1, length), part[1:].view(-1, length), noise)
+                    loss = loss / (rounds * self.comm.world)
                 loss.backward()
             except OUT_OF_MEMORY:
-                half = self.micro * length // 2
-                raise ResourceError(f"out of memory in training with "
-                                    f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: run the "
-                                    f"same command with MICRO_BATCH_TOKENS={max(half, length)}") from None
+                raise ResourceError("out of memory in training with "
+                                    f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: run the same command "
+                                    "with MICRO_BATCH_TOKENS="
+                                    f"{max(self.micro * length // 2, length)}") from None
             total = total + loss.detach()
         return float(total)
 
+    def clock(self):
+        milliseconds = 1000 * self.seconds
+        return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(1, self.step):.2f}ms"
+
     def report(self, loss, scale):
         config, step = self.config, self.step
-        milliseconds = 1000 * self.seconds
-        text = f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / step:.2f}ms"
+        text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
         if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
-            self.runtime.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} {text}")
-            self.runtime.event("step", step=step, train_loss=loss, train_time_ms=milliseconds, lr_scale=scale)
-        left = (config.iterations - step) * self.seconds / step
-        self.runtime.progress(f"step:{step}/{config.iterations} train_loss:{loss:.4f} eta:{left:.0f}s")
+            self.runtime.log(f"{text} {self.clock()}")
+            self.runtime.event("step", step=step, train_loss=loss, train_time_ms=1000 * self.seconds,
+                               lr_scale=scale)
+        self.runtime.progress(f"{text} eta:{(config.iterations - step) * self.seconds / step:.0f}s")
 
     def validate(self):
         """Validation of the raw weights by non-overlapping windows; not counted as training time."""
@@ -2823,49 +2656,34 @@ class Trainer:
             score = evaluate(self.model, self.val, c, self.runtime, c.eval_seq_len)
         except ArtifactError:
             self.diverged(math.nan)
-        milliseconds = 1000 * self.seconds
         self.runtime.log(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} "
-                         f"val_bpb:{score.val_bpb:.4f} "
-                         f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(1, self.step):.2f}ms")
+                         f"val_bpb:{score.val_bpb:.4f} {self.clock()}")
         self.runtime.event("val", step=self.step, val_loss=score.val_loss, val_bpb=score.val_bpb,
-                           train_time_ms=milliseconds)
+                           train_time_ms=1000 * self.seconds)
         self.mark += time.monotonic() - begin
 
     def warm_up(self):
         """Compile (and let allocators settle) on synthetic tokens, then restore weights and optimisers bit
         for bit."""
-        steps = self.config.warmup_steps if self.runtime.compiling else 0
-        if not steps or self.step >= self.config.iterations:
+        steps, config = self.config.warmup_steps, self.config
+        if not self.runtime.compiling or not steps or self.step >= config.iterations:
             return
         before = private_copy(self.training_state())
-        random = np.random.default_rng(0)
-        tokens = random.integers(0, self.config.vocab_size,
-                                 self.config.train_batch_tokens + 1).astype(np.uint16)
-
-        class Synthetic:
-            def take(self, span, low, high):
-                return tokens[low:high + 1]
-
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, config.train_batch_tokens + 1)
+        synthetic = types.SimpleNamespace(take=lambda span, low, high: tokens[low:high + 1])
         for i in range(steps):
-            self.accumulate(-1 - i, Synthetic())
-            reduce_clip_step(self.muon, self.adamw, self.runtime.comm, self.config.grad_clip_norm)
+            self.accumulate(-1 - i, synthetic)
+            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
-        self.runtime.sync()
         self.runtime.log(f"warmup_steps:{steps} done, weights and optimisers restored")
 
     def training_state(self):
         """Everything the next step depends on; every rank must call it."""
-        return dict(model=self.model.state_dict(), muon=self.muon.state_dict(), adamw=self.adamw.state_dict(),
-                    average=self.average.state_dict())
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def restore(self, state):
-        self.model.load_state_dict(state["model"])
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
-        self.average.load_state_dict(state["average"])
-
-    def data_identity(self):
-        return [int(self.stream.ends[-1]), self.val.fingerprint["val_sha256"]]
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
 
     def save(self, wait=False):
         """Copy the state and write it in the background; with `wait`, raises ResourceError if it cannot be
@@ -2873,55 +2691,45 @@ class Trainer:
 
         Weights that are not finite are never saved: the checkpoints before them are the ones to keep.
         """
-        if not self.is_finite():
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             return self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
         state, self.saved_step = self.training_state(), self.step
         if self.runtime.is_main:
-            state.update(step=self.step, seconds=self.seconds, position=self.stream.position,
-                         hash=self.config.hash(),
-                         data=self.data_identity())
+            state.update(self.identity, step=self.step, seconds=self.seconds, position=self.stream.position)
             self.saver.start(self.step, private_copy(state))
         self.checkpointed = time.monotonic()
         if wait:
             self.saver.wait()
             if self.saver.error:
                 raise ResourceError(str(self.saver.error))
-            # a rank that left now would have the launcher end the one that writes
-            self.runtime.comm.barrier()
+            self.comm.barrier()  # a rank that left now would have the launcher end the one that writes
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
         step, state = self.saver.newest() if self.runtime.is_main else (0, None)
-        step = int(self.runtime.comm.agree(step)[0])
+        step = int(self.comm.agree(step)[0])
         if not step:
             return
         path = self.saver.folder / f"step_{step:08d}.pt"
         state = state or load_tensors(path)
-        if state["hash"] != self.config.hash() or state["data"] != self.data_identity():
-            raise ConfigError(f"{path} belongs to another configuration or other data: set another RUN_ID or "
-                              f"RESUME=never")
+        if any(state[name] != value for name, value in self.identity.items()):
+            raise ConfigError(f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never")
         self.restore(state)
         self.step, self.seconds, self.stream.position = step, state["seconds"], state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
-    def is_finite(self):
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
-
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
         self.save(wait=True)
-        self.saver.wait()
-        last = self.saver.files()[-1:]
         raise DivergedError(f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
-                            f"weights: "
-                            f"{last[0] if last else 'none were saved'}")
+                            f"weights: {self.saver.last()}")
 
     def export(self):
         """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
         kind, tensors = self.average.exported()
         state = dict(self.model.state_dict())
         state.update((name, t) for (name, _), t in zip(self.model.named_parameters(), tensors, strict=True))
-        info = dict(steps=self.step, train_time_ms=1000 * self.seconds,
+        info = dict(steps=self.step, train_time_s=self.seconds,
                     step_avg_ms=1000 * self.seconds / max(1, self.step),
                     stopped_early=self.early, peak_mib=self.runtime.peak_mib()[0])
         self.runtime.log(f"export:{kind}")
@@ -2952,19 +2760,17 @@ ARTIFACT_NAME, FLOAT_NAME = "final_model.int6.ptz", "final_model.pt"
 def load_weights(path):
     """(Config, state_dict, tokenizer sha256) of an artifact or a float checkpoint. Raises ArtifactError."""
     try:
-        head = open(path, "rb").read(len(ARTIFACT_MAGIC))
-    except OSError as error:
-        what_to_do = "name a readable artifact or float checkpoint"
-        raise ArtifactError(f"{path}: {error.strerror}: {what_to_do}") from None
-    if head == ARTIFACT_MAGIC:
         blob = Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}: {READABLE}") from None
+    if blob.startswith(ARTIFACT_MAGIC):
         try:
             return *unpack_artifact(blob), read_artifact(blob)[4]
         except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
+            raise ArtifactError(f"{path}: {error}: {OTHER_FILE}") from None
     if not str(path).endswith(".pt"):
-        raise ArtifactError(f"{path}: does not start like an artifact: it is damaged, or of another "
-                            "submission: copy it again, or name another file")
+        raise ArtifactError(f"{path}: does not start like an artifact: damaged, or of another submission: "
+                            f"{OTHER_FILE}")
     saved = load_tensors(path)
     try:
         return Config(**saved["config"]), saved["state_dict"], ""
@@ -2974,144 +2780,123 @@ def load_weights(path):
 
 
 def score_label(config):
-    """Name of the last score: what adapts, and whether that is legal."""
-    kind = "illegal" if config.slot == "published" else "legal" if config.ttt_enabled else ""
-    slot = f"slot_{config.slot}" if config.slot != "off" else ""
-    return "_".join(filter(None, [kind, "ttt" if config.ttt_enabled else "", slot]))
+    """Name of the last score: what adapts, and whether that is legal; empty without adaptation."""
+    adapts = ["ttt"] * config.ttt_enabled + [f"slot_{config.slot}"] * (config.slot != "off")
+    legal = ["illegal"] if config.slot == "published" else ["legal"] * config.ttt_enabled
+    return "_".join(legal + adapts)
 
 
 class Run:
     """The phases of one run in RUN_DIR."""
 
     def __init__(self, config, runtime):
-        self.config, self.runtime, self.path = config, runtime, Path(config.run_dir)
-        self.source = Path(config.eval_only) if config.eval_only else self.path / ARTIFACT_NAME
-        self.model = None
-        self.known_text = None  # sha256 of the validation text this run was begun with
-        self.scores_path, self.results = self.path / "scores.json", {"scores": {}, "finished": False}
+        self.config, self.runtime, self.log, self.path = config, runtime, runtime.log, Path(config.run_dir)
+        self.weights = self.path / FLOAT_NAME
+        self.source = Path(config.eval_only or self.path / ARTIFACT_NAME)
+        self.model, self.results = None, {"scores": {}}
 
-    def exists(self, path):
-        return self.runtime.comm.agree(self.runtime.is_main and Path(path).exists())[0] > 0
+    def done(self, phase, holds):
+        """Whether a phase has left its result already, as rank 0 sees it; says so."""
+        done = self.runtime.comm.agree(self.runtime.is_main and holds)[0] > 0
+        if done:
+            self.log(f"phase_done:{phase} found in {self.path}")
+        return done
 
     def prepare(self):
-        """Log the configuration, compare it with the run's, load data, write config.json and
-        manifest.json."""
-        config, log = self.config, self.runtime.log
-        self.compare_config()
-        different = config.differences()
+        """Load the data, compare with the run in RUN_DIR, log and write what a rerun needs to agree on."""
+        config, log = self.config, self.log
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
                 build_demo_data(config, log)
             self.runtime.comm.barrier()
         if not config.eval_only:
             find_shards(config, "train")
-        find_shards(config, "val")
-        expected = load_weights(config.eval_only)[2] if config.eval_only else ""
-        token_bytes = load_token_bytes(config, expected)
-        self.val = ValStream.load(config, token_bytes)
+        tokenizer_sha256 = load_weights(config.eval_only)[2] if config.eval_only else ""
+        self.val = ValStream.load(config, load_token_bytes(config, tokenizer_sha256))
+        f, differs = self.val.fingerprint, config.differences()
         if self.runtime.is_main:
-            text = self.val.fingerprint["val_sha256"]
-            if self.known_text not in (None, text):
-                raise DataError(f"{config.data_path}: the validation text is not the one {self.path} was "
-                                f"begun with (sha256 {text[:16]}… "
-                                f"instead of {self.known_text[:16]}…): restore it, or set another RUN_ID")
-            write_json(self.path / "config.json",
-                       dict(preset=config.preset, hash=config.hash(), eval_only=config.eval_only,
-                                                       val_sha256=text, config=config.as_dict(),
-                                                       differs=different))
+            self.compare(self.path / "config.json", dict(
+                preset=config.preset, hash=config.hash(), val_sha256=f["val_sha256"], config=config.as_dict(),
+                differs=differs))
         self.write_manifest()
         for name, value in config.as_dict().items():
-            log(f"config:{name}={value}{' *' if name in different else ''}")
+            log(f"config:{name}={value}{' *' if name in differs else ''}")
         log(f"config_hash:{config.hash()}")
         log(f"attention:{self.runtime.attention_choice}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
-        log(f"val_loader:shards pattern={config.data_path}/fineweb_val_*.bin tokens:{self.val.num_targets}")
-        f = self.val.fingerprint
+        log(f"val_loader:shards pattern={config.data_path}/fineweb_val_*.bin tokens:{f['val_targets']}")
         log(f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} "
-            f"bytes_per_token:"
-            f"{f['bytes_per_token']:.4f} documents:{f['val_documents']} sha256:{f['val_sha256']} "
-            f"score_scope:{f['scope']}")
+            f"bytes_per_token:{f['bytes_per_token']:.4f} documents:{f['val_documents']} "
+            f"sha256:{f['val_sha256']} score_scope:{f['scope']}")
         log(f"seed:{config.seed}")
         steps = [int(path.stem[5:]) for path in (self.path / "checkpoint").glob("step_*.pt")]
-        self.runtime.event("start", preset=config.preset, hash=config.hash(), seed=config.seed,
-                           resumed_step=max(steps, default=0))
-        if self.runtime.is_main:
-            with contextlib.suppress(FileNotFoundError):
-                (self.path / "STOPPED").unlink()
+        self.runtime.event("start", resumed_step=max(steps, default=0))
 
-    def compare_config(self):
-        """Raises ConfigError when RUN_DIR holds a run of another configuration, or none where there must be
-        one."""
-        known = self.exists(self.path / "config.json")
-        if not known and self.config.resume == "must":
+    def compare(self, path, new):
+        """Write config.json, go on with the scores that are there. Raises ConfigError when RUN_DIR holds a
+        run of other settings or data, or none where there must be one."""
+        if path.exists():
+            old = json.loads(path.read_text())
+            names = ["eval_only", *self.config.as_dict("arch", "train", "eval")]
+            before, now = ({**{n: run["config"].get(n) for n in names}, "validation": run["val_sha256"]}
+                           for run in (old, new))
+            differ = "; ".join(f"{name.upper()}: {before[name]!r} -> {value!r}"
+                               for name, value in now.items() if before[name] != value)
+            if differ:
+                raise ConfigError(f"{self.path} holds a run of other settings or data: {differ}: use the "
+                                  "same to resume it, set another RUN_ID, or RESUME=never to keep it aside")
+            with contextlib.suppress(FileNotFoundError):
+                self.results = json.loads((self.path / "scores.json").read_text())
+        elif self.config.resume == "must":
             raise ConfigError(f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto")
-        if not known or not self.runtime.is_main:
-            return
-        old = json.loads((self.path / "config.json").read_text())
-        self.known_text = old.get("val_sha256")
-        mine = self.config.as_dict("arch", "train", "eval")
-        differ = [f"{name.upper()}: {old['config'].get(name)} -> {value}" for name, value in mine.items()
-                  if old["config"].get(name) != value]
-        if old.get("eval_only", "") != self.config.eval_only:
-            differ.append(f"EVAL_ONLY: {old.get('eval_only') or 'unset'} -> "
-                          f"{self.config.eval_only or 'unset'}")
-        if differ:
-            raise ConfigError(f"{self.path} holds a run of another configuration: {'; '.join(differ)}. Use "
-                              f"the same settings to "
-                              "resume it, another RUN_ID to start another, or RESUME=never to start again "
-                              "and keep it aside")
-        with contextlib.suppress(FileNotFoundError):
-            self.results = json.loads(self.scores_path.read_text())
+        write_json(path, new)
+        (self.path / "STOPPED").unlink(missing_ok=True)
 
     def write_manifest(self):
-        """Log and write what a rerun needs to agree on."""
-        config, device = self.config, self.runtime.device
-        artifact = self.source if self.exists(self.source) else None
-        shards = len(list(Path(config.data_path).glob("fineweb_train_*.bin")))
+        if not self.runtime.is_main:
+            return
+        config, device, artifact = self.config, self.runtime.device, self.source.exists()
         manifest = dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
             sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__, device=str(device),
-            device_name=device_name(device),
-            world_size=self.runtime.comm.world, torch_threads=torch.get_num_threads(),
-            config_hash=config.hash(),
+            device_name=device_name(device), world_size=self.runtime.comm.world,
+            torch_threads=torch.get_num_threads(), config_hash=config.hash(),
             code_sha256=sha256_file(CODE_PATH), code_bytes=CODE_PATH.stat().st_size,
-            artifact_sha256=sha256_file(artifact) if artifact else None,
-            artifact_bytes=artifact.stat().st_size if artifact else None,
+            artifact_sha256=sha256_file(self.source) if artifact else None,
+            artifact_bytes=self.source.stat().st_size if artifact else None,
             tokenizer_sha256=sha256_file(config.tokenizer_path),
-            data=dict(train_shards=shards, **self.val.fingerprint))
-        self.runtime.log(f"manifest:{json.dumps(manifest)}")
-        if self.runtime.is_main:
-            write_json(self.path / "manifest.json", manifest)
+            data=dict(train_shards=len(list(Path(config.data_path).glob("fineweb_train_*.bin"))),
+                      **self.val.fingerprint))
+        self.log(f"manifest:{json.dumps(manifest)}")
+        write_json(self.path / "manifest.json", manifest)
 
     def train(self):
-        if self.exists(self.path / FLOAT_NAME):
-            return self.runtime.log(f"phase_done:train ({self.path / FLOAT_NAME} exists)")
-        train(self.config, self.runtime, self.val, self.path / FLOAT_NAME)
+        if not self.done("train", self.weights.exists()):
+            train(self.config, self.runtime, self.val, self.weights)
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
-        if self.exists(self.source):
-            return self.runtime.log(f"phase_done:pack ({self.source} exists)")
-        code, log, config = CODE_PATH.stat().st_size, self.runtime.log, self.config
-        weights = load_tensors(self.path / FLOAT_NAME)["state_dict"]
+        if self.done("pack", self.source.exists()):
+            return
+        code, log, config = CODE_PATH.stat().st_size, self.log, self.config
+        weights = load_tensors(self.weights)["state_dict"]
         self.runtime.stop_if_wanted("packing", 3 + 2e-6 * sum(t.numel() for t in weights.values()))
         if self.runtime.is_main:
             blob, layers = fit_budget(config, weights, code, sha256_file(config.tokenizer_path), log)
-            write_atomic(self.source, lambda file: file.write(blob))
-            sizes = dict(artifact_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code,
-                         headroom_bytes=config.budget_bytes - len(blob) - code)
+            write_atomic(self.source, [blob])
+            total = len(blob) + code
             log(f"Code size: {code} bytes")
             log(f"Serialized model int6+{config.compressor}: {len(blob)} bytes")
-            log(f"Total submission size int6+{config.compressor}: {sizes['total_bytes']} bytes")
-            log(f"headroom: {sizes['headroom_bytes']} bytes")
-            self.runtime.event("packed", **sizes, int5_layers=layers)
+            log(f"Total submission size int6+{config.compressor}: {total} bytes")
+            log(f"headroom: {config.budget_bytes - total} bytes")
+            self.runtime.event("packed", artifact_bytes=len(blob), code_bytes=code, total_bytes=total,
+                               headroom_bytes=config.budget_bytes - total, int5_layers=layers)
         self.runtime.comm.barrier()
         self.write_manifest()
 
     def model_of(self, path):
         """The model with the weights of a file; one object for all scores, so that it is compiled once."""
-        if self.model is None:
-            # rounding in training has no place here
+        if self.model is None:  # rounding in training has no place here
             quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)
             self.model = GPT(quiet, self.runtime.attend).to(self.runtime.device)
         self.model.load_state_dict(load_weights(path)[1])
@@ -3119,119 +2904,94 @@ class Run:
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
-        if self.config.mode == "audit" and not self.exists(self.source):
+        config, path, begin = self.config, self.path / "audit.json", time.monotonic()
+        if not self.source.exists():
             raise ConfigError(f"MODE=audit needs an artifact: {self.source} does not exist; set "
-                              f"EVAL_ONLY=path")
-        seal, known = f"{sha256_file(self.source)}/{self.config.hash()}", self.path / "audit.json"
-        old = json.loads(known.read_text()) if self.runtime.is_main and known.exists() else {}
-        done = old.get("seal") == seal and old["passed"] and self.config.mode == "train"
-        if self.runtime.comm.agree(done)[0]:
-            return self.runtime.log(f"phase_done:audit ({known} is this artifact's and passed)")
+                              "EVAL_ONLY=path")
+        seal = f"{sha256_file(self.source)}/{config.hash()}"
+        old = json.loads(path.read_text()) if path.exists() and config.mode == "train" else {}
+        if self.done("audit", old.get("seal") == seal and old["passed"]):
+            return
         self.runtime.stop_if_wanted("the audit", 30)
-        begin = time.monotonic()
-        checks = audit(self.model_of(self.source), self.val, self.config, self.runtime)
-        failed = [check["name"] for check in checks if not check["passed"]]
+        checks = audit(self.model_of(self.source), self.val, config, self.runtime)
+        failed, seconds = [c["name"] for c in checks if not c["passed"]], time.monotonic() - begin
         if self.runtime.is_main:
-            write_json(known,
-                       dict(passed=not failed, seal=seal, seconds=time.monotonic() - begin, checks=checks))
+            write_json(path, dict(passed=not failed, seal=seal, seconds=seconds, checks=checks))
         self.runtime.event("audit", passed=not failed)
-        self.runtime.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in "
-                         f"{time.monotonic() - begin:.1f} s")
+        self.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in {seconds:.1f} s")
         if failed:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: this configuration's score is not "
-                                f"legal")
+                                "legal")
 
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
-        c, float_only = self.config, self.source.suffix == ".pt"
-        prefix = "float" if float_only else "final_int6"
-        jobs = [] if c.eval_only else [("pre_quant", self.path / FLOAT_NAME, c.eval_seq_len, False, "off")]
-        jobs += [(f"{prefix}_roundtrip", self.source, c.eval_seq_len, False, "off"),
-                 (f"{prefix}_sliding_window", self.source, c.eval_stride, False, "off")]
+        c, source, scores = self.config, self.source, self.results["scores"]
+        prefix = "float" if source.suffix == ".pt" else "final_int6"
+        jobs = [] if c.eval_only else [("pre_quant", self.weights, c.eval_seq_len, False, "off")]
+        jobs += [(f"{prefix}_roundtrip", source, c.eval_seq_len, False, "off"),
+                 (f"{prefix}_sliding_window", source, c.eval_stride, False, "off")]
         if score_label(c) not in ("", "legal"):
-            jobs.append((score_label(c), self.source, c.eval_stride, c.ttt_enabled, c.slot))
+            jobs.append((score_label(c), source, c.eval_stride, c.ttt_enabled, c.slot))
         for label, path, stride, ttt, slot in jobs:
-            if self.runtime.comm.agree(label in self.results["scores"])[0]:
-                self.runtime.log(f"phase_done:{label}")
-                continue
-            score = evaluate(
-                self.model_of(path), self.val, c, self.runtime, stride, ttt=ttt, slot=slot, label=label,
-                state_path=self.path / "checkpoint" / f"eval_{label}.pt",
-                identity=f"{sha256_file(path)}/{c.hash()}")
-            self.record(score, stride)
-        self.finish()
+            if not self.done(label, label in scores):
+                self.record(stride, evaluate(
+                    self.model_of(path), self.val, c, self.runtime, stride, ttt=ttt, slot=slot, label=label,
+                    state_path=self.path / "checkpoint" / f"eval_{label}.pt",
+                    identity=f"{sha256_file(path)}/{c.hash()}"))
+        if self.runtime.is_main:
+            self.write_results(finished=True)
+            self.summarise()
+        self.runtime.event("done")
+        self.log(f"run_finished {self.path}")
 
-    def record(self, score, stride):
+    def record(self, stride, score):
         """Log a score and add it to scores.json."""
-        mark = "" if score.legal else " legality:illegal"
-        at = f" stride:{stride}" if score.label.endswith("sliding_window") else ""
-        log, name = self.runtime.log, score.label
+        log, name, mark = self.log, score.label, "" if score.legal else " legality:illegal"
+        at = f" stride:{stride}" if name.endswith("sliding_window") else ""
         log(f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{at} "
             f"eval_time:{1000 * score.seconds:.0f}ms{mark}")
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")
-        self.runtime.event("score", label=name, val_loss=score.val_loss, val_bpb=score.val_bpb,
-                           scope=self.val.scope,
-                           eval_time_ms=1000 * score.seconds, legal=score.legal)
-        self.results["scores"][name] = dict(val_loss=score.val_loss, val_bpb=score.val_bpb,
-                                            tokens=score.tokens,
-                                            bytes=score.bytes, eval_time_s=score.seconds, legal=score.legal)
-        self.write_results(finished=False)
+        entry = dict(val_loss=score.val_loss, val_bpb=score.val_bpb, tokens=score.tokens, bytes=score.bytes,
+                     eval_time_s=score.seconds, legal=score.legal)
+        self.runtime.event("score", label=name, scope=self.val.scope, **entry)
+        self.results["scores"][name] = entry
+        if self.runtime.is_main:
+            self.write_results(finished=False)
 
     def write_results(self, finished):
-        if not self.runtime.is_main:
-            return
-        c, code, size = self.config, CODE_PATH.stat().st_size, self.source.stat().st_size
-        info = {} if c.eval_only else load_tensors(self.path / FLOAT_NAME)["info"]
-        self.results.update(
-            finished=finished, seed=c.seed, preset=c.preset, config_hash=c.hash(), scope=self.val.scope,
-            world_size=self.runtime.comm.world, iterations=c.iterations, artifact_bytes=size, code_bytes=code,
-            total_bytes=size + code,
-            hardware=f"{self.runtime.comm.world}x {device_name(self.runtime.device)}",
-            pytorch_version=torch.__version__,
-            tokens=self.val.num_targets, bytes=self.val.fingerprint["val_bytes"],
-            **{k: v for k, v in info.items() if k != "train_time_ms"})
-        if info:
-            self.results["train_time_s"] = info["train_time_ms"] / 1000
-        write_json(self.scores_path, self.results)
-
-    def finish(self):
-        self.write_results(finished=True)
-        for label, s in self.results["scores"].items():
-            self.runtime.log(f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} "
-                             f"score_scope:{self.val.scope}")
-        self.runtime.event("done")
-        self.summarise()
-        self.runtime.log(f"run_finished {self.path}")
+        """scores.json: what training and scoring measured; manifest.json has the rest."""
+        code, size = CODE_PATH.stat().st_size, self.source.stat().st_size
+        info = {} if self.config.eval_only else load_tensors(self.weights)["info"]
+        self.results.update(info, finished=finished, seed=self.config.seed, preset=self.config.preset,
+                            artifact_bytes=size, code_bytes=code, total_bytes=size + code)
+        write_json(self.path / "scores.json", self.results)
 
     def summarise(self):
         """What happened and what to try next, in plain words."""
-        c, r, log = self.config, self.results, self.runtime.log
-        if not self.runtime.is_main:
-            return
+        c, r, log = self.config, self.results, self.log
+        for label, s in r["scores"].items():
+            log(f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} "
+                f"score_scope:{self.val.scope}")
         if c.preset == "demo":
             text = self.val.token_bytes.model.decode(self.val.tokens.astype(int).tolist()).encode()
-            for name, packed in (("gzip -9", zlib_size(text)), ("xz -6", len(lzma.compress(text)))):
-                log(f"baseline {name} bpb:{8 * packed / len(text):.4f} on the same {len(text)} bytes of text")
-        best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
+            for name, packed in (("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))):
+                log(f"baseline {name} bpb:{8 * len(packed) / len(text):.4f} on the same {len(text)} bytes of "
+                    "text")
         if not c.eval_only:
             log(f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact "
-                f"{r['artifact_bytes']} bytes + code "
-                f"{r['code_bytes']} = {r['total_bytes']} of {c.budget_bytes}.")
+                f"{r['artifact_bytes']} bytes + code {r['code_bytes']} = {r['total_bytes']} of "
+                f"{c.budget_bytes}.")
+        best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
         log(f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}.")
-        log("next: AUDIT=1 proves the score legal; EVAL_ONLY=path/to/final_model.int6.ptz verifies the "
-            "artifact; more "
-            "ITERATIONS or a larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission.")
-
-
-def zlib_size(text):
-    import gzip
-    return len(gzip.compress(text, 9))
+        log("next: AUDIT=1 proves the score legal; EVAL_ONLY=FILE verifies an artifact; more ITERATIONS or a "
+            "larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission.")
 
 
 @contextlib.contextmanager
 def reported_errors(runtime):
     """Log what stops a run, once and with the rank, and end the process with its exit code."""
+    rank = f"[rank {runtime.comm.rank}] " * (runtime.comm.world > 1)
     try:
         yield
     except Stopped as stop:
@@ -3243,19 +3003,15 @@ def reported_errors(runtime):
         with contextlib.suppress(RuntimeError):
             runtime.comm.barrier()  # all ranks leave together
         leave(runtime, stop.code)
-    except GolfError as error:
-        rank = f"[rank {runtime.comm.rank}] " * (runtime.comm.world > 1)
-        runtime.event("error", code=error.code, message=str(error))
-        runtime.append(runtime.log_file, f"error: {error}")
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        leave(runtime, error.code)
     except BaseException as error:
-        import traceback
-        runtime.event("error", code=1, message=f"{type(error).__name__}: {error}")
-        text = traceback.format_exc()
-        print("".join(f"[rank {runtime.comm.rank}] {line}\n" for line in text.splitlines()), file=sys.stderr,
-              flush=True)
-        leave(runtime, 1)
+        known = isinstance(error, GolfError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        code = error.code if known else 1
+        runtime.event("error", code=code, message=message)
+        runtime.append(runtime.log_file, f"error: {message}")
+        for line in [f"error: {error}"] if known else traceback.format_exc().splitlines():
+            print(f"{rank}{line}", file=sys.stderr, flush=True)
+        leave(runtime, code)
 
 
 def leave(runtime, code):
@@ -3264,9 +3020,7 @@ def leave(runtime, code):
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     sys.stdout.flush()
-    if runtime.comm.world > 1:
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code) if runtime.comm.world > 1 else sys.exit(code)
 
 
 def main():

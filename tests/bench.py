@@ -116,7 +116,7 @@ class Text:
 
 def random_stream(config, targets):
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, targets + 1).astype(np.uint16)
-    return golf.ValStream(tokens, Text(), config.eval_seq_len)
+    return golf.ValStream(tokens, Text())
 
 
 def evaluation():

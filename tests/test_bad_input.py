@@ -128,7 +128,7 @@ def test_a_variable_that_cannot_be_used_is_named_with_what_is_expected(place, ch
     (dict(micro_batch_tokens=63), ["MICRO_BATCH_TOKENS=63", "TRAIN_SEQ_LEN=64"]),
     (dict(eval_stride=65), ["EVAL_STRIDE=65", "EVAL_SEQ_LEN=64"]),
     (dict(ttt_chunk_tokens=100), ["TTT_CHUNK_TOKENS=100", "EVAL_SEQ_LEN=64"]),
-    (dict(rope_dims=16), ["ROPE_DIMS=16", "heads of 8"])])
+    (dict(rope_dims=16), ["ROPE_DIMS=16", "MODEL_DIM/NUM_HEADS = 8"])])
 def test_settings_that_do_not_divide_or_fit_are_named_with_what_to_do(place, changes, named):
     place.refused(CONFIGURATION, *named, **changes)
 
@@ -403,13 +403,13 @@ def test_resuming_on_other_validation_text_is_an_error(place):
     tokens = np.array(train_gpt.read_shard(place.shard("val")))
     tokens[50:] = np.roll(tokens[50:], 5)
     write_shard(place.shard("val"), tokens)
-    place.refused(DATA, place.data, place.run_dir, "sha256", mode="audit")
+    place.refused(CONFIGURATION, place.run_dir, "VALIDATION: ", "RUN_ID", mode="audit")
 
 
 def test_a_training_run_does_not_become_an_evaluation(evaluation, tiny_data):
     training = {**tiny_data.settings, **evaluation.where}
     evaluation.refused(CONFIGURATION, settings=training, mode="audit")
-    evaluation.refused(CONFIGURATION, "EVAL_ONLY: unset -> ", evaluation.artifact)
+    evaluation.refused(CONFIGURATION, "EVAL_ONLY: '' -> ", evaluation.artifact)
 
 
 # As a user does

@@ -377,7 +377,7 @@ def test_bytes_do_not_depend_on_where_the_stream_is_cut_into_parts():
             return (np.asarray(before, np.int64) * 7 + after).astype(np.uint16)
 
     tokens = (np.arange((1 << 21) + 5) % 1000).astype(np.uint16)
-    stream = ValStream(tokens, Pairs(), 64)
+    stream = ValStream(tokens, Pairs())
     assert np.array_equal(stream.bytes, Pairs().count(tokens[:-1], tokens[1:]))
 
 
@@ -400,7 +400,7 @@ def test_only_the_known_counts_make_a_split_canonical(monkeypatch, targets, tota
     monkeypatch.setattr(train_gpt, "CANONICAL_BYTES", (2000, 4000))
     token_bytes = OneByte(total)
     token_bytes.vocab_size = vocab
-    stream = ValStream(np.zeros(targets + 1, np.uint16), token_bytes, 100)
+    stream = ValStream(np.zeros(targets + 1, np.uint16), token_bytes)
     assert stream.scope == stream.fingerprint["scope"] == scope
 
 

@@ -83,7 +83,7 @@ def case(runtime, tiny_data):
 
     def make(targets=300, **changes):
         config = tiny_config(**changes)
-        stream = train_gpt.ValStream(tokens[:targets + 1], token_bytes, config.eval_seq_len)
+        stream = train_gpt.ValStream(tokens[:targets + 1], token_bytes)
         return Case(config, runtime(config), stream)
     return make
 

@@ -1,5 +1,4 @@
 """Faults: nothing that was saved is lost, the message says what to do, the exit code which kind."""
-import os
 import re
 import shutil
 import signal

@@ -394,7 +394,7 @@ def test_the_training_run_scores_the_file_it_wrote(tiny_data, runtime, monkeypat
     run = train_gpt.Run(config, made)
     run.prepare()
     trained_state, written_state = (random_model(config, seed=seed).state_dict() for seed in (1, 2))
-    info = dict(steps=0, train_time_ms=0.0, step_avg_ms=0.0, stopped_early=False, peak_mib=0)
+    info = dict(steps=0, train_time_s=0.0, step_avg_ms=0.0, stopped_early=False, peak_mib=0)
     train_gpt.save_tensors(run.path / train_gpt.FLOAT_NAME,
                            dict(config=config.as_dict("arch", "eval"), state_dict=trained_state, info=info))
     fit = train_gpt.fit_budget

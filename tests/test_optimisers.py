@@ -347,7 +347,7 @@ def emas(cap):
 @pytest.mark.parametrize("cap", [0.997, 0.2])
 def test_the_ema_is_the_hand_computed_mean_of_five_steps(cap):
     kind, (got,) = averaged(ema_decay=cap).exported()
-    assert kind == "EMA"
+    assert kind == "EMA weights"
     torch.testing.assert_close(got, emas(cap)[-1])
 
 

@@ -11,6 +11,8 @@ import time
 import traceback
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import ROOT, environment, launch, read_json
 
@@ -103,7 +105,6 @@ def test_only_comments_and_the_docstrings_of_functions_and_classes_are_dropped()
     assert "goes" not in kept.lower() and "All there is" not in kept and "comment" not in kept
 
 
-@pytest.mark.xfail(strict=True, reason="measured 34.7 kB: train_gpt.py has to lose about a tenth of its code first")
 def test_the_packed_script_of_today_is_under_30_000_bytes(packed_train_gpt):
     over = len(packed_train_gpt) - 29_999
     assert over <= 0, f"{over} bytes too many: take about {4 * over} characters of code out of train_gpt.py"
@@ -113,13 +114,23 @@ def test_packing_is_deterministic():
     assert package.pack(PROGRAM) == package.pack(PROGRAM)
 
 
-@pytest.mark.parametrize("compressor", package.COMPRESSORS)
-def test_every_compressor_carries_all_bytes_and_characters(compressor, monkeypatch, tmp_path):
-    monkeypatch.setattr(package, "COMPRESSORS", {compressor: package.COMPRESSORS[compressor]})
+def test_a_packed_script_carries_all_bytes_and_characters(tmp_path):
     awkward = "text = " + repr("".join(map(chr, range(0x250)))) + "\nprint(ascii(text))\n"
     (tmp_path / "awkward.py").write_bytes(package.pack(awkward))
     shown = subprocess.run([sys.executable, str(tmp_path / "awkward.py")], capture_output=True, text=True)
     assert shown.stdout.strip() == ascii("".join(map(chr, range(0x250)))), shown.stderr
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(max_codepoint=127), max_size=200) | st.text("ab", max_size=400))
+def test_the_coder_gives_back_any_text_in_bytes_that_a_string_may_hold(text):
+    data = package.encode(text)
+    assert package.CODEC["read"](data.decode("latin-1"), len(text)) == text
+    assert not set(data) & set(b"\0\n\r'\\")
+
+
+def test_the_coder_spends_little_on_what_repeats():
+    assert len(package.encode("def f(x):\n return x\n" * 200)) < 60
 
 
 def test_a_script_that_is_not_packed_is_not_unpacked():
@@ -136,7 +147,7 @@ def test_the_packed_module_has_the_names_of_the_original_and_no_others(packed):
 
 
 def test_the_source_of_packed_functions_and_classes_can_be_inspected(packed):
-    assert inspect.getsource(packed.Other.method).lstrip().startswith("def method(self, x):")
+    assert inspect.getsource(packed.Other.method).lstrip().startswith("def method(self,x):")
     assert inspect.getsource(packed.Other).startswith("class Other:")
 
 
