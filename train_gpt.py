@@ -2984,7 +2984,7 @@ class Run:
                 f"{c.budget_bytes}.")
         best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
         log(f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}.")
-        log("next: AUDIT=1 proves the score legal; EVAL_ONLY=FILE verifies an artifact; more ITERATIONS or a "
+        log("next: AUDIT=1 proves the score legal; EVAL_ONLY=artifact.ptz verifies it; more ITERATIONS or a "
             "larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission.")
 
 
