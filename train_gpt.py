@@ -26,7 +26,6 @@ import gzip
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import lzma
 import math
@@ -34,7 +33,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import signal
 import struct
 import sys
@@ -106,113 +104,113 @@ def opt(kind, default, text, low=-math.inf, high=math.inf, choices=None):
                              metadata=dict(kind=kind, text=text, low=low, high=high, choices=choices))
 
 
-arch, training = functools.partial(opt, "arch"), functools.partial(opt, "train")
-evaluation, place = functools.partial(opt, "eval"), functools.partial(opt, "run")
+arch_opt, train_opt = functools.partial(opt, "arch"), functools.partial(opt, "train")
+eval_opt, run_opt = functools.partial(opt, "eval"), functools.partial(opt, "run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run. Raises ConfigError when a value has the wrong type, is out of range or does not
     fit."""
-    preset: str = place("nfm_7k", "named set of differences from the defaults")
+    preset: str = run_opt("nfm_7k", "named set of differences from the defaults")
     # architecture
-    vocab_size: int = arch(1024, "tokenizer pieces", 8, 65536)
-    num_layers: int = arch(11, "transformer blocks", 1, 64)
-    model_dim: int = arch(512, "width of the residual stream", 16, 4096)
-    num_heads: int = arch(8, "query heads", 1, 64)
-    num_kv_heads: int = arch(4, "key/value heads", 1, 64)
-    mlp_mult: float = arch(3.0, "MLP width / model_dim (hidden rounded down to a multiple of 8)", 0.25, 16)
-    rope_dims: int = arch(16, "rotated dimensions per head", 0, 512)
-    rope_base: float = arch(10000.0, "base of the rotary frequencies", 1)
-    logit_softcap: float = arch(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
-    bigram_vocab_size: int = arch(4096, "rows of the bigram hash table", 2, 1 << 20)
-    bigram_dim: int = arch(128, "width of the bigram hash table", 1, 4096)
-    ve_dim: int = arch(0, "width of the shared value embedding, 0 = off", 0, 4096)
-    ve_last_n: int = arch(2, "last layers that receive the value embedding", 1, 64)
-    xsa_last_n: int = arch(11, "last layers with exclusive self-attention", 0, 64)
-    gated_attention: bool = arch(True, "per-head sigmoid gate on the attention output")
-    value_residual: bool = arch(True, "mix layer 0's values into every layer")
-    e2e_ttt_enabled: bool = arch(False, "TTT-Linear refiner, trained end to end")
-    e2e_ttt_mini_batch: int = arch(16, "tokens per inner step of TTT-Linear", 1, 1024)
-    e2e_ttt_base_lr: float = arch(1.0, "inner rate of TTT-Linear x head_dim", 0)
-    flow_enabled: bool = arch(False, "FlowRefiner after the trunk")
-    flow_latent_dim: int = arch(64, "latent width of FlowRefiner", 1, 4096)
-    flow_hidden_dim: int = arch(256, "hidden width of FlowRefiner", 1, 4096)
-    nfm_enabled: bool = arch(True, "NativeFlowMatcher after the trunk")
-    nfm_hidden_dim: int = arch(256, "hidden width of NativeFlowMatcher", 1, 4096)
+    vocab_size: int = arch_opt(1024, "tokenizer pieces", 8, 65536)
+    num_layers: int = arch_opt(11, "transformer blocks", 1, 64)
+    model_dim: int = arch_opt(512, "width of the residual stream", 16, 4096)
+    num_heads: int = arch_opt(8, "query heads", 1, 64)
+    num_kv_heads: int = arch_opt(4, "key/value heads", 1, 64)
+    mlp_mult: float = arch_opt(3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16)
+    rope_dims: int = arch_opt(16, "rotated dimensions per head", 0, 512)
+    rope_base: float = arch_opt(10000.0, "base of the rotary frequencies", 1)
+    logit_softcap: float = arch_opt(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
+    bigram_vocab_size: int = arch_opt(4096, "rows of the bigram hash table", 2, 1 << 20)
+    bigram_dim: int = arch_opt(128, "width of the bigram hash table", 1, 4096)
+    ve_dim: int = arch_opt(0, "width of the shared value embedding, 0 = off", 0, 4096)
+    ve_last_n: int = arch_opt(2, "last layers that receive the value embedding", 1, 64)
+    xsa_last_n: int = arch_opt(11, "last layers with exclusive self-attention", 0, 64)
+    gated_attention: bool = arch_opt(True, "per-head sigmoid gate on the attention output")
+    value_residual: bool = arch_opt(True, "mix layer 0's values into every layer")
+    e2e_ttt_enabled: bool = arch_opt(False, "TTT-Linear refiner, trained end to end")
+    e2e_ttt_mini_batch: int = arch_opt(16, "tokens per inner step of TTT-Linear", 1, 1024)
+    e2e_ttt_base_lr: float = arch_opt(1.0, "inner rate of TTT-Linear x head_dim", 0)
+    flow_enabled: bool = arch_opt(False, "FlowRefiner after the trunk")
+    flow_latent_dim: int = arch_opt(64, "latent width of FlowRefiner", 1, 4096)
+    flow_hidden_dim: int = arch_opt(256, "hidden width of FlowRefiner", 1, 4096)
+    nfm_enabled: bool = arch_opt(True, "NativeFlowMatcher after the trunk")
+    nfm_hidden_dim: int = arch_opt(256, "hidden width of NativeFlowMatcher", 1, 4096)
     # training
-    seed: int = training(42, "seed of weights and noise", 0, 2**31 - 1)
-    iterations: int = training(7000, "optimiser steps", 0)
-    train_batch_tokens: int = training(786432, "tokens per optimiser step, all ranks together", 1)
-    train_seq_len: int = training(2048, "training sequence length", 2)
-    warmdown_iters: int = training(2800, "last steps over which the learning rate falls to 0", 0)
-    warmdown_shape: str = training("linear", "shape of the warmdown", choices=("linear", "cosine"))
-    max_wallclock_seconds: float = training(0.0, "training time cap, 0 = none", 0)
-    embed_lr: float = training(0.035, "AdamW rate of embeddings", 0)
-    scalar_lr: float = training(0.025, "AdamW rate of what is neither embedding nor block matrix", 0)
-    matrix_lr: float = training(0.025, "Muon rate of the blocks' matrices", 0)
-    muon_momentum: float = training(0.99, "Muon momentum after its warm-up", 0, 1)
-    muon_momentum_warmup_start: float = training(0.92, "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = training(1500, "steps of the linear momentum warm-up", 0)
-    muon_ns_steps: int = training(5, "Newton-Schulz steps", 1, 20)
-    weight_decay: float = training(0.04, "decoupled weight decay, Muon and AdamW", 0)
-    beta1: float = training(0.9, "AdamW beta1", 0, 0.9999)
-    beta2: float = training(0.95, "AdamW beta2", 0, 0.999999)
-    adam_eps: float = training(1e-8, "AdamW epsilon", 1e-30)
-    grad_clip_norm: float = training(0.3, "clip of the global gradient norm, 0 = off", 0)
-    qk_gain_init: float = training(1.5, "initial per-head query gain")
-    embed_init_std: float = training(0.005, "standard deviation of the initial embedding", 0)
-    flow_init_scale: float = training(0.01, "scale of FlowRefiner's initial up-projection", 0)
-    nfm_loss_weight: float = training(0.1, "weight of the flow-matching loss", 0)
-    ema_decay: float = training(0.997, "decay of the weight average, 0 = off", 0, 0.999999)
-    swa_enabled: bool = training(False, "export the mean of snapshots taken late in the run")
-    swa_every: int = training(50, "steps between snapshots", 1)
-    swa_start_scale: float = training(0.2, "snapshots start below this learning-rate scale", 0, 1)
-    late_qat_threshold: float = training(0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1)
+    seed: int = train_opt(42, "seed of weights and noise", 0, 2**31 - 1)
+    iterations: int = train_opt(7000, "optimiser steps", 0)
+    train_batch_tokens: int = train_opt(786432, "tokens per optimiser step, all ranks together", 1)
+    train_seq_len: int = train_opt(2048, "training sequence length", 2)
+    warmdown_iters: int = train_opt(2800, "last steps over which the learning rate falls to 0", 0)
+    warmdown_shape: str = train_opt("linear", "shape of the warmdown", choices=("linear", "cosine"))
+    max_wallclock_seconds: float = train_opt(0.0, "training time cap, 0 = none", 0)
+    embed_lr: float = train_opt(0.035, "AdamW rate of embeddings", 0)
+    scalar_lr: float = train_opt(0.025, "AdamW rate of what is neither embedding nor block matrix", 0)
+    matrix_lr: float = train_opt(0.025, "Muon rate of the blocks' matrices", 0)
+    muon_momentum: float = train_opt(0.99, "Muon momentum after its warm-up", 0, 1)
+    muon_momentum_warmup_start: float = train_opt(0.92, "Muon momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = train_opt(1500, "steps of the linear momentum warm-up", 0)
+    muon_ns_steps: int = train_opt(5, "Newton-Schulz steps", 1, 20)
+    weight_decay: float = train_opt(0.04, "decoupled weight decay, Muon and AdamW", 0)
+    beta1: float = train_opt(0.9, "AdamW beta1", 0, 0.9999)
+    beta2: float = train_opt(0.95, "AdamW beta2", 0, 0.999999)
+    adam_eps: float = train_opt(1e-8, "AdamW epsilon", 1e-30)
+    grad_clip_norm: float = train_opt(0.3, "clip of the global gradient norm, 0 = off", 0)
+    qk_gain_init: float = train_opt(1.5, "initial per-head query gain")
+    embed_init_std: float = train_opt(0.005, "standard deviation of the initial embedding", 0)
+    flow_init_scale: float = train_opt(0.01, "scale of FlowRefiner's initial up-projection", 0)
+    nfm_loss_weight: float = train_opt(0.1, "weight of the flow-matching loss", 0)
+    ema_decay: float = train_opt(0.997, "decay of the weight average, 0 = off", 0, 0.999999)
+    swa_enabled: bool = train_opt(False, "export the mean of snapshots taken late in the run")
+    swa_every: int = train_opt(50, "steps between snapshots", 1)
+    swa_start_scale: float = train_opt(0.2, "snapshots start below this learning-rate scale", 0, 1)
+    late_qat_threshold: float = train_opt(0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1)
     # compression
-    block_bits: int = training(6, "bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = training(8, "bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = training("zstd", "compressor of the artifact", choices=("zstd", "lzma"))
-    zstd_level: int = training(16, "zstd level", 1, 22)
-    lzma_preset: int = training(6, "lzma preset", 0, 9)
-    budget_bytes: int = training(16_000_000, "code + model must fit this", 1)
+    block_bits: int = train_opt(6, "bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = train_opt(8, "bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = train_opt("zstd", "compressor of the artifact", choices=("zstd", "lzma"))
+    zstd_level: int = train_opt(16, "zstd level", 1, 22)
+    lzma_preset: int = train_opt(6, "lzma preset", 0, 9)
+    budget_bytes: int = train_opt(16_000_000, "code + model must fit this", 1)
     # evaluation
-    dtype: str = evaluation("bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32"))
-    eval_seq_len: int = evaluation(1024, "window of every evaluation", 2)
-    eval_stride: int = evaluation(64, "stride of the sliding window", 1)
-    eval_batch_seqs: int = evaluation(32, "windows per batch and rank", 1)
-    ttt_enabled: bool = evaluation(True, "legal score-first test-time training")
-    ttt_lr: float = evaluation(0.002, "SGD rate, cosine over chunks", 0)
-    ttt_momentum: float = evaluation(0.9, "SGD momentum", 0, 1)
-    ttt_epochs: int = evaluation(10, "epochs over each scored chunk", 1)
-    ttt_chunk_tokens: int = evaluation(32768, "tokens per chunk", 1)
-    ttt_batch_seqs: int = evaluation(32, "sequences per SGD step, all ranks together", 1)
-    ttt_freeze_blocks: int = evaluation(2, "first blocks that stay frozen", 0)
-    ttt_grad_clip: float = evaluation(1.0, "clip of the SGD gradient norm, 0 = off", 0)
-    slot: str = evaluation("off", "per-window shift of the hidden state; published is illegal",
+    dtype: str = eval_opt("bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32"))
+    eval_seq_len: int = eval_opt(1024, "window of every evaluation", 2)
+    eval_stride: int = eval_opt(64, "stride of the sliding window", 1)
+    eval_batch_seqs: int = eval_opt(32, "windows per batch and rank", 1)
+    ttt_enabled: bool = eval_opt(True, "legal score-first test-time training")
+    ttt_lr: float = eval_opt(0.002, "SGD rate, cosine over chunks", 0)
+    ttt_momentum: float = eval_opt(0.9, "SGD momentum", 0, 1)
+    ttt_epochs: int = eval_opt(10, "epochs over each scored chunk", 1)
+    ttt_chunk_tokens: int = eval_opt(32768, "tokens per chunk", 1)
+    ttt_batch_seqs: int = eval_opt(32, "sequences per SGD step, all ranks together", 1)
+    ttt_freeze_blocks: int = eval_opt(2, "first blocks that stay frozen", 0)
+    ttt_grad_clip: float = eval_opt(1.0, "clip of the SGD gradient norm, 0 = off", 0)
+    slot: str = eval_opt("off", "per-window shift of the hidden state; published is illegal",
                            choices=("off", "causal", "published"))
-    slot_lr: float = evaluation(0.003, "AdamW rate of SLOT", 0)
-    slot_steps: int = evaluation(5, "AdamW steps of SLOT", 1)
+    slot_lr: float = eval_opt(0.003, "AdamW rate of SLOT", 0)
+    slot_steps: int = eval_opt(5, "AdamW steps of SLOT", 1)
     # where and how
-    data_path: str = place("./data/datasets/fineweb10B_sp1024", "directory of the shards")
-    tokenizer_path: str = place("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    run_id: str = place("", "name of the run; default {preset}_seed{seed} and the SLURM job")
-    run_dir: str = place("", "directory of the run; default runs/$RUN_ID")
-    resume: str = place("auto", "continue RUN_DIR; never keeps the old run aside",
+    data_path: str = run_opt("./data/datasets/fineweb10B_sp1024", "directory of the shards")
+    tokenizer_path: str = run_opt("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+    run_id: str = run_opt("", "name of the run; default {preset}_seed{seed} and the SLURM job")
+    run_dir: str = run_opt("", "directory of the run; default runs/$RUN_ID")
+    resume: str = run_opt("auto", "continue RUN_DIR; never keeps the old run aside",
                         choices=("auto", "never", "must"))
-    eval_only: str = place("", "score this artifact or float checkpoint, do not train")
-    mode: str = place("train", "audit = only the legality audit", choices=("train", "audit"))
-    audit: bool = place(False, "prove the four legality conditions before scoring")
-    device: str = place("auto", "auto, cpu, cuda or cuda:N")
-    compile: str = place("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
-    micro_batch_tokens: int = place(98304, "tokens per forward pass and rank", 1)
-    warmup_steps: int = place(20, "compile warm-up steps on synthetic tokens; weights are restored", 0)
-    train_log_every: int = place(100, "steps between training log lines", 1)
-    val_loss_every: int = place(1000, "steps between validations, 0 = only after the last step", 0)
-    checkpoint_every: int = place(1000, "steps between checkpoints, 0 = off", 0)
-    checkpoint_seconds: float = place(600.0, "seconds between checkpoints, 0 = off", 0)
-    eval_checkpoint_seconds: float = place(300.0, "seconds between saved states of an evaluation, 0 = off", 0)
-    time_limit_seconds: float = place(0.0, "save and stop within this time; 0 = SLURM's end time or none", 0)
+    eval_only: str = run_opt("", "score this artifact or float checkpoint, do not train")
+    mode: str = run_opt("train", "audit = only the legality audit", choices=("train", "audit"))
+    audit: bool = run_opt(False, "prove the four legality conditions before scoring")
+    device: str = run_opt("auto", "auto, cpu, cuda or cuda:N")
+    compile: str = run_opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
+    micro_batch_tokens: int = run_opt(98304, "tokens per forward pass and rank", 1)
+    warmup_steps: int = run_opt(20, "compile warm-up steps on synthetic tokens; weights are restored", 0)
+    train_log_every: int = run_opt(100, "steps between training log lines", 1)
+    val_loss_every: int = run_opt(1000, "steps between validations, 0 = only after the last step", 0)
+    checkpoint_every: int = run_opt(1000, "steps between checkpoints, 0 = off", 0)
+    checkpoint_seconds: float = run_opt(600.0, "seconds between checkpoints, 0 = off", 0)
+    eval_checkpoint_seconds: float = run_opt(300.0, "seconds between states of an evaluation, 0 = off", 0)
+    time_limit_seconds: float = run_opt(0.0, "save and stop within this time, 0 = SLURM's or none", 0)
     explicit: tuple = dataclasses.field(default=(), compare=False, repr=False, metadata=dict(kind="hidden"))
 
     def __post_init__(self):
@@ -326,7 +324,7 @@ def check_fit(c):
         (re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), "device", "expected auto, cpu, cuda or cuda:N"),
         (heads, "model_dim num_heads", multiple),
         (c.num_heads % c.num_kv_heads == 0, "num_heads num_kv_heads", multiple),
-        (heads and c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
+        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
          f"use an even number up to MODEL_DIM/NUM_HEADS = {c.model_dim / c.num_heads:g}"),
         (c.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it"),
         (c.ttt_freeze_blocks <= c.num_layers, "ttt_freeze_blocks num_layers", "lower the first"),
@@ -438,12 +436,11 @@ def save_tensors(path, state):
 
 
 def load_tensors(path):
-    """What save_tensors wrote, on the CPU, without running any code of the file. Raises ArtifactError if
-    damaged."""
+    """What save_tensors wrote, on the CPU, without running its code. Raises ArtifactError if damaged."""
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}: {READABLE}") from None
+        raise ArtifactError(f"{path}: {error.strerror}: {OTHER_FILE}") from None
     if len(blob) < 32 or hashlib.sha256(memoryview(blob)[:-32]).digest() != blob[-32:]:
         raise ArtifactError(f"{path}: checksum does not match: truncated, damaged or not ours: {OTHER_FILE}")
     try:
@@ -538,18 +535,20 @@ class Runtime:
         """Rank 0 locks RUN_DIR; with RESUME=never an earlier run moves into RUN_DIR/old_N."""
         if not self.is_main:
             return
+        checkpoints, number = self.dir / "checkpoint", 1
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if resume == "never" and (self.dir / "config.json").exists():
-                aside = next(path for n in itertools.count(1) if not (path := self.dir / f"old_{n}").exists())
+                while (aside := self.dir / f"old_{number}").exists():
+                    number += 1
                 aside.mkdir()
                 for item in self.dir.iterdir():
                     if item.name != "lock" and not item.name.startswith("old_"):
                         item.rename(aside / item.name)
-            (self.dir / "checkpoint").mkdir(exist_ok=True)
-            for unfinished in self.dir.glob("**/*.tmp"):  # of a killed process
+            checkpoints.mkdir(exist_ok=True)
+            for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
                 unfinished.unlink()
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
@@ -623,10 +622,12 @@ class Runtime:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def peak_mib(self):
-        """(allocated, reserved) MiB: of the GPU, or the process's peak resident memory on the CPU."""
+        """(allocated, reserved) MiB: of the GPU, or the process's peak resident memory on a Linux CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
+        status = Path("/proc/self/status")
+        peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+        return (int(peak[1]) >> 10 if peak else 0,) * 2
 
     def close(self):
         for file in filter(None, (self.log_file, self.events, self.lock)):
@@ -684,14 +685,16 @@ def pick_attention(device, dtype):
         return cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
     failures, sdpa = [], ("flash", "cudnn", "mem_efficient", "math")
     for chosen in ("flash_attention_3", *sdpa):
-        for name in sdpa:
-            getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == chosen)
         try:
-            attend = flash_attention_3(device) if chosen not in sdpa else sdpa_attention
+            if chosen in sdpa:
+                for name in sdpa:
+                    getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == chosen)
+            attend = sdpa_attention if chosen in sdpa else flash_attention_3(device)
             q, k = (torch.zeros(1, 64, heads, 64, device=device, dtype=dtype, requires_grad=True)
                     for heads in (2, 1))
             attend(q, k, k).float().sum().backward()
-            return attend, f"{chosen}: first that ran; not usable: {', '.join(failures) or 'none'}"
+            kind = "sdpa " * (chosen in sdpa)
+            return attend, f"{kind}{chosen}: first that ran; not usable: {', '.join(failures) or 'none'}"
         except Exception as error:
             failures.append(f"{chosen} ({type(error).__name__})")
     raise ConfigError(f"no attention backend runs forward and backward on {device}: tried "
@@ -735,8 +738,8 @@ def read_shard(path):
                         f"[{SHARD_MAGIC}, {SHARD_VERSION}]: download it again, or set DATA_PATH")
     expected = 4 * SHARD_HEADER + 2 * int(header[2])
     if header[2] <= 0 or size != expected:
-        raise DataError(f"{path}: {size} bytes, but its header promises {header[2]} tokens = {expected} "
-                        "bytes and at least one: truncated or over-long: download it again")
+        raise DataError(f"{path}: {size} bytes, expected {expected} for the {header[2]} tokens of its header "
+                        "(at least one): truncated or over-long: restore the shard or download it again")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
 
 
@@ -948,7 +951,8 @@ def build_demo_data(config, log):
             return
         begin = time.monotonic()
         log("demo_data: reading the English of the installed Python libraries (once, under a minute)")
-        texts, model = dict(zip(("train", "val"), demo_texts())), io.BytesIO()
+        texts = dict(zip(("train", "val"), demo_texts()))
+        model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for text in texts["train"] for line in text.split("\n") if line.strip()),
             model_writer=model, vocab_size=config.vocab_size, model_type="bpe", byte_fallback=True,
@@ -1846,15 +1850,15 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
 
 def decompress(body, compressor, size):
     """Exactly `size` bytes, or ArtifactError; never allocates more than that."""
+    raw, whole = b"", True
     try:
-        if compressor == "zstd":
-            whole = zstandard.frame_content_size(body) == size
-            raw = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
-                body, allow_extra_data=False) if whole else b""
-        else:
+        if compressor == "lzma":
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
             raw = unpacker.decompress(body, max_length=size + 1)
             whole = unpacker.eof and not unpacker.unused_data
+        elif zstandard.frame_content_size(body) == size:
+            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+            raw = unpacker.decompress(body, allow_extra_data=False)
     except (zstandard.ZstdError, lzma.LZMAError, MemoryError) as error:
         raise ArtifactError(f"artifact: the payload does not decompress ({error})") from None
     if not whole or len(raw) != size:
@@ -1915,12 +1919,13 @@ def read_artifact(blob):
         whole = header["config"].keys() == config.as_dict("arch", "eval").keys()
         if not whole or header.keys() != {"config", "tokenizer_sha256", "tensors"}:
             raise ConfigError("settings are missing or foreign")
-        if not isinstance(header["tokenizer_sha256"], str):
-            raise TypeError("tokenizer_sha256 is no text")
+        if type(header["tokenizer_sha256"]) is not str:
+            raise TypeError("tokenizer_sha256")
         table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
         check_table(config, table, raw_size - end)
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError,
-            OverflowError) as error:
+    except ArtifactError:
+        raise
+    except Exception as error:  # a stranger's JSON may hold anything
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
     return config, table, raw, end, header["tokenizer_sha256"]
@@ -2177,12 +2182,12 @@ class Evaluation:
                 hidden = hidden + self.slot_shift(hidden, targets, windows)
         places = [np.arange(i * length + first - start, (i + 1) * length)
                   for i, (start, first, _) in enumerate(windows)]
-        out, flat = [], self.runtime.to_device(np.concatenate(places))
-        for part in flat.split(8192):
+        out, flat = [], np.concatenate(places)
+        for at in np.split(flat, range(8192, len(flat), 8192)):
+            part = self.runtime.to_device(at)
             with self.runtime.autocast():
                 logps = log_probs(self.model.logits(hidden.flatten(0, 1)[part]))
             out.append(-logps.gather(1, targets.flatten()[part, None])[:, 0])
-            at = part.cpu().numpy()
             self.observer.scored(np.array(starts)[at // length] + at % length, logps, out[-1])
         return [x.double().sum() for x in torch.cat(out).split([len(p) for p in places])]
 
@@ -2318,9 +2323,9 @@ class Recorder(Observer):
                 self.state_entering[self.order[-1]] = state_hash(evaluation)
         else:
             end = item[1] + item[3] * evaluation.config.eval_seq_len
+            scored = evaluation.all_coverage()[item[1]:end].all()
             upcoming = [i for i in evaluation.work[evaluation.cursor + 1:] if i[0] == "score"][:1]
-            ahead = any(end > windows[low][1] for _, low, _ in upcoming)
-            self.trained_ahead |= ahead or not evaluation.all_coverage()[item[1]:end].all()
+            self.trained_ahead |= not scored or any(end > windows[low][1] for _, low, _ in upcoming)
 
     def after_item(self, evaluation, item):
         self.sums.append(float(evaluation.meter.nll))
@@ -2382,14 +2387,14 @@ class Audit:
         for k in places:
             recorder, _ = self.run(self.changed(self.short, k + 1), last_target=k)
             ahead += [k] if not torch.equal(recorder.nll[:k], base.nll[:k]) else []
-        self.check("C1 future_flip", not ahead, f"{len(places)} places, tokens after each replaced; differ: "
-                                                f"{ahead[:5]}")
+        self.check("C1 future_flip", not ahead,
+                   f"{len(places)} places, tokens after each replaced; differ: {ahead[:5]}")
         for t in places[:: max(1, len(places) // 6)]:
             recorder, _ = self.run(self.changed(self.short, t + 1, t + 2), last_target=t, keep=[t])
             found = recorder.keep[t]
             own += [t] if found and not torch.equal(found[0], base.keep[t][0]) else []
-        self.check("C1 own_token", not own, "log-probabilities at t do not depend on token t; differ: "
-                                            f"{own[:5]}")
+        self.check("C1 own_token", not own,
+                   f"log-probabilities at t do not depend on token t; differ: {own[:5]}")
 
     def boundary(self):
         """A document's first position takes nothing from its predecessor in the smear gate."""
@@ -2404,38 +2409,36 @@ class Audit:
         self.check("C1 bos_resets", passed, "the state at BOS does not depend on the token before it")
 
     def normalisation(self):
-        short = self.short
+        short, vocab = self.short, self.config.vocab_size
         recorder, evaluation = self.run(short, keep=self.random.integers(0, short.num_targets, 64))
         found = {t: row for t, row in recorder.keep.items() if row}
         worst = max((abs(float(torch.logsumexp(lp.double(), 0))) for lp, _ in found.values()), default=0.0)
-        vocab = self.config.vocab_size
         whole = all(torch.isfinite(lp).all() and len(lp) == vocab for lp, _ in found.values())
-        self.check("C2 normalised", whole and worst < 1e-4, f"{len(found)} positions, worst |logsumexp| "
-                                                            f"{worst:.2e}")
+        self.check("C2 normalised", whole and worst < 1e-4,
+                   f"{len(found)} positions, worst |logsumexp| {worst:.2e}")
         entries = all(-float(lp[int(short.tokens[t + 1])]) == nll for t, (lp, nll) in found.items())
         counted, _, num_bytes, _ = evaluation.meter.row()
         entries &= math.isclose(counted, recorder.total, rel_tol=1e-9)
         entries &= num_bytes == int(short.bytes[recorder.times > 0].sum(dtype=np.int64))
-        self.check("C2 nll_is_entry", entries, "the counted nll is minus the log-probabilities, the bytes "
-                                               "the targets'")
+        self.check("C2 nll_is_entry", entries,
+                   "the counted nll is minus the log-probabilities, the bytes the targets'")
 
     def order(self):
         ttt, chunk = self.config.ttt_enabled, self.config.ttt_chunk_tokens
         stream = self.long if ttt else self.short
         edge = chunk if ttt and stream.num_targets > chunk else stream.num_targets // 2
         base, evaluation = self.run(stream, ttt, hash_state=True)
-        self.check("C3 state_unchanged", not base.score_changed_state, "weights, buffers, optimiser around "
-                                                                       "scoring")
-        self.check("C3 trained_is_scored", not base.trained_ahead, "each trained token precedes the next to "
-                                                                   "be scored")
+        self.check("C3 state_unchanged", not base.score_changed_state,
+                   "weights, buffers, optimiser around scoring")
+        self.check("C3 trained_is_scored", not base.trained_ahead,
+                   "each trained token precedes the next to be scored")
         twin, _ = self.run(self.changed(stream, edge + 1), ttt, hash_state=True)
         same = torch.equal(twin.nll[:edge], base.nll[:edge])
         same &= all(state == twin.state_entering.get(first)
                     for first, state in base.state_entering.items() if first <= edge)
         self.check("C3 twin_run", same, f"targets from {edge} on replaced: earlier scores and state the same")
         seen = self.runtime.comm.gather_rows(base.times).sum(0)
-        # what the meter says and what was seen
-        once = bool(((evaluation.all_coverage() == 1) & (seen == 1)).all())
+        once = ((evaluation.all_coverage() == 1) & (seen == 1)).all()  # by the meter, and as seen here
         self.check("C4 coverage", once, f"{stream.num_targets} targets, each scored once")
         ordered = base.order == sorted(base.order) and base.sums == sorted(base.sums)
         self.check("C4 single_pass", ordered, f"{len(base.order)} rounds in order, sums only grow")
@@ -2556,8 +2559,8 @@ class Trainer:
         way."""
         self.load()
         self.warm_up()
-        every, self.mark = self.config.val_loss_every, time.monotonic()
-        self.checkpointed = self.mark
+        every = self.config.val_loss_every
+        self.mark = self.checkpointed = time.monotonic()
         try:
             while True:
                 done = self.step >= self.config.iterations or self.out_of_time()
@@ -2587,7 +2590,8 @@ class Trainer:
         config, runtime, step = self.config, self.runtime, self.step
         scale = lr_scale(config, step, self.seconds)
         self.set_rates(scale)
-        loss, now = self.accumulate(step, self.stream), time.monotonic()
+        loss = self.accumulate(step, self.stream)
+        now = time.monotonic()
         due = config.checkpoint_seconds and now - self.checkpointed > config.checkpoint_seconds
         loss, stop, due, elapsed = self.comm.agree(
             loss, runtime.wants_stop(2 * self.seconds / max(1, step)), runtime.is_main and bool(due),
@@ -2616,7 +2620,7 @@ class Trainer:
     def accumulate(self, step, stream):
         """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
         config, runtime, length = self.config, self.runtime, self.config.train_seq_len
-        first, total, rounds = self.comm.rank * self.share, 0.0, self.share // self.micro
+        first, rounds, total = self.comm.rank * self.share, self.share // self.micro, 0.0
         span = stream.take(config.train_batch_tokens, first * length, (first + self.share) * length)
         self.model.zero_grad()
         self.model.train()
@@ -2629,10 +2633,10 @@ class Trainer:
                     loss = loss / (rounds * self.comm.world)
                 loss.backward()
             except OUT_OF_MEMORY:
-                raise ResourceError("out of memory in training with "
-                                    f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: run the same command "
-                                    "with MICRO_BATCH_TOKENS="
-                                    f"{max(self.micro * length // 2, length)}") from None
+                smaller = max(self.micro * length // 2, length)
+                raise ResourceError("out of memory in training with MICRO_BATCH_TOKENS="
+                                    f"{config.micro_batch_tokens}: run the same command with "
+                                    f"MICRO_BATCH_TOKENS={smaller}") from None
             total = total + loss.detach()
         return float(total)
 
@@ -2760,10 +2764,12 @@ ARTIFACT_NAME, FLOAT_NAME = "final_model.int6.ptz", "final_model.pt"
 def load_weights(path):
     """(Config, state_dict, tokenizer sha256) of an artifact or a float checkpoint. Raises ArtifactError."""
     try:
-        blob = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            head = file.read(len(ARTIFACT_MAGIC))
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}: {READABLE}") from None
-    if blob.startswith(ARTIFACT_MAGIC):
+    if head == ARTIFACT_MAGIC:
+        blob = Path(path).read_bytes()
         try:
             return *unpack_artifact(blob), read_artifact(blob)[4]
         except ArtifactError as error:
@@ -2780,10 +2786,10 @@ def load_weights(path):
 
 
 def score_label(config):
-    """Name of the last score: what adapts, and whether that is legal; empty without adaptation."""
-    adapts = ["ttt"] * config.ttt_enabled + [f"slot_{config.slot}"] * (config.slot != "off")
-    legal = ["illegal"] if config.slot == "published" else ["legal"] * config.ttt_enabled
-    return "_".join(legal + adapts)
+    """Name of the last score: what adapts, and whether that is legal; empty if nothing adapts."""
+    legal = "illegal" if config.slot == "published" else "legal" if config.ttt_enabled else ""
+    slot = f"slot_{config.slot}" if config.slot != "off" else ""
+    return "_".join(filter(None, (legal, "ttt" * config.ttt_enabled, slot)))
 
 
 class Run:
@@ -2795,16 +2801,22 @@ class Run:
         self.source = Path(config.eval_only or self.path / ARTIFACT_NAME)
         self.model, self.results = None, {"scores": {}}
 
-    def done(self, phase, holds):
-        """Whether a phase has left its result already, as rank 0 sees it; says so."""
-        done = self.runtime.comm.agree(self.runtime.is_main and holds)[0] > 0
+    def holds(self, test):
+        """What test() says on rank 0, the one that is sure to see what it wrote."""
+        return self.runtime.comm.agree(self.runtime.is_main and test())[0] > 0
+
+    def done(self, phase, test):
+        """Whether a phase has left its result already, by test() on rank 0."""
+        done = self.holds(test)
         if done:
             self.log(f"phase_done:{phase} found in {self.path}")
         return done
 
     def prepare(self):
         """Load the data, compare with the run in RUN_DIR, log and write what a rerun needs to agree on."""
-        config, log = self.config, self.log
+        config, log, path = self.config, self.log, self.path / "config.json"
+        if config.resume == "must" and not self.holds(path.exists):
+            raise ConfigError(f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto")
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
                 build_demo_data(config, log)
@@ -2815,9 +2827,12 @@ class Run:
         self.val = ValStream.load(config, load_token_bytes(config, tokenizer_sha256))
         f, differs = self.val.fingerprint, config.differences()
         if self.runtime.is_main:
-            self.compare(self.path / "config.json", dict(
-                preset=config.preset, hash=config.hash(), val_sha256=f["val_sha256"], config=config.as_dict(),
-                differs=differs))
+            run = dict(preset=config.preset, hash=config.hash(), val_sha256=f["val_sha256"],
+                       config=config.as_dict(), differs=differs)
+            if path.exists():
+                self.take_up(json.loads(path.read_text()), run)
+            write_json(path, run)
+            (self.path / "STOPPED").unlink(missing_ok=True)
         self.write_manifest()
         for name, value in config.as_dict().items():
             log(f"config:{name}={value}{' *' if name in differs else ''}")
@@ -2832,25 +2847,18 @@ class Run:
         steps = [int(path.stem[5:]) for path in (self.path / "checkpoint").glob("step_*.pt")]
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
-    def compare(self, path, new):
-        """Write config.json, go on with the scores that are there. Raises ConfigError when RUN_DIR holds a
-        run of other settings or data, or none where there must be one."""
-        if path.exists():
-            old = json.loads(path.read_text())
-            names = ["eval_only", *self.config.as_dict("arch", "train", "eval")]
-            before, now = ({**{n: run["config"].get(n) for n in names}, "validation": run["val_sha256"]}
-                           for run in (old, new))
-            differ = "; ".join(f"{name.upper()}: {before[name]!r} -> {value!r}"
-                               for name, value in now.items() if before[name] != value)
-            if differ:
-                raise ConfigError(f"{self.path} holds a run of other settings or data: {differ}: use the "
-                                  "same to resume it, set another RUN_ID, or RESUME=never to keep it aside")
-            with contextlib.suppress(FileNotFoundError):
-                self.results = json.loads((self.path / "scores.json").read_text())
-        elif self.config.resume == "must":
-            raise ConfigError(f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto")
-        write_json(path, new)
-        (self.path / "STOPPED").unlink(missing_ok=True)
+    def take_up(self, old, new):
+        """Go on with the scores of an earlier run. Raises ConfigError when it had other settings or data."""
+        names = ["eval_only", *self.config.as_dict("arch", "train", "eval")]
+        before, now = ({name: run["config"].get(name) for name in names} for run in (old, new))
+        before["validation"], now["validation"] = old.get("val_sha256"), new["val_sha256"]
+        differ = "; ".join(f"{name.upper()}: {before[name]!r} -> {value!r}"
+                           for name, value in now.items() if before[name] != value)
+        if differ:
+            raise ConfigError(f"{self.path} holds a run of other settings or data: {differ}: use the same to "
+                              "resume it, set another RUN_ID, or RESUME=never to keep it aside")
+        with contextlib.suppress(FileNotFoundError):
+            self.results = json.loads((self.path / "scores.json").read_text())
 
     def write_manifest(self):
         if not self.runtime.is_main:
@@ -2871,12 +2879,12 @@ class Run:
         write_json(self.path / "manifest.json", manifest)
 
     def train(self):
-        if not self.done("train", self.weights.exists()):
+        if not self.done("train", self.weights.exists):
             train(self.config, self.runtime, self.val, self.weights)
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
-        if self.done("pack", self.source.exists()):
+        if self.done("pack", self.source.exists):
             return
         code, log, config = CODE_PATH.stat().st_size, self.log, self.config
         weights = load_tensors(self.weights)["state_dict"]
@@ -2905,12 +2913,15 @@ class Run:
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
         config, path, begin = self.config, self.path / "audit.json", time.monotonic()
-        if not self.source.exists():
-            raise ConfigError(f"MODE=audit needs an artifact: {self.source} does not exist; set "
-                              "EVAL_ONLY=path")
+        if not self.holds(self.source.exists):
+            raise ConfigError(f"MODE=audit: {self.source} does not exist: set EVAL_ONLY=path")
         seal = f"{sha256_file(self.source)}/{config.hash()}"
-        old = json.loads(path.read_text()) if path.exists() and config.mode == "train" else {}
-        if self.done("audit", old.get("seal") == seal and old["passed"]):
+
+        def passed_before():
+            old = json.loads(path.read_text()) if path.exists() and config.mode == "train" else {}
+            return old.get("seal") == seal and old["passed"]
+
+        if self.done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
         checks = audit(self.model_of(self.source), self.val, config, self.runtime)
@@ -2920,8 +2931,7 @@ class Run:
         self.runtime.event("audit", passed=not failed)
         self.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in {seconds:.1f} s")
         if failed:
-            raise LegalityError(f"the audit failed: {', '.join(failed)}: this configuration's score is not "
-                                "legal")
+            raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
@@ -2930,21 +2940,21 @@ class Run:
         jobs = [] if c.eval_only else [("pre_quant", self.weights, c.eval_seq_len, False, "off")]
         jobs += [(f"{prefix}_roundtrip", source, c.eval_seq_len, False, "off"),
                  (f"{prefix}_sliding_window", source, c.eval_stride, False, "off")]
-        if score_label(c) not in ("", "legal"):
+        if score_label(c):
             jobs.append((score_label(c), source, c.eval_stride, c.ttt_enabled, c.slot))
         for label, path, stride, ttt, slot in jobs:
-            if not self.done(label, label in scores):
-                self.record(stride, evaluate(
-                    self.model_of(path), self.val, c, self.runtime, stride, ttt=ttt, slot=slot, label=label,
-                    state_path=self.path / "checkpoint" / f"eval_{label}.pt",
-                    identity=f"{sha256_file(path)}/{c.hash()}"))
+            if not self.done(label, lambda: label in scores):
+                score = evaluate(self.model_of(path), self.val, c, self.runtime, stride, ttt=ttt, slot=slot,
+                                 label=label, state_path=self.path / "checkpoint" / f"eval_{label}.pt",
+                                 identity=f"{sha256_file(path)}/{c.hash()}")
+                self.record(score, stride)
         if self.runtime.is_main:
             self.write_results(finished=True)
             self.summarise()
         self.runtime.event("done")
         self.log(f"run_finished {self.path}")
 
-    def record(self, stride, score):
+    def record(self, score, stride):
         """Log a score and add it to scores.json."""
         log, name, mark = self.log, score.label, "" if score.legal else " legality:illegal"
         at = f" stride:{stride}" if name.endswith("sliding_window") else ""
@@ -3004,13 +3014,12 @@ def reported_errors(runtime):
             runtime.comm.barrier()  # all ranks leave together
         leave(runtime, stop.code)
     except BaseException as error:
-        known = isinstance(error, GolfError)
-        message = str(error) if known else f"{type(error).__name__}: {error}"
-        code = error.code if known else 1
+        code, message, shown = 1, f"{type(error).__name__}: {error}", traceback.format_exc()
+        if isinstance(error, GolfError):
+            code, message, shown = error.code, str(error), f"error: {error}"
         runtime.event("error", code=code, message=message)
         runtime.append(runtime.log_file, f"error: {message}")
-        for line in [f"error: {error}"] if known else traceback.format_exc().splitlines():
-            print(f"{rank}{line}", file=sys.stderr, flush=True)
+        print("\n".join(f"{rank}{line}" for line in shown.splitlines()), file=sys.stderr, flush=True)
         leave(runtime, code)
 
 
@@ -3020,7 +3029,9 @@ def leave(runtime, code):
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     sys.stdout.flush()
-    os._exit(code) if runtime.comm.world > 1 else sys.exit(code)
+    if runtime.comm.world > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 def main():

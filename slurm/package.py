@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,11 +53,12 @@ class PackageError(Exception):
 # Python's own compressors leave train_gpt.py above 31 kB. A text model that predicts each character from
 # the ones before it leaves 29 kB, and its decoder is short enough to travel with the text.
 # ----------------------------------------------------------------------------------------------------
-# Interpolated Kneser-Ney smoothing (Chen & Goodman 1998) over contexts of 0 to 12 characters; D holds order and
-# discount of each. A context is [discounted count by character, total, mass that the discounts leave to
-# shorter contexts], and learns a character only where no longer one knew it. pick() chooses the next character
-# from all (character, frequency of 2^32), likely ones first. The stub has these lines as they stand, hence
-# their terse layout. Doubles are IEEE wherever PyTorch runs, so both sides compute the same frequencies.
+# Interpolated Kneser-Ney smoothing (Chen & Goodman 1998) over contexts of 0 to 12 characters: t the text, k
+# the known contexts, D order and discount of each, f those found for the next character, from the shortest.
+# A context is [discounted count by character, total, mass that the discounts leave to shorter ones], and
+# learns a character only where no longer one knew it. pick() chooses from all (character, frequency of
+# 2^32), likely ones first. The stub has these lines as they stand, hence their terse layout. Doubles are
+# IEEE wherever PyTorch runs, so both sides compute the same frequencies.
 MODEL = """\
 def grow(size,pick):
  D=(0,.36),(1,.68),(2,.78),(3,.8),(4,.8),(5,.85),(6,.9),(8,.77),(12,.69)
@@ -128,14 +130,14 @@ def minify(source):
     starts = [0, *itertools.accumulate(map(len, text.splitlines(True)))]
     tokens = [(tokenize.tok_name[t.type], *(starts[row - 1] + column for row, column in (t.start, t.end)))
               for t in tokenize.generate_tokens(io.StringIO(text).readline)]
-    out, depth, formatted, first = [], 0, 0, 0
+    out, depth, nesting, start = [], 0, 0, 0
     for name, low, high in tokens:
-        formatted += (name == "FSTRING_START") - (name == "FSTRING_END")  # Python 3.12 splits f-strings up
-        if name == "FSTRING_START" and formatted == 1:
-            first = low
-        if formatted or name in ("NL", "ENDMARKER"):
+        nesting += (name == "FSTRING_START") - (name == "FSTRING_END")  # Python 3.12 splits f-strings up
+        if name == "FSTRING_START" and nesting == 1:
+            start = low
+        if nesting or name in ("NL", "ENDMARKER"):
             continue
-        low = first if name == "FSTRING_END" else low
+        low = start if name == "FSTRING_END" else low
         depth += (name == "INDENT") - (name == "DEDENT")
         if name in ("INDENT", "DEDENT"):
             continue
@@ -143,7 +145,7 @@ def minify(source):
         before = out[-1] if out else "\n"
         if before == "\n":
             out.append(" " * depth)
-        elif (before + part).isidentifier() or before[-1:].isalnum() and part[:1].isalnum():
+        elif re.fullmatch(r"\w\w", before[-1:] + part[:1]):
             out.append(" ")
         out.append(part)
     return "".join(out).encode("ascii", "backslashreplace").decode()
@@ -185,7 +187,8 @@ def pack(source):
     with contextlib.suppress(SyntaxError):
         if ast.dump(ast.parse(unpack(packed))) == ast.dump(without_docstrings(ast.parse(source))):
             return packed
-    raise PackageError("the packed script does not unpack to its source: only ASCII names can be packed")
+    raise PackageError("the packed script does not unpack to its source (it has names beyond ASCII, or this "
+                       "is a defect of package.py)")
 
 
 def unpack(packed):

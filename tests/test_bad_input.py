@@ -203,7 +203,7 @@ def test_a_directory_without_shards_is_answered_likewise(place, split):
 def damage(path, how):
     """Damage a shard; returns what the error must tell of it."""
     blob, header = path.read_bytes(), np.fromfile(path, "<i4", 256)
-    promised = f"header promises {header[2]} tokens"
+    promised = f"the {header[2]} tokens of its header"
     if how in ("magic", "version"):
         header[1 if how == "version" else 0] += 1
         path.write_bytes(header.tobytes() + blob[1024:])
@@ -382,7 +382,7 @@ def test_a_change_of_place_or_pace_is_no_changed_configuration(place):
     begin(place)
     copied = place.folder / "copied"
     shutil.copytree(place.data, copied)
-    place.refused(CONFIGURATION, "MODE=audit needs", mode="audit", micro_batch_tokens=512, train_log_every=2,
+    place.refused(CONFIGURATION, "MODE=audit: ", mode="audit", micro_batch_tokens=512, train_log_every=2,
                   checkpoint_every=1, data_path=copied, tokenizer_path=copied / "tokenizer.model",
                   resume="must", rewritten=["config.json", "manifest.json"])
 

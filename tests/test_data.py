@@ -51,9 +51,9 @@ def test_a_written_shard_has_the_challenges_bytes(shard):
 @pytest.mark.parametrize("content,found", [
     (shard_bytes(magic=20240521), "[20240521, 1]"),
     (shard_bytes(version=2), "[20240520, 2]"),
-    (shard_bytes(promised=6), "1034 bytes, but its header promises 6 tokens = 1036 bytes"),
-    (shard_bytes(promised=4), "1034 bytes, but its header promises 4 tokens = 1032 bytes"),
-    (shard_bytes()[:-1], "1033 bytes, but its header promises 5 tokens = 1034 bytes"),
+    (shard_bytes(promised=6), "1034 bytes, expected 1036 for the 6 tokens of its header"),
+    (shard_bytes(promised=4), "1034 bytes, expected 1032 for the 4 tokens of its header"),
+    (shard_bytes()[:-1], "1033 bytes, expected 1034 for the 5 tokens of its header"),
     (shard_bytes() + b"\0", "1035 bytes"),
     (shard_bytes(promised=-1, tokens=[]), "-1 tokens"),
     (shard_bytes(promised=0, tokens=[]), "0 tokens"),
