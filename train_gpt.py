@@ -110,8 +110,7 @@ eval_opt, run_opt = functools.partial(opt, "eval"), functools.partial(opt, "run"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of a run. Raises ConfigError when a value has the wrong type, is out of range or does not
-    fit."""
+    """All settings of a run. Raises ConfigError for a wrong type, range or combination."""
     preset: str = run_opt("nfm_7k", "named set of differences from the defaults")
     # architecture
     vocab_size: int = arch_opt(1024, "tokenizer pieces", 8, 65536)
@@ -229,8 +228,7 @@ class Config:
 
     @classmethod
     def from_env(cls, environ):
-        """Explicit variable > PRESET > default. Raises ConfigError, naming near misses, for what it cannot
-        use."""
+        """Explicit variable > PRESET > default. Raises ConfigError, also for near misses of a name."""
         names = {field.name.upper(): field for field in config_fields()}
         for name in sorted(environ.keys() - names):
             near = difflib.get_close_matches(name.upper(), names, 1, 0.86)
@@ -348,8 +346,7 @@ BASE = dict(nfm_enabled=False, eval_seq_len=2048)
 LONG = dict(BASE, iterations=20000, warmdown_iters=12000, warmdown_shape="cosine", embed_bits=6)
 # What #1166 and #1150 share and #1170 does not have.
 VE128 = dict(BASE, gated_attention=False, value_residual=False, xsa_last_n=4, bigram_vocab_size=1536,
-             ve_dim=128,
-             swa_enabled=True, late_qat_threshold=0.15, compressor="lzma")
+             ve_dim=128, swa_enabled=True, late_qat_threshold=0.15, compressor="lzma")
 TTT_LINEAR = dict(VE128, e2e_ttt_enabled=True, flow_enabled=True, iterations=7185, warmdown_iters=4311,
                   ttt_enabled=False)
 PRESETS = {
@@ -594,8 +591,7 @@ class Runtime:
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One whole line in one write, also from the thread that saves; a full disk costs the line, not the
-        run."""
+        """One line in one write, also from the saving thread; a full disk costs the line, not the run."""
         try:
             if file:
                 file.write(f"{line}\n".encode())
@@ -661,8 +657,7 @@ def device_name(device):
 
 def keep_large_blocks():
     """Let glibc keep freed blocks: training frees and takes the same hundreds of megabytes each step, and
-    fresh pages from the kernel cost more than the arithmetic on them (M_MMAP_MAX=0, M_TRIM_THRESHOLD=2 GB,
-    one arena)."""
+    fresh pages from the kernel cost more than the arithmetic on them (no mmap, trim at 2 GB, one arena)."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
@@ -827,8 +822,7 @@ class TokenBytes:
         return self.base[target_ids] + (self.spaced[target_ids] & ~self.silent[prev_ids])
 
     def check(self, ids):
-        """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError if it
-        differs."""
+        """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError."""
         ids = np.asarray(ids, np.int64)
         start = int(np.argmin(self.is_byte[ids]))  # not inside a character
         edges = sorted({start, *np.flatnonzero(self.silent[ids]).tolist(), len(ids)})
@@ -851,8 +845,7 @@ class TokenBytes:
 
 
 class ValStream:
-    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint that tells which split
-    it is."""
+    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split."""
 
     def __init__(self, tokens, token_bytes):
         self.tokens, self.num_targets, self.token_bytes = tokens, len(tokens) - 1, token_bytes
@@ -910,8 +903,7 @@ def english_of(path):
 
 
 def demo_texts():
-    """(train, val) lists of one text per module: the English of the installed standard library and
-    dependencies."""
+    """(train, val) lists of one text per module: the English of the installed Python libraries."""
     site, stdlib = Path(torch.__file__).parent.parent, Path(sysconfig.get_paths()["stdlib"])
     paths, seen, texts = [], set(), ([], [])
     for root in (stdlib, *(site / name for name in ("torch", "numpy", "sentencepiece", "zstandard"))):
@@ -934,8 +926,7 @@ def demo_texts():
 
 
 def build_demo_data(config, log):
-    """Build the demo's tokenizer and shards unless they exist; one process at a time. The same data each
-    time."""
+    """Build the demo's tokenizer and shards unless they exist; one process at a time, always the same."""
     data, tokenizer = Path(config.data_path), Path(config.tokenizer_path)
     try:
         for folder in (data, tokenizer.parent):
@@ -1073,8 +1064,7 @@ def rotate_(x, cos, sin):
 
 
 class ExclusiveAttention(torch.autograd.Function):
-    """XSA: subtract from each head's output its component along the token's own value. y (B, T, H, d), v (B,
-    T, K, d)."""
+    """XSA: each head's output y (B, T, H, d) less its part along the own value v (B, T, K, d)."""
 
     @staticmethod
     def forward(ctx, y, v):
@@ -1158,8 +1148,7 @@ class Linear(Quantizable, nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x, scale=None):
-        """`scale` (outputs, 1) or a number multiplies the weight: cheaper than scaling every token's
-        output."""
+        """`scale` (outputs, 1) or a number multiplies the weight: cheaper than scaling each output."""
         weight = self.effective_weight()
         return F.linear(x, weight if scale is None else weight * scale, self.bias)
 
@@ -1173,8 +1162,7 @@ class Embedding(Quantizable, nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with q/k norm, partial RoPE, query gain, value residual, XSA and a per-head
-    gate."""
+    """Grouped-query attention with q/k norm, partial RoPE, query gain, value residual, XSA, per-head gate."""
 
     def __init__(self, config, layer, attend):
         super().__init__()
@@ -1243,8 +1231,7 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def rows(self, ids):
-        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1) in int32; position 0 takes the
-        last row."""
+        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1), int32; position 0 takes the last."""
         t, last = ids.int(), self.embed.num_embeddings - 1
         pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last
         return F.pad(pair, (1, 0), value=last)
@@ -1309,9 +1296,8 @@ class NativeFlowMatcher(nn.Module):
     def tau(self, t):
         """Time embedding (..., hidden) of t (...) in [0, 1]."""
         half = self.inp.in_features // 2
-        angle = t[...,
-                  None] * torch.exp(-math.log(10000.0) / half
-                                    * torch.arange(half, device=t.device, dtype=t.dtype))
+        place = torch.arange(half, device=t.device, dtype=t.dtype)
+        angle = t[..., None] * torch.exp(-math.log(10000.0) / half * place)
         return F.gelu(self.time(torch.cat([angle.cos(), angle.sin()], -1)))
 
     def velocity(self, x, t):
@@ -1322,8 +1308,7 @@ class NativeFlowMatcher(nn.Module):
         return x + torch.sigmoid(self.gate).to(x.dtype) * self.velocity(x, one)
 
     def flow_loss(self, x, noise):
-        """Mean squared error of the velocity at a random time; x (B, T, D) without gradient, noise (B, T, D +
-        1) normal."""
+        """Mean squared error of the velocity at random times; x (B, T, D) detached, noise (B, T, D + 1)."""
         z, t = noise[..., :-1], torch.special.ndtr(noise[..., -1])  # the normal's own CDF makes t uniform
         x_t = (1 - t[..., None]) * z + t[..., None] * x
         return (self.velocity(x_t.to(x.dtype), t) - (x - z)).float().square().mean()
@@ -1344,9 +1329,8 @@ class TTTLinear(nn.Module):
         self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, dim) for _ in range(4))
         self.w = nn.Parameter(0.02 * torch.randn(heads, width, width))
         self.b = nn.Parameter(torch.zeros(heads, 1, width))
-        self.ln_gain, self.ln_bias = nn.Parameter(torch.ones(heads, 1,
-                                                             width)), nn.Parameter(torch.zeros(heads, 1,
-                                                                                               width))
+        self.ln_gain = nn.Parameter(torch.ones(heads, 1, width))
+        self.ln_bias = nn.Parameter(torch.zeros(heads, 1, width))
         self.norm = nn.LayerNorm(dim)
         self.gate = nn.Parameter(torch.tensor(-5.0))
         self.heads, self.mini_batch = heads, config.e2e_ttt_mini_batch
@@ -1497,9 +1481,8 @@ class GPT(nn.Module):
 
 
 def flow_noise(config, step, first, count, device):
-    """Normal draws (count, T, D + 1) of the step's sequences [first, first + count): a function of seed, step
-    and sequence alone, hence the same at any number of ranks and after a resume; None where nothing uses
-    them."""
+    """Normal draws (count, T, D + 1) of the step's sequences [first, first + count): a function
+    of seed, step and sequence alone, hence the same at any number of ranks and after a resume, or None."""
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
     generator = torch.Generator(device)
@@ -1518,8 +1501,7 @@ def flow_noise(config, step, first, count, device):
 # arithmetic.
 # ============================================================================================================
 def newton_schulz(matrices, steps, dtype):
-    """Approximate the nearest semi-orthogonal matrix of each of (N, r, c) by the quintic iteration of Jordan
-    et al. 2024."""
+    """Nearly the nearest semi-orthogonal matrices of (N, r, c): quintic iteration of Jordan et al. 2024."""
     x = matrices.to(dtype)
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
@@ -1584,8 +1566,7 @@ class Muon:
         return sum(grad.float().square().sum() for grad in self.grads)
 
     def step(self, scale=1.0, meanwhile=lambda: None):
-        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs while the last all-gather is under
-        way."""
+        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs during the last all-gather."""
         waiting = None
         for i, params in enumerate(self.stacks):
             update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i]).mul_(self.factors[i])
@@ -1649,8 +1630,7 @@ def build_optimizers(model, config, comm=None):
         [dict(params=list(groups["embed"].values()), base_lr=config.embed_lr),
          dict(params=list(groups["scalar"].values()), base_lr=config.scalar_lr)],
         lr=config.scalar_lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=True)
+        weight_decay=config.weight_decay, fused=True)
     held = [p for stack in muon.stacks for p in stack] + [p for g in adamw.param_groups for p in g["params"]]
     times = Counter(map(id, held))
     wrong = [name for name, p in model.named_parameters() if times[id(p)] != 1]
@@ -1698,8 +1678,7 @@ def momentum_at(config, step):
 
 
 class WeightAverage:
-    """EMA of the weights in float32 each step, and the mean of late snapshots (SWA) of it; both stay on the
-    device."""
+    """EMA of the weights in float32 each step, and the mean of late snapshots of it (SWA), on the device."""
 
     def __init__(self, params, config):
         self.params, self.config, self.snapshots = list(params), config, 0
@@ -1757,8 +1736,7 @@ ITEM_TYPES = {"int5": np.int8, "int6": np.int8, "int8": np.int8, "fp16": np.floa
 
 
 def scheme_of(name, shape, config, int5_layers=()):
-    """How the artifact stores a tensor: fp32 for control scalars, fp16 for small ones, intN per row for
-    matrices."""
+    """How the artifact stores a tensor: fp32 for control scalars, fp16 if small, else intN per row."""
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
         return "fp32"
     if len(shape) > 2 or math.prod(shape) <= HALF_LIMIT:
@@ -1789,8 +1767,8 @@ def quantize_rows(weight, bits):
         error = (codes * scale.float() - w).square().sum(1, keepdim=True)
         if best is not None:
             better = error < best[0]
-            error, codes, scale = (torch.where(better, new, old) for new,
-                                   old in zip((error, codes, scale), best))
+            error, codes, scale = (torch.where(better, new, old)
+                                   for new, old in zip((error, codes, scale), best))
         best = error, codes, scale
     return best[1].to(torch.int8), best[2]
 
@@ -1891,8 +1869,7 @@ def unpack_artifact(blob):
 
 
 def read_artifact(blob):
-    """(Config, table of [name, shape, scheme], raw payload, offset of the tensors, tokenizer sha256), all
-    checked."""
+    """(Config, [(name, shape, scheme)], raw payload, offset of tensors, tokenizer sha256), all checked."""
     if len(blob) < ARTIFACT_HEAD.size:
         raise ArtifactError(f"artifact: {len(blob)} bytes are less than its head: truncated or not an "
                             "artifact")
@@ -1932,8 +1909,7 @@ def read_artifact(blob):
 
 
 def check_table(config, table, data_bytes):
-    """Names and shapes must be exactly the architecture's, schemes known, sizes add up. Raises
-    ArtifactError."""
+    """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
     found = {name: shape for name, shape, _ in table}
@@ -2020,8 +1996,7 @@ def log_probs(logits):
 
 
 class Meter:
-    """float64 sums of nll and bytes on this rank. Raises LegalityError when a target comes twice or out of
-    order."""
+    """float64 sums of nll and bytes on this rank. Raises LegalityError for a target twice or out of order."""
 
     def __init__(self, num_targets, device):
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
@@ -2289,8 +2264,7 @@ class Evaluation:
 
 
 def evaluate(model, stream, config, runtime, stride=None, **options):
-    """Score a validation stream; stride EVAL_STRIDE by default, EVAL_SEQ_LEN for non-overlapping windows. See
-    Evaluation."""
+    """Score a validation stream by Evaluation; EVAL_SEQ_LEN as stride means non-overlapping windows."""
     return Evaluation(model, stream, config, runtime, stride or config.eval_stride, **options).run()
 
 
@@ -2445,8 +2419,7 @@ class Audit:
 
 
 def audit(model, stream, config, runtime):
-    """[{"name", "passed", "detail"}] for conditions C1 to C4 on a slice of `stream`, by the configured
-    evaluation."""
+    """[{"name", "passed", "detail"}] for C1 to C4 on a slice of `stream`, by the configured evaluation."""
     checker = Audit(model, stream, config, runtime)
     for part in (checker.causality, checker.boundary, checker.normalisation, checker.order):
         try:
@@ -2463,8 +2436,7 @@ def audit(model, stream, config, runtime):
 # one bit for bit.
 # ============================================================================================================
 class Saver:
-    """Writes checkpoints on a thread, so that training waits only for the copy of its state; keeps the last
-    two."""
+    """Writes checkpoints on a thread: training waits only for the copy of its state. Keeps the last two."""
 
     def __init__(self, runtime):
         self.runtime, self.folder, self.thread, self.error = runtime, runtime.dir / "checkpoint", None, None
@@ -2555,8 +2527,7 @@ class Trainer:
             log("warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in integers")
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; logs, validates and saves on the
-        way."""
+        """Train to the last step, the wallclock cap or a wish to stop; log, validate and save on the way."""
         self.load()
         self.warm_up()
         every = self.config.val_loss_every
@@ -2667,8 +2638,7 @@ class Trainer:
         self.mark += time.monotonic() - begin
 
     def warm_up(self):
-        """Compile (and let allocators settle) on synthetic tokens, then restore weights and optimisers bit
-        for bit."""
+        """Compile on synthetic tokens, then restore weights and optimisers bit for bit."""
         steps, config = self.config.warmup_steps, self.config
         if not self.runtime.compiling or not steps or self.step >= config.iterations:
             return
