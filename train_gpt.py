@@ -41,7 +41,7 @@ import threading
 import time
 import traceback
 import types
-from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -910,8 +910,8 @@ def demo_texts():
         for folder, folders, files in os.walk(root):
             folders[:] = sorted(set(folders) - {"site-packages", "__pycache__", "test", "idlelib"})
             paths += [(root, Path(folder, name)) for name in sorted(files) if name.endswith(".py")]
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        found = pool.map(english_of, [path for _, path in paths], chunksize=16)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        found = list(pool.map(english_of, [path for _, path in paths], chunksize=16))
     for (root, path), paragraphs in zip(paths, found):
         fresh = []
         for paragraph in paragraphs:
@@ -1231,7 +1231,7 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def rows(self, ids):
-        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1), int32; position 0 takes the last."""
+        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1), int32; the last row first."""
         t, last = ids.int(), self.embed.num_embeddings - 1
         pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last
         return F.pad(pair, (1, 0), value=last)
@@ -1632,8 +1632,8 @@ def build_optimizers(model, config, comm=None):
         lr=config.scalar_lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
         weight_decay=config.weight_decay, fused=True)
     held = [p for stack in muon.stacks for p in stack] + [p for g in adamw.param_groups for p in g["params"]]
-    times = Counter(map(id, held))
-    wrong = [name for name, p in model.named_parameters() if times[id(p)] != 1]
+    ids = [id(p) for p in held]
+    wrong = [name for name, p in model.named_parameters() if ids.count(id(p)) != 1]
     foreign = len(held) - len(list(model.parameters()))
     assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
     return muon, adamw
