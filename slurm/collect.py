@@ -182,7 +182,8 @@ def apply_config(run, config):
     run.settings = {name: as_text(value) for name, value in config.items() if name not in OPERATIONAL}
     run.whole_config = True
     run.preset, run.eval_only = config.get("preset"), bool(config.get("eval_only"))
-    run.seed, run.iterations = whole_number(config.get("seed")), whole_number(config.get("iterations"))
+    run.seed = whole_number(config.get("seed", run.seed))
+    run.iterations = whole_number(config.get("iterations", run.iterations))
 
 
 def apply_manifest(run, manifest):
@@ -203,7 +204,7 @@ def replay(run, events):
         kind = event["event"]
         if kind not in ("start", "step", "val"):
             continue
-        step = int(event["resumed_step" if kind == "start" else "step"])
+        step = int(event.get("resumed_step") or 0) if kind == "start" else int(event["step"])
         if step < last:  # a resumed run goes through those steps again, and the last visit counts
             train, val = ({at: value for at, value in curve.items() if at <= step} for curve in (train, val))
         last = step
@@ -427,7 +428,7 @@ def read_log(path):
         if kind in ("score", "exact"):
             read_score(run, kind, found)
         elif kind == "manifest":
-            with contextlib.suppress(ValueError):  # cut short
+            with contextlib.suppress(ValueError, AttributeError):  # cut short
                 apply_manifest(run, json.loads(found["json"]))
         elif kind == "audit":
             run.audit_passed = found["result"] == "pass"
@@ -693,7 +694,13 @@ def read_baseline(sources, label, finished):
     Errors: UsageProblem for a missing file or numbers out of range; RunDataProblem for unusable content.
     """
     if len(sources) == 1 and not Path(sources[0]).exists():
-        return baseline_from_numbers(sources[0])
+        with contextlib.suppress(ValueError):
+            mean, sd, n = sources[0].split(",")
+            sample = Sample(float(mean), float(sd), int(n))
+            if 0 < sample.mean < math.inf and 0 <= sample.sd < math.inf:
+                return sample
+        raise UsageProblem(f"--baseline {sources[0]}: neither a file nor MEAN,SD,N; expected a "
+                           "submission.json, a run, or mean, sd (bpb) and number of runs: 1.1213,0.0009,3")
     if len(sources) == 1 and sources[0].endswith(".json"):
         return baseline_from_submission(Path(sources[0]))
     runs = load_runs([Path(source) for source in sources])
@@ -704,18 +711,6 @@ def read_baseline(sources, label, finished):
     check_same_data(finished + runs)
     shared = all(label in run.scores for run in group)
     return sample_of(group, label if shared else choose_headline(group, None))
-
-
-def baseline_from_numbers(text):
-    try:
-        mean, sd, n = text.split(",")
-        sample = Sample(float(mean), float(sd), int(n))
-        if 0 < sample.mean < math.inf and 0 <= sample.sd < math.inf:
-            return sample
-    except ValueError:
-        pass
-    raise UsageProblem(f"--baseline {text}: neither a file nor MEAN,SD,N; expected a submission.json, a run, "
-                       "or mean and sd in bpb and the number of runs: 1.1213,0.0009,3")
 
 
 def baseline_from_submission(path):
@@ -761,7 +756,7 @@ def common_value(group, name):
 
 
 def largest(values):
-    """Returns the largest value, None unless every run states one: all seeds must fit."""
+    """Returns the largest value, None unless every run states one: all seeds must keep to a limit."""
     return None if None in values else max(values)
 
 
@@ -841,7 +836,7 @@ def differences(found, expected, where=""):
 
 
 def agree(found, expected, where):
-    """True if a value of the file is what the runs say, a number at the decimals it is given with."""
+    """True if a value of the file is what the runs say, a number at its decimals (of a score at least 4)."""
     if expected is ANY_TEXT:
         return isinstance(found, str) and bool(found.strip())
     if where in ("hardware", "pytorch_version") and expected is None:
@@ -913,10 +908,11 @@ def ablation_table(groups):
     return table(["preset", *names, "seeds", *columns.values()], rows)
 
 
-def unfinished_text(runs):
+def last_sections(runs):
     rows = [[run.name, cell(run.seed), run.status, run.note] for run in runs if not run.finished]
     listing = table(["run", "seed", "status", "what happened"], rows) if rows else "None."
-    return f"## Unfinished and failed runs (not part of any number above)\n\n{listing}"
+    return (f"## Unfinished and failed runs (not part of any number above)\n\n{listing}\n\n"
+            "![curves](curves.png)\n")
 
 
 def data_text(run, label):
@@ -940,8 +936,7 @@ def submission_text(submission, runs, group, significance):
         seed_table(group, label),
         significance,
         "## Measured compliance\n\n" + "\n".join(claims),
-        unfinished_text(runs),
-        "![curves](curves.png)\n",
+        last_sections(runs),
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -1065,8 +1060,7 @@ def collect_ablation(args, runs):
     first = groups[0][0]
     text = "\n\n".join([
         "# Ablation", data_text(first, next(iter(first.scores))),
-        "Scores in bits per byte, mean ± sd over seeds.", ablation_table(groups), unfinished_text(runs),
-        "![curves](curves.png)\n"])
+        "Scores in bits per byte, mean ± sd over seeds.", ablation_table(groups), last_sections(runs)])
     write_files(args.out, {"results.md": text.encode(), "curves.png": draw_curves(runs, "Ablation", True)})
     sys.stdout.write(text)
     return 0
@@ -1097,11 +1091,8 @@ def collect_submission(args, runs):
                          "takes at least 2 seeds\n")
     text = submission_text(submission, runs, group, significance)
     as_json = json.dumps(submission, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_files(args.out, {
-        "submission.json": as_json.encode(),
-        "results.md": text.encode(),
-        "curves.png": draw_curves(runs, submission["name"], False),
-    })
+    write_files(args.out, {"submission.json": as_json.encode(), "results.md": text.encode(),
+                           "curves.png": draw_curves(runs, submission["name"], False)})
     sys.stdout.write(text)
     return 0
 

@@ -476,9 +476,9 @@ def test_operational_settings_are_those_that_train_gpt_keeps_out_of_its_hash():
     script = ROOT / "train_gpt.py"
     if not script.exists():
         pytest.skip("train_gpt.py is not here")
-    fields = re.findall(r"^    (\w+): \w+ = (arch|training|evaluation|place)\(", script.read_text(), re.M)
+    fields = re.findall(r"^    (\w+): \w+ = (arch|train|eval|run)_opt\(", script.read_text(), re.M)
     assert len(fields) > 50
-    assert collect.OPERATIONAL == {name for name, kind in fields if kind == "place"} | {"seed"}
+    assert collect.OPERATIONAL == {name for name, kind in fields if kind == "run"} | {"seed"}
 
 
 def test_runs_on_different_validation_data_are_refused(tmp_path, capsys):
