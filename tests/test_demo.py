@@ -104,13 +104,13 @@ def short_demo(tmp_path_factory):
 @pytest.mark.slow
 def test_the_demo_builds_enough_text_and_scores_all_of_it(short_demo):
     folder, out = short_demo
-    train, val = map(int, re.search(r"^demo_data: train (\d+) bytes, val (\d+) bytes", out, re.M).groups())
+    train, val = (int(re.search(rf"^demo_data: {split} (\d+) bytes", out, re.M)[1]) for split in ("train", "val"))
     assert train >= 6_000_000 and val >= 250_000
-    result = read_json(folder / "runs/first/scores.json")
+    result, data = (read_json(folder / f"runs/first/{name}.json") for name in ("scores", "manifest"))
     assert result["finished"] and list(result["scores"]) == [
         "pre_quant", "final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"]
     # Normalisation makes one space of indentation and line ends; trimming takes less than a window.
-    assert 0.9 * val <= result["bytes"] <= val
+    assert 0.9 * val <= data["data"]["val_bytes"] <= val
 
 
 @pytest.mark.slow
