@@ -397,8 +397,7 @@ def sha256_file(path):
 
 
 def write_atomic(path, parts):
-    """Write byte strings to a temporary file, flush it to the disk and rename it: `path` is never
-    half-written.
+    """Write byte strings to a temporary file, flush and rename it, so that `path` is never half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
     """
@@ -2102,13 +2101,14 @@ class Evaluation:
         self.seconds, more = now - self.begun, self.cursor < len(self.work)
         due = more and runtime.is_main and bool(self.state_path) and 0 < every < now - self.saved
         stop, save = self.comm.agree(more and runtime.wants_stop(), due)
-        if self.label and runtime.is_main and self.meter.bytes and now - self.logged > 1:
+        quiet, shown = now - self.logged, self.label and runtime.is_main and self.meter.bytes
+        if shown and quiet > (1 if sys.stdout.isatty() else 15):  # reading the sum makes the device wait
             bpb = bits_per_byte(float(self.meter.nll), self.meter.bytes)
             left = (len(self.work) - self.cursor) * self.seconds / max(1, self.cursor - first)
             text = (f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
                     f"running_bpb:{bpb:.4f} eta:{left:.0f}s")
             runtime.progress(text)
-            if now - self.logged > 15:
+            if quiet > 15:
                 self.logged = now
                 runtime.log(text)
         if (stop or save) and self.state_path:

@@ -104,7 +104,8 @@ def short_demo(tmp_path_factory):
 @pytest.mark.slow
 def test_the_demo_builds_enough_text_and_scores_all_of_it(short_demo):
     folder, out = short_demo
-    train, val = (int(re.search(rf"^demo_data: {split} (\d+) bytes", out, re.M)[1]) for split in ("train", "val"))
+    train, val = (int(re.search(rf"^demo_data: {split} (\d+) bytes", out, re.M)[1])
+                  for split in ("train", "val"))
     assert train >= 6_000_000 and val >= 250_000
     result, data = (read_json(folder / f"runs/first/{name}.json") for name in ("scores", "manifest"))
     assert result["finished"] and list(result["scores"]) == [
