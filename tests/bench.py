@@ -1,6 +1,6 @@
 """Measure speed side by side in one run and print ratios; never a pass/fail test.
 
-    python tests/bench.py                     # all measurements as a Markdown table, about four minutes on 2 cores
+    python tests/bench.py                     # all measurements as a Markdown table, a few minutes
     python tests/bench.py training refiners   # only these
     python tests/bench.py --readme            # also rewrite the performance section of README.md
 
@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as golf  # noqa: E402
 
 # The bench shape: a 6-layer, 256-wide trunk, sequence 512, 16,384 tokens per step.
-SHAPE = dict(num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, nfm_enabled=False, train_seq_len=512,
-             train_batch_tokens=16384, micro_batch_tokens=8192, warmup_steps=0, eval_seq_len=512, eval_stride=64,
-             eval_batch_seqs=16, ttt_chunk_tokens=16384, device="cpu")
+SHAPE = dict(num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, nfm_enabled=False,
+             train_seq_len=512, train_batch_tokens=16384, micro_batch_tokens=8192, warmup_steps=0,
+             eval_seq_len=512, eval_stride=64, eval_batch_seqs=16, ttt_chunk_tokens=16384, device="cpu")
 
 
 def in_turns(rounds, **functions):
@@ -72,10 +72,11 @@ class Step:
         golf.reduce_clip_step(*self.optimizers, golf.Comm(), self.config.grad_clip_norm)
 
     def flops(self):
-        """Matrix products of one step: 6 per weight and token, and the lower triangle of attention forward and backward."""
+        """Matrix products of one step: 6 per weight and token, and attention's lower triangle both ways."""
         c = self.config
+        no_product = ("bigram.embed.weight", "resid_mix", "skip_weights")
         weights = sum(p.numel() for n, p in self.model.named_parameters()
-                      if p.ndim == 2 and n != "bigram.embed.weight" and not n.endswith("resid_mix") and n != "skip_weights")
+                      if p.ndim == 2 and not n.endswith(no_product))
         return c.train_batch_tokens * (6 * weights + 6 * c.num_layers * c.train_seq_len * c.model_dim)
 
 
@@ -90,12 +91,14 @@ def training():
 
 
 def refiners():
-    steps = dict(trunk=Step(), nfm=Step(nfm_enabled=True), flow=Step(flow_enabled=True), ttt_linear=Step(e2e_ttt_enabled=True),
-                 qat=Step(late_qat_threshold=0.15))
+    steps = dict(trunk=Step(), nfm=Step(nfm_enabled=True), flow=Step(flow_enabled=True),
+                 ttt_linear=Step(e2e_ttt_enabled=True), qat=Step(late_qat_threshold=0.15))
     steps["qat"].model.set_qat(1.0)
     seconds = in_turns(5, **steps)
-    for name, title in (("nfm", "NativeFlowMatcher"), ("flow", "FlowRefiner"), ("ttt_linear", "TTT-Linear"), ("qat", "late QAT")):
-        yield f"training step with {title}", f"{seconds[name]:.2f} s", f"{seconds[name] / seconds['trunk']:.2f} x the trunk's"
+    for name, title in (("nfm", "NativeFlowMatcher"), ("flow", "FlowRefiner"), ("ttt_linear", "TTT-Linear"),
+                        ("qat", "late QAT")):
+        ratio = seconds[name] / seconds["trunk"]
+        yield f"training step with {title}", f"{seconds[name]:.2f} s", f"{ratio:.2f} x the trunk's"
 
 
 @contextlib.contextmanager
@@ -130,12 +133,13 @@ def evaluation():
         def all_positions():
             windows = golf.plan_windows(stream.num_targets, config.eval_seq_len, config.eval_stride)
             for i in range(0, len(windows), config.eval_batch_seqs):
-                tokens = np.stack([stream.tokens[s:e + 1] for s, _, e in windows[i:i + config.eval_batch_seqs]])
+                batch = windows[i:i + config.eval_batch_seqs]
+                tokens = np.stack([stream.tokens[start:end + 1] for start, _, end in batch])
                 ids, targets = machine.to_device(tokens[:, :-1]), machine.to_device(tokens[:, 1:])
                 with machine.autocast():
                     logps = golf.log_probs(model.logits(model.hidden(ids)))
                 nll = -logps.gather(2, targets[..., None])[..., 0]
-                [row[f - s:].double().sum() for row, (s, f, e) in zip(nll, windows[i:i + config.eval_batch_seqs])]
+                [row[first - start:].double().sum() for row, (start, first, _) in zip(nll, batch)]
 
         seconds = in_turns(4, sliding=sliding, everything=all_positions, slot=lambda: sliding("causal"))
     yield "sliding window, stride 64", f"{stream.num_targets / seconds['sliding']:,.0f} scored tokens/s", \
@@ -159,7 +163,7 @@ def optimiser():
 
 
 def communication():
-    """Bytes a rank sends in one step of nfm_7k, counted by the code on a meta-device model with collectives left out."""
+    """Bytes a rank sends in one step of nfm_7k, counted by the code, with the collectives left out."""
     class Handle:
         def wait(self):
             return None
@@ -171,7 +175,8 @@ def communication():
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     names = ("all_reduce", "reduce_scatter", "all_gather")
-    patched = dict(all_reduce=golf.dist.all_reduce, reduce_scatter=golf.reduce_scatter, all_gather=golf.all_gather)
+    patched = dict(all_reduce=golf.dist.all_reduce, reduce_scatter=golf.reduce_scatter,
+                   all_gather=golf.all_gather)
     try:
         golf.dist.all_reduce = golf.reduce_scatter = golf.all_gather = lambda *tensors, async_op: Handle()
         muon, adamw = golf.build_optimizers(model, config, comm)
@@ -183,7 +188,8 @@ def communication():
     numbers = sum(p.numel() for p in model.parameters())
     bound = 2 * 4 * numbers * (world - 1) / world
     yield "bytes sent per step and rank, nfm_7k on 8 ranks", f"{comm.bytes_sent / 1e6:.1f} MB", \
-        f"{comm.bytes_sent / bound:.2f} x the bound for replicated float32 parameters, 2 (n-1)/n x 4 bytes ({bound / 1e6:.1f} MB)"
+        f"{comm.bytes_sent / bound:.2f} x the bound for replicated float32 parameters, 2 (n-1)/n x 4 bytes " \
+        f"({bound / 1e6:.1f} MB)"
 
 
 def checkpoints():
@@ -198,8 +204,8 @@ def checkpoints():
         state, copies, path = {}, [], Path(folder, "step.pt")
 
         def copy():
-            state.update(golf.private_copy(dict(model=model.state_dict(), muon=muon.state_dict(), adamw=adamw.state_dict(),
-                                                average=average.state_dict())))
+            parts = dict(model=model, muon=muon, adamw=adamw, average=average)
+            state.update(golf.private_copy({name: part.state_dict() for name, part in parts.items()}))
             copies.append(1)
 
         seconds = in_turns(3, copy=copy, write=lambda: golf.save_tensors(path, state))
@@ -207,11 +213,12 @@ def checkpoints():
     cadence = config.checkpoint_seconds
     yield "checkpoint of nfm_7k, copy that training waits for", f"{seconds['copy']:.2f} s", \
         f"{100 * seconds['copy'] / cadence:.2f} % of the {cadence:.0f} s between checkpoints"
-    yield "checkpoint of nfm_7k, written in the background", f"{seconds['write']:.2f} s", f"{size / 1e6:.0f} MB"
+    yield "checkpoint of nfm_7k, written in the background", f"{seconds['write']:.2f} s", \
+        f"{size / 1e6:.0f} MB"
 
 
 def audit_cost():
-    """Windows and training rows the audit passes through the model, against a full evaluation of the canonical split."""
+    """Tokens the audit passes through the model, against a full evaluation of the canonical split."""
     config = golf.Config()
     passes = {}
 
@@ -235,7 +242,8 @@ def audit_cost():
         run()
         return passes["n"]
 
-    tiny = dataclasses.replace(config, num_layers=2, model_dim=16, num_heads=1, num_kv_heads=1, nfm_hidden_dim=8, bigram_dim=8)
+    tiny = dataclasses.replace(config, num_layers=2, model_dim=16, num_heads=1, num_kv_heads=1,
+                               nfm_hidden_dim=8, bigram_dim=8)
     model, original = golf.GPT(tiny), golf.Evaluation
     stream = random_stream(config, 2 * config.ttt_chunk_tokens)
     golf.Evaluation = Counting
@@ -247,11 +255,12 @@ def audit_cost():
             full = windows + 3 * config.ttt_epochs * golf.CANONICAL_TARGETS
     finally:
         golf.Evaluation = original
-    yield "audit of nfm_7k with TTT", f"{spent / 1e6:.1f} M token passes", f"{100 * spent / full:.2f} % of the full evaluation's"
+    yield "audit of nfm_7k with TTT", f"{spent / 1e6:.1f} M token passes", \
+        f"{100 * spent / full:.2f} % of the full evaluation's"
 
 
-SECTIONS = dict(training=training, evaluation=evaluation, optimiser=optimiser, refiners=refiners, communication=communication,
-                checkpoints=checkpoints, audit_cost=audit_cost)
+SECTIONS = dict(training=training, evaluation=evaluation, optimiser=optimiser, refiners=refiners,
+                communication=communication, checkpoints=checkpoints, audit_cost=audit_cost)
 
 
 def rewrite_readme(table):
@@ -263,8 +272,10 @@ def rewrite_readme(table):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)}; default all")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="section",
+                        help=f"any of {', '.join(SECTIONS)}; default all")
     parser.add_argument("--readme", action="store_true", help="rewrite the performance section of README.md")
     options = parser.parse_args()
     unknown = set(options.sections) - set(SECTIONS)

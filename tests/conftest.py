@@ -21,11 +21,12 @@ import train_gpt  # noqa: E402
 
 VOCAB = 384
 # A model with every feature of the trunk that trains a step in milliseconds.
-TINY = dict(vocab_size=VOCAB, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=2,
-            bigram_vocab_size=64, bigram_dim=16, nfm_hidden_dim=16, iterations=6, train_batch_tokens=512, train_seq_len=64,
-            micro_batch_tokens=256, warmdown_iters=3, warmup_steps=0, train_log_every=1, val_loss_every=0,
-            checkpoint_every=0, checkpoint_seconds=0.0, eval_checkpoint_seconds=0.0, eval_seq_len=64, eval_stride=16,
-            eval_batch_seqs=4, ttt_chunk_tokens=256, ttt_epochs=1, ttt_batch_seqs=2, ttt_freeze_blocks=1, device="cpu")
+TINY = dict(vocab_size=VOCAB, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4,
+            xsa_last_n=2, bigram_vocab_size=64, bigram_dim=16, nfm_hidden_dim=16, iterations=6,
+            train_batch_tokens=512, train_seq_len=64, micro_batch_tokens=256, warmdown_iters=3, warmup_steps=0,
+            train_log_every=1, val_loss_every=0, checkpoint_every=0, checkpoint_seconds=0.0,
+            eval_checkpoint_seconds=0.0, eval_seq_len=64, eval_stride=16, eval_batch_seqs=4,
+            ttt_chunk_tokens=256, ttt_epochs=1, ttt_batch_seqs=2, ttt_freeze_blocks=1, device="cpu")
 
 
 def pytest_addoption(parser):
@@ -47,7 +48,8 @@ def tiny_config(**changes):
 def environment(**settings):
     """Environment for a child process: what it needs to start, and `settings` as variables in capitals."""
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-    text = {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in settings.items()}
+    text = {name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
+            for name, value in settings.items()}
     return {**keep, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **text}
 
 
@@ -64,11 +66,12 @@ class TinyData:
 
 def train_tokenizer(texts, path, vocab_size=VOCAB, **options):
     model = io.BytesIO()
-    settings = dict(model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
-                    add_dummy_prefix=False, character_coverage=0.999, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    settings = dict(model_type="bpe", byte_fallback=True, split_digits=True,
+                    normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, character_coverage=0.999,
+                    pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()), model_writer=model,
-        vocab_size=vocab_size, **{**settings, **options})
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
+        model_writer=model, vocab_size=vocab_size, **{**settings, **options})
     Path(path).write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -92,7 +95,8 @@ def runtime(tmp_path):
     """make(config, **environ) -> Runtime in a fresh directory, closed after the test."""
     with contextlib.ExitStack() as stack:
         def make(config, **environ):
-            made = train_gpt.Runtime(dataclasses.replace(config, run_dir=config.run_dir or str(tmp_path / "run")), environ)
+            run_dir = config.run_dir or str(tmp_path / "run")
+            made = train_gpt.Runtime(dataclasses.replace(config, run_dir=run_dir), environ)
             stack.callback(made.close)
             return made
         yield make
@@ -102,7 +106,8 @@ def launch(settings, cwd, ranks=1, script=ROOT / "train_gpt.py", timeout=240, ar
     """Run the script as a user would; returns the CompletedProcess with stdout and stderr as text."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*(torchrun if ranks > 1 else [sys.executable]), str(script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(**settings), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=environment(**settings), capture_output=True, text=True,
+                          timeout=timeout)
 
 
 def read_json(path):
