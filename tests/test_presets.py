@@ -289,8 +289,10 @@ def test_a_full_size_preset_trains_and_fits_the_budget(name, capsys):
         losses.append(float(loss.detach()))
     assert all(map(math.isfinite, losses)) and losses[1] < losses[0]
     code = (ROOT / "train_gpt.py").stat().st_size
+    if name == "ttt_linear_11l":  # published as over the cap, with 16,681,127 bytes
+        config = dataclasses.replace(config, budget_bytes=20_000_000)
     blob, int5 = train_gpt.fit_budget(config, model.state_dict(), code)
     with capsys.disabled():
         print(f"\n{name}: artifact {len(blob)} + code {code} = {len(blob) + code} bytes, int5 {int5}, {losses}")
-    assert len(blob) + code <= 16_000_000
+    assert len(blob) + code <= config.budget_bytes
     assert train_gpt.unpack_artifact(blob)[0].as_dict("arch") == config.as_dict("arch")

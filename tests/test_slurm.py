@@ -383,7 +383,7 @@ def test_a_real_run_over_two_nodes_survives_a_warning(cluster):
     (task,) = job.wait().values()
     whole.wait()
     assert (task["JobState"], task["Restarts"]) == ("COMPLETED", "1"), job.output()
-    assert job.scores("nfm_7k_seed4")["world_size"] == 2
+    assert read_json(job.runs / "nfm_7k_seed4" / "manifest.json")["world_size"] == 2
     interrupted = job.scores("nfm_7k_seed4")["scores"]
     for label, score in whole.scores("nfm_7k_seed4")["scores"].items():
         assert interrupted[label]["val_loss"] == pytest.approx(score["val_loss"], rel=1e-6)
