@@ -14,6 +14,7 @@ N matrices in a stack.
 Exit codes: 0 done, 2 configuration, 3 data, 4 artifact over budget or unreadable, 5 diverged, 6 legality
 audit failed, 7 out of storage or memory, 75 stopped with everything saved (run the same command again).
 """
+
 import ast
 import contextlib
 import ctypes
@@ -41,7 +42,8 @@ import threading
 import time
 import traceback
 import types
-from concurrent.futures import ProcessPoolExecutor
+import typing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +56,11 @@ from torch import nn
 
 BOS = 1  # every document of the official shards starts with this token
 CODE_PATH = Path(__file__).resolve()
-OTHER_FILE = "copy it again, or name another file"
-READABLE = "name a readable artifact (*.ptz) or float checkpoint (*.pt)"
 
 
 class GolfError(Exception):
     """An error a user can act on; `code` is the process's exit code."""
+
     code = 1
 
 
@@ -89,19 +90,21 @@ class ResourceError(GolfError):
 
 class Stopped(GolfError):
     """Raised after everything was saved, at a signal or before a time limit."""
+
     code = 75
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Configuration
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences. A field's kind
 # says what it belongs to: "arch" and "eval" travel inside the artifact, "train" fixes the weights, "run"
 # changes where and how a run happens but not its result. The hash covers all but "run".
-# ============================================================================================================
+# ==================================================================================================
 def opt(kind, default, text, low=-math.inf, high=math.inf, choices=None):
     """A Config field with what --help and the range checks need to know."""
-    return dataclasses.field(default=default,
-                             metadata=dict(kind=kind, text=text, low=low, high=high, choices=choices))
+    return dataclasses.field(
+        default=default, metadata=dict(kind=kind, text=text, low=low, high=high, choices=choices)
+    )
 
 
 arch_opt, train_opt = functools.partial(opt, "arch"), functools.partial(opt, "train")
@@ -111,6 +114,7 @@ eval_opt, run_opt = functools.partial(opt, "eval"), functools.partial(opt, "run"
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run. Raises ConfigError for a wrong type, range or combination."""
+
     preset: str = run_opt("nfm_7k", "named set of differences from the defaults")
     # architecture
     vocab_size: int = arch_opt(1024, "tokenizer pieces", 8, 65536)
@@ -118,7 +122,9 @@ class Config:
     model_dim: int = arch_opt(512, "width of the residual stream", 16, 4096)
     num_heads: int = arch_opt(8, "query heads", 1, 64)
     num_kv_heads: int = arch_opt(4, "key/value heads", 1, 64)
-    mlp_mult: float = arch_opt(3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16)
+    mlp_mult: float = arch_opt(
+        3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16
+    )
     rope_dims: int = arch_opt(16, "rotated dimensions per head", 0, 512)
     rope_base: float = arch_opt(10000.0, "base of the rotary frequencies", 1)
     logit_softcap: float = arch_opt(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
@@ -146,7 +152,9 @@ class Config:
     warmdown_shape: str = train_opt("linear", "shape of the warmdown", choices=("linear", "cosine"))
     max_wallclock_seconds: float = train_opt(0.0, "training time cap, 0 = none", 0)
     embed_lr: float = train_opt(0.035, "AdamW rate of embeddings", 0)
-    scalar_lr: float = train_opt(0.025, "AdamW rate of what is neither embedding nor block matrix", 0)
+    scalar_lr: float = train_opt(
+        0.025, "AdamW rate of what is neither embedding nor block matrix", 0
+    )
     matrix_lr: float = train_opt(0.025, "Muon rate of the blocks' matrices", 0)
     muon_momentum: float = train_opt(0.99, "Muon momentum after its warm-up", 0, 1)
     muon_momentum_warmup_start: float = train_opt(0.92, "Muon momentum at step 0", 0, 1)
@@ -165,7 +173,9 @@ class Config:
     swa_enabled: bool = train_opt(False, "export the mean of snapshots taken late in the run")
     swa_every: int = train_opt(50, "steps between snapshots", 1)
     swa_start_scale: float = train_opt(0.2, "snapshots start below this learning-rate scale", 0, 1)
-    late_qat_threshold: float = train_opt(0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1)
+    late_qat_threshold: float = train_opt(
+        0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1
+    )
     # compression
     block_bits: int = train_opt(6, "bits of the blocks' matrices", choices=(5, 6, 8))
     embed_bits: int = train_opt(8, "bits of the other large matrices", choices=(5, 6, 8))
@@ -174,7 +184,9 @@ class Config:
     lzma_preset: int = train_opt(6, "lzma preset", 0, 9)
     budget_bytes: int = train_opt(16_000_000, "code + model must fit this", 1)
     # evaluation
-    dtype: str = eval_opt("bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32"))
+    dtype: str = eval_opt(
+        "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
+    )
     eval_seq_len: int = eval_opt(1024, "window of every evaluation", 2)
     eval_stride: int = eval_opt(64, "stride of the sliding window", 1)
     eval_batch_seqs: int = eval_opt(32, "windows per batch and rank", 1)
@@ -186,8 +198,11 @@ class Config:
     ttt_batch_seqs: int = eval_opt(32, "sequences per SGD step, all ranks together", 1)
     ttt_freeze_blocks: int = eval_opt(2, "first blocks that stay frozen", 0)
     ttt_grad_clip: float = eval_opt(1.0, "clip of the SGD gradient norm, 0 = off", 0)
-    slot: str = eval_opt("off", "per-window shift of the hidden state; published is illegal",
-                           choices=("off", "causal", "published"))
+    slot: str = eval_opt(
+        "off",
+        "per-window shift of the hidden state; published is illegal",
+        choices=("off", "causal", "published"),
+    )
     slot_lr: float = eval_opt(0.003, "AdamW rate of SLOT", 0)
     slot_steps: int = eval_opt(5, "AdamW steps of SLOT", 1)
     # where and how
@@ -195,28 +210,35 @@ class Config:
     tokenizer_path: str = run_opt("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     run_id: str = run_opt("", "name of the run; default {preset}_seed{seed} and the SLURM job")
     run_dir: str = run_opt("", "directory of the run; default runs/$RUN_ID")
-    resume: str = run_opt("auto", "continue RUN_DIR; never keeps the old run aside",
-                        choices=("auto", "never", "must"))
+    resume: str = run_opt(
+        "auto", "continue RUN_DIR; never keeps the old run aside", choices=("auto", "never", "must")
+    )
     eval_only: str = run_opt("", "score this artifact or float checkpoint, do not train")
     mode: str = run_opt("train", "audit = only the legality audit", choices=("train", "audit"))
     audit: bool = run_opt(False, "prove the four legality conditions before scoring")
     device: str = run_opt("auto", "auto, cpu, cuda or cuda:N")
     compile: str = run_opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
     micro_batch_tokens: int = run_opt(98304, "tokens per forward pass and rank", 1)
-    warmup_steps: int = run_opt(20, "compile warm-up steps on synthetic tokens; weights are restored", 0)
+    warmup_steps: int = run_opt(
+        20, "compile warm-up steps on synthetic tokens; weights are restored", 0
+    )
     train_log_every: int = run_opt(100, "steps between training log lines", 1)
-    val_loss_every: int = run_opt(1000, "steps between validations, 0 = only after the last step", 0)
+    val_loss_every: int = run_opt(
+        1000, "steps between validations, 0 = only after the last step", 0
+    )
     checkpoint_every: int = run_opt(1000, "steps between checkpoints, 0 = off", 0)
     checkpoint_seconds: float = run_opt(600.0, "seconds between checkpoints, 0 = off", 0)
-    eval_checkpoint_seconds: float = run_opt(300.0, "seconds between states of an evaluation, 0 = off", 0)
-    time_limit_seconds: float = run_opt(0.0, "save and stop within this time, 0 = SLURM's or none", 0)
-    explicit: tuple = dataclasses.field(default=(), compare=False, repr=False, metadata=dict(kind="hidden"))
+    eval_checkpoint_seconds: float = run_opt(
+        300.0, "seconds between states of an evaluation, 0 = off", 0
+    )
+    time_limit_seconds: float = run_opt(
+        0.0, "save and stop within this time, 0 = SLURM's or none", 0
+    )
 
     def __post_init__(self):
-        for field in config_fields():
+        for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
-        if not self.eval_only:  # then the artifact's settings are still to come: adopt() checks
-            check_fit(self)
+        check_fit(self)
 
     @property
     def head_dim(self):
@@ -227,24 +249,44 @@ class Config:
         return int(self.mlp_mult * self.model_dim) // 8 * 8
 
     @classmethod
-    def from_env(cls, environ):
-        """Explicit variable > PRESET > default. Raises ConfigError, also for near misses of a name."""
-        names = {field.name.upper(): field for field in config_fields()}
-        for name in sorted(environ.keys() - names):
-            near = difflib.get_close_matches(name.upper(), names, 1, 0.86)
-            if near and len(name) > 3:
-                raise ConfigError(f"environment variable {name}={environ[name]!r} is not a setting, but "
-                                  f"looks like {near[0]}: rename or unset it (see --help)")
-        explicit = {f.name: parse_value(f, environ[name]) for name, f in names.items() if name in environ}
-        values = {"preset": "nfm_7k", **PRESETS.get(environ.get("PRESET"), {}), **explicit}
-        job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
-        job = "".join(f"_{part}" for part in (job, environ.get("SLURM_ARRAY_TASK_ID")) if part)
-        run_id = values.get("run_id") or default_run_id(values) + job
-        values.update(run_id=run_id, run_dir=values.get("run_dir") or f"runs/{run_id}")
-        return cls(**values, explicit=tuple(sorted(explicit)))
+    def from_env(cls, environ, brought=None):
+        """The configuration of a run: explicit variable > `brought` > PRESET > default.
+
+        `brought` holds what the artifact of EVAL_ONLY brings along: its architecture, its evaluation
+        settings and a default RUN_ID. Raises ConfigError for a near miss of a name, a wrong value, or an
+        explicit architecture variable that contradicts the artifact.
+        """
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        check_names(environ, fields)
+        explicit = {}
+        for name, field in fields.items():
+            if name in environ:
+                explicit[field.name] = parse_value(field, environ[name])
+        brought = brought or {}
+        for field in dataclasses.fields(cls):
+            name = field.name
+            contradicts = name in explicit and name in brought and explicit[name] != brought[name]
+            if contradicts and field.metadata["kind"] == "arch":
+                raise ConfigError(
+                    f"{name.upper()}={explicit[name]} contradicts the artifact, which has "
+                    f"{brought[name]}: unset {name.upper()} (an artifact brings its own "
+                    "architecture)"
+                )
+        # An unknown preset is reported by check_fit, with the list of those there are.
+        preset = PRESETS.get(environ.get("PRESET"), {})
+        values = {"preset": "nfm_7k", **preset, **brought, **explicit}
+        if not values.get("run_id"):
+            values["run_id"] = f"{values['preset']}_seed{values.get('seed', cls.seed)}"
+        if "run_id" not in explicit:
+            values["run_id"] += slurm_suffix(environ)
+        if not values.get("run_dir"):
+            values["run_dir"] = f"runs/{values['run_id']}"
+        return cls(**values)
 
     def as_dict(self, *kinds):
-        fields = [f.name for f in config_fields() if not kinds or f.metadata["kind"] in kinds]
+        fields = [
+            f.name for f in dataclasses.fields(self) if not kinds or f.metadata["kind"] in kinds
+        ]
         return {name: getattr(self, name) for name in fields}
 
     def hash(self):
@@ -254,39 +296,27 @@ class Config:
 
     def differences(self):
         """Fields that differ from the preset (settings of place and pace included)."""
-        base = {f.name: f.default for f in config_fields()} | PRESETS[self.preset]
+        base = {f.name: f.default for f in dataclasses.fields(self)} | PRESETS[self.preset]
         base.update(preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
 
-    def adopt(self, other):
-        """This configuration with another's architecture and evaluation settings, but for what was set
-        explicitly.
 
-        Raises ConfigError when an architecture variable was set explicitly to something else.
-        """
-        brought = other.as_dict("arch", "eval")
-        for name in set(self.explicit) & brought.keys():
-            mine, value = getattr(self, name), brought.pop(name)
-            if mine != value and name in other.as_dict("arch"):
-                raise ConfigError(f"{name.upper()}={mine} contradicts the artifact, which has {value}: unset "
-                                  f"{name.upper()} (an artifact brings its own architecture)")
-        adopted = dataclasses.replace(self, **brought)
-        check_fit(adopted)
-        return adopted
+def check_names(environ, fields):
+    """Raise ConfigError for a variable that is no setting but looks like one, such as ITERATONS."""
+    for name in sorted(environ.keys() - fields):
+        near = difflib.get_close_matches(name.upper(), fields, 1, 0.86)
+        if near and len(name) > 3:
+            raise ConfigError(
+                f"environment variable {name}={environ[name]!r} is not a setting, but "
+                f"looks like {near[0]}: rename or unset it (see --help)"
+            )
 
 
-def config_fields():
-    return [f for f in dataclasses.fields(Config) if f.metadata["kind"] != "hidden"]
-
-
-def default_run_id(values):
-    path = values.get("eval_only")
-    if not path:
-        return f"{values['preset']}_seed{values.get('seed', Config.seed)}"
-    try:
-        return f"eval_{sha256_file(path)[:8]}"
-    except OSError as error:
-        raise ArtifactError(f"EVAL_ONLY={path}: {error.strerror}: {READABLE}") from None
+def slurm_suffix(environ):
+    """_JOB or _JOB_TASK under SLURM, so that the tasks of an array do not share a RUN_DIR; else nothing."""
+    job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
+    task = environ.get("SLURM_ARRAY_TASK_ID")
+    return "".join(f"_{part}" for part in (job, task) if part)
 
 
 def parse_value(field, text):
@@ -304,13 +334,17 @@ def check_value(field, value):
     right = isinstance(value, (int, float) if field.type is float else field.type)
     if not right or (isinstance(value, bool) and number):
         raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
-    if number and not abs(value) <= sys.float_info.max:  # NaN, infinity, an integer beyond every float
+    if (
+        number and not abs(value) <= sys.float_info.max
+    ):  # NaN, infinity, an integer beyond every float
         raise ConfigError(f"{name}={value}: expected a finite number")
     if number and not meta["low"] <= value <= meta["high"]:
         most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
         raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
     if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, meta['choices']))}")
+        raise ConfigError(
+            f"{name}={value!r}: expected one of {', '.join(map(str, meta['choices']))}"
+        )
 
 
 def check_fit(c):
@@ -319,22 +353,38 @@ def check_fit(c):
     multiple = "the first is no multiple of the second: change one of them"
     rows = [
         (c.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}"),
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), "device", "expected auto, cpu, cuda or cuda:N"),
+        (
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device),
+            "device",
+            "expected auto, cpu, cuda or cuda:N",
+        ),
         (heads, "model_dim num_heads", multiple),
         (c.num_heads % c.num_kv_heads == 0, "num_heads num_kv_heads", multiple),
-        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
-         f"use an even number up to MODEL_DIM/NUM_HEADS = {c.model_dim / c.num_heads:g}"),
+        (
+            c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
+            "rope_dims",
+            f"use an even number up to MODEL_DIM/NUM_HEADS = {c.model_dim / c.num_heads:g}",
+        ),
         (c.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it"),
         (c.ttt_freeze_blocks <= c.num_layers, "ttt_freeze_blocks num_layers", "lower the first"),
         (not c.ve_dim or c.ve_last_n <= c.num_layers, "ve_last_n num_layers", "lower the first"),
         (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens train_seq_len", multiple),
-        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens train_seq_len",
-         "not one sequence fits: raise the first"),
-        (c.eval_stride <= c.eval_seq_len, "eval_stride eval_seq_len",
-         "targets between the windows would never be scored: lower the first"),
+        (
+            c.micro_batch_tokens >= c.train_seq_len,
+            "micro_batch_tokens train_seq_len",
+            "not one sequence fits: raise the first",
+        ),
+        (
+            c.eval_stride <= c.eval_seq_len,
+            "eval_stride eval_seq_len",
+            "targets between the windows would never be scored: lower the first",
+        ),
         (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens eval_seq_len", multiple),
-        (c.slot == "off" or c.eval_stride < c.eval_seq_len, "slot eval_stride eval_seq_len",
-         "no window has a position that an earlier one scored: lower EVAL_STRIDE"),
+        (
+            c.slot == "off" or c.eval_stride < c.eval_seq_len,
+            "slot eval_stride eval_seq_len",
+            "no window has a position that an earlier one scored: lower EVAL_STRIDE",
+        ),
     ]
     for holds, names, expected in rows:
         if not holds:
@@ -345,10 +395,25 @@ def check_fit(c):
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
 LONG = dict(BASE, iterations=20000, warmdown_iters=12000, warmdown_shape="cosine", embed_bits=6)
 # What #1166 and #1150 share and #1170 does not have.
-VE128 = dict(BASE, gated_attention=False, value_residual=False, xsa_last_n=4, bigram_vocab_size=1536,
-             ve_dim=128, swa_enabled=True, late_qat_threshold=0.15, compressor="lzma")
-TTT_LINEAR = dict(VE128, e2e_ttt_enabled=True, flow_enabled=True, iterations=7185, warmdown_iters=4311,
-                  ttt_enabled=False)
+VE128 = dict(
+    BASE,
+    gated_attention=False,
+    value_residual=False,
+    xsa_last_n=4,
+    bigram_vocab_size=1536,
+    ve_dim=128,
+    swa_enabled=True,
+    late_qat_threshold=0.15,
+    compressor="lzma",
+)
+TTT_LINEAR = dict(
+    VE128,
+    e2e_ttt_enabled=True,
+    flow_enabled=True,
+    iterations=7185,
+    warmdown_iters=4311,
+    ttt_enabled=False,
+)
 PRESETS = {
     "nfm_7k": {},
     "base_7k": BASE,
@@ -356,38 +421,72 @@ PRESETS = {
     "flow_20k": dict(LONG, flow_enabled=True),
     "ttt_linear_10l": dict(TTT_LINEAR, num_layers=10),
     "ttt_linear_11l": TTT_LINEAR,
-    "slot_11l": dict(VE128, mlp_mult=2.8, iterations=9000, warmdown_iters=3500, max_wallclock_seconds=600.0,
-                     ttt_epochs=3, ttt_freeze_blocks=0, slot="causal"),
+    "slot_11l": dict(
+        VE128,
+        mlp_mult=2.8,
+        iterations=9000,
+        warmdown_iters=3500,
+        max_wallclock_seconds=600.0,
+        ttt_epochs=3,
+        ttt_freeze_blocks=0,
+        slot="causal",
+    ),
     # The whole path of nfm_7k at a size that two CPU cores train in two minutes.
     # The wallclock cap keeps a slow machine inside five minutes; a fast one takes all steps.
-    "demo": dict(num_layers=5, model_dim=192, num_heads=3, num_kv_heads=1, bigram_vocab_size=2048,
-                 xsa_last_n=5, nfm_hidden_dim=96, iterations=400, warmdown_iters=130,
-                 max_wallclock_seconds=150.0, train_batch_tokens=8192, train_seq_len=256,
-                 micro_batch_tokens=8192, embed_lr=0.01, scalar_lr=0.01, muon_momentum=0.95,
-                 muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, warmup_steps=0,
-                 train_log_every=25, val_loss_every=200, checkpoint_every=0, checkpoint_seconds=60.0,
-                 eval_checkpoint_seconds=30.0, eval_seq_len=256, ttt_epochs=1, ttt_chunk_tokens=16384,
-                 ttt_batch_seqs=16, ttt_freeze_blocks=1, data_path="./data/datasets/demo_sp1024",
-                 tokenizer_path="./data/tokenizers/demo_1024_bpe.model"),
+    "demo": dict(
+        num_layers=5,
+        model_dim=192,
+        num_heads=3,
+        num_kv_heads=1,
+        bigram_vocab_size=2048,
+        xsa_last_n=5,
+        nfm_hidden_dim=96,
+        iterations=400,
+        warmdown_iters=130,
+        max_wallclock_seconds=150.0,
+        train_batch_tokens=8192,
+        train_seq_len=256,
+        micro_batch_tokens=8192,
+        embed_lr=0.01,
+        scalar_lr=0.01,
+        muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=100,
+        warmup_steps=0,
+        train_log_every=25,
+        val_loss_every=200,
+        checkpoint_every=0,
+        checkpoint_seconds=60.0,
+        eval_checkpoint_seconds=30.0,
+        eval_seq_len=256,
+        ttt_epochs=1,
+        ttt_chunk_tokens=16384,
+        ttt_batch_seqs=16,
+        ttt_freeze_blocks=1,
+        data_path="./data/datasets/demo_sp1024",
+        tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
+    ),
 }
 
 
 def help_text():
     """Every variable with its meaning, default and the presets that change it."""
     lines = [__doc__, "Variables (default; [preset=value] where a preset differs):"]
-    for field in config_fields():
+    for field in dataclasses.fields(Config):
         name, choices = field.name, PRESETS if field.name == "preset" else field.metadata["choices"]
         extra = f" ({'|'.join(map(str, choices))})" if choices else ""
         presets = "".join(f" [{p}={d[name]}]" for p, d in PRESETS.items() if name in d)
-        lines.append(f"  {name.upper()}={field.default}\n      {field.metadata['text']}{extra}{presets}")
+        lines.append(
+            f"  {name.upper()}={field.default}\n      {field.metadata['text']}{extra}{presets}"
+        )
     return "\n".join(lines)
 
 
-# ============================================================================================================
-# Runtime
-# Device, ranks, log, clock, signals and atomic files: everything that touches the machine sits in one object
-# made in main and passed down, so that all that follows is the same code on a laptop and on eight GPUs.
-# ============================================================================================================
+# ==================================================================================================
+# Files
+# What must survive a kill, a full disk or a damaged copy is written whole or not at all, and carries a
+# checksum that is compared before anything in it is used.
+# ==================================================================================================
 def sha256_file(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -414,8 +513,10 @@ def write_atomic(path, parts):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise ResourceError(f"cannot write {path}: {error.strerror}: free space or change RUN_DIR; what was "
-                            "saved before is intact") from None
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror}: free space or change RUN_DIR; what was "
+            "saved before is intact"
+        ) from None
 
 
 def write_json(path, value):
@@ -436,15 +537,139 @@ def load_tensors(path):
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}: {OTHER_FILE}") from None
+        raise ArtifactError(
+            f"{path}: {error.strerror}: copy it again, or name another file"
+        ) from None
     if len(blob) < 32 or hashlib.sha256(memoryview(blob)[:-32]).digest() != blob[-32:]:
-        raise ArtifactError(f"{path}: checksum does not match: truncated, damaged or not ours: {OTHER_FILE}")
+        raise ArtifactError(
+            f"{path}: checksum does not match: truncated, damaged or not ours: copy it again, or name another file"
+        )
     try:
         return torch.load(io.BytesIO(blob[:-32]), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ArtifactError(f"{path}: not a checkpoint of tensors ({str(error).splitlines()[0]})") from None
+        raise ArtifactError(
+            f"{path}: not a checkpoint of tensors ({str(error).splitlines()[0]})"
+        ) from None
 
 
+def private_copy(tree):
+    """A tree of tensors, in dicts and lists, copied to the host."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: private_copy(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [private_copy(value) for value in tree]
+    return tree
+
+
+class Checkpointer:
+    """Numbered states of one training run or evaluation, the last two of which are kept.
+
+    They are written on a background thread: the caller waits only for the copy of its state. A write that
+    failed is a warning, since the state before it is intact; `wait()` says whether it did.
+    """
+
+    KEPT = 2
+
+    def __init__(self, runtime, name, every_seconds):
+        self.runtime = runtime
+        self.folder = runtime.dir / "checkpoint"
+        self.name = name
+        self.every_seconds = every_seconds  # 0: never due
+        self.saved_at = time.monotonic()
+        self.writing = None  # future of the write that is under way
+
+    def path(self, number):
+        return self.folder / f"{self.name}_{number:08d}.pt"
+
+    def numbers(self):
+        """Numbers of the states on disk, oldest first."""
+        pattern = re.compile(re.escape(self.name) + r"_(\d{8})\.pt")
+        found = [pattern.fullmatch(path.name) for path in self.folder.glob("*.pt")]
+        return sorted(int(match[1]) for match in found if match)
+
+    def due(self):
+        """Whether `every_seconds` have passed since the last save."""
+        return 0 < self.every_seconds < time.monotonic() - self.saved_at
+
+    def save(self, number, state, saved):
+        """Copy `state` and begin to write it; `saved(seconds, bytes)` is called when it is on disk."""
+        self.wait()
+        self.saved_at = time.monotonic()
+        executor = ThreadPoolExecutor(1)
+        self.writing = executor.submit(self._write, number, private_copy(state), saved)
+        executor.shutdown(wait=False)  # the thread ends with this write
+
+    def _write(self, number, state, saved):
+        begin = time.monotonic()
+        size = save_tensors(self.path(number), state)
+        seconds = time.monotonic() - begin
+        self.runtime.stop.save_seconds = seconds
+        saved(seconds, size)
+        for old in self.numbers()[: -self.KEPT]:
+            self.path(old).unlink()
+
+    def wait(self):
+        """Wait for the write under way; returns its error, which is logged, or None."""
+        if self.writing is None:
+            return None
+        error = self.writing.exception()
+        self.writing = None
+        if error is not None:
+            self.runtime.log(f"warning: checkpoint not saved: {error}")
+        return error
+
+    def wait_or_raise(self):
+        """For a state that is about to be needed: raises ResourceError if it could not be written."""
+        error = self.wait()
+        if error is not None:
+            raise ResourceError(str(error))
+
+    def last(self):
+        """Path of the last state that was written, or 'none'."""
+        self.wait()
+        numbers = self.numbers()
+        return str(self.path(numbers[-1])) if numbers else "none"
+
+    def newest(self):
+        """(number, state) of the newest readable state, or (0, None)."""
+        for number in reversed(self.numbers()):
+            try:
+                return number, load_tensors(self.path(number))
+            except ArtifactError as error:
+                self.runtime.log(f"warning: {error}; using the checkpoint before it")
+        return 0, None
+
+    def load(self):
+        """newest() as rank 0 finds it, on every rank."""
+        comm = self.runtime.comm
+        number, state = self.newest() if comm.rank == 0 else (0, None)
+        number = int(comm.from_main(number))
+        if number and state is None:
+            state = load_tensors(self.path(number))
+        return number, state
+
+    def clear(self):
+        """Delete all states of this name: they belong to something else."""
+        if self.runtime.is_main:
+            for number in self.numbers():
+                self.path(number).unlink()
+
+
+def open_lines(path):
+    """Open for appending, unbuffered, after ending a line that a killed process left unfinished."""
+    broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = open(path, "ab", buffering=0)
+    file.write(b"\n" * broken)
+    return file
+
+
+# ==================================================================================================
+# Runtime
+# Device, ranks, log, clock, signals and atomic files: everything that touches the machine sits in one object
+# made in main and passed down, so that all that follows is the same code on a laptop and on eight GPUs.
+# ==================================================================================================
 # PyTorch 2.13 renamed two collectives.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -480,21 +705,67 @@ class Comm:
             parts = flat.split([g.numel() for g in grads])
             torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
-    def agree(self, *values):
+    def all_reduce_scalars(self, *values):
         """Element-wise sum of numbers over ranks, as floats, through the host (no device synchronisation)."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
 
+    def any_rank(self, condition):
+        """Whether `condition` holds on any rank."""
+        return self.all_reduce_scalars(bool(condition))[0] > 0
+
+    def from_main(self, number):
+        """Rank 0's number, as a float, on every rank."""
+        return self.all_reduce_scalars(number if self.rank == 0 else 0)[0]
+
     def gather_rows(self, row):
         """(world, n) float64: one row of n numbers from every rank."""
         rows = np.zeros((self.world, len(row)))
         rows[self.rank] = row
-        return np.array(self.agree(*rows.flatten())).reshape(rows.shape)
+        return np.array(self.all_reduce_scalars(*rows.flatten())).reshape(rows.shape)
 
     def barrier(self):
-        self.agree(0)
+        self.all_reduce_scalars(0)
+
+
+class StopRequest:
+    """The wish to stop: a signal, or a time limit that comes near. `reason` is empty until there is one."""
+
+    def __init__(self, time_limit_seconds):
+        self.started = time.monotonic()
+        self.time_limit = time_limit_seconds  # math.inf without one
+        self.reason = ""
+        self.first_signal = None  # when it came
+        self.save_seconds = 0.0  # what the last save took, hence what the next will need
+
+    def watch_signals(self):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        now = time.monotonic()
+        if self.first_signal is None:
+            self.first_signal = now
+        # A cluster and torchrun may both deliver the same wish to stop, hence the half second.
+        if now - self.first_signal > 0.5:
+            os._exit(128 + number)
+        self.reason = self.reason or signal.Signals(number).name
+
+    def remaining(self):
+        """Seconds until the time limit, less what saving needs."""
+        if not math.isfinite(self.time_limit):
+            return math.inf
+        margin = min(60.0, 0.1 * self.time_limit)
+        elapsed = time.monotonic() - self.started
+        return self.time_limit - margin - self.save_seconds - elapsed
+
+    def wanted(self, next_seconds=0.0):
+        """Whether to stop now, given that the next piece of work takes `next_seconds`."""
+        if not self.reason and self.remaining() < next_seconds:
+            self.reason = "TIME_LIMIT"
+        return bool(self.reason)
 
 
 class Runtime:
@@ -505,26 +776,26 @@ class Runtime:
     """
 
     def __init__(self, config, environ):
-        self.started = time.monotonic()
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
         self.dtype, on_gpu = getattr(torch, config.dtype), self.device.type == "cuda"
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
         self.dir, self.log_file, self.events, self.lock = Path(config.run_dir), None, None, None
-        self.stop_signal, self.signalled = "", 0.0
-        end = float(environ.get("SLURM_JOB_END_TIME", 0))
-        self.time_limit = min(config.time_limit_seconds or math.inf, end - time.time() if end else math.inf)
-        self.save_seconds, self.on_line, self.batch_seqs = 0.0, False, None
+        limit = config.time_limit_seconds or math.inf
+        if "SLURM_JOB_END_TIME" in environ:
+            limit = min(limit, float(environ["SLURM_JOB_END_TIME"]) - time.time())
+        self.stop = StopRequest(limit)
+        self.on_line = False  # whether the terminal's last line is progress, to be overwritten
         if self.comm.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                                    timeout=datetime.timedelta(minutes=10))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=10)
+            )
         if on_gpu:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         else:
             keep_large_blocks()
-        self.attend, self.attention_choice = pick_attention(self.device, self.dtype)
         self.open_dir(config.resume)
 
     def open_dir(self, resume):
@@ -549,36 +820,19 @@ class Runtime:
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
         except BlockingIOError:
-            raise ConfigError(f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another "
-                              "RUN_ID") from None
+            raise ConfigError(
+                f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another "
+                "RUN_ID"
+            ) from None
         except OSError as error:
-            raise ConfigError(f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
-                              "writable directory") from None
-
-    def watch_signals(self):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        # A cluster and torchrun may both deliver the same wish to stop, hence the half second.
-        if self.signalled and time.monotonic() - self.signalled > 0.5:
-            os._exit(128 + number)
-        self.stop_signal = self.stop_signal or signal.Signals(number).name
-        self.signalled = self.signalled or time.monotonic()
-
-    def remaining(self):
-        """Seconds until the time limit, less what saving needs."""
-        margin = min(60.0, 0.1 * self.time_limit) if math.isfinite(self.time_limit) else 0.0
-        return self.time_limit - margin - self.save_seconds - (time.monotonic() - self.started)
-
-    def wants_stop(self, next_seconds=0.0):
-        if not self.stop_signal and self.remaining() < next_seconds:
-            self.stop_signal = "TIME_LIMIT"
-        return bool(self.stop_signal)
+            raise ConfigError(
+                f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
+                "writable directory"
+            ) from None
 
     def stop_if_wanted(self, phase, seconds_needed):
         """Before a phase that cannot be interrupted: all ranks stop together if it would not end in time."""
-        if self.comm.agree(self.wants_stop(seconds_needed))[0]:
+        if self.comm.any_rank(self.stop.wanted(seconds_needed)):
             raise Stopped(f"before {phase}")
 
     def log(self, line):
@@ -595,7 +849,11 @@ class Runtime:
             if file:
                 file.write(f"{line}\n".encode())
         except OSError as error:
-            print(f"warning: {file.name} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+            print(
+                f"warning: {file.name} cannot be written ({error.strerror})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def progress(self, text):
         """Rewrite the terminal's current line; nothing where the output is a file."""
@@ -604,13 +862,19 @@ class Runtime:
             self.on_line = True
 
     def event(self, event, **fields):
-        self.append(self.events, json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
+        self.append(
+            self.events, json.dumps({"event": event, "time": round(time.time(), 3), **fields})
+        )
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
 
     def compiled(self, function):
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiling else function
+        return (
+            torch.compile(function, dynamic=False, fullgraph=True) if self.compiling else function
+        )
 
     def to_device(self, array):
         array = np.ascontiguousarray(array, dtype=np.int64)
@@ -629,14 +893,6 @@ class Runtime:
             file.close()
         if self.comm.world > 1:
             dist.destroy_process_group()
-
-
-def open_lines(path):
-    """Open for appending, unbuffered, after ending a line that a killed process left unfinished."""
-    broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = open(path, "ab", buffering=0)
-    file.write(b"\n" * broken)
-    return file
 
 
 def pick_device(wish, local_rank):
@@ -663,56 +919,12 @@ def keep_large_blocks():
             libc.mallopt(parameter, value)
 
 
-def sdpa_attention(q, k, v):
-    """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-def pick_attention(device, dtype):
-    """(function, 'name: reason'): the first backend that runs forward and backward here, tried once.
-
-    Published runs failed after hours in the queue because a fixed backend did not exist on their GPU.
-    """
-    if device.type == "cpu":
-        return cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
-    failures, sdpa = [], ("flash", "cudnn", "mem_efficient", "math")
-    for chosen in ("flash_attention_3", *sdpa):
-        try:
-            if chosen in sdpa:
-                for name in sdpa:
-                    getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == chosen)
-            attend = sdpa_attention if chosen in sdpa else flash_attention_3(device)
-            q, k = (torch.zeros(1, 64, heads, 64, device=device, dtype=dtype, requires_grad=True)
-                    for heads in (2, 1))
-            attend(q, k, k).float().sum().backward()
-            kind = "sdpa " * (chosen in sdpa)
-            return attend, f"{kind}{chosen}: first that ran; not usable: {', '.join(failures) or 'none'}"
-        except Exception as error:
-            failures.append(f"{chosen} ({type(error).__name__})")
-    raise ConfigError(f"no attention backend runs forward and backward on {device}: tried "
-                      f"{', '.join(failures)}")
-
-
-def flash_attention_3(device):
-    """FlashAttention-3 where it is installed, on Hopper; raises elsewhere."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        raise NotImplementedError("needs Hopper")
-    from flash_attn_interface import flash_attn_func
-
-    def attend(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-    return attend
-
-
-# ============================================================================================================
+# ==================================================================================================
 # Data
 # The challenge's own shard format, read through memory maps. The tokens of a step are one contiguous span
 # whatever the number of ranks, so a position is one integer; bytes are counted once for the whole validation
 # stream.
-# ============================================================================================================
+# ==================================================================================================
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 CANONICAL_TARGETS, CANONICAL_BYTES = 62_021_632, (151_020_000, 151_080_000)
 
@@ -728,12 +940,16 @@ def read_shard(path):
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: restore the shard") from None
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: not a token shard: header starts with {header[:2].tolist()}, expected "
-                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]: download it again, or set DATA_PATH")
+        raise DataError(
+            f"{path}: not a token shard: header starts with {header[:2].tolist()}, expected "
+            f"[{SHARD_MAGIC}, {SHARD_VERSION}]: download it again, or set DATA_PATH"
+        )
     expected = 4 * SHARD_HEADER + 2 * int(header[2])
     if header[2] <= 0 or size != expected:
-        raise DataError(f"{path}: {size} bytes, expected {expected} for the {header[2]} tokens of its header "
-                        "(at least one): truncated or over-long: restore the shard or download it again")
+        raise DataError(
+            f"{path}: {size} bytes, expected {expected} for the {header[2]} tokens of its header "
+            "(at least one): truncated or over-long: restore the shard or download it again"
+        )
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
 
 
@@ -748,16 +964,20 @@ def find_shards(config, split):
     paths = sorted(Path(config.data_path).glob(pattern))
     if not paths:
         there = "no such file in it" if Path(config.data_path).is_dir() else "no such directory"
-        raise DataError(f"no shard matches {config.data_path}/{pattern} ({there}): get the official shards "
-                        "(README, section Data) and set DATA_PATH and TOKENIZER_PATH, or try the whole path "
-                        "on data built here: PRESET=demo python train_gpt.py")
+        raise DataError(
+            f"no shard matches {config.data_path}/{pattern} ({there}): get the official shards "
+            "(README, section Data) and set DATA_PATH and TOKENIZER_PATH, or try the whole path "
+            "on data built here: PRESET=demo python train_gpt.py"
+        )
     return paths
 
 
 def check_ids(ids, vocab_size, where):
     if len(ids) and ids.max() >= vocab_size:
-        raise DataError(f"{where}: token id {ids.max()} is outside VOCAB_SIZE={vocab_size}: set DATA_PATH "
-                        "and TOKENIZER_PATH that belong together")
+        raise DataError(
+            f"{where}: token id {ids.max()} is outside VOCAB_SIZE={vocab_size}: set DATA_PATH "
+            "and TOKENIZER_PATH that belong together"
+        )
     return ids
 
 
@@ -779,12 +999,15 @@ class TrainStream:
         while wanted:
             index = int(np.searchsorted(self.ends, at, side="right"))
             path, size, end = self.paths[index], self.sizes[index], int(self.ends[index])
-            tokens = read_shard(path)  # anew: reading an older map of a file that shrank would be SIGBUS
+            tokens = read_shard(
+                path
+            )  # anew: reading an older map of a file that shrank would be SIGBUS
             if len(tokens) != size:
-                raise DataError(f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the "
-                                "shard")
+                raise DataError(
+                    f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the shard"
+                )
             start = at - (end - size)
-            parts.append(check_ids(tokens[start:start + wanted], self.vocab_size, path))
+            parts.append(check_ids(tokens[start : start + wanted], self.vocab_size, path))
             wanted -= len(parts[-1])
             at = (at + len(parts[-1])) % int(self.ends[-1])
         self.position += span
@@ -803,14 +1026,20 @@ class TokenBytes:
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError, TypeError) as error:
-            raise DataError(f"TOKENIZER_PATH={tokenizer_path}: cannot be read as a SentencePiece model "
-                            f"({str(error).splitlines()[0]}): see README, section Data") from None
+            raise DataError(
+                f"TOKENIZER_PATH={tokenizer_path}: cannot be read as a SentencePiece model "
+                f"({str(error).splitlines()[0]}): see README, section Data"
+            ) from None
         self.model, self.vocab_size = model, model.vocab_size()
         ids = range(self.vocab_size)
-        self.silent = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-                                for i in ids])
+        self.is_boundary = np.array(
+            [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
+        )
         self.is_byte = np.array([model.is_byte(i) for i in ids])
-        pieces = ["" if self.silent[i] else "x" if self.is_byte[i] else model.id_to_piece(i) for i in ids]
+        pieces = [
+            "" if self.is_boundary[i] else "x" if self.is_byte[i] else model.id_to_piece(i)
+            for i in ids
+        ]
         self.spaced = np.array([piece.startswith("▁") for piece in pieces])
         text = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
         self.base = np.array([len(t.encode()) for t in text], np.uint16)
@@ -818,47 +1047,62 @@ class TokenBytes:
     def count(self, prev_ids, target_ids):
         """Bytes (same shape, uint16) of targets given the tokens before them."""
         prev_ids, target_ids = np.asarray(prev_ids), np.asarray(target_ids)
-        return self.base[target_ids] + (self.spaced[target_ids] & ~self.silent[prev_ids])
+        return self.base[target_ids] + (self.spaced[target_ids] & ~self.is_boundary[prev_ids])
 
     def check(self, ids):
         """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError."""
         ids = np.asarray(ids, np.int64)
         start = int(np.argmin(self.is_byte[ids]))  # not inside a character
-        edges = sorted({start, *np.flatnonzero(self.silent[ids]).tolist(), len(ids)})
-        plain = np.flatnonzero(~self.silent & ~self.spaced & ~self.is_byte & (self.base > 0))
+        edges = sorted({start, *np.flatnonzero(self.is_boundary[ids]).tolist(), len(ids)})
+        plain = np.flatnonzero(~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0))
         # SentencePiece drops spaces at the start of a text: each run is decoded behind a piece without any.
         anchor = plain[:1].tolist() or [self.model.piece_to_id("<0x41>")]
         for left, right in zip(edges, edges[1:]):
-            run = ids[left + 1:right].tolist()
-            while right == len(ids) and run and self.is_byte[run[-1]]:  # the slice may end inside a character
+            run = ids[left + 1 : right].tolist()
+            while (
+                right == len(ids) and run and self.is_byte[run[-1]]
+            ):  # the slice may end inside a character
                 run.pop()
             if not run:
                 continue
-            counted = int(self.count(ids[left:left + len(run)], run).sum())
-            decoded = self.model.decode(anchor + run)[len(self.model.decode(anchor)):].replace("▁", " ")
-            length = len(decoded.encode()) - (self.spaced[run[0]] and self.silent[ids[left]])
+            counted = int(self.count(ids[left : left + len(run)], run).sum())
+            decoded = self.model.decode(anchor + run)[len(self.model.decode(anchor)) :].replace(
+                "▁", " "
+            )
+            length = len(decoded.encode()) - (self.spaced[run[0]] and self.is_boundary[ids[left]])
             if length != counted:
-                raise DataError(f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
-                                f"{length}: use the tokenizer that made these shards, with a piece for a "
-                                "space")
+                raise DataError(
+                    f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
+                    f"{length}: use the tokenizer that made these shards, with a piece for a "
+                    "space"
+                )
 
 
-class ValStream:
+class ValidationSet:
     """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split."""
 
     def __init__(self, tokens, token_bytes):
         self.tokens, self.num_targets, self.token_bytes = tokens, len(tokens) - 1, token_bytes
         parts = [slice(i, i + (1 << 20)) for i in range(0, self.num_targets, 1 << 20)]
-        self.bytes = np.concatenate([token_bytes.count(tokens[:-1][part], tokens[1:][part])
-                                     for part in parts])
+        self.bytes = np.concatenate(
+            [token_bytes.count(tokens[:-1][part], tokens[1:][part]) for part in parts]
+        )
         total = int(self.bytes.sum(dtype=np.int64))
-        canonical = (token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS
-                     and CANONICAL_BYTES[0] <= total <= CANONICAL_BYTES[1])
+        canonical = (
+            token_bytes.vocab_size == 1024
+            and self.num_targets == CANONICAL_TARGETS
+            and CANONICAL_BYTES[0] <= total <= CANONICAL_BYTES[1]
+        )
         self.scope = "canonical" if canonical else "proxy"
-        self.fingerprint = dict(val_tokens=len(tokens), val_targets=self.num_targets, val_bytes=total,
-                                val_documents=int((tokens == BOS).sum()),
-                                bytes_per_token=total / self.num_targets,
-                                val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(), scope=self.scope)
+        self.fingerprint = dict(
+            val_tokens=len(tokens),
+            val_targets=self.num_targets,
+            val_bytes=total,
+            val_documents=int((tokens == BOS).sum()),
+            bytes_per_token=total / self.num_targets,
+            val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+            scope=self.scope,
+        )
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -867,25 +1111,34 @@ class ValStream:
         check_ids(tokens, config.vocab_size, f"{config.data_path}/fineweb_val_*.bin")
         targets = (len(tokens) - 1) // config.eval_seq_len * config.eval_seq_len
         if targets == 0:
-            raise DataError(f"{config.data_path}: {len(tokens)} validation tokens are less than one window "
-                            f"of EVAL_SEQ_LEN={config.eval_seq_len}: lower it or get the whole split")
+            raise DataError(
+                f"{config.data_path}: {len(tokens)} validation tokens are less than one window "
+                f"of EVAL_SEQ_LEN={config.eval_seq_len}: lower it or get the whole split"
+            )
         token_bytes.check(tokens[:100_000])
-        return cls(tokens[:targets + 1], token_bytes)
+        return cls(tokens[: targets + 1], token_bytes)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
-        return ValStream(tokens, self.token_bytes)
+        return ValidationSet(tokens, self.token_bytes)
 
 
 def load_token_bytes(config, expected_sha256=""):
     """TokenBytes of config's tokenizer after its checks. Raises DataError."""
-    token_bytes, where = TokenBytes(config.tokenizer_path), f"TOKENIZER_PATH={config.tokenizer_path}"
+    token_bytes, where = (
+        TokenBytes(config.tokenizer_path),
+        f"TOKENIZER_PATH={config.tokenizer_path}",
+    )
     if token_bytes.vocab_size != config.vocab_size:
-        raise DataError(f"{where} has {token_bytes.vocab_size} pieces, but the model's VOCAB_SIZE is "
-                        f"{config.vocab_size}: set the one that matches")
+        raise DataError(
+            f"{where} has {token_bytes.vocab_size} pieces, but the model's VOCAB_SIZE is "
+            f"{config.vocab_size}: set the one that matches"
+        )
     if expected_sha256 and sha256_file(config.tokenizer_path) != expected_sha256:
-        raise DataError(f"{where} is not the tokenizer this artifact was trained with (sha256 "
-                        f"{expected_sha256[:16]}… expected): set TOKENIZER_PATH to that one")
+        raise DataError(
+            f"{where} is not the tokenizer this artifact was trained with (sha256 "
+            f"{expected_sha256[:16]}… expected): set TOKENIZER_PATH to that one"
+        )
     return token_bytes
 
 
@@ -896,16 +1149,23 @@ def english_of(path):
         tree = ast.parse(source) if '"""' in source or "'''" in source else ast.Module([], [])
     except (OSError, ValueError, SyntaxError, RecursionError):
         return []
-    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    texts = [
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
     english = [text for text in texts if len(text) > 160 and text.count(" ") > len(text) / 12]
-    return [paragraph for text in english for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text))]
+    return [
+        paragraph for text in english for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text))
+    ]
 
 
 def demo_texts():
     """(train, val) lists of one text per module: the English of the installed Python libraries."""
     site, stdlib = Path(torch.__file__).parent.parent, Path(sysconfig.get_paths()["stdlib"])
     paths, seen, texts = [], set(), ([], [])
-    for root in (stdlib, *(site / name for name in ("torch", "numpy", "sentencepiece", "zstandard"))):
+    for root in (
+        stdlib,
+        *(site / name for name in ("torch", "numpy", "sentencepiece", "zstandard")),
+    ):
         for folder, folders, files in os.walk(root):
             folders[:] = sorted(set(folders) - {"site-packages", "__pycache__", "test", "idlelib"})
             paths += [(root, Path(folder, name)) for name in sorted(files) if name.endswith(".py")]
@@ -932,38 +1192,197 @@ def build_demo_data(config, log):
             folder.mkdir(parents=True, exist_ok=True)
         lock = open(data / "lock", "w")
     except OSError as error:
-        raise DataError(f"the demo's data cannot be built in {data} and {tokenizer.parent}: "
-                        f"{error.strerror}: run in a writable directory") from None
+        raise DataError(
+            f"the demo's data cannot be built in {data} and {tokenizer.parent}: "
+            f"{error.strerror}: run in a writable directory"
+        ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         splits = ["val"] if config.eval_only else ["train", "val"]
         if tokenizer.exists() and all(any(data.glob(f"fineweb_{split}_*.bin")) for split in splits):
             return
         begin = time.monotonic()
-        log("demo_data: reading the English of the installed Python libraries (once, under a minute)")
+        log(
+            "demo_data: reading the English of the installed Python libraries (once, under a minute)"
+        )
         texts = dict(zip(("train", "val"), demo_texts()))
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts["train"] for line in text.split("\n") if line.strip()),
-            model_writer=model, vocab_size=config.vocab_size, model_type="bpe", byte_fallback=True,
-            split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
-            character_coverage=0.999, pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, minloglevel=2)
+            sentence_iterator=(
+                line for text in texts["train"] for line in text.split("\n") if line.strip()
+            ),
+            model_writer=model,
+            vocab_size=config.vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            character_coverage=0.999,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         write_atomic(tokenizer, [model.getvalue()])
         for split, documents in texts.items():
             ids = processor.encode(documents, num_threads=2)
             tokens = np.concatenate([np.array([BOS, *document]) for document in ids])
             write_shard(data / f"fineweb_{split}_000000.bin", tokens)
-            log(f"demo_data: {split} {sum(len(t.encode()) for t in documents)} bytes, {len(documents)} "
-                f"documents, {time.monotonic() - begin:.1f} s")
+            log(
+                f"demo_data: {split} {sum(len(t.encode()) for t in documents)} bytes, {len(documents)} "
+                f"documents, {time.monotonic() - begin:.1f} s"
+            )
 
 
-# ============================================================================================================
+# ==================================================================================================
+# Quantisation grid
+# How a matrix becomes small integers. It stands before the model because rounding in training (late QAT)
+# and packing must agree on the grid to the last bit.
+# ==================================================================================================
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
+HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
+
+
+def scheme_of(name, shape, config, int5_layers=()):
+    """How the artifact stores a tensor: fp32 for control scalars, fp16 if small, else intN per row."""
+    if len(shape) < 2 or name.split(".")[-1] in CONTROL:
+        return "fp32"
+    if len(shape) > 2 or math.prod(shape) <= HALF_LIMIT:
+        return "fp16"
+    layer = re.match(r"blocks\.(\d+)\.mlp\.", name)
+    if layer and int(layer.group(1)) in int5_layers:
+        return "int5"
+    return f"int{config.block_bits if name.startswith('blocks.') else config.embed_bits}"
+
+
+@torch.no_grad()
+def quantize_rows(weight, bits):
+    """GPTQ-lite: int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), per row with the clip
+    quantile of |w| that leaves the least squared error."""
+    w = weight.detach().float().flatten(0, -2)
+    columns, top = w.size(1), 2 ** (bits - 1) - 1
+    largest = (
+        w.abs().topk(min(columns, int((columns - 1) * (1 - CLIP_QUANTILES[0])) + 2), dim=1).values
+    )
+    best = None
+    for quantile in CLIP_QUANTILES:
+        # linear interpolation between order statistics, from the largest
+        place = (columns - 1) * (1 - quantile)
+        low = min(int(place), largest.size(1) - 1)
+        high = min(low + 1, largest.size(1) - 1)
+        clip = torch.lerp(largest[:, low], largest[:, high], place - int(place))[:, None]
+        # The floor is float16's smallest number: an epsilon, so that rows of zeros stay zeros.
+        scale = (clip / top).clamp(min=2.0**-24, max=65504.0).half()
+        codes = round_to_grid(w, scale.float(), bits)
+        error = (codes * scale.float() - w).square().sum(1, keepdim=True)
+        if best is not None:
+            better = error < best[0]
+            error, codes, scale = (
+                torch.where(better, new, old) for new, old in zip((error, codes, scale), best)
+            )
+        best = error, codes, scale
+    return best[1].to(torch.int8), best[2]
+
+
+def round_to_grid(weight, scale, bits):
+    """Nearest point of the symmetric grid scale * [-(2^(bits-1) - 1), ...]; the grid the artifact stores."""
+    top = 2 ** (bits - 1) - 1
+    return (weight / scale).round().clamp(-top, top)
+
+
+class Quantizable:
+    """A weight that can be rounded in training, straight through, as the artifact will round it.
+
+    `qat_blend` (0-d) and `qat_scale` (rows, 1) are buffers, so switching rounding on recompiles nothing.
+    """
+
+    bits = 0
+
+    def enable_qat(self, bits):
+        self.bits = bits
+        device = self.weight.device
+        self.register_buffer("qat_blend", torch.zeros((), device=device), persistent=False)
+        self.register_buffer(
+            "qat_scale", torch.ones(self.weight.size(0), 1, device=device), persistent=False
+        )
+
+    def effective_weight(self):
+        if not self.bits or not self.training:
+            return self.weight
+        value = self.weight.detach()
+        rounded = round_to_grid(value, self.qat_scale, self.bits) * self.qat_scale
+        # w - w is exactly 0 and carries the straight-through gradient.
+        return torch.lerp(value, rounded, self.qat_blend) + (self.weight - value)
+
+
+# ==================================================================================================
 # Model
 # The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner, NativeFlowMatcher.
 # `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the trunk. Whatever changes
 # during a run is a 0-d tensor.
-# ============================================================================================================
+# ==================================================================================================
+def sdpa_attention(q, k, v):
+    """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)
+    ).transpose(1, 2)
+
+
+class AttentionChoice(typing.NamedTuple):
+    function: typing.Callable  # attend(q, k, v)
+    reason: str
+
+
+@functools.cache
+def pick_attention(device, dtype):
+    """AttentionChoice: the first backend that runs forward and backward here, tried once.
+
+    Published runs failed after hours in the queue because a fixed backend did not exist on their GPU.
+    """
+    if device.type == "cpu":
+        return AttentionChoice(
+            cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
+        )
+    failures, sdpa = [], ("flash", "cudnn", "mem_efficient", "math")
+    for chosen in ("flash_attention_3", *sdpa):
+        try:
+            if chosen in sdpa:
+                for name in sdpa:
+                    getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == chosen)
+            attend = sdpa_attention if chosen in sdpa else flash_attention_3(device)
+            q, k = (
+                torch.zeros(1, 64, heads, 64, device=device, dtype=dtype, requires_grad=True)
+                for heads in (2, 1)
+            )
+            attend(q, k, k).float().sum().backward()
+            kind = "sdpa " * (chosen in sdpa)
+            reason = f"{kind}{chosen}: first that ran; not usable: {', '.join(failures) or 'none'}"
+            return AttentionChoice(attend, reason)
+        except Exception as error:
+            failures.append(f"{chosen} ({type(error).__name__})")
+    raise ConfigError(
+        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}"
+    )
+
+
+def flash_attention_3(device):
+    """FlashAttention-3 where it is installed, on Hopper; raises elsewhere."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        raise NotImplementedError("needs Hopper")
+    from flash_attn_interface import flash_attn_func
+
+    def attend(q, k, v):
+        out = flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
 class BlockedAttention(torch.autograd.Function):
     """Causal grouped-query attention for CPUs: PyTorch's fused forward, and a backward in blocks of queries
     and sequences that fit the cache and recompute the probabilities. Memory is linear in T. q (B, H, T, d), k
@@ -988,7 +1407,9 @@ class BlockedAttention(torch.autograd.Function):
             mask = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
             for first in range(0, len(q), ATTENTION_SEQUENCES):
                 at = slice(first, first + ATTENTION_SEQUENCES)
-                qi, gi = (x[at, :, :, low:high].flatten(2, 3) for x in (q, grad))  # (b, K, H/K * rows, d)
+                qi, gi = (
+                    x[at, :, :, low:high].flatten(2, 3) for x in (q, grad)
+                )  # (b, K, H/K * rows, d)
                 ki, vi = k[at, :, :high], v[at, :, :high]
                 scores = qi @ ki.mT
                 scores.unflatten(2, (-1, high - low))[..., low:].masked_fill_(mask, -torch.inf)
@@ -1008,7 +1429,7 @@ def cpu_attention(q, k, v):
     return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-class HeadNorm(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
     """RMSNorm over the last dimension times an optional gain (that broadcasts) times an optional rotation:
     what q and k go through. Written out since the composed operations cost more than the matrix products on a
     CPU.
@@ -1018,8 +1439,9 @@ class HeadNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True,
-                                        dtype=torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
         inverse = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS).to(x.dtype)
         scale = inverse if gain is None else inverse * gain.to(x.dtype)
         ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
@@ -1037,16 +1459,18 @@ class HeadNorm(torch.autograd.Function):
         return dx, dgain, None, None
 
 
-NORM_EPS = 2.0 ** -23  # float32's epsilon, whatever the type in use
+NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
 
 
 def rms_norm(x):
-    return HeadNorm.apply(x)
+    return RMSNorm.apply(x)
 
 
 def rotary(length, config, device):
     """cos, sin (T, 1, rope_dims/2), the same whatever length is in use."""
-    inverse = config.rope_base ** (-torch.arange(0, config.rope_dims, 2, device=device) / config.rope_dims)
+    inverse = config.rope_base ** (
+        -torch.arange(0, config.rope_dims, 2, device=device) / config.rope_dims
+    )
     angle = torch.arange(length, device=device)[:, None, None] * inverse
     return angle.cos(), angle.sin()
 
@@ -1055,9 +1479,9 @@ def rotate_(x, cos, sin):
     """Partial RoPE, in place, on the first dimensions of each head. x (B, T, H, d)."""
     half = cos.size(-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x[..., :half], x[..., half:2 * half]
+    a, b = x[..., :half], x[..., half : 2 * half]
     a_new = a * cos - b * sin
-    x[..., half:2 * half] = a * sin + b * cos
+    x[..., half : 2 * half] = a * sin + b * cos
     x[..., :half] = a_new
     return x
 
@@ -1093,7 +1517,7 @@ class LeakySquare(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         return F.leaky_relu(x, 0.25).mul_(grad).mul_(2)
 
 
@@ -1109,37 +1533,13 @@ class ResidualMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, x0, m, mix = ctx.saved_tensors
-        ones = grad.new_ones(1, grad.shape[:-1].numel())  # a product sums over tokens faster than a reduction
-        dmix = torch.cat([ones @ (grad * x).flatten(0, -2), ones @ (grad * x0).flatten(0, -2)]).to(mix.dtype)
+        ones = grad.new_ones(
+            1, grad.shape[:-1].numel()
+        )  # a product sums over tokens faster than a reduction
+        dmix = torch.cat([ones @ (grad * x).flatten(0, -2), ones @ (grad * x0).flatten(0, -2)]).to(
+            mix.dtype
+        )
         return grad * m[0], grad * m[1], dmix
-
-
-def round_to_grid(weight, scale, bits):
-    """Nearest point of the symmetric grid scale * [-(2^(bits-1) - 1), ...]; the grid the artifact stores."""
-    top = 2 ** (bits - 1) - 1
-    return (weight / scale).round().clamp(-top, top)
-
-
-class Quantizable:
-    """A weight that can be rounded in training, straight through, as the artifact will round it.
-
-    `qat_blend` (0-d) and `qat_scale` (rows, 1) are buffers, so switching rounding on recompiles nothing.
-    """
-    bits = 0
-
-    def enable_qat(self, bits):
-        self.bits = bits
-        device = self.weight.device
-        self.register_buffer("qat_blend", torch.zeros((), device=device), persistent=False)
-        self.register_buffer("qat_scale", torch.ones(self.weight.size(0), 1, device=device), persistent=False)
-
-    def effective_weight(self):
-        if not self.bits or not self.training:
-            return self.weight
-        value = self.weight.detach()
-        rounded = round_to_grid(value, self.qat_scale, self.bits) * self.qat_scale
-        # w - w is exactly 0 and carries the straight-through gradient.
-        return torch.lerp(value, rounded, self.qat_blend) + (self.weight - value)
 
 
 class Linear(Quantizable, nn.Linear):
@@ -1154,7 +1554,9 @@ class Linear(Quantizable, nn.Linear):
 
 class Embedding(Quantizable, nn.Embedding):
     def __init__(self, rows, width):
-        super().__init__(rows, width, _weight=torch.zeros(rows, width))  # GPT.init_weights draws them
+        super().__init__(
+            rows, width, _weight=torch.zeros(rows, width)
+        )  # GPT.init_weights draws them
 
     def forward(self, ids):
         return F.embedding(ids, self.effective_weight())
@@ -1171,7 +1573,9 @@ class Attention(nn.Module):
         self.c_q, self.c_k, self.c_v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.proj = Linear(dim, dim)
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
-        self.attn_gate = Linear(dim, config.num_heads, bias=True) if config.gated_attention else None
+        self.attn_gate = (
+            Linear(dim, config.num_heads, bias=True) if config.gated_attention else None
+        )
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual else None
 
     def forward(self, x, scale, out_scale, angles, v0, ve):
@@ -1181,12 +1585,16 @@ class Attention(nn.Module):
         q = self.c_q(x, scale).view(batch, length, c.num_heads, c.head_dim)
         k = self.c_k(x, scale).view(batch, length, c.num_kv_heads, c.head_dim)
         v = self.c_v(x, scale)
-        v = (v if ve is None else v + ve.to(v.dtype)).view(batch, length, c.num_kv_heads, c.head_dim)
+        v = (v if ve is None else v + ve.to(v.dtype)).view(
+            batch, length, c.num_kv_heads, c.head_dim
+        )
         own = v
         if self.vr_lambda is not None:
             mix = self.vr_lambda.to(v.dtype)
             v = mix[0] * (own if v0 is None else v0) + mix[1] * own
-        y = self.attend(HeadNorm.apply(q, self.q_gain[:, None], *angles), HeadNorm.apply(k, None, *angles), v)
+        y = self.attend(
+            RMSNorm.apply(q, self.q_gain[:, None], *angles), RMSNorm.apply(k, None, *angles), v
+        )
         if self.xsa:
             y = ExclusiveAttention.apply(y, v)  # (B, T, H, d)
         if self.attn_gate is not None:
@@ -1209,7 +1617,10 @@ class Block(nn.Module):
         super().__init__()
         dim = config.model_dim
         self.attn, self.mlp = Attention(config, layer, attend), MLP(config)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.attn_scale, self.mlp_scale = (
+            nn.Parameter(torch.ones(dim)),
+            nn.Parameter(torch.ones(dim)),
+        )
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(dim), torch.zeros(dim)]))
         self.norm_scale = (layer + 1) ** -0.5
 
@@ -1303,12 +1714,17 @@ class NativeFlowMatcher(nn.Module):
         return self.out(F.gelu(self.inp(x) + self.tau(t)))
 
     def forward(self, x):
-        one = torch.ones((), device=x.device, dtype=self.gate.dtype)  # tau(1) is one row for all tokens
+        one = torch.ones(
+            (), device=x.device, dtype=self.gate.dtype
+        )  # tau(1) is one row for all tokens
         return x + torch.sigmoid(self.gate).to(x.dtype) * self.velocity(x, one)
 
     def flow_loss(self, x, noise):
         """Mean squared error of the velocity at random times; x (B, T, D) detached, noise (B, T, D + 1)."""
-        z, t = noise[..., :-1], torch.special.ndtr(noise[..., -1])  # the normal's own CDF makes t uniform
+        z, t = (
+            noise[..., :-1],
+            torch.special.ndtr(noise[..., -1]),
+        )  # the normal's own CDF makes t uniform
         x_t = (1 - t[..., None]) * z + t[..., None] * x
         return (self.velocity(x_t.to(x.dtype), t) - (x - z)).float().square().mean()
 
@@ -1337,8 +1753,10 @@ class TTTLinear(nn.Module):
 
     def forward(self, x):
         batch, length, dim = x.shape
-        q, k, v = (c(x).view(batch, length, self.heads, -1).transpose(1, 2)
-                   for c in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (
+            c(x).view(batch, length, self.heads, -1).transpose(1, 2)
+            for c in (self.c_q, self.c_k, self.c_v)
+        )
         with torch.autocast(x.device.type, enabled=False):
             # the inner steps are kept out of bfloat16
             z = self.inner(*(t.to(self.w.dtype) for t in (q, k, v)))
@@ -1352,18 +1770,18 @@ class TTTLinear(nn.Module):
         for low in range(0, q.size(2), self.mini_batch):
             part = slice(low, low + self.mini_batch)
             qi, ki = q[:, :, part], k[:, :, part]
-            unit, inverse = self.standardise(ki @ w + b)
+            unit, inverse = self.layer_norm_parts(ki @ w + b)
             g = (unit * self.ln_gain - target[:, :, part]) * self.ln_gain
             g = inverse * (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True))
             seen = (qi @ ki.mT + 1).tril()  # the 1 is the bias's share
-            zq, _ = self.standardise(qi @ w + b - self.rate * (seen @ g))
+            zq, _ = self.layer_norm_parts(qi @ w + b - self.rate * (seen @ g))
             outputs.append(qi + zq * self.ln_gain + self.ln_bias)
             w = w - self.rate * (ki.mT @ g)
             b = b - self.rate * g.sum(-2, keepdim=True)
         return torch.cat(outputs, 2)
 
     @staticmethod
-    def standardise(z):
+    def layer_norm_parts(z):
         centred = z - z.mean(-1, keepdim=True)
         inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
         return centred * inverse, inverse
@@ -1378,8 +1796,8 @@ class GPT(nn.Module):
         self.tok_emb = Embedding(config.vocab_size, config.model_dim)
         self.bigram, self.smear = BigramHash(config), SmearGate(config)
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
-        self.encoders = config.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(self.encoders, config.model_dim))
+        self.num_encoder_layers = config.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.num_encoder_layers, config.model_dim))
         self.ve = ValueEmbedding(config) if config.ve_dim else None
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
@@ -1414,7 +1832,11 @@ class GPT(nn.Module):
             nn.init.zeros_(self.nfm.out.weight)
 
     def quantizable(self):
-        return [(name, module) for name, module in self.named_modules() if isinstance(module, Quantizable)]
+        return [
+            (name, module)
+            for name, module in self.named_modules()
+            if isinstance(module, Quantizable)
+        ]
 
     @torch.no_grad()
     def set_qat(self, blend):
@@ -1439,12 +1861,12 @@ class GPT(nn.Module):
         angles, v0, skips = rotary(ids.size(1), self.config, ids.device), None, []
         ve = self.ve(ids) if self.ve is not None else ()
         for i, block in enumerate(self.blocks):
-            if 0 <= i - self.encoders < len(self.skip_weights):
-                x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
+            if 0 <= i - self.num_encoder_layers < len(self.skip_weights):
+                x = x + self.skip_weights[i - self.num_encoder_layers].to(x.dtype) * skips.pop()
             late = i - (len(self.blocks) - len(ve))
             x, v = block(x, x0, angles, v0, ve[late] if late >= 0 else None)
             v0 = v if v0 is None else v0
-            if i < self.encoders:
+            if i < self.num_encoder_layers:
                 skips.append(x)
         return rms_norm(x)
 
@@ -1475,8 +1897,16 @@ class GPT(nn.Module):
         if self.nfm is not None and self.training and self.config.nfm_loss_weight:
             if noise is None:
                 noise = torch.randn(*ids.shape, self.config.model_dim + 1, device=ids.device)
-            loss = loss + self.config.nfm_loss_weight * self.nfm.flow_loss(flow_input.detach(), noise)
+            loss = loss + self.config.nfm_loss_weight * self.nfm.flow_loss(
+                flow_input.detach(), noise
+            )
         return loss
+
+
+def build_model(config, runtime):
+    """GPT on the runtime's device, with the attention backend that runs there."""
+    attend = pick_attention(runtime.device, runtime.dtype).function
+    return GPT(config, attend).to(runtime.device)
 
 
 def flow_noise(config, step, first, count, device):
@@ -1493,12 +1923,12 @@ def flow_noise(config, step, first, count, device):
     return out
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Optimisers
 # Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and clipped
 # then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its traffic behind the
 # arithmetic.
-# ============================================================================================================
+# ==================================================================================================
 def newton_schulz(matrices, steps, dtype):
     """Nearly the nearest semi-orthogonal matrices of (N, r, c): quintic iteration of Jordan et al. 2024."""
     x = matrices.to(dtype)
@@ -1511,7 +1941,7 @@ def newton_schulz(matrices, steps, dtype):
     return x if wide else x.mT
 
 
-def wide(matrix, like=None):
+def as_wide(matrix, like=None):
     """`matrix` transposed if it (or `like`) has more rows than columns; twice is the identity."""
     rows, columns = (matrix if like is None else like).shape
     return matrix.mT if rows > columns else matrix
@@ -1528,19 +1958,25 @@ class Muon:
       4. apply    weight decay and step, while the next stack is computed
     """
 
-    def __init__(self, params, lr, momentum, weight_decay, ns_steps=5, dtype=torch.bfloat16, comm=None):
+    def __init__(
+        self, params, lr, momentum, weight_decay, ns_steps=5, dtype=torch.bfloat16, comm=None
+    ):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.ns_steps, self.dtype, self.comm = ns_steps, dtype, comm or Comm()
         shapes = {}
         for param in params:
-            shapes.setdefault(tuple(wide(param).shape), []).append(param)
+            shapes.setdefault(tuple(as_wide(param).shape), []).append(param)
         self.stacks = sorted(shapes.values(), key=lambda ps: -len(ps) * ps[0].numel())
         self.grads = [None] * len(self.stacks)
-        self.buffers = [ps[0].new_zeros(self.share(ps), *wide(ps[0]).shape) for ps in self.stacks]
+        self.buffers = [
+            ps[0].new_zeros(self.share(ps), *as_wide(ps[0]).shape) for ps in self.stacks
+        ]
         self.factors = []  # (N / world, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices
         for params, buffer in zip(self.stacks, self.buffers):
-            factors = self.stacked([p.new_full((1, 1), max(1, p.size(0) / p.size(1)) ** 0.5) for p in params])
-            self.factors.append(factors[self.comm.rank * len(buffer):][:len(buffer)])
+            factors = self.stacked(
+                [p.new_full((1, 1), max(1, p.size(0) / p.size(1)) ** 0.5) for p in params]
+            )
+            self.factors.append(factors[self.comm.rank * len(buffer) :][: len(buffer)])
 
     def share(self, params):
         """Matrices per rank; the last ranks' shares are padded with zeros."""
@@ -1553,7 +1989,7 @@ class Muon:
     def launch(self):  # phase 1
         self.handles = []
         for i, params in enumerate(self.stacks):
-            stack = self.stacked([wide(p.grad) for p in params])
+            stack = self.stacked([as_wide(p.grad) for p in params])
             self.grads[i] = stack if self.comm.world == 1 else torch.empty_like(self.buffers[i])
             if self.comm.world > 1:
                 self.handles.append((self.comm.reduce_scatter(self.grads[i], stack), stack))
@@ -1568,7 +2004,9 @@ class Muon:
         """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs during the last all-gather."""
         waiting = None
         for i, params in enumerate(self.stacks):
-            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i]).mul_(self.factors[i])
+            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i]).mul_(
+                self.factors[i]
+            )
             full, handle = update, None
             if self.comm.world > 1:
                 full = update.new_empty(len(update) * self.comm.world, *update.shape[1:])
@@ -1589,7 +2027,9 @@ class Muon:
         if handle:
             handle.wait()
         torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
-        torch._foreach_add_(params, [wide(u.to(p.dtype), p) for u, p in zip(full, params)], alpha=-self.lr)
+        torch._foreach_add_(
+            params, [as_wide(u.to(p.dtype), p) for u, p in zip(full, params)], alpha=-self.lr
+        )
 
     def state_dict(self):
         """Momentum of every matrix by shape, whatever the number of ranks; all ranks must call it."""
@@ -1599,38 +2039,59 @@ class Muon:
             if self.comm.world > 1:
                 full = buffer.new_empty(len(buffer) * self.comm.world, *buffer.shape[1:])
                 self.comm.all_gather(full, buffer).wait()
-            state["x".join(map(str, buffer.shape[1:]))] = full[:len(params)].clone()
+            state["x".join(map(str, buffer.shape[1:]))] = full[: len(params)].clone()
         return state
 
     def load_state_dict(self, state):
         for buffer in self.buffers:
             full = state["x".join(map(str, buffer.shape[1:]))].to(buffer.device)
             low = self.comm.rank * len(buffer)
-            part = full[low:low + len(buffer)]
-            buffer.zero_()[:len(part)].copy_(part)
+            part = full[low : low + len(buffer)]
+            buffer.zero_()[: len(part)].copy_(part)
 
 
 def parameter_groups(model):
     """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one."""
     groups = {"muon": {}, "embed": {}, "scalar": {}}
-    embeddings = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    embeddings = {
+        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
     for name, param in model.named_parameters():
-        block_matrix = re.fullmatch(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight", name)
-        groups["muon" if block_matrix else "embed" if name in embeddings else "scalar"][name] = param
+        block_matrix = re.fullmatch(
+            r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight", name
+        )
+        groups["muon" if block_matrix else "embed" if name in embeddings else "scalar"][name] = (
+            param
+        )
     return groups
 
 
 def build_optimizers(model, config, comm=None):
     """(Muon, AdamW) over all parameters of `model`; asserts by name that each is in exactly one group."""
     groups = parameter_groups(model)
-    muon = Muon(groups["muon"].values(), config.matrix_lr, config.muon_momentum, config.weight_decay,
-                config.muon_ns_steps, getattr(torch, config.dtype), comm)
+    muon = Muon(
+        groups["muon"].values(),
+        config.matrix_lr,
+        config.muon_momentum,
+        config.weight_decay,
+        config.muon_ns_steps,
+        getattr(torch, config.dtype),
+        comm,
+    )
     adamw = torch.optim.AdamW(
-        [dict(params=list(groups["embed"].values()), base_lr=config.embed_lr),
-         dict(params=list(groups["scalar"].values()), base_lr=config.scalar_lr)],
-        lr=config.scalar_lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
-        weight_decay=config.weight_decay, fused=True)
-    held = [p for stack in muon.stacks for p in stack] + [p for g in adamw.param_groups for p in g["params"]]
+        [
+            dict(params=list(groups["embed"].values()), base_lr=config.embed_lr),
+            dict(params=list(groups["scalar"].values()), base_lr=config.scalar_lr),
+        ],
+        lr=config.scalar_lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    held = [p for stack in muon.stacks for p in stack] + [
+        p for g in adamw.param_groups for p in g["params"]
+    ]
     ids = [id(p) for p in held]
     wrong = [name for name, p in model.named_parameters() if ids.count(id(p)) != 1]
     foreign = len(held) - len(list(model.parameters()))
@@ -1672,7 +2133,11 @@ def lr_scale(config, step, seconds=0.0):
 
 
 def momentum_at(config, step):
-    done = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    done = (
+        min(1.0, step / config.muon_momentum_warmup_steps)
+        if config.muon_momentum_warmup_steps
+        else 1.0
+    )
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
@@ -1691,7 +2156,11 @@ class WeightAverage:
         if self.ema:
             decay = min(self.config.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
-        if self.swa and scale < self.config.swa_start_scale and (step + 1) % self.config.swa_every == 0:
+        if (
+            self.swa
+            and scale < self.config.swa_start_scale
+            and (step + 1) % self.config.swa_every == 0
+        ):
             torch._foreach_add_(self.swa, self.ema or [p.detach() for p in self.params])
             self.snapshots += 1
 
@@ -1702,8 +2171,10 @@ class WeightAverage:
             kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
         if self.swa:
-            kind += (f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
-                     f"SWA_START_SCALE={self.config.swa_start_scale})")
+            kind += (
+                f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
+                f"SWA_START_SCALE={self.config.swa_start_scale})"
+            )
         return kind, self.ema or [p.detach() for p in self.params]
 
     def state_dict(self):
@@ -1717,227 +2188,19 @@ class WeightAverage:
         self.snapshots = state["snapshots"]
 
 
-# ============================================================================================================
-# Compression
-# Per-row symmetric integers with GPTQ-lite clips, then a general compressor. The container is plain data with
-# a checksum: its reader believes nothing it has not compared with what the architecture must contain, and
-# allocates nothing before.
-# ============================================================================================================
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
-HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGolf\r\n\x1a", 1
-# magic, version, compressor, raw bytes, compressed bytes, sha256
-ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
-COMPRESSORS = ("zstd", "lzma")
-MAX_RAW_BYTES, MAX_HEADER_BYTES = 96 << 20, 1 << 20
-ITEM_TYPES = {"int5": np.int8, "int6": np.int8, "int8": np.int8, "fp16": np.float16, "fp32": np.float32}
-
-
-def scheme_of(name, shape, config, int5_layers=()):
-    """How the artifact stores a tensor: fp32 for control scalars, fp16 if small, else intN per row."""
-    if len(shape) < 2 or name.split(".")[-1] in CONTROL:
-        return "fp32"
-    if len(shape) > 2 or math.prod(shape) <= HALF_LIMIT:
-        return "fp16"
-    layer = re.match(r"blocks\.(\d+)\.mlp\.", name)
-    if layer and int(layer.group(1)) in int5_layers:
-        return "int5"
-    return f"int{config.block_bits if name.startswith('blocks.') else config.embed_bits}"
-
-
-@torch.no_grad()
-def quantize_rows(weight, bits):
-    """GPTQ-lite: int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), per row with the clip
-    quantile of |w| that leaves the least squared error."""
-    w = weight.detach().float().flatten(0, -2)
-    columns, top = w.size(1), 2 ** (bits - 1) - 1
-    largest = w.abs().topk(min(columns, int((columns - 1) * (1 - CLIP_QUANTILES[0])) + 2), dim=1).values
-    best = None
-    for quantile in CLIP_QUANTILES:
-        # linear interpolation between order statistics, from the largest
-        place = (columns - 1) * (1 - quantile)
-        low = min(int(place), largest.size(1) - 1)
-        high = min(low + 1, largest.size(1) - 1)
-        clip = torch.lerp(largest[:, low], largest[:, high], place - int(place))[:, None]
-        # The floor is float16's smallest number: an epsilon, so that rows of zeros stay zeros.
-        scale = (clip / top).clamp(min=2.0 ** -24, max=65504.0).half()
-        codes = round_to_grid(w, scale.float(), bits)
-        error = (codes * scale.float() - w).square().sum(1, keepdim=True)
-        if best is not None:
-            better = error < best[0]
-            error, codes, scale = (torch.where(better, new, old)
-                                   for new, old in zip((error, codes, scale), best))
-        best = error, codes, scale
-    return best[1].to(torch.int8), best[2]
-
-
-def encode_tensor(tensor, scheme):
-    """[codes or values, scales or nothing] as bytes."""
-    if scheme.startswith("int"):
-        return [t.cpu().numpy().tobytes() for t in quantize_rows(tensor, int(scheme[3:]))]
-    return tensor.detach().float().cpu().numpy().astype(ITEM_TYPES[scheme]).tobytes(), b""
-
-
-def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
-    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors
-    grouped by kind.
-
-    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between calls.
-    """
-    cache, table = {} if cache is None else cache, []
-    for name, tensor in state_dict.items():
-        scheme = scheme_of(name, tensor.shape, config, int5_layers)
-        if (name, scheme) not in cache:
-            cache[name, scheme] = encode_tensor(tensor, scheme)
-        table.append([name, list(tensor.shape), scheme])
-    table.sort(key=lambda row: list(ITEM_TYPES).index(row[2]))
-    header = json.dumps(dict(config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256,
-                             tensors=table)).encode()
-    codes, scales = zip(*(cache[name, scheme] for name, _, scheme in table))
-    raw = b"".join([struct.pack("<I", len(header)), header, *codes, *scales])
-    if config.compressor == "zstd":
-        body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
-    else:
-        body = lzma.compress(raw, preset=config.lzma_preset)
-    head = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, COMPRESSORS.index(config.compressor),
-                              len(raw), len(body), hashlib.sha256(body).digest())
-    return head + body
-
-
-def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """(artifact, int5 layers): MLP layers drop to int5 from the middle outward until code + model fit
-    BUDGET_BYTES.
-
-    Raises ArtifactError when even that does not fit.
-    """
-    middle, cache, layers = (config.num_layers - 1) / 2, {}, []
-    order = sorted(range(config.num_layers), key=lambda i: (abs(i - middle), -i))
-    while True:
-        blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
-        over = len(blob) + code_bytes - config.budget_bytes
-        if over <= 0:
-            return blob, layers
-        if len(layers) == len(order):
-            raise ArtifactError(f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with "
-                                "every MLP in int5: train a smaller model (MLP_MULT, NUM_LAYERS)")
-        layers.append(order[len(layers)])
-        log(f"budget: {over} bytes over, MLP of layer {layers[-1]} to int5")
-
-
-def decompress(body, compressor, size):
-    """Exactly `size` bytes, or ArtifactError; never allocates more than that."""
-    raw, whole = b"", True
-    try:
-        if compressor == "lzma":
-            unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
-            raw = unpacker.decompress(body, max_length=size + 1)
-            whole = unpacker.eof and not unpacker.unused_data
-        elif zstandard.frame_content_size(body) == size:
-            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-            raw = unpacker.decompress(body, allow_extra_data=False)
-    except (zstandard.ZstdError, lzma.LZMAError, MemoryError) as error:
-        raise ArtifactError(f"artifact: the payload does not decompress ({error})") from None
-    if not whole or len(raw) != size:
-        raise ArtifactError(f"artifact: the payload is not the {size} bytes that its head promises")
-    return raw
-
-
-def unpack_artifact(blob):
-    """(Config, float32 state_dict) of an artifact's bytes. Runs no code of the file; any damage or
-    hostility raises ArtifactError before anything of a size the architecture does not have is allocated."""
-    config, table, raw, at, _ = read_artifact(blob)
-    scales_at = at + sum(math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape, scheme in table)
-    state, parts = {}, []
-    for name, shape, scheme in table:  # look at everything before the first float32 tensor is made
-        rows = math.prod(shape[:-1]) if scheme.startswith("int") else 0
-        values = np.frombuffer(raw, ITEM_TYPES[scheme], math.prod(shape), at)
-        scales = np.frombuffer(raw, np.float16, rows, scales_at)
-        at, scales_at = at + values.nbytes, scales_at + scales.nbytes
-        top = 2 ** (int(scheme[3:]) - 1) - 1 if rows else math.inf
-        good = all(np.isfinite(x).all() for x in (values, scales)) and (scales > 0).all()
-        if not good or values.max(initial=0) > top or values.min(initial=0) < -top:
-            raise ArtifactError(f"artifact: {name}: codes, scales or values are outside {scheme}")
-        parts.append((values, scales))
-    for (name, shape, _), (values, scales) in zip(table, parts):
-        values = values.astype(np.float32)
-        if len(scales):
-            values = values.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
-        state[name] = torch.from_numpy(values.reshape(shape))
-    return config, state
-
-
-def read_artifact(blob):
-    """(Config, [(name, shape, scheme)], raw payload, offset of tensors, tokenizer sha256), all checked."""
-    if len(blob) < ARTIFACT_HEAD.size:
-        raise ArtifactError(f"artifact: {len(blob)} bytes are less than its head: truncated or not an "
-                            "artifact")
-    magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
-    body = memoryview(blob)[ARTIFACT_HEAD.size:]
-    for holds, wrong in [
-            (magic == ARTIFACT_MAGIC, "magic bytes are not ours: not an artifact"),
-            (version == ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
-            (compressor < len(COMPRESSORS), f"compressor {compressor} is unknown"),
-            (blob[10:12] == b"\0\0", "reserved bytes are not zero"),
-            (size == len(body), f"{len(body)} bytes of payload, its head promises {size}: truncated or "
-                                "trailing bytes"),
-            (4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}"),
-            (hashlib.sha256(body).digest() == digest, "checksum does not match: damaged")]:
-        if not holds:
-            raise ArtifactError(f"artifact: {wrong}")
-    raw = decompress(body, COMPRESSORS[compressor], raw_size)
-    end = 4 + struct.unpack_from("<I", raw)[0]
-    if end > min(MAX_HEADER_BYTES, raw_size):
-        raise ArtifactError(f"artifact: header of {end - 4} bytes does not fit")
-    try:
-        header = json.loads(raw[4:end])
-        config = Config(**header["config"])
-        whole = header["config"].keys() == config.as_dict("arch", "eval").keys()
-        if not whole or header.keys() != {"config", "tokenizer_sha256", "tensors"}:
-            raise ConfigError("settings are missing or foreign")
-        if type(header["tokenizer_sha256"]) is not str:
-            raise TypeError("tokenizer_sha256")
-        table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
-        check_table(config, table, raw_size - end)
-    except ArtifactError:
-        raise
-    except Exception as error:  # a stranger's JSON may hold anything
-        what = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ArtifactError(f"artifact: its header is not valid ({what})") from None
-    return config, table, raw, end, header["tokenizer_sha256"]
-
-
-def check_table(config, table, data_bytes):
-    """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
-    found = {name: shape for name, shape, _ in table}
-    if len(found) != len(table) or found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))[:3]
-        raise ArtifactError(f"artifact: tensors differ from its architecture's, or appear twice: {wrong}")
-    total = 0
-    for name, shape, scheme in table:
-        integers = isinstance(scheme, str) and scheme.startswith("int")
-        known = scheme in ITEM_TYPES and all(type(n) is int for n in shape)
-        if not known or (integers and len(shape) < 2):
-            raise ArtifactError(f"artifact: {name}: scheme {scheme!r} is unknown or does not fit")
-        total += math.prod(shape) * ITEM_TYPES[scheme]().itemsize + 2 * math.prod(shape[:-1]) * integers
-    if total != data_bytes:
-        raise ArtifactError(f"artifact: tensors need {total} bytes, {data_bytes} are there")
-
-
-# ============================================================================================================
+# ==================================================================================================
 # Evaluation
 # One window plan, one meter, one scoring loop. Roundtrip, sliding window, test-time training and SLOT are
 # that loop with other arguments: a flat list of work items (score these windows, train on this chunk) and a
 # cursor, so that a killed evaluation goes on where it was.
-# ============================================================================================================
+# ==================================================================================================
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
     """Result of one evaluation: val_loss in nats per token, val_bpb in bits per byte, seconds spent."""
+
     label: str
     val_loss: float
     val_bpb: float
@@ -1984,8 +2247,11 @@ def plan_work(windows, num_targets, config, per_round, ttt):
         work += [("score", at, min(at + per_round, high)) for at in range(low, high, per_round)]
         if c < chunks - 1:
             rate = 0.5 * config.ttt_lr * (1 + math.cos(math.pi * c / (chunks - 1)))
-            work += [("train", c * chunk, at, min(at + batch, rows), rate)
-                     for _ in range(config.ttt_epochs) for at in range(0, rows, batch)]
+            work += [
+                ("train", c * chunk, at, min(at + batch, rows), rate)
+                for _ in range(config.ttt_epochs)
+                for at in range(0, rows, batch)
+            ]
     return work
 
 
@@ -2005,7 +2271,9 @@ class Meter:
     def add(self, first, end, nll, num_bytes):
         """Targets [first, end) with summed nll (0-d float64)."""
         if first < self.last or self.coverage[first:end].any():
-            raise LegalityError(f"targets {first}…{end} come after {self.last}: out of order or twice")
+            raise LegalityError(
+                f"targets {first}…{end} come after {self.last}: out of order or twice"
+            )
         self.coverage[first:end] = 1
         self.nll += nll
         self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
@@ -2022,7 +2290,7 @@ class Meter:
 
 
 @contextlib.contextmanager
-def adapted(model, freeze_blocks):
+def evaluation_mode(model, freeze_blocks):
     """Evaluation mode with the first blocks frozen; yields the parameters that may be trained, and restores
     weights, modes and what needs gradients."""
     before = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
@@ -2058,15 +2326,27 @@ class Evaluation:
     """One pass over a validation stream. `ttt` trains on scored chunks, `slot` shifts hidden states (see
     the README).
 
-    state_path, if given, keeps the state (cursor, sums, coverage, adapted weights, momentum) for the same
+    checkpoints, if given, keep the state (cursor, sums, coverage, adapted weights, momentum) for the same
     `identity`.
     """
 
-    def __init__(self, model, stream, config, runtime, stride, ttt=False, slot="off", observer=None,
-                 state_path=None, identity="", label=""):
+    def __init__(
+        self,
+        model,
+        stream,
+        config,
+        runtime,
+        stride,
+        ttt=False,
+        slot="off",
+        observer=None,
+        checkpoints=None,
+        identity="",
+        label="",
+    ):
         self.model, self.stream, self.config = model, stream, config
         self.runtime, self.comm, self.observer = runtime, runtime.comm, observer or Observer()
-        self.slot, self.state_path, self.label = slot, state_path, label
+        self.slot, self.checkpoints, self.label = slot, checkpoints, label
         self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
         per_round = config.eval_batch_seqs * self.comm.world
         self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
@@ -2075,73 +2355,92 @@ class Evaluation:
         self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world}"
         self.hidden, self.loss = runtime.compiled(model.hidden), runtime.compiled(model)
         self.cursor, self.seconds, self.ttt, self.sgd = 0, 0.0, ttt, None
+        self.batch_limit = None  # windows per batch that fit, once more did not
 
     def run(self, last_target=None):
         """Score all targets (or until a window's first one passes last_target); returns a Score."""
-        with adapted(self.model, self.config.ttt_freeze_blocks) as params:
+        with evaluation_mode(self.model, self.config.ttt_freeze_blocks) as params:
             if self.ttt:
                 self.sgd = torch.optim.SGD(params, self.config.ttt_lr, self.config.ttt_momentum)
             self.load()
-            self.begun = self.saved = self.logged = time.monotonic() - self.seconds
+            self.begun = self.logged = time.monotonic() - self.seconds
             first = self.cursor
             while self.cursor < len(self.work):
                 kind, *item = self.work[self.cursor]
-                if last_target is not None and kind == "score" and self.windows[item[0]][1] > last_target:
+                if (
+                    last_target is not None
+                    and kind == "score"
+                    and self.windows[item[0]][1] > last_target
+                ):
                     break
                 self.observer.before_item(self, (kind, *item))
                 self.score(*item) if kind == "score" else self.train(*item)
                 self.observer.after_item(self, (kind, *item))
                 self.cursor += 1
-                self.pause(first)
+                self.after_item(first)
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
             return self.result(complete=last_target is None)
 
-    def pause(self, first):
+    def after_item(self, first):
         """Between items: show progress, save the state when due, stop when wanted (all ranks together)."""
-        runtime, every, now = self.runtime, self.config.eval_checkpoint_seconds, time.monotonic()
+        runtime, now = self.runtime, time.monotonic()
         self.seconds, more = now - self.begun, self.cursor < len(self.work)
-        due = more and runtime.is_main and bool(self.state_path) and 0 < every < now - self.saved
-        stop, save = self.comm.agree(more and runtime.wants_stop(), due)
+        due = more and runtime.is_main and self.checkpoints is not None and self.checkpoints.due()
+        stop, save = self.comm.all_reduce_scalars(more and runtime.stop.wanted(), due)
         quiet, shown = now - self.logged, self.label and runtime.is_main and self.meter.bytes
-        if shown and quiet > (1 if sys.stdout.isatty() else 15):  # reading the sum makes the device wait
+        if shown and quiet > (
+            1 if sys.stdout.isatty() else 15
+        ):  # reading the sum makes the device wait
             bpb = bits_per_byte(float(self.meter.nll), self.meter.bytes)
             left = (len(self.work) - self.cursor) * self.seconds / max(1, self.cursor - first)
-            text = (f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
-                    f"running_bpb:{bpb:.4f} eta:{left:.0f}s")
+            text = (
+                f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
+                f"running_bpb:{bpb:.4f} eta:{left:.0f}s"
+            )
             runtime.progress(text)
             if quiet > 15:
                 self.logged = now
                 runtime.log(text)
-        if (stop or save) and self.state_path:
-            self.save()
+        if (stop or save) and self.checkpoints is not None:
+            self.save(wait=bool(stop))
         if stop:
             raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
 
     def halving(self, run, size):
         """run(size) in parts of at most `size` rows; after an out-of-memory error again with half of it."""
         while True:
-            size = min(size, self.runtime.batch_seqs or size)
+            size = min(size, self.batch_limit or size)
             try:
                 return run(size)
             except OUT_OF_MEMORY:
                 if size == 1:
-                    raise ResourceError("out of memory with one window per batch: lower EVAL_SEQ_LEN or use "
-                                        "a larger device") from None
-                self.runtime.batch_seqs = size // 2
+                    raise ResourceError(
+                        "out of memory with one window per batch: lower EVAL_SEQ_LEN or use "
+                        "a larger device"
+                    ) from None
+                self.batch_limit = size // 2
                 self.runtime.log(f"out_of_memory: evaluation batch halved to {size // 2} windows")
             torch.cuda.empty_cache()
 
     def score(self, low, high):
         """Score this rank's share of windows[low:high]."""
         size = self.config.eval_batch_seqs
-        mine = self.windows[low:high][self.comm.rank * size:][:size]
-        nll = self.halving(lambda part: [x for i in range(0, len(mine), part)
-                                         for x in self.nll(mine[i:i + part], part)], size)
+        mine = self.windows[low:high][self.comm.rank * size :][:size]
+        nll = self.halving(
+            lambda part: [
+                x for i in range(0, len(mine), part) for x in self.nll(mine[i : i + part], part)
+            ],
+            size,
+        )
         for (_, first, end), value in zip(mine, nll):
             self.meter.add(first, end, value, int(self.stream.bytes[first:end].sum(dtype=np.int64)))
 
     def batch(self, starts, length):
         """ids and targets (n, length) of windows at `starts`, on the device."""
-        tokens = self.runtime.to_device(np.stack([self.stream.tokens[at:at + length + 1] for at in starts]))
+        tokens = self.runtime.to_device(
+            np.stack([self.stream.tokens[at : at + length + 1] for at in starts])
+        )
         return tokens[:, :-1], tokens[:, 1:]
 
     @torch.no_grad()
@@ -2155,8 +2454,10 @@ class Evaluation:
             hidden = self.hidden(ids)
             if self.slot != "off":
                 hidden = hidden + self.slot_shift(hidden, targets, windows)
-        places = [np.arange(i * length + first - start, (i + 1) * length)
-                  for i, (start, first, _) in enumerate(windows)]
+        places = [
+            np.arange(i * length + first - start, (i + 1) * length)
+            for i, (start, first, _) in enumerate(windows)
+        ]
         out, flat = [], np.concatenate(places)
         for at in np.split(flat, range(8192, len(flat), 8192)):
             part = self.runtime.to_device(at)
@@ -2175,7 +2476,7 @@ class Evaluation:
         """
         known, causal = torch.zeros(targets.shape, device=targets.device), self.slot == "causal"
         for i, (start, first, end) in enumerate(windows):
-            known[i, :first - start if causal else end - start] = 1
+            known[i, : first - start if causal else end - start] = 1
         rows = len(targets) if causal else 1
         shift = torch.zeros(rows, 1, hidden.size(-1), device=hidden.device, requires_grad=True)
         adamw = torch.optim.AdamW([shift], lr=self.config.slot_lr)
@@ -2184,22 +2485,24 @@ class Evaluation:
             with torch.enable_grad():
                 logits = self.model.logits(hidden.detach() + shift)
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-                total = ((loss.view_as(known) * known).sum(1) / count).sum()  # windows share no gradient
-            shift.grad, = torch.autograd.grad(total, shift)
+                total = (
+                    (loss.view_as(known) * known).sum(1) / count
+                ).sum()  # windows share no gradient
+            (shift.grad,) = torch.autograd.grad(total, shift)
             adamw.step()
         return shift.detach()
 
     def train(self, first, row_low, row_high, rate):
         """One SGD step on rows [row_low, row_high) of the chunk at target `first`; all of them are scored."""
         length, comm = self.config.eval_seq_len, self.comm
-        starts = [first + row * length for row in range(row_low, row_high)][comm.rank::comm.world]
+        starts = [first + row * length for row in range(row_low, row_high)][comm.rank :: comm.world]
         params = self.sgd.param_groups[0]["params"]
 
         def run(part):
             for param in params:
                 param.grad = torch.zeros_like(param)
             for i in range(0, len(starts), part):
-                ids, targets = self.batch(starts[i:i + part], length)
+                ids, targets = self.batch(starts[i : i + part], length)
                 with self.runtime.autocast():
                     loss = self.loss(ids, targets)
                 (loss * (len(ids) / (row_high - row_low))).backward()
@@ -2216,13 +2519,22 @@ class Evaluation:
         nats, tokens, num_bytes, _ = self.comm.gather_rows(self.meter.row()).sum(0)
         coverage = self.all_coverage()
         if complete and not (coverage == 1).all():
-            raise LegalityError(f"targets were scored {coverage.min()}…{coverage.max()} times instead of "
-                                "once")
+            raise LegalityError(
+                f"targets were scored {coverage.min()}…{coverage.max()} times instead of once"
+            )
         if not math.isfinite(nats):
-            raise ArtifactError(f"{self.label or 'validation'}: the score is not finite: the weights are "
-                                "damaged")
-        return Score(self.label, nats / max(tokens, 1), bits_per_byte(nats, max(num_bytes, 1)), int(tokens),
-                     int(num_bytes), time.monotonic() - self.begun, self.slot != "published")
+            raise ArtifactError(
+                f"{self.label or 'validation'}: the score is not finite: the weights are damaged"
+            )
+        return Score(
+            self.label,
+            nats / max(tokens, 1),
+            bits_per_byte(nats, max(num_bytes, 1)),
+            int(tokens),
+            int(num_bytes),
+            time.monotonic() - self.begun,
+            self.slot != "published",
+        )
 
     def all_coverage(self):
         total = torch.from_numpy(self.meter.coverage.copy())
@@ -2230,30 +2542,38 @@ class Evaluation:
             dist.all_reduce(total)
         return total.numpy()
 
-    def save(self):
-        state = dict(identity=self.identity, cursor=self.cursor, seconds=self.seconds,
-                     rows=torch.from_numpy(self.comm.gather_rows(self.meter.row())),
-                     coverage=torch.from_numpy(np.packbits(self.all_coverage())))
+    def save(self, wait):
+        """Write the state in the background; with `wait`, raise ResourceError if it cannot be written."""
+        state = dict(
+            identity=self.identity,
+            cursor=self.cursor,
+            seconds=self.seconds,
+            rows=torch.from_numpy(self.comm.gather_rows(self.meter.row())),
+            coverage=torch.from_numpy(np.packbits(self.all_coverage())),
+        )
         if self.ttt:
             state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
-        begin = time.monotonic()
+        text = f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}"
         if self.runtime.is_main:
-            save_tensors(self.state_path, state)
-        self.comm.barrier()
-        self.saved = time.monotonic()
-        self.runtime.save_seconds = self.saved - begin
-        self.runtime.log(f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}")
+            self.checkpoints.save(self.cursor, state, lambda seconds, size: self.runtime.log(text))
+        if wait:
+            self.checkpoints.wait_or_raise()
+            self.comm.barrier()  # a rank that left now would have the launcher end the one that writes
 
     def load(self):
         """Go on from a saved state of the same evaluation, if there is one."""
-        if not self.state_path or not Path(self.state_path).exists():
+        if self.checkpoints is None:
             return
-        try:
-            state = load_tensors(self.state_path)
-            if state["identity"] != self.identity:
-                raise ArtifactError(f"{self.state_path} belongs to another evaluation")
-        except ArtifactError as error:
-            return self.runtime.log(f"warning: {error}; this evaluation starts at its beginning")
+        cursor, state = self.checkpoints.load()
+        if not cursor:
+            return
+        if state["identity"] != self.identity:
+            self.comm.barrier()  # every rank has read it
+            self.checkpoints.clear()
+            return self.runtime.log(
+                f"warning: {self.checkpoints.path(cursor)} belongs to another evaluation; this "
+                "evaluation starts at its beginning"
+            )
         coverage = np.unpackbits(state["coverage"].numpy(), count=self.stream.num_targets)
         self.meter.restore(state["rows"].numpy(), coverage, self.comm)
         self.cursor, self.seconds = state["cursor"], state["seconds"]
@@ -2268,270 +2588,59 @@ def evaluate(model, stream, config, runtime, stride=None, **options):
     return Evaluation(model, stream, config, runtime, stride or config.eval_stride, **options).run()
 
 
-# ============================================================================================================
-# Legality
-# The four conditions of issue #1017, checked on the functions that produce the score: the checks only change
-# tokens and look at what the scoring loop shows an Observer. Comparisons are bit for bit.
-# ============================================================================================================
-class Recorder(Observer):
-    """Keeps what one evaluation showed: nll by target, log-probabilities of `keep` targets, state hashes."""
-
-    def __init__(self, num_targets, keep=(), hash_state=False):
-        self.nll, self.times, self.total = torch.zeros(num_targets), np.zeros(num_targets, np.int64), 0.0
-        self.keep, self.hash_state = {int(t): None for t in keep}, hash_state
-        self.order, self.sums, self.state_entering = [], [], {}
-        self.score_changed_state = self.trained_ahead = False
-
-    def scored(self, targets, logps, nll):
-        self.nll[targets] = nll.float().cpu()
-        self.total += float(nll.double().sum())
-        np.add.at(self.times, targets, 1)
-        for row in np.flatnonzero(np.isin(targets, list(self.keep))):
-            self.keep[int(targets[row])] = logps[row].float().cpu(), float(nll[row])
-
-    def before_item(self, evaluation, item):
-        windows = evaluation.windows
-        if item[0] == "score":
-            self.order.append(windows[item[1]][1])
-            if self.hash_state:
-                self.state_entering[self.order[-1]] = state_hash(evaluation)
-        else:
-            end = item[1] + item[3] * evaluation.config.eval_seq_len
-            scored = evaluation.all_coverage()[item[1]:end].all()
-            upcoming = [i for i in evaluation.work[evaluation.cursor + 1:] if i[0] == "score"][:1]
-            self.trained_ahead |= not scored or any(end > windows[low][1] for _, low, _ in upcoming)
-
-    def after_item(self, evaluation, item):
-        self.sums.append(float(evaluation.meter.nll))
-        if item[0] == "score" and self.hash_state:
-            self.score_changed_state |= state_hash(evaluation) != self.state_entering[self.order[-1]]
-
-
-def state_hash(evaluation):
-    """SHA-256 over parameters, buffers and optimiser state of an evaluation."""
-    digest = hashlib.sha256()
-    momenta = [t for s in evaluation.sgd.state.values() for t in s.values()] if evaluation.sgd else []
-    for tensor in (*evaluation.model.parameters(), *evaluation.model.buffers(), *momenta):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-class Audit:
-    """Runs the checks; `checks` is the list of (name, passed, detail)."""
-
-    def __init__(self, model, stream, config, runtime):
-        self.model, self.config, self.runtime, self.checks = model, config, runtime, []
-        length, stride, batch = config.eval_seq_len, config.eval_stride, config.eval_batch_seqs
-        # Scoring alone is checked on a few batches, test-time training on two chunks.
-        self.short, self.long = (stream.replaced(stream.tokens[:min(stream.num_targets, targets) + 1])
-                                 for targets in (length + 3 * batch * stride, 2 * config.ttt_chunk_tokens))
-        self.random = np.random.default_rng(config.seed)
-
-    def run(self, stream, ttt=False, last_target=None, **options):
-        recorder = Recorder(stream.num_targets, **options)
-        evaluation = Evaluation(self.model, stream, self.config, self.runtime, self.config.eval_stride, ttt,
-                                self.config.slot, recorder)
-        evaluation.run(last_target)
-        return recorder, evaluation
-
-    def check(self, name, passed, detail):
-        """Record a check; it passes when it passes on every rank."""
-        passed = self.runtime.comm.agree(not passed)[0] == 0
-        self.checks.append(dict(name=name, passed=passed, detail=detail))
-        self.runtime.log(f"legality {name} {'pass' if passed else 'FAIL'} {detail}")
-
-    def changed(self, stream, low, high=None):
-        """`stream` with tokens [low, high) replaced by others, each different from what it was."""
-        tokens = np.array(stream.tokens)
-        span, vocab = tokens[low:high].astype(np.int64), self.config.vocab_size
-        tokens[low:high] = (span + self.random.integers(1, vocab, len(span))) % vocab
-        return stream.replaced(tokens)
-
-    def edges(self):
-        """Targets at and around the edges of windows and batches, and some inside."""
-        n, length, stride = self.short.num_targets, self.config.eval_seq_len, self.config.eval_stride
-        batch_end = length + stride * (self.config.eval_batch_seqs - 1)
-        wanted = {1, length - 1, length, length + 1, length + stride, batch_end, batch_end + 1, n - 1}
-        return sorted({k for k in wanted if 0 < k < n} | set(self.random.integers(1, n, 4).tolist()))
-
-    def causality(self):
-        places, ahead, own = self.edges(), [], []
-        base, _ = self.run(self.short, keep=places)
-        for k in places:
-            recorder, _ = self.run(self.changed(self.short, k + 1), last_target=k)
-            ahead += [k] if not torch.equal(recorder.nll[:k], base.nll[:k]) else []
-        self.check("C1 future_flip", not ahead,
-                   f"{len(places)} places, tokens after each replaced; differ: {ahead[:5]}")
-        for t in places[:: max(1, len(places) // 6)]:
-            recorder, _ = self.run(self.changed(self.short, t + 1, t + 2), last_target=t, keep=[t])
-            found = recorder.keep[t]
-            own += [t] if found and not torch.equal(found[0], base.keep[t][0]) else []
-        self.check("C1 own_token", not own,
-                   f"log-probabilities at t do not depend on token t; differ: {own[:5]}")
-
-    def boundary(self):
-        """A document's first position takes nothing from its predecessor in the smear gate."""
-        ids = self.runtime.to_device(self.random.integers(2, self.config.vocab_size, (2, 16)))
-        ids[:, 8] = BOS
-        noise = self.random.standard_normal((1, 16, self.config.model_dim), np.float32)
-        states = torch.from_numpy(noise).repeat(2, 1, 1)
-        states[1, 7] += 1.0
-        with torch.no_grad():
-            out = self.model.smear(states.to(self.runtime.device), ids)
-        passed = torch.equal(out[0, 8], out[1, 8]) and torch.equal(out[0, :7], out[1, :7])
-        self.check("C1 bos_resets", passed, "the state at BOS does not depend on the token before it")
-
-    def normalisation(self):
-        short, vocab = self.short, self.config.vocab_size
-        recorder, evaluation = self.run(short, keep=self.random.integers(0, short.num_targets, 64))
-        found = {t: row for t, row in recorder.keep.items() if row}
-        worst = max((abs(float(torch.logsumexp(lp.double(), 0))) for lp, _ in found.values()), default=0.0)
-        whole = all(torch.isfinite(lp).all() and len(lp) == vocab for lp, _ in found.values())
-        self.check("C2 normalised", whole and worst < 1e-4,
-                   f"{len(found)} positions, worst |logsumexp| {worst:.2e}")
-        entries = all(-float(lp[int(short.tokens[t + 1])]) == nll for t, (lp, nll) in found.items())
-        counted, _, num_bytes, _ = evaluation.meter.row()
-        entries &= math.isclose(counted, recorder.total, rel_tol=1e-9)
-        entries &= num_bytes == int(short.bytes[recorder.times > 0].sum(dtype=np.int64))
-        self.check("C2 nll_is_entry", entries,
-                   "the counted nll is minus the log-probabilities, the bytes the targets'")
-
-    def order(self):
-        ttt, chunk = self.config.ttt_enabled, self.config.ttt_chunk_tokens
-        stream = self.long if ttt else self.short
-        edge = chunk if ttt and stream.num_targets > chunk else stream.num_targets // 2
-        base, evaluation = self.run(stream, ttt, hash_state=True)
-        self.check("C3 state_unchanged", not base.score_changed_state,
-                   "weights, buffers, optimiser around scoring")
-        self.check("C3 trained_is_scored", not base.trained_ahead,
-                   "each trained token precedes the next to be scored")
-        twin, _ = self.run(self.changed(stream, edge + 1), ttt, hash_state=True)
-        same = torch.equal(twin.nll[:edge], base.nll[:edge])
-        same &= all(state == twin.state_entering.get(first)
-                    for first, state in base.state_entering.items() if first <= edge)
-        self.check("C3 twin_run", same, f"targets from {edge} on replaced: earlier scores and state the same")
-        seen = self.runtime.comm.gather_rows(base.times).sum(0)
-        once = ((evaluation.all_coverage() == 1) & (seen == 1)).all()  # by the meter, and as seen here
-        self.check("C4 coverage", once, f"{stream.num_targets} targets, each scored once")
-        ordered = base.order == sorted(base.order) and base.sums == sorted(base.sums)
-        self.check("C4 single_pass", ordered, f"{len(base.order)} rounds in order, sums only grow")
-
-
-def audit(model, stream, config, runtime):
-    """[{"name", "passed", "detail"}] for C1 to C4 on a slice of `stream`, by the configured evaluation."""
-    checker = Audit(model, stream, config, runtime)
-    for part in (checker.causality, checker.boundary, checker.normalisation, checker.order):
-        try:
-            part()
-        except LegalityError as error:
-            checker.check(f"C4 {part.__name__}", False, str(error))
-    return checker.checks
-
-
-# ============================================================================================================
+# ==================================================================================================
 # Training
 # Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of (seed, step,
 # sequence) and tokens of the step, so a checkpoint holds no generator and a resumed run is the uninterrupted
 # one bit for bit.
-# ============================================================================================================
-class Saver:
-    """Writes checkpoints on a thread: training waits only for the copy of its state. Keeps the last two."""
-
-    def __init__(self, runtime):
-        self.runtime, self.folder, self.thread, self.error = runtime, runtime.dir / "checkpoint", None, None
-
-    def start(self, step, state):
-        """`state` must be a private copy."""
-        self.wait()
-        self.error, self.thread = None, threading.Thread(target=self._write, args=(step, state))
-        self.thread.start()
-
-    def _write(self, step, state):
-        begin = time.monotonic()
-        try:
-            size = save_tensors(self.folder / f"step_{step:08d}.pt", state)
-            self.runtime.save_seconds = seconds = time.monotonic() - begin
-            self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
-            self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
-            for old in self.files()[:-2]:
-                old.unlink()
-        except Exception as error:
-            self.error = error
-
-    def wait(self):
-        """Wait for the last write; a failed one is logged and kept in `error`."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-            if self.error:
-                self.runtime.log(f"warning: checkpoint not saved: {self.error}")
-
-    def files(self):
-        return sorted(self.folder.glob("step_*.pt"))
-
-    def last(self):
-        """Path of the last checkpoint that was written, or 'none'."""
-        self.wait()
-        return str(self.files()[-1]) if self.files() else "none"
-
-    def newest(self):
-        """(step, state) of the newest readable checkpoint, or (0, None)."""
-        for path in reversed(self.files()):
-            try:
-                return int(path.stem[5:]), load_tensors(path)
-            except ArtifactError as error:
-                self.runtime.log(f"warning: {error}; using the checkpoint before it")
-        return 0, None
-
-
-def private_copy(tree):
-    """A tree of tensors copied to the host."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: private_copy(value) for key, value in tree.items()}
-    return [private_copy(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
-
-
+# ==================================================================================================
 class Trainer:
     """Model, optimisers, averages, data position and clock of one training run."""
+
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
     def __init__(self, config, runtime, val):
         self.config, self.runtime, self.val, self.comm = config, runtime, val, runtime.comm
         torch.manual_seed(config.seed)
-        self.model = GPT(config, runtime.attend).to(runtime.device)
+        self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
         self.average = WeightAverage(self.model.parameters(), config)
         self.stream = TrainStream(find_shards(config, "train"), config.vocab_size)
-        self.loss, self.saver = runtime.compiled(self.model), Saver(runtime)
-        self.step, self.seconds, self.early, self.saved_step = 0, 0.0, False, 0
+        self.loss = runtime.compiled(self.model)
+        self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
+        self.step, self.seconds, self.stopped_early, self.saved_step = 0, 0.0, False, 0
         sequences, world = config.train_batch_tokens // config.train_seq_len, self.comm.world
         if sequences % world:
-            raise ConfigError(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
-                              f"which {world} ranks cannot share evenly: change the batch or the number of "
-                              "ranks")
-        self.share = sequences // world
-        most = min(self.share, config.micro_batch_tokens // config.train_seq_len)
-        self.micro = max(n for n in range(1, most + 1) if self.share % n == 0)
-        self.identity = dict(hash=config.hash(),
-                             data=[int(self.stream.ends[-1]), val.fingerprint["val_sha256"]])
+            raise ConfigError(
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
+                f"which {world} ranks cannot share evenly: change the batch or the number of "
+                "ranks"
+            )
+        self.seqs_per_rank = sequences // world
+        most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
+        self.micro_batch_seqs = max(n for n in range(1, most + 1) if self.seqs_per_rank % n == 0)
+        self.identity = dict(
+            hash=config.hash(), data=[int(self.stream.ends[-1]), val.fingerprint["val_sha256"]]
+        )
 
     def announce(self):
         log, c = self.runtime.log, self.config
         log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        log(f"world_size:{self.comm.world} grad_accum_steps:{self.share // self.micro}")
+        log(
+            f"world_size:{self.comm.world} grad_accum_steps:{self.seqs_per_rank // self.micro_batch_seqs}"
+        )
         log(f"train_loader:dataset:{Path(c.data_path).name} train_shards:{len(self.stream.paths)}")
         if c.late_qat_threshold and not any(module.bits for _, module in self.model.quantizable()):
-            log("warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in integers")
+            log(
+                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in integers"
+            )
 
     def run(self):
         """Train to the last step, the wallclock cap or a wish to stop; log, validate and save on the way."""
         self.load()
         self.warm_up()
         every = self.config.val_loss_every
-        self.mark = self.checkpointed = time.monotonic()
+        self.step_started = self.checkpoints.saved_at = time.monotonic()
         try:
             while True:
                 done = self.step >= self.config.iterations or self.out_of_time()
@@ -2545,29 +2654,34 @@ class Trainer:
                 self.save(wait=True)
             raise
         except DataError as error:
-            raise DataError(f"{error} (last checkpoint: {self.saver.last()})") from None
-        self.saver.wait()
+            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
+        self.checkpoints.wait()
 
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
         cap = self.config.max_wallclock_seconds
         if cap and self.step and self.seconds * (1 + 1 / self.step) > cap:
-            self.runtime.log(f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
-                             f"step:{self.step}/{self.config.iterations}")
-            self.early = True
-        return self.early
+            self.runtime.log(
+                f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
+                f"step:{self.step}/{self.config.iterations}"
+            )
+            self.stopped_early = True
+        return self.stopped_early
 
     def one_step(self):
         config, runtime, step = self.config, self.runtime, self.step
         scale = lr_scale(config, step, self.seconds)
-        self.set_rates(scale)
+        self.set_lrs(scale)
         loss = self.accumulate(step, self.stream)
         now = time.monotonic()
-        due = config.checkpoint_seconds and now - self.checkpointed > config.checkpoint_seconds
-        loss, stop, due, elapsed = self.comm.agree(
-            loss, runtime.wants_stop(2 * self.seconds / max(1, step)), runtime.is_main and bool(due),
-            (now - self.mark) * runtime.is_main)
-        self.mark = now
+        due = self.checkpoints.due()
+        loss, stop, due, elapsed = self.comm.all_reduce_scalars(
+            loss,
+            runtime.stop.wanted(2 * self.seconds / max(1, step)),
+            runtime.is_main and bool(due),
+            (now - self.step_started) * runtime.is_main,
+        )
+        self.step_started = now
         if not math.isfinite(loss):
             self.diverged(loss)
         reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
@@ -2580,7 +2694,7 @@ class Trainer:
         if due or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
             self.save()
 
-    def set_rates(self, scale):
+    def set_lrs(self, scale):
         config = self.config
         self.muon.lr, self.muon.momentum = config.matrix_lr * scale, momentum_at(config, self.step)
         for group in self.adamw.param_groups:
@@ -2591,23 +2705,33 @@ class Trainer:
     def accumulate(self, step, stream):
         """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
         config, runtime, length = self.config, self.runtime, self.config.train_seq_len
-        first, rounds, total = self.comm.rank * self.share, self.share // self.micro, 0.0
-        span = stream.take(config.train_batch_tokens, first * length, (first + self.share) * length)
+        first, rounds, total = (
+            self.comm.rank * self.seqs_per_rank,
+            self.seqs_per_rank // self.micro_batch_seqs,
+            0.0,
+        )
+        span = stream.take(
+            config.train_batch_tokens, first * length, (first + self.seqs_per_rank) * length
+        )
         self.model.zero_grad()
         self.model.train()
-        for low in range(0, self.share, self.micro):
-            part = runtime.to_device(span[low * length:(low + self.micro) * length + 1])
-            noise = flow_noise(config, step, first + low, self.micro, runtime.device)
+        for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
+            part = runtime.to_device(
+                span[low * length : (low + self.micro_batch_seqs) * length + 1]
+            )
+            noise = flow_noise(config, step, first + low, self.micro_batch_seqs, runtime.device)
             try:
                 with runtime.autocast():
                     loss = self.loss(part[:-1].view(-1, length), part[1:].view(-1, length), noise)
                     loss = loss / (rounds * self.comm.world)
                 loss.backward()
             except OUT_OF_MEMORY:
-                smaller = max(self.micro * length // 2, length)
-                raise ResourceError("out of memory in training with MICRO_BATCH_TOKENS="
-                                    f"{config.micro_batch_tokens}: run the same command with "
-                                    f"MICRO_BATCH_TOKENS={smaller}") from None
+                smaller = max(self.micro_batch_seqs * length // 2, length)
+                raise ResourceError(
+                    "out of memory in training with MICRO_BATCH_TOKENS="
+                    f"{config.micro_batch_tokens}: run the same command with "
+                    f"MICRO_BATCH_TOKENS={smaller}"
+                ) from None
             total = total + loss.detach()
         return float(total)
 
@@ -2620,8 +2744,13 @@ class Trainer:
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
         if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
             self.runtime.log(f"{text} {self.clock()}")
-            self.runtime.event("step", step=step, train_loss=loss, train_time_ms=1000 * self.seconds,
-                               lr_scale=scale)
+            self.runtime.event(
+                "step",
+                step=step,
+                train_loss=loss,
+                train_time_ms=1000 * self.seconds,
+                lr_scale=scale,
+            )
         self.runtime.progress(f"{text} eta:{(config.iterations - step) * self.seconds / step:.0f}s")
 
     def validate(self):
@@ -2631,11 +2760,18 @@ class Trainer:
             score = evaluate(self.model, self.val, c, self.runtime, c.eval_seq_len)
         except ArtifactError:
             self.diverged(math.nan)
-        self.runtime.log(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} "
-                         f"val_bpb:{score.val_bpb:.4f} {self.clock()}")
-        self.runtime.event("val", step=self.step, val_loss=score.val_loss, val_bpb=score.val_bpb,
-                           train_time_ms=1000 * self.seconds)
-        self.mark += time.monotonic() - begin
+        self.runtime.log(
+            f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} "
+            f"val_bpb:{score.val_bpb:.4f} {self.clock()}"
+        )
+        self.runtime.event(
+            "val",
+            step=self.step,
+            val_loss=score.val_loss,
+            val_bpb=score.val_bpb,
+            train_time_ms=1000 * self.seconds,
+        )
+        self.step_started += time.monotonic() - begin
 
     def warm_up(self):
         """Compile on synthetic tokens, then restore weights and optimisers bit for bit."""
@@ -2643,8 +2779,10 @@ class Trainer:
         if not self.runtime.compiling or not steps or self.step >= config.iterations:
             return
         before = private_copy(self.training_state())
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, config.train_batch_tokens + 1)
-        synthetic = types.SimpleNamespace(take=lambda span, low, high: tokens[low:high + 1])
+        tokens = np.random.default_rng(0).integers(
+            0, config.vocab_size, config.train_batch_tokens + 1
+        )
+        synthetic = types.SimpleNamespace(take=lambda span, low, high: tokens[low : high + 1])
         for i in range(steps):
             self.accumulate(-1 - i, synthetic)
             reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
@@ -2666,28 +2804,35 @@ class Trainer:
         Weights that are not finite are never saved: the checkpoints before them are the ones to keep.
         """
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            return self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
-        state, self.saved_step = self.training_state(), self.step
+            return self.runtime.log(
+                f"warning: no checkpoint at step {self.step}: weights are not finite"
+            )
+        state = self.training_state()
+        self.saved_step = self.step
         if self.runtime.is_main:
-            state.update(self.identity, step=self.step, seconds=self.seconds, position=self.stream.position)
-            self.saver.start(self.step, private_copy(state))
-        self.checkpointed = time.monotonic()
+            state.update(
+                self.identity, step=self.step, seconds=self.seconds, position=self.stream.position
+            )
+            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
+        self.checkpoints.saved_at = time.monotonic()
         if wait:
-            self.saver.wait()
-            if self.saver.error:
-                raise ResourceError(str(self.saver.error))
+            self.checkpoints.wait_or_raise()
             self.comm.barrier()  # a rank that left now would have the launcher end the one that writes
+
+    def report_saved(self, step, seconds, size):
+        self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
+        self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
-        step, state = self.saver.newest() if self.runtime.is_main else (0, None)
-        step = int(self.comm.agree(step)[0])
+        step, state = self.checkpoints.load()
         if not step:
             return
-        path = self.saver.folder / f"step_{step:08d}.pt"
-        state = state or load_tensors(path)
+        path = self.checkpoints.path(step)
         if any(state[name] != value for name, value in self.identity.items()):
-            raise ConfigError(f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never")
+            raise ConfigError(
+                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
+            )
         self.restore(state)
         self.step, self.seconds, self.stream.position = step, state["seconds"], state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
@@ -2695,19 +2840,29 @@ class Trainer:
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
         self.save(wait=True)
-        raise DivergedError(f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
-                            f"weights: {self.saver.last()}")
+        raise DivergedError(
+            f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
+            f"weights: {self.checkpoints.last()}"
+        )
 
     def export(self):
         """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
         kind, tensors = self.average.exported()
         state = dict(self.model.state_dict())
-        state.update((name, t) for (name, _), t in zip(self.model.named_parameters(), tensors, strict=True))
-        info = dict(steps=self.step, train_time_s=self.seconds,
-                    step_avg_ms=1000 * self.seconds / max(1, self.step),
-                    stopped_early=self.early, peak_mib=self.runtime.peak_mib()[0])
+        state.update(
+            (name, t) for (name, _), t in zip(self.model.named_parameters(), tensors, strict=True)
+        )
+        info = dict(
+            steps=self.step,
+            train_time_s=self.seconds,
+            step_avg_ms=1000 * self.seconds / max(1, self.step),
+            stopped_early=self.stopped_early,
+            peak_mib=self.runtime.peak_mib()[0],
+        )
         self.runtime.log(f"export:{kind}")
-        return dict(config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info)
+        return dict(
+            config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
+        )
 
 
 def train(config, runtime, val, path):
@@ -2724,37 +2879,490 @@ def train(config, runtime, val, path):
     runtime.comm.barrier()
 
 
-# ============================================================================================================
-# main
-# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what it found.
-# ============================================================================================================
-ARTIFACT_NAME, FLOAT_NAME = "final_model.int6.ptz", "final_model.pt"
+# ==================================================================================================
+# Compression
+# Per-row symmetric integers with GPTQ-lite clips, then a general compressor. The container is plain data with
+# a checksum: its reader believes nothing it has not compared with what the architecture must contain, and
+# allocates nothing before.
+# ==================================================================================================
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGolf\r\n\x1a", 1
+# magic, version, compressor, raw bytes, compressed bytes, sha256
+ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
+COMPRESSORS = ("zstd", "lzma")
+MAX_RAW_BYTES, MAX_HEADER_BYTES = 96 << 20, 1 << 20
+ITEM_TYPES = {
+    "int5": np.int8,
+    "int6": np.int8,
+    "int8": np.int8,
+    "fp16": np.float16,
+    "fp32": np.float32,
+}
+
+
+def encode_tensor(tensor, scheme):
+    """[codes or values, scales or nothing] as bytes."""
+    if scheme.startswith("int"):
+        return [t.cpu().numpy().tobytes() for t in quantize_rows(tensor, int(scheme[3:]))]
+    return tensor.detach().float().cpu().numpy().astype(ITEM_TYPES[scheme]).tobytes(), b""
+
+
+def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
+    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors
+    grouped by kind.
+
+    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between calls.
+    """
+    cache, table = {} if cache is None else cache, []
+    for name, tensor in state_dict.items():
+        scheme = scheme_of(name, tensor.shape, config, int5_layers)
+        if (name, scheme) not in cache:
+            cache[name, scheme] = encode_tensor(tensor, scheme)
+        table.append([name, list(tensor.shape), scheme])
+    table.sort(key=lambda row: list(ITEM_TYPES).index(row[2]))
+    header = json.dumps(
+        dict(
+            config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256, tensors=table
+        )
+    ).encode()
+    codes, scales = zip(*(cache[name, scheme] for name, _, scheme in table))
+    raw = b"".join([struct.pack("<I", len(header)), header, *codes, *scales])
+    if config.compressor == "zstd":
+        body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
+    else:
+        body = lzma.compress(raw, preset=config.lzma_preset)
+    head = ARTIFACT_HEAD.pack(
+        ARTIFACT_MAGIC,
+        ARTIFACT_VERSION,
+        COMPRESSORS.index(config.compressor),
+        len(raw),
+        len(body),
+        hashlib.sha256(body).digest(),
+    )
+    return head + body
+
+
+def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
+    """(artifact, int5 layers): MLP layers drop to int5 from the middle outward until code + model fit
+    BUDGET_BYTES.
+
+    Raises ArtifactError when even that does not fit.
+    """
+    middle, cache, layers = (config.num_layers - 1) / 2, {}, []
+    order = sorted(range(config.num_layers), key=lambda i: (abs(i - middle), -i))
+    while True:
+        blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
+        over = len(blob) + code_bytes - config.budget_bytes
+        if over <= 0:
+            return blob, layers
+        if len(layers) == len(order):
+            raise ArtifactError(
+                f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with "
+                "every MLP in int5: train a smaller model (MLP_MULT, NUM_LAYERS)"
+            )
+        layers.append(order[len(layers)])
+        log(f"budget: {over} bytes over, MLP of layer {layers[-1]} to int5")
+
+
+def decompress(body, compressor, size):
+    """Exactly `size` bytes, or ArtifactError; never allocates more than that."""
+    raw, whole = b"", True
+    try:
+        if compressor == "lzma":
+            unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
+            raw = unpacker.decompress(body, max_length=size + 1)
+            whole = unpacker.eof and not unpacker.unused_data
+        elif zstandard.frame_content_size(body) == size:
+            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+            raw = unpacker.decompress(body, allow_extra_data=False)
+    except (zstandard.ZstdError, lzma.LZMAError, MemoryError) as error:
+        raise ArtifactError(f"artifact: the payload does not decompress ({error})") from None
+    if not whole or len(raw) != size:
+        raise ArtifactError(f"artifact: the payload is not the {size} bytes that its head promises")
+    return raw
+
+
+def unpack_artifact(blob):
+    """(Config, float32 state_dict) of an artifact's bytes."""
+    return read_artifact(blob)[:2]
+
+
+def read_artifact(blob):
+    """(Config, float32 state_dict, tokenizer sha256) of an artifact's bytes. Runs no code of the file; any damage or
+    hostility raises ArtifactError before anything of a size the architecture does not have is allocated."""
+    config, table, raw, at, tokenizer_sha256 = read_header(blob)
+    scales_at = at + sum(
+        math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape, scheme in table
+    )
+    state, parts = {}, []
+    for name, shape, scheme in table:  # look at everything before the first float32 tensor is made
+        rows = math.prod(shape[:-1]) if scheme.startswith("int") else 0
+        values = np.frombuffer(raw, ITEM_TYPES[scheme], math.prod(shape), at)
+        scales = np.frombuffer(raw, np.float16, rows, scales_at)
+        at, scales_at = at + values.nbytes, scales_at + scales.nbytes
+        top = 2 ** (int(scheme[3:]) - 1) - 1 if rows else math.inf
+        good = all(np.isfinite(x).all() for x in (values, scales)) and (scales > 0).all()
+        if not good or values.max(initial=0) > top or values.min(initial=0) < -top:
+            raise ArtifactError(f"artifact: {name}: codes, scales or values are outside {scheme}")
+        parts.append((values, scales))
+    for (name, shape, _), (values, scales) in zip(table, parts):
+        values = values.astype(np.float32)
+        if len(scales):
+            values = values.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
+        state[name] = torch.from_numpy(values.reshape(shape))
+    return config, state, tokenizer_sha256
+
+
+def read_header(blob):
+    """(Config, [(name, shape, scheme)], raw payload, offset of tensors, tokenizer sha256), all checked."""
+    if len(blob) < ARTIFACT_HEAD.size:
+        raise ArtifactError(
+            f"artifact: {len(blob)} bytes are less than its head: truncated or not an artifact"
+        )
+    magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
+    body = memoryview(blob)[ARTIFACT_HEAD.size :]
+    for holds, wrong in [
+        (magic == ARTIFACT_MAGIC, "magic bytes are not ours: not an artifact"),
+        (version == ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
+        (compressor < len(COMPRESSORS), f"compressor {compressor} is unknown"),
+        (blob[10:12] == b"\0\0", "reserved bytes are not zero"),
+        (
+            size == len(body),
+            f"{len(body)} bytes of payload, its head promises {size}: truncated or trailing bytes",
+        ),
+        (4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}"),
+        (hashlib.sha256(body).digest() == digest, "checksum does not match: damaged"),
+    ]:
+        if not holds:
+            raise ArtifactError(f"artifact: {wrong}")
+    raw = decompress(body, COMPRESSORS[compressor], raw_size)
+    end = 4 + struct.unpack_from("<I", raw)[0]
+    if end > min(MAX_HEADER_BYTES, raw_size):
+        raise ArtifactError(f"artifact: header of {end - 4} bytes does not fit")
+    try:
+        header = json.loads(raw[4:end])
+        config = Config(**header["config"])
+        whole = header["config"].keys() == config.as_dict("arch", "eval").keys()
+        if not whole or header.keys() != {"config", "tokenizer_sha256", "tensors"}:
+            raise ConfigError("settings are missing or foreign")
+        if type(header["tokenizer_sha256"]) is not str:
+            raise TypeError("tokenizer_sha256")
+        table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
+        check_table(config, table, raw_size - end)
+    except ArtifactError:
+        raise
+    except Exception as error:  # a stranger's JSON may hold anything
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ArtifactError(f"artifact: its header is not valid ({what})") from None
+    return config, table, raw, end, header["tokenizer_sha256"]
+
+
+def check_table(config, table, data_bytes):
+    """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
+    found = {name: shape for name, shape, _ in table}
+    if len(found) != len(table) or found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))[:3]
+        raise ArtifactError(
+            f"artifact: tensors differ from its architecture's, or appear twice: {wrong}"
+        )
+    total = 0
+    for name, shape, scheme in table:
+        integers = isinstance(scheme, str) and scheme.startswith("int")
+        known = scheme in ITEM_TYPES and all(type(n) is int for n in shape)
+        if not known or (integers and len(shape) < 2):
+            raise ArtifactError(f"artifact: {name}: scheme {scheme!r} is unknown or does not fit")
+        total += (
+            math.prod(shape) * ITEM_TYPES[scheme]().itemsize + 2 * math.prod(shape[:-1]) * integers
+        )
+    if total != data_bytes:
+        raise ArtifactError(f"artifact: tensors need {total} bytes, {data_bytes} are there")
+
+
+ARTIFACT_NAME = "final_model.int6.ptz"
+FLOAT_NAME = "final_model.pt"
+
+
+class LoadedWeights(typing.NamedTuple):
+    """What a file of final weights holds; read once per run."""
+
+    config: Config  # architecture and evaluation settings; the rest are defaults
+    state_dict: dict  # float32 tensors by name
+    tokenizer_sha256: str  # of the tokenizer it was trained with, or "" if the file does not say
+    info: dict  # what training measured (float checkpoints only)
+    sha256: str  # of the file
+
+    def brought(self):
+        """Settings that the file brings into a run that only evaluates it."""
+        settings = self.config.as_dict("arch", "eval")
+        return {**settings, "run_id": f"eval_{self.sha256[:8]}"}
 
 
 def load_weights(path):
-    """(Config, state_dict, tokenizer sha256) of an artifact or a float checkpoint. Raises ArtifactError."""
+    """LoadedWeights of an artifact (*.ptz) or a float checkpoint (*.pt). Raises ArtifactError."""
     try:
         with open(path, "rb") as file:
             head = file.read(len(ARTIFACT_MAGIC))
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}: {READABLE}") from None
+        raise ArtifactError(
+            f"{path}: {error.strerror}: name a readable artifact (*.ptz) or float checkpoint (*.pt)"
+        ) from None
     if head == ARTIFACT_MAGIC:
         blob = Path(path).read_bytes()
         try:
-            return *unpack_artifact(blob), read_artifact(blob)[4]
+            config, state_dict, tokenizer_sha256 = read_artifact(blob)
         except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}: {OTHER_FILE}") from None
+            raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
+        return LoadedWeights(
+            config, state_dict, tokenizer_sha256, {}, hashlib.sha256(blob).hexdigest()
+        )
     if not str(path).endswith(".pt"):
-        raise ArtifactError(f"{path}: does not start like an artifact: damaged, or of another submission: "
-                            f"{OTHER_FILE}")
+        raise ArtifactError(
+            f"{path}: does not start like an artifact: damaged, or of another submission: "
+            "copy it again, or name another file"
+        )
     saved = load_tensors(path)
     try:
-        return Config(**saved["config"]), saved["state_dict"], ""
+        config = Config(**saved["config"])
+        return LoadedWeights(config, saved["state_dict"], "", saved["info"], sha256_file(path))
     except (KeyError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{path}: not the final weights of a run ({error}): name {FLOAT_NAME} or "
-                            f"{ARTIFACT_NAME}") from None
+        raise ArtifactError(
+            f"{path}: not the final weights of a run ({error}): name {FLOAT_NAME} or "
+            f"{ARTIFACT_NAME}"
+        ) from None
 
 
+# ==================================================================================================
+# Legality
+# The four conditions of issue #1017, checked on the functions that produce the score: the checks only change
+# tokens and look at what the scoring loop shows an Observer. Comparisons are bit for bit.
+# ==================================================================================================
+class Recorder(Observer):
+    """Keeps what one evaluation showed: nll by target, log-probabilities of `keep` targets, state hashes."""
+
+    def __init__(self, num_targets, keep=(), hash_state=False):
+        self.nll, self.times, self.total = (
+            torch.zeros(num_targets),
+            np.zeros(num_targets, np.int64),
+            0.0,
+        )
+        self.keep, self.hash_state = {int(t): None for t in keep}, hash_state
+        self.order, self.sums, self.state_entering = [], [], {}
+        self.score_changed_state = self.trained_ahead = False
+
+    def scored(self, targets, logps, nll):
+        self.nll[targets] = nll.float().cpu()
+        self.total += float(nll.double().sum())
+        np.add.at(self.times, targets, 1)
+        for row in np.flatnonzero(np.isin(targets, list(self.keep))):
+            self.keep[int(targets[row])] = logps[row].float().cpu(), float(nll[row])
+
+    def before_item(self, evaluation, item):
+        windows = evaluation.windows
+        if item[0] == "score":
+            self.order.append(windows[item[1]][1])
+            if self.hash_state:
+                self.state_entering[self.order[-1]] = state_hash(evaluation)
+        else:
+            end = item[1] + item[3] * evaluation.config.eval_seq_len
+            scored = evaluation.all_coverage()[item[1] : end].all()
+            upcoming = [i for i in evaluation.work[evaluation.cursor + 1 :] if i[0] == "score"][:1]
+            self.trained_ahead |= not scored or any(end > windows[low][1] for _, low, _ in upcoming)
+
+    def after_item(self, evaluation, item):
+        self.sums.append(float(evaluation.meter.nll))
+        if item[0] == "score" and self.hash_state:
+            self.score_changed_state |= (
+                state_hash(evaluation) != self.state_entering[self.order[-1]]
+            )
+
+
+def state_hash(evaluation):
+    """SHA-256 over parameters, buffers and optimiser state of an evaluation."""
+    digest = hashlib.sha256()
+    momenta = (
+        [t for s in evaluation.sgd.state.values() for t in s.values()] if evaluation.sgd else []
+    )
+    for tensor in (*evaluation.model.parameters(), *evaluation.model.buffers(), *momenta):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(
+                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            )
+    return digest.hexdigest()
+
+
+class Audit:
+    """Runs the checks; `checks` is the list of (name, passed, detail)."""
+
+    def __init__(self, model, stream, config, runtime):
+        self.model, self.config, self.runtime, self.checks = model, config, runtime, []
+        length, stride, batch = config.eval_seq_len, config.eval_stride, config.eval_batch_seqs
+        # Scoring alone is checked on a few batches, test-time training on two chunks.
+        self.short, self.long = (
+            stream.replaced(stream.tokens[: min(stream.num_targets, targets) + 1])
+            for targets in (length + 3 * batch * stride, 2 * config.ttt_chunk_tokens)
+        )
+        self.random = np.random.default_rng(config.seed)
+
+    def run(self, stream, ttt=False, last_target=None, **options):
+        recorder = Recorder(stream.num_targets, **options)
+        evaluation = Evaluation(
+            self.model,
+            stream,
+            self.config,
+            self.runtime,
+            self.config.eval_stride,
+            ttt,
+            self.config.slot,
+            recorder,
+        )
+        evaluation.run(last_target)
+        return recorder, evaluation
+
+    def check(self, name, passed, detail):
+        """Record a check; it passes when it passes on every rank."""
+        passed = not self.runtime.comm.any_rank(not passed)
+        self.checks.append(dict(name=name, passed=passed, detail=detail))
+        self.runtime.log(f"legality {name} {'pass' if passed else 'FAIL'} {detail}")
+
+    def changed(self, stream, low, high=None):
+        """`stream` with tokens [low, high) replaced by others, each different from what it was."""
+        tokens = np.array(stream.tokens)
+        span, vocab = tokens[low:high].astype(np.int64), self.config.vocab_size
+        tokens[low:high] = (span + self.random.integers(1, vocab, len(span))) % vocab
+        return stream.replaced(tokens)
+
+    def edges(self):
+        """Targets at and around the edges of windows and batches, and some inside."""
+        n, length, stride = (
+            self.short.num_targets,
+            self.config.eval_seq_len,
+            self.config.eval_stride,
+        )
+        batch_end = length + stride * (self.config.eval_batch_seqs - 1)
+        wanted = {
+            1,
+            length - 1,
+            length,
+            length + 1,
+            length + stride,
+            batch_end,
+            batch_end + 1,
+            n - 1,
+        }
+        return sorted(
+            {k for k in wanted if 0 < k < n} | set(self.random.integers(1, n, 4).tolist())
+        )
+
+    def causality(self):
+        places, ahead, own = self.edges(), [], []
+        base, _ = self.run(self.short, keep=places)
+        for k in places:
+            recorder, _ = self.run(self.changed(self.short, k + 1), last_target=k)
+            ahead += [k] if not torch.equal(recorder.nll[:k], base.nll[:k]) else []
+        self.check(
+            "C1 future_flip",
+            not ahead,
+            f"{len(places)} places, tokens after each replaced; differ: {ahead[:5]}",
+        )
+        for t in places[:: max(1, len(places) // 6)]:
+            recorder, _ = self.run(self.changed(self.short, t + 1, t + 2), last_target=t, keep=[t])
+            found = recorder.keep[t]
+            own += [t] if found and not torch.equal(found[0], base.keep[t][0]) else []
+        self.check(
+            "C1 own_token",
+            not own,
+            f"log-probabilities at t do not depend on token t; differ: {own[:5]}",
+        )
+
+    def boundary(self):
+        """A document's first position takes nothing from its predecessor in the smear gate."""
+        ids = self.runtime.to_device(self.random.integers(2, self.config.vocab_size, (2, 16)))
+        ids[:, 8] = BOS
+        noise = self.random.standard_normal((1, 16, self.config.model_dim), np.float32)
+        states = torch.from_numpy(noise).repeat(2, 1, 1)
+        states[1, 7] += 1.0
+        with torch.no_grad():
+            out = self.model.smear(states.to(self.runtime.device), ids)
+        passed = torch.equal(out[0, 8], out[1, 8]) and torch.equal(out[0, :7], out[1, :7])
+        self.check(
+            "C1 bos_resets", passed, "the state at BOS does not depend on the token before it"
+        )
+
+    def normalisation(self):
+        short, vocab = self.short, self.config.vocab_size
+        recorder, evaluation = self.run(short, keep=self.random.integers(0, short.num_targets, 64))
+        found = {t: row for t, row in recorder.keep.items() if row}
+        worst = max(
+            (abs(float(torch.logsumexp(lp.double(), 0))) for lp, _ in found.values()), default=0.0
+        )
+        whole = all(torch.isfinite(lp).all() and len(lp) == vocab for lp, _ in found.values())
+        self.check(
+            "C2 normalised",
+            whole and worst < 1e-4,
+            f"{len(found)} positions, worst |logsumexp| {worst:.2e}",
+        )
+        entries = all(-float(lp[int(short.tokens[t + 1])]) == nll for t, (lp, nll) in found.items())
+        counted, _, num_bytes, _ = evaluation.meter.row()
+        entries &= math.isclose(counted, recorder.total, rel_tol=1e-9)
+        entries &= num_bytes == int(short.bytes[recorder.times > 0].sum(dtype=np.int64))
+        self.check(
+            "C2 nll_is_entry",
+            entries,
+            "the counted nll is minus the log-probabilities, the bytes the targets'",
+        )
+
+    def order(self):
+        ttt, chunk = self.config.ttt_enabled, self.config.ttt_chunk_tokens
+        stream = self.long if ttt else self.short
+        edge = chunk if ttt and stream.num_targets > chunk else stream.num_targets // 2
+        base, evaluation = self.run(stream, ttt, hash_state=True)
+        self.check(
+            "C3 state_unchanged",
+            not base.score_changed_state,
+            "weights, buffers, optimiser around scoring",
+        )
+        self.check(
+            "C3 trained_is_scored",
+            not base.trained_ahead,
+            "each trained token precedes the next to be scored",
+        )
+        twin, _ = self.run(self.changed(stream, edge + 1), ttt, hash_state=True)
+        same = torch.equal(twin.nll[:edge], base.nll[:edge])
+        same &= all(
+            state == twin.state_entering.get(first)
+            for first, state in base.state_entering.items()
+            if first <= edge
+        )
+        self.check(
+            "C3 twin_run",
+            same,
+            f"targets from {edge} on replaced: earlier scores and state the same",
+        )
+        seen = self.runtime.comm.gather_rows(base.times).sum(0)
+        once = (
+            (evaluation.all_coverage() == 1) & (seen == 1)
+        ).all()  # by the meter, and as seen here
+        self.check("C4 coverage", once, f"{stream.num_targets} targets, each scored once")
+        ordered = base.order == sorted(base.order) and base.sums == sorted(base.sums)
+        self.check("C4 single_pass", ordered, f"{len(base.order)} rounds in order, sums only grow")
+
+
+def audit(model, stream, config, runtime):
+    """[{"name", "passed", "detail"}] for C1 to C4 on a slice of `stream`, by the configured evaluation."""
+    checker = Audit(model, stream, config, runtime)
+    for part in (checker.causality, checker.boundary, checker.normalisation, checker.order):
+        try:
+            part()
+        except LegalityError as error:
+            checker.check(f"C4 {part.__name__}", False, str(error))
+    return checker.checks
+
+
+# ==================================================================================================
+# main
+# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what it found.
+# ==================================================================================================
 def score_label(config):
     """Name of the last score: what adapts, and whether that is legal; empty if nothing adapts."""
     legal = "illegal" if config.slot == "published" else "legal" if config.ttt_enabled else ""
@@ -2765,19 +3373,30 @@ def score_label(config):
 class Run:
     """The phases of one run in RUN_DIR."""
 
-    def __init__(self, config, runtime):
-        self.config, self.runtime, self.log, self.path = config, runtime, runtime.log, Path(config.run_dir)
-        self.weights = self.path / FLOAT_NAME
-        self.source = Path(config.eval_only or self.path / ARTIFACT_NAME)
-        self.model, self.results = None, {"scores": {}}
+    def __init__(self, config, runtime, loaded=None):
+        self.config = config
+        self.runtime = runtime
+        self.log = runtime.log
+        self.path = Path(config.run_dir)
+        self.float_path = self.path / FLOAT_NAME
+        self.artifact_path = Path(config.eval_only or self.path / ARTIFACT_NAME)
+        self.files = {self.artifact_path: loaded} if loaded else {}  # LoadedWeights by path
+        self.model = None
+        self.results = {"scores": {}}
 
-    def holds(self, test):
+    def load(self, path):
+        """LoadedWeights of a file; each file is read and decompressed once."""
+        if path not in self.files:
+            self.files[path] = load_weights(path)
+        return self.files[path]
+
+    def on_main(self, test):
         """What test() says on rank 0, the one that is sure to see what it wrote."""
-        return self.runtime.comm.agree(self.runtime.is_main and test())[0] > 0
+        return self.runtime.comm.from_main(self.runtime.is_main and test()) > 0
 
-    def done(self, phase, test):
+    def already_done(self, phase, test):
         """Whether a phase has left its result already, by test() on rank 0."""
-        done = self.holds(test)
+        done = self.on_main(test)
         if done:
             self.log(f"phase_done:{phase} found in {self.path}")
         return done
@@ -2785,90 +3404,127 @@ class Run:
     def prepare(self):
         """Load the data, compare with the run in RUN_DIR, log and write what a rerun needs to agree on."""
         config, log, path = self.config, self.log, self.path / "config.json"
-        if config.resume == "must" and not self.holds(path.exists):
-            raise ConfigError(f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto")
+        if config.resume == "must" and not self.on_main(path.exists):
+            raise ConfigError(
+                f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
+            )
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
                 build_demo_data(config, log)
             self.runtime.comm.barrier()
         if not config.eval_only:
             find_shards(config, "train")
-        tokenizer_sha256 = load_weights(config.eval_only)[2] if config.eval_only else ""
-        self.val = ValStream.load(config, load_token_bytes(config, tokenizer_sha256))
+        tokenizer_sha256 = (
+            self.load(self.artifact_path).tokenizer_sha256 if config.eval_only else ""
+        )
+        self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
         f, differs = self.val.fingerprint, config.differences()
         if self.runtime.is_main:
-            run = dict(preset=config.preset, hash=config.hash(), val_sha256=f["val_sha256"],
-                       config=config.as_dict(), differs=differs)
+            run = dict(
+                preset=config.preset,
+                hash=config.hash(),
+                val_sha256=f["val_sha256"],
+                config=config.as_dict(),
+                differs=differs,
+            )
             if path.exists():
-                self.take_up(json.loads(path.read_text()), run)
+                self.check_same_run(json.loads(path.read_text()), run)
             write_json(path, run)
             (self.path / "STOPPED").unlink(missing_ok=True)
         self.write_manifest()
         for name, value in config.as_dict().items():
             log(f"config:{name}={value}{' *' if name in differs else ''}")
         log(f"config_hash:{config.hash()}")
-        log(f"attention:{self.runtime.attention_choice}")
+        choice = pick_attention(self.runtime.device, self.runtime.dtype)
+        log(f"attention:{choice.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
-        log(f"val_loader:shards pattern={config.data_path}/fineweb_val_*.bin tokens:{f['val_targets']}")
-        log(f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} "
+        log(
+            f"val_loader:shards pattern={config.data_path}/fineweb_val_*.bin tokens:{f['val_targets']}"
+        )
+        log(
+            f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} "
             f"bytes_per_token:{f['bytes_per_token']:.4f} documents:{f['val_documents']} "
-            f"sha256:{f['val_sha256']} score_scope:{f['scope']}")
+            f"sha256:{f['val_sha256']} score_scope:{f['scope']}"
+        )
         log(f"seed:{config.seed}")
         steps = [int(path.stem[5:]) for path in (self.path / "checkpoint").glob("step_*.pt")]
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
-    def take_up(self, old, new):
+    def check_same_run(self, old, new):
         """Go on with the scores of an earlier run. Raises ConfigError when it had other settings or data."""
         names = ["eval_only", *self.config.as_dict("arch", "train", "eval")]
         before, now = ({name: run["config"].get(name) for name in names} for run in (old, new))
         before["validation"], now["validation"] = old.get("val_sha256"), new["val_sha256"]
-        differ = "; ".join(f"{name.upper()}: {before[name]!r} -> {value!r}"
-                           for name, value in now.items() if before[name] != value)
+        differ = "; ".join(
+            f"{name.upper()}: {before[name]!r} -> {value!r}"
+            for name, value in now.items()
+            if before[name] != value
+        )
         if differ:
-            raise ConfigError(f"{self.path} holds a run of other settings or data: {differ}: use the same to "
-                              "resume it, set another RUN_ID, or RESUME=never to keep it aside")
+            raise ConfigError(
+                f"{self.path} holds a run of other settings or data: {differ}: use the same to "
+                "resume it, set another RUN_ID, or RESUME=never to keep it aside"
+            )
         with contextlib.suppress(FileNotFoundError):
             self.results = json.loads((self.path / "scores.json").read_text())
 
     def write_manifest(self):
         if not self.runtime.is_main:
             return
-        config, device, artifact = self.config, self.runtime.device, self.source.exists()
+        config, device, artifact = self.config, self.runtime.device, self.artifact_path.exists()
         manifest = dict(
-            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-            sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__, device=str(device),
-            device_name=device_name(device), world_size=self.runtime.comm.world,
-            torch_threads=torch.get_num_threads(), config_hash=config.hash(),
-            code_sha256=sha256_file(CODE_PATH), code_bytes=CODE_PATH.stat().st_size,
-            artifact_sha256=sha256_file(self.source) if artifact else None,
-            artifact_bytes=self.source.stat().st_size if artifact else None,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            numpy=np.__version__,
+            sentencepiece=sentencepiece.__version__,
+            zstandard=zstandard.__version__,
+            device=str(device),
+            device_name=device_name(device),
+            world_size=self.runtime.comm.world,
+            torch_threads=torch.get_num_threads(),
+            config_hash=config.hash(),
+            code_sha256=sha256_file(CODE_PATH),
+            code_bytes=CODE_PATH.stat().st_size,
+            artifact_sha256=sha256_file(self.artifact_path) if artifact else None,
+            artifact_bytes=self.artifact_path.stat().st_size if artifact else None,
             tokenizer_sha256=sha256_file(config.tokenizer_path),
-            data=dict(train_shards=len(list(Path(config.data_path).glob("fineweb_train_*.bin"))),
-                      **self.val.fingerprint))
+            data=dict(
+                train_shards=len(list(Path(config.data_path).glob("fineweb_train_*.bin"))),
+                **self.val.fingerprint,
+            ),
+        )
         self.log(f"manifest:{json.dumps(manifest)}")
         write_json(self.path / "manifest.json", manifest)
 
     def train(self):
-        if not self.done("train", self.weights.exists):
-            train(self.config, self.runtime, self.val, self.weights)
+        if not self.already_done("train", self.float_path.exists):
+            train(self.config, self.runtime, self.val, self.float_path)
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
-        if self.done("pack", self.source.exists):
+        if self.already_done("pack", self.artifact_path.exists):
             return
         code, log, config = CODE_PATH.stat().st_size, self.log, self.config
-        weights = load_tensors(self.weights)["state_dict"]
+        weights = self.load(self.float_path).state_dict
         self.runtime.stop_if_wanted("packing", 3 + 2e-6 * sum(t.numel() for t in weights.values()))
         if self.runtime.is_main:
-            blob, layers = fit_budget(config, weights, code, sha256_file(config.tokenizer_path), log)
-            write_atomic(self.source, [blob])
+            blob, layers = fit_budget(
+                config, weights, code, sha256_file(config.tokenizer_path), log
+            )
+            write_atomic(self.artifact_path, [blob])
             total = len(blob) + code
             log(f"Code size: {code} bytes")
             log(f"Serialized model int6+{config.compressor}: {len(blob)} bytes")
             log(f"Total submission size int6+{config.compressor}: {total} bytes")
             log(f"headroom: {config.budget_bytes - total} bytes")
-            self.runtime.event("packed", artifact_bytes=len(blob), code_bytes=code, total_bytes=total,
-                               headroom_bytes=config.budget_bytes - total, int5_layers=layers)
+            self.runtime.event(
+                "packed",
+                artifact_bytes=len(blob),
+                code_bytes=code,
+                total_bytes=total,
+                headroom_bytes=config.budget_bytes - total,
+                int5_layers=layers,
+            )
         self.runtime.comm.barrier()
         self.write_manifest()
 
@@ -2876,28 +3532,32 @@ class Run:
         """The model with the weights of a file; one object for all scores, so that it is compiled once."""
         if self.model is None:  # rounding in training has no place here
             quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)
-            self.model = GPT(quiet, self.runtime.attend).to(self.runtime.device)
-        self.model.load_state_dict(load_weights(path)[1])
+            self.model = build_model(quiet, self.runtime)
+        self.model.load_state_dict(self.load(path).state_dict)
         return self.model
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
         config, path, begin = self.config, self.path / "audit.json", time.monotonic()
-        if not self.holds(self.source.exists):
-            raise ConfigError(f"MODE=audit: {self.source} does not exist: set EVAL_ONLY=path")
-        seal = f"{sha256_file(self.source)}/{config.hash()}"
+        if not self.on_main(self.artifact_path.exists):
+            raise ConfigError(
+                f"MODE=audit: {self.artifact_path} does not exist: set EVAL_ONLY=path"
+            )
+        audit_key = f"{self.load(self.artifact_path).sha256}/{config.hash()}"
 
         def passed_before():
             old = json.loads(path.read_text()) if path.exists() and config.mode == "train" else {}
-            return old.get("seal") == seal and old["passed"]
+            return old.get("audit_key") == audit_key and old["passed"]
 
-        if self.done("audit", passed_before):
+        if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
-        checks = audit(self.model_of(self.source), self.val, config, self.runtime)
+        checks = audit(self.model_of(self.artifact_path), self.val, config, self.runtime)
         failed, seconds = [c["name"] for c in checks if not c["passed"]], time.monotonic() - begin
         if self.runtime.is_main:
-            write_json(path, dict(passed=not failed, seal=seal, seconds=seconds, checks=checks))
+            write_json(
+                path, dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
+            )
         self.runtime.event("audit", passed=not failed)
         self.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in {seconds:.1f} s")
         if failed:
@@ -2905,18 +3565,31 @@ class Run:
 
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
-        c, source, scores = self.config, self.source, self.results["scores"]
+        c, source, scores = self.config, self.artifact_path, self.results["scores"]
         prefix = "float" if source.suffix == ".pt" else "final_int6"
-        jobs = [] if c.eval_only else [("pre_quant", self.weights, c.eval_seq_len, False, "off")]
-        jobs += [(f"{prefix}_roundtrip", source, c.eval_seq_len, False, "off"),
-                 (f"{prefix}_sliding_window", source, c.eval_stride, False, "off")]
+        jobs = [] if c.eval_only else [("pre_quant", self.float_path, c.eval_seq_len, False, "off")]
+        jobs += [
+            (f"{prefix}_roundtrip", source, c.eval_seq_len, False, "off"),
+            (f"{prefix}_sliding_window", source, c.eval_stride, False, "off"),
+        ]
         if score_label(c):
             jobs.append((score_label(c), source, c.eval_stride, c.ttt_enabled, c.slot))
         for label, path, stride, ttt, slot in jobs:
-            if not self.done(label, lambda: label in scores):
-                score = evaluate(self.model_of(path), self.val, c, self.runtime, stride, ttt=ttt, slot=slot,
-                                 label=label, state_path=self.path / "checkpoint" / f"eval_{label}.pt",
-                                 identity=f"{sha256_file(path)}/{c.hash()}")
+            if not self.already_done(label, lambda: label in scores):
+                score = evaluate(
+                    self.model_of(path),
+                    self.val,
+                    c,
+                    self.runtime,
+                    stride,
+                    ttt=ttt,
+                    slot=slot,
+                    label=label,
+                    checkpoints=Checkpointer(
+                        self.runtime, f"eval_{label}", c.eval_checkpoint_seconds
+                    ),
+                    identity=f"{self.load(path).sha256}/{c.hash()}",
+                )
                 self.record(score, stride)
         if self.runtime.is_main:
             self.write_results(finished=True)
@@ -2928,12 +3601,20 @@ class Run:
         """Log a score and add it to scores.json."""
         log, name, mark = self.log, score.label, "" if score.legal else " legality:illegal"
         at = f" stride:{stride}" if name.endswith("sliding_window") else ""
-        log(f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{at} "
-            f"eval_time:{1000 * score.seconds:.0f}ms{mark}")
+        log(
+            f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{at} "
+            f"eval_time:{1000 * score.seconds:.0f}ms{mark}"
+        )
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")
-        entry = dict(val_loss=score.val_loss, val_bpb=score.val_bpb, tokens=score.tokens, bytes=score.bytes,
-                     eval_time_s=score.seconds, legal=score.legal)
+        entry = dict(
+            val_loss=score.val_loss,
+            val_bpb=score.val_bpb,
+            tokens=score.tokens,
+            bytes=score.bytes,
+            eval_time_s=score.seconds,
+            legal=score.legal,
+        )
         self.runtime.event("score", label=name, scope=self.val.scope, **entry)
         self.results["scores"][name] = entry
         if self.runtime.is_main:
@@ -2941,31 +3622,51 @@ class Run:
 
     def write_results(self, finished):
         """scores.json: what training and scoring measured; manifest.json has the rest."""
-        code, size = CODE_PATH.stat().st_size, self.source.stat().st_size
-        info = {} if self.config.eval_only else load_tensors(self.weights)["info"]
-        self.results.update(info, finished=finished, seed=self.config.seed, preset=self.config.preset,
-                            artifact_bytes=size, code_bytes=code, total_bytes=size + code)
+        code, size = CODE_PATH.stat().st_size, self.artifact_path.stat().st_size
+        info = {} if self.config.eval_only else self.load(self.float_path).info
+        self.results.update(
+            info,
+            finished=finished,
+            seed=self.config.seed,
+            preset=self.config.preset,
+            artifact_bytes=size,
+            code_bytes=code,
+            total_bytes=size + code,
+        )
         write_json(self.path / "scores.json", self.results)
 
     def summarise(self):
         """What happened and what to try next, in plain words."""
         c, r, log = self.config, self.results, self.log
         for label, s in r["scores"].items():
-            log(f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} "
-                f"score_scope:{self.val.scope}")
+            log(
+                f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} "
+                f"score_scope:{self.val.scope}"
+            )
         if c.preset == "demo":
             text = self.val.token_bytes.model.decode(self.val.tokens.astype(int).tolist()).encode()
-            for name, packed in (("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))):
-                log(f"baseline {name} bpb:{8 * len(packed) / len(text):.4f} on the same {len(text)} bytes of "
-                    "text")
+            for name, packed in (
+                ("gzip -9", gzip.compress(text, 9)),
+                ("xz -6", lzma.compress(text)),
+            ):
+                log(
+                    f"baseline {name} bpb:{8 * len(packed) / len(text):.4f} on the same {len(text)} bytes of "
+                    "text"
+                )
         if not c.eval_only:
-            log(f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact "
+            log(
+                f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact "
                 f"{r['artifact_bytes']} bytes + code {r['code_bytes']} = {r['total_bytes']} of "
-                f"{c.budget_bytes}.")
+                f"{c.budget_bytes}."
+            )
         best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
-        log(f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}.")
-        log("next: AUDIT=1 proves the score legal; EVAL_ONLY=artifact.ptz verifies it; more ITERATIONS or a "
-            "larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission.")
+        log(
+            f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}."
+        )
+        log(
+            "next: AUDIT=1 proves the score legal; EVAL_ONLY=artifact.ptz verifies it; more ITERATIONS or a "
+            "larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission."
+        )
 
 
 @contextlib.contextmanager
@@ -2978,8 +3679,10 @@ def reported_errors(runtime):
         if runtime.is_main:
             with contextlib.suppress(OSError):
                 (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-        runtime.log(f"stopped signal:{runtime.stop_signal} phase:{stop}; run the same command again to go on")
-        runtime.event("stopped", signal=runtime.stop_signal, phase=str(stop))
+        runtime.log(
+            f"stopped signal:{runtime.stop.reason} phase:{stop}; run the same command again to go on"
+        )
+        runtime.event("stopped", signal=runtime.stop.reason, phase=str(stop))
         with contextlib.suppress(RuntimeError):
             runtime.comm.barrier()  # all ranks leave together
         leave(runtime, stop.code)
@@ -2989,7 +3692,9 @@ def reported_errors(runtime):
             code, message, shown = error.code, str(error), f"error: {error}"
         runtime.event("error", code=code, message=message)
         runtime.append(runtime.log_file, f"error: {message}")
-        print("\n".join(f"{rank}{line}" for line in shown.splitlines()), file=sys.stderr, flush=True)
+        print(
+            "\n".join(f"{rank}{line}" for line in shown.splitlines()), file=sys.stderr, flush=True
+        )
         leave(runtime, code)
 
 
@@ -3009,16 +3714,19 @@ def main():
     if "--help" in sys.argv or "-h" in sys.argv:
         return print(help_text())
     if set(sys.argv[1:]) - {"--print-config"}:
-        raise ConfigError(f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help")
-    config = Config.from_env(os.environ)
-    if config.eval_only:
-        config = config.adopt(load_weights(config.eval_only)[0])
+        raise ConfigError(
+            f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
+        )
+    loaded = load_weights(os.environ["EVAL_ONLY"]) if os.environ.get("EVAL_ONLY") else None
+    config = Config.from_env(os.environ, loaded.brought() if loaded else None)
     if "--print-config" in sys.argv:
-        return print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
+        return print(
+            "\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items())
+        )
     runtime = Runtime(config, os.environ)
-    runtime.watch_signals()
+    runtime.stop.watch_signals()
     with reported_errors(runtime):
-        run = Run(config, runtime)
+        run = Run(config, runtime, loaded)
         run.prepare()
         if not config.eval_only and config.mode == "train":
             run.train()

@@ -119,7 +119,7 @@ class Text:
 
 def random_stream(config, targets):
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, targets + 1).astype(np.uint16)
-    return golf.ValStream(tokens, Text())
+    return golf.ValidationSet(tokens, Text())
 
 
 def evaluation():

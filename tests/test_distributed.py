@@ -28,7 +28,7 @@ def score(name, model, stream, **options):
 left = dict(scores={}, out=os.environ.pop("LAB_OUT"))
 config = train_gpt.Config.from_env(os.environ)
 runtime = train_gpt.Runtime(config, os.environ)
-val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
 trainer = train_gpt.Trainer(config, runtime, val)
 trainer.announce()
 trainer.run()

@@ -59,10 +59,10 @@ class Case:
     """A configuration, a runtime and a validation stream."""
     config: train_gpt.Config
     runtime: train_gpt.Runtime
-    stream: train_gpt.ValStream
+    stream: train_gpt.ValidationSet
 
     def model(self):
-        return random_model(self.config, self.runtime.attend)
+        return random_model(self.config, self.train_gpt.pick_attention(runtime.device, runtime.dtype).function)
 
     def run(self, model=None, stream=None, stride=None, **options):
         """(Score, Seen) of one evaluation."""
@@ -83,7 +83,7 @@ def case(runtime, tiny_data):
 
     def make(targets=300, **changes):
         config = tiny_config(**changes)
-        stream = train_gpt.ValStream(tokens[:targets + 1], token_bytes)
+        stream = train_gpt.ValidationSet(tokens[:targets + 1], token_bytes)
         return Case(config, runtime(config), stream)
     return make
 
@@ -330,7 +330,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_score(case, ttt):
     model = case.model()
     ran = with_memory_for(model, 3)
     score, seen = case.run(model, ttt=ttt)
-    assert max(ran) == 2 and case.runtime.batch_seqs == 2
+    assert max(ran) == 2 and case.runtime.batch_limit == 2
     assert score.tokens == expected.tokens and score.bytes == expected.bytes
     assert score.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
     assert np.abs(seen.nll - every.nll).max() < 1e-3
@@ -404,7 +404,7 @@ def test_frozen_blocks_do_not_move_and_everything_else_does(case, freeze):
 def test_the_optimiser_holds_no_frozen_weight(case):
     case = case(2 * CHUNK, ttt_freeze_blocks=2)
     model = case.model()
-    with train_gpt.adapted(model, 2) as params:
+    with train_gpt.evaluation_mode(model, 2) as params:
         held = {id(param) for param in params}
         for name, param in model.named_parameters():
             is_frozen = name.startswith(("blocks.0.", "blocks.1."))
@@ -564,7 +564,7 @@ class StopAfter(Seen):
 
     def after_item(self, evaluation, item):
         if evaluation.cursor == self.item:
-            self.runtime.stop_signal = "SIGTERM"
+            self.runtime.stop.reason = "SIGTERM"
 
 
 def result(score):
@@ -586,7 +586,7 @@ def test_a_stopped_evaluation_goes_on_to_exactly_the_uninterrupted_score(case, t
         with pytest.raises(Stopped, match=mode) as stop:
             case.run(observer=StopAfter(case.runtime, item, 3 * CHUNK), **options)
         assert stop.value.code == 75
-        case.runtime.stop_signal = ""
+        case.runtime.stop.reason = ""
         score, rest = case.run(**options)
         assert result(score) == result(expected)
         done = np.isnan(rest.nll)
@@ -602,7 +602,7 @@ def test_an_evaluation_stopped_after_every_item_still_gives_the_same_score(case,
             score = case.run(observer=StopAfter(case.runtime, item, 2 * CHUNK), **options)[0]
             break
         except Stopped:
-            case.runtime.stop_signal = ""
+            case.runtime.stop.reason = ""
     assert item >= 8 and result(score) == result(expected)
 
 
@@ -634,7 +634,7 @@ def stopped_state(case, path, **options):
     """Leave the state of an evaluation that stopped half-way at `path`."""
     with pytest.raises(Stopped):
         case.run(observer=StopAfter(case.runtime, 3, case.stream.num_targets), state_path=path, **options)
-    case.runtime.stop_signal = ""
+    case.runtime.stop.reason = ""
 
 
 @pytest.mark.parametrize("change", [dict(identity="other"), dict(label="b"), dict(stride=8), dict(ttt=True),

@@ -316,7 +316,7 @@ def test_the_manifest_comes_before_any_result_and_is_written(reviewed, tiny_data
     assert manifest["torch"] == torch.__version__ and manifest["numpy"] == np.__version__
     assert manifest["device"] == "cpu" and manifest["world_size"] == 1 and len(manifest["config_hash"]) == 16
     token_bytes = train_gpt.TokenBytes(tiny_data.tokenizer_path)
-    stream = train_gpt.ValStream.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
+    stream = train_gpt.ValidationSet.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
     assert manifest["data"] == dict(train_shards=0, **stream.fingerprint)
 
 

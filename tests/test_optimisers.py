@@ -303,7 +303,7 @@ def trainer(tiny_data, runtime):
     def make(**changes):
         config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
                              **{"num_layers": 1, "xsa_last_n": 1, **changes})
-        val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+        val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
         return train_gpt.Trainer(config, runtime(config), val)
     return make
 
@@ -311,7 +311,7 @@ def trainer(tiny_data, runtime):
 def test_the_scale_reaches_every_rate(trainer):
     made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
     made.step = 5
-    made.set_rates(0.5)
+    made.set_lrs(0.5)
     assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (0.015, [0.02, 0.01])
     assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
 
@@ -462,7 +462,7 @@ def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, traine
     assert with_warm_up(made, monkeypatch) == 3
     assert same(train_gpt.private_copy(made.training_state()), before)
     assert made.stream.position == position
-    assert (made.step, made.early) == (trained, False)
+    assert (made.step, made.stopped_early) == (trained, False)
 
 
 def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_path):

@@ -90,7 +90,7 @@ def digest(state):
 
 def open_run(lab, settings):
     config = Config(**{**settings, "run_dir": str(lab.fresh_folder() / "run")})
-    val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     return config, train_gpt.Runtime(config, {}), val
 
 
