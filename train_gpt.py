@@ -4161,7 +4161,8 @@ class Run:
         """The evaluations of this run, the float weights' first."""
         jobs = evaluation_jobs(self.config)
         if self.artifact_path.suffix == ".pt":
-            return [job._replace(label=job.label.replace("final_int6", "float")) for job in jobs]
+            labels = [job.label.removeprefix("final_int6_") for job in jobs]
+            return [job._replace(label=f"float_{label}") for job, label in zip(jobs, labels)]
         if self.config.eval_only:
             return jobs
         return [jobs[0]._replace(label="pre_quant"), *jobs]
