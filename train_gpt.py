@@ -2239,20 +2239,37 @@ def flow_noise(config, step, first, count, device):
 
 # ==================================================================================================
 # Optimisers
-# Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and clipped
-# then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its traffic behind the
-# arithmetic.
+# Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and
+# clipped then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its
+# traffic behind the arithmetic.
 # ==================================================================================================
+# Coefficients of the quintic x -> a x + b (x x^T) x + c (x x^T)^2 x. They are Jordan's: as steep as
+# possible at 0, so that small singular values grow fast, and then only roughly 1 (0.7 to 1.2),
+# which is enough.
+NEWTON_SCHULZ_A = 3.4445
+NEWTON_SCHULZ_B = -4.7750
+NEWTON_SCHULZ_C = 2.0315
+
+
 def newton_schulz(matrices, steps, dtype):
-    """Nearly the nearest semi-orthogonal matrices of (N, r, c): quintic iteration of Jordan et al. 2024."""
+    """Nearly the nearest semi-orthogonal matrices of `matrices` (N, r, c), in `dtype`.
+
+    Quintic Newton-Schulz iteration, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
     x = matrices.to(dtype)
-    wide = x.size(-2) <= x.size(-1)
-    x = x if wide else x.mT
+    # The Gram matrix of the short side is the smaller one.
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    # Singular values must start in (0, 1]; the Frobenius norm is at least the largest of them.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    return x if wide else x.mT
+        gram = x @ x.mT  # (N, r, r)
+        polynomial = torch.baddbmm(
+            gram, gram, gram, beta=NEWTON_SCHULZ_B, alpha=NEWTON_SCHULZ_C
+        )  # b G + c G^2
+        x = NEWTON_SCHULZ_A * x + polynomial @ x
+    return x.mT if tall else x
 
 
 def as_wide(matrix, like=None):
@@ -2262,11 +2279,11 @@ def as_wide(matrix, like=None):
 
 
 class Muon:
-    """Momentum orthogonalised by Newton-Schulz, on stacks of same-shape matrices, sharded over ranks (#399).
+    """Momentum orthogonalised by Newton-Schulz, stacks of same-shape matrices over ranks.
 
-    Tall matrices are stacked transposed: W1 and W2 of an MLP share a stack, which leaves less padding on many
-    ranks. Phases of one step, as marked in the code:
-      1. launch   biggest stack first: stack the gradients (N, r, c), reduce-scatter their sum asynchronously
+    Parallel Muon is #399's. Tall matrices are stacked transposed: W1 and W2 of an MLP share a
+    stack, which leaves less padding on many ranks. Phases of one step, as marked in the code:
+      1. launch   biggest first: stack gradients (N, r, c), reduce-scatter their sum asynchronously
       2. collect  wait: this rank holds the reduced gradients of N / world matrices
       3. update   momentum, Nesterov, batched Newton-Schulz on that slice; all-gather asynchronously
       4. apply    weight decay and step, while the next stack is computed
@@ -2275,113 +2292,159 @@ class Muon:
     def __init__(
         self, params, lr, momentum, weight_decay, ns_steps=5, dtype=torch.bfloat16, comm=None
     ):
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.ns_steps, self.dtype, self.comm = ns_steps, dtype, comm or Comm()
-        shapes = {}
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.ns_steps = ns_steps
+        self.dtype = dtype  # of Newton-Schulz; momentum and weights stay float32
+        self.comm = comm or Comm()
+        by_shape = {}
         for param in params:
-            shapes.setdefault(tuple(as_wide(param).shape), []).append(param)
-        self.stacks = sorted(shapes.values(), key=lambda ps: -len(ps) * ps[0].numel())
-        self.grads = [None] * len(self.stacks)
-        self.buffers = [
-            ps[0].new_zeros(self.share(ps), *as_wide(ps[0]).shape) for ps in self.stacks
-        ]
-        self.factors = []  # (N / world, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices
-        for params, buffer in zip(self.stacks, self.buffers):
-            factors = self.stacked(
-                [p.new_full((1, 1), max(1, p.size(0) / p.size(1)) ** 0.5) for p in params]
-            )
-            self.factors.append(factors[self.comm.rank * len(buffer) :][: len(buffer)])
+            shape = tuple(as_wide(param).shape)
+            by_shape.setdefault(shape, []).append(param)
+        # Biggest first: its transfer takes longest and hides behind all others.
+        self.stacks = sorted(by_shape.values(), key=lambda stack: -len(stack) * stack[0].numel())
+        self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
+        self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
+        self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
+        for stack in self.stacks:
+            shape = as_wide(stack[0]).shape
+            self.buffers.append(stack[0].new_zeros(self.share(stack), *shape))
+            self.factors.append(self.shape_factors(stack))
 
-    def share(self, params):
+    def share(self, matrices):
         """Matrices per rank; the last ranks' shares are padded with zeros."""
-        return -(-len(params) // self.comm.world)
+        return -(-len(matrices) // self.comm.world)  # rounded up
 
-    def stacked(self, tensors):
-        missing = self.share(tensors) * self.comm.world - len(tensors)
-        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * missing])
+    def stacked(self, matrices):
+        """(world * share, r, c): reduce-scatter wants equal parts, hence the padding."""
+        missing = self.share(matrices) * self.comm.world - len(matrices)
+        padding = [torch.zeros_like(matrices[0])] * missing
+        return torch.stack([*matrices, *padding])
 
-    def launch(self):  # phase 1
+    def shape_factors(self, stack):
+        """(share, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices.
+
+        An orthogonal matrix with more rows than columns has smaller entries than a square one; the
+        factor makes their root mean square the same.
+        """
+        factors = []
+        for param in stack:
+            rows, columns = param.shape
+            factors.append(param.new_full((1, 1), max(1, rows / columns) ** 0.5))
+        share = self.share(stack)
+        first = self.comm.rank * share
+        return self.stacked(factors)[first : first + share]
+
+    def launch(self):
+        # 1. launch: everything is on its way before the first wait.
         self.handles = []
         for i, params in enumerate(self.stacks):
-            stack = self.stacked([as_wide(p.grad) for p in params])
-            self.grads[i] = stack if self.comm.world == 1 else torch.empty_like(self.buffers[i])
-            if self.comm.world > 1:
-                self.handles.append((self.comm.reduce_scatter(self.grads[i], stack), stack))
+            stack = self.stacked([as_wide(param.grad) for param in params])
+            if self.comm.world == 1:
+                self.grads[i] = stack
+                continue
+            self.grads[i] = torch.empty_like(self.buffers[i])
+            handle = self.comm.reduce_scatter(self.grads[i], stack)
+            self.handles.append((handle, stack))  # the stack must live until it was sent
 
-    def collect(self):  # phase 2
+    def collect(self):
         """This rank's share of the squared gradient norm (0-d)."""
+        # 2. collect: the norm needs all stacks, so this waits for all.
         for handle, _ in self.handles:
             handle.wait()
         return sum(grad.float().square().sum() for grad in self.grads)
 
     def step(self, scale=1.0, meanwhile=lambda: None):
-        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs during the last all-gather."""
+        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs in the last all-gather."""
+        # A stack is applied only after the next one was computed: its all-gather had that long.
         waiting = None
         for i, params in enumerate(self.stacks):
-            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i]).mul_(
-                self.factors[i]
-            )
-            full, handle = update, None
+            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i])
+            update.mul_(self.factors[i])
+            full = update
+            handle = None
             if self.comm.world > 1:
                 full = update.new_empty(len(update) * self.comm.world, *update.shape[1:])
                 handle = self.comm.all_gather(full, update)
             if waiting:
                 self.apply(*waiting)
-            waiting = params, full, handle
+            waiting = (params, full, handle)
         meanwhile()
         if waiting:
             self.apply(*waiting)
 
-    def orthogonal_update(self, grad, buffer):  # phase 3
+    def orthogonal_update(self, grad, buffer):
+        # 3. update: (N / world, r, c). Nesterov looks one step of momentum ahead.
         buffer.mul_(self.momentum).add_(grad)
-        return newton_schulz(grad.add(buffer, alpha=self.momentum), self.ns_steps, self.dtype)
+        ahead = grad.add(buffer, alpha=self.momentum)
+        return newton_schulz(ahead, self.ns_steps, self.dtype)
 
     @torch.no_grad()
-    def apply(self, params, full, handle):  # phase 4
+    def apply(self, params, full, handle):
+        # 4. apply: decay is decoupled as in AdamW: its strength is lr * weight_decay alone.
         if handle:
             handle.wait()
         torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
-        torch._foreach_add_(
-            params, [as_wide(u.to(p.dtype), p) for u, p in zip(full, params)], alpha=-self.lr
-        )
+        updates = []
+        for param, update in zip(params, full):  # the padding behind the last parameter is dropped
+            updates.append(as_wide(update.to(param.dtype), param))
+        torch._foreach_add_(params, updates, alpha=-self.lr)
 
     def state_dict(self):
-        """Momentum of every matrix by shape, whatever the number of ranks; all ranks must call it."""
+        """Momentum of every matrix by shape, at any number of ranks; all ranks must call it."""
         state = {}
         for params, buffer in zip(self.stacks, self.buffers):
             full = buffer
             if self.comm.world > 1:
                 full = buffer.new_empty(len(buffer) * self.comm.world, *buffer.shape[1:])
                 self.comm.all_gather(full, buffer).wait()
-            state["x".join(map(str, buffer.shape[1:]))] = full[: len(params)].clone()
+            # Without the padding, and a copy, since the next step changes the buffer in place.
+            state[self.stack_name(buffer)] = full[: len(params)].clone()
         return state
 
     def load_state_dict(self, state):
         for buffer in self.buffers:
-            full = state["x".join(map(str, buffer.shape[1:]))].to(buffer.device)
-            low = self.comm.rank * len(buffer)
-            part = full[low : low + len(buffer)]
-            buffer.zero_()[: len(part)].copy_(part)
+            full = state[self.stack_name(buffer)].to(buffer.device)
+            first = self.comm.rank * len(buffer)
+            part = full[first : first + len(buffer)]  # shorter, or empty, on the last ranks
+            buffer.zero_()
+            buffer[: len(part)].copy_(part)
+
+    @staticmethod
+    def stack_name(buffer):
+        """Such as "512x1536": no two stacks share a shape, and it is the same at any world size."""
+        return "x".join(str(size) for size in buffer.shape[1:])
+
+
+# Momentum orthogonalised is made for matrices between hidden states: these six of every block.
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
 
 
 def parameter_groups(model):
-    """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one."""
+    """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
+
+    "embed" are lookup tables, whose rows see few tokens a step; "scalar" is the rest: gains, gates,
+    mixes, biases and the refiners.
+    """
     groups = {"muon": {}, "embed": {}, "scalar": {}}
-    embeddings = {
-        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)
-    }
+    embeddings = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.add(f"{name}.weight")
     for name, param in model.named_parameters():
-        block_matrix = re.fullmatch(
-            r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight", name
-        )
-        groups["muon" if block_matrix else "embed" if name in embeddings else "scalar"][name] = (
-            param
-        )
+        if BLOCK_MATRIX.fullmatch(name):
+            group = "muon"
+        elif name in embeddings:
+            group = "embed"
+        else:
+            group = "scalar"
+        groups[group][name] = param
     return groups
 
 
 def build_optimizers(model, config, comm=None):
-    """(Muon, AdamW) over all parameters of `model`; asserts by name that each is in exactly one group."""
+    """(Muon, AdamW) over all parameters of `model`; asserts that each is in exactly one group."""
     groups = parameter_groups(model)
     muon = Muon(
         groups["muon"].values(),
@@ -2392,6 +2455,7 @@ def build_optimizers(model, config, comm=None):
         getattr(torch, config.dtype),
         comm,
     )
+    # `base_lr` is what the schedule multiplies; "lr" itself changes with every step.
     adamw = torch.optim.AdamW(
         [
             dict(params=list(groups["embed"].values()), base_lr=config.embed_lr),
@@ -2403,30 +2467,46 @@ def build_optimizers(model, config, comm=None):
         weight_decay=config.weight_decay,
         fused=True,
     )
-    held = [p for stack in muon.stacks for p in stack] + [
-        p for g in adamw.param_groups for p in g["params"]
-    ]
-    ids = [id(p) for p in held]
-    wrong = [name for name, p in model.named_parameters() if ids.count(id(p)) != 1]
-    foreign = len(held) - len(list(model.parameters()))
-    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
+    check_groups(model, muon, adamw)
     return muon, adamw
 
 
+def adamw_params(adamw):
+    return [param for group in adamw.param_groups for param in group["params"]]
+
+
+def check_groups(model, muon, adamw):
+    """Assert that every parameter is trained, and by one optimiser only."""
+    held = []
+    for stack in muon.stacks:
+        held += stack
+    held += adamw_params(adamw)
+    ids = [id(param) for param in held]
+    wrong = [name for name, param in model.named_parameters() if ids.count(id(param)) != 1]
+    foreign = len(held) - len(list(model.parameters()))
+    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
+
+
 def reduce_clip_step(muon, adamw, comm, clip):
-    """One optimiser step on the ranks' summed gradients, clipped by their global norm after the reduction."""
+    """One optimiser step on the ranks' summed gradients, clipped by their global norm.
+
+    They are clipped after the reduction: before it each rank would clip its own part, and the step
+    would depend on the number of ranks.
+    """
     muon.launch()
-    params = [p for group in adamw.param_groups for p in group["params"]]
+    params = adamw_params(adamw)
     for param in params:
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-    grads = [p.grad for p in params]
+        if param.grad is None:  # every rank must bring the same list
+            param.grad = torch.zeros_like(param)
+    grads = [param.grad for param in params]
     comm.sum_gradients(grads)
     squared = muon.collect()
-    if comm.world > 1:
+    if comm.world > 1:  # Muon's gradients are sharded, AdamW's are whole on every rank
         comm.all_reduce(squared).wait()
     scale = torch.ones_like(squared)
     if clip:
-        norm = (squared + sum(g.square().sum() for g in grads)).sqrt()
+        norm = (squared + sum(grad.square().sum() for grad in grads)).sqrt()
+        # A tensor all the way: reading the norm would make the host wait for the GPU.
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, scale)
     muon.step(scale, meanwhile=adamw.step)
@@ -2435,47 +2515,65 @@ def reduce_clip_step(muon, adamw, comm, clip):
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
-    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the last
-    WARMDOWN_ITERS times the measured step time, whichever begins first.
+    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the
+    last WARMDOWN_ITERS times the measured step time, whichever begins first.
     """
-    left = (config.iterations - step) / max(config.warmdown_iters, 1e-9)
+    warmdown = max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
+    left = (config.iterations - step) / warmdown  # in warmdowns: below 1 it has begun
     if config.max_wallclock_seconds and step and seconds:
-        warmdown = max(config.warmdown_iters, 1e-9) * seconds / step
-        left = min(left, (config.max_wallclock_seconds - seconds) / warmdown)
+        step_seconds = seconds / step
+        seconds_left = config.max_wallclock_seconds - seconds
+        left = min(left, seconds_left / (warmdown * step_seconds))
     left = min(1.0, max(0.0, left))
-    return left if config.warmdown_shape == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    if config.warmdown_shape == "linear":
+        return left
+    return 0.5 * (1 - math.cos(math.pi * left))
 
 
 def momentum_at(config, step):
-    done = (
-        min(1.0, step / config.muon_momentum_warmup_steps)
-        if config.muon_momentum_warmup_steps
-        else 1.0
-    )
+    """Muon's momentum at `step`, warmed linearly: early gradients turn fast and soon outdate."""
+    if step >= config.muon_momentum_warmup_steps:
+        return config.muon_momentum
+    done = step / config.muon_momentum_warmup_steps
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
 class WeightAverage:
-    """EMA of the weights in float32 each step, and the mean of late snapshots of it (SWA), on the device."""
+    """EMA of the weights in float32 each step, and the mean of late snapshots of it (SWA).
+
+    The last steps bounce between the walls of a valley, and their average lies nearer to its bottom
+    (Izmailov et al. 2018, arXiv 1803.05407). Everything stays on the device.
+    """
 
     def __init__(self, params, config):
-        self.params, self.config, self.snapshots = list(params), config, 0
-        self.ema = [p.detach().clone() for p in self.params] if config.ema_decay else []
-        self.swa = [torch.zeros_like(p) for p in self.params] if config.swa_enabled else []
+        self.params = list(params)
+        self.config = config
+        self.snapshots = 0  # taken so far
+        self.ema = []
+        self.swa = []  # the snapshots' sum
+        if config.ema_decay:
+            self.ema = [param.detach().clone() for param in self.params]
+        if config.swa_enabled:
+            self.swa = [torch.zeros_like(param) for param in self.params]
+
+    def raw(self):
+        return [param.detach() for param in self.params]
 
     @torch.no_grad()
     def update(self, step, scale):
-        """After step `step` (from 0) at learning-rate scale `scale`. The decay grows with the step, since a
-        constant one would leave the initial weights in the average of a short run."""
+        """After step `step` (from 0) at learning-rate scale `scale`.
+
+        The decay grows with the step, since a constant one would leave the initial weights in the
+        average of a short run.
+        """
+        config = self.config
         if self.ema:
-            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
-        if (
-            self.swa
-            and scale < self.config.swa_start_scale
-            and (step + 1) % self.config.swa_every == 0
-        ):
-            torch._foreach_add_(self.swa, self.ema or [p.detach() for p in self.params])
+            decay = min(config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)
+        # Snapshots of the time at high learning rates would be far from the end.
+        late = scale < config.swa_start_scale
+        if self.swa and late and (step + 1) % config.swa_every == 0:
+            torch._foreach_add_(self.swa, self.ema or self.raw())
             self.snapshots += 1
 
     def exported(self):
@@ -2489,7 +2587,7 @@ class WeightAverage:
                 f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
                 f"SWA_START_SCALE={self.config.swa_start_scale})"
             )
-        return kind, self.ema or [p.detach() for p in self.params]
+        return kind, self.ema or self.raw()
 
     def state_dict(self):
         return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
@@ -2935,26 +3033,51 @@ def evaluation_jobs(config):
 
 # ==================================================================================================
 # Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of (seed, step,
-# sequence) and tokens of the step, so a checkpoint holds no generator and a resumed run is the uninterrupted
-# one bit for bit.
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
+# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
+# run is the uninterrupted one bit for bit.
 # ==================================================================================================
+class StepFacts(typing.NamedTuple):
+    """What all ranks agree on in every step."""
+
+    loss: float  # mean over the step's tokens
+    stop: bool  # some rank was told to stop
+    save: bool  # a checkpoint is due by the clock
+    seconds: float  # since the last step, by rank 0's clock
+
+
 class Trainer:
     """Model, optimisers, averages, data position and clock of one training run."""
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
     def __init__(self, config, runtime, val):
-        self.config, self.runtime, self.val, self.comm = config, runtime, val, runtime.comm
-        torch.manual_seed(config.seed)
+        self.config = config
+        self.runtime = runtime
+        self.val = val
+        self.comm = runtime.comm
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
         self.average = WeightAverage(self.model.parameters(), config)
         self.stream = TrainStream(find_shards(config, "train"), config.vocab_size)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
-        self.step, self.seconds, self.stopped_early, self.saved_step = 0, 0.0, False, 0
-        sequences, world = config.train_batch_tokens // config.train_seq_len, self.comm.world
+        self.step = 0  # steps done
+        self.seconds = 0.0  # of training: without start, warm-up and validation
+        self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.stopped_early = False  # by the wallclock cap
+        self.saved_step = 0  # of the last checkpoint
+        self.plan_micro_batches()
+        # A checkpoint of other settings or other data must not be continued.
+        last_token = int(self.stream.ends[-1])
+        self.identity = dict(hash=config.hash(), data=[last_token, val.fingerprint["val_sha256"]])
+
+    def plan_micro_batches(self):
+        """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
+        config = self.config
+        world = self.comm.world
+        sequences = config.train_batch_tokens // config.train_seq_len
         if sequences % world:
             raise ConfigError(
                 f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
@@ -2963,37 +3086,34 @@ class Trainer:
             )
         self.seqs_per_rank = sequences // world
         most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
-        self.micro_batch_seqs = max(n for n in range(1, most + 1) if self.seqs_per_rank % n == 0)
-        self.identity = dict(
-            hash=config.hash(), data=[int(self.stream.ends[-1]), val.fingerprint["val_sha256"]]
-        )
+        # Equal parts: the mean of their mean losses is the step's loss, and one graph fits all.
+        divisors = [n for n in range(1, most + 1) if self.seqs_per_rank % n == 0]
+        self.micro_batch_seqs = max(divisors)
+        self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
 
     def announce(self):
-        log, c = self.runtime.log, self.config
-        log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        log(
-            f"world_size:{self.comm.world} grad_accum_steps:{self.seqs_per_rank // self.micro_batch_seqs}"
-        )
-        log(f"train_loader:dataset:{Path(c.data_path).name} train_shards:{len(self.stream.paths)}")
-        if c.late_qat_threshold and not any(module.bits for _, module in self.model.quantizable()):
+        """Lines that the challenge's tools parse, in its own format."""
+        log = self.runtime.log
+        data_set = Path(self.config.data_path).name
+        log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
+        log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
+        log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
+        quantised = any(module.bits for _, module in self.model.quantizable())
+        if self.config.late_qat_threshold and not quantised:
             log(
-                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in integers"
+                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
+                "integers"
             )
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; log, validate and save on the way."""
+        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
         self.load()
         self.warm_up()
-        every = self.config.val_loss_every
-        self.step_started = self.checkpoints.saved_at = time.monotonic()
+        # The clock starts here: compiling and reading a checkpoint are not training.
+        self.step_started = time.monotonic()
+        self.checkpoints.saved_at = self.step_started
         try:
-            while True:
-                done = self.step >= self.config.iterations or self.out_of_time()
-                if done or (every and self.step and self.step % every == 0):
-                    self.validate()
-                if done:
-                    break
-                self.one_step()
+            self.run_steps()
         except Stopped:
             if self.saved_step != self.step:  # stopped in a validation
                 self.save(wait=True)
@@ -3002,10 +3122,24 @@ class Trainer:
             raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
         self.checkpoints.wait()
 
+    def run_steps(self):
+        every = self.config.val_loss_every
+        done = False
+        while not done:
+            # Asked before the validation, so that the last one is of the final weights.
+            done = self.step >= self.config.iterations or self.out_of_time()
+            if done or (every and self.step and self.step % every == 0):
+                self.validate()
+            if not done:
+                self.one_step()
+
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
         cap = self.config.max_wallclock_seconds
-        if cap and self.step and self.seconds * (1 + 1 / self.step) > cap:
+        if not cap or not self.step:  # nothing measured yet
+            return False
+        step_seconds = self.seconds / self.step
+        if self.seconds + step_seconds > cap:
             self.runtime.log(
                 f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
                 f"step:{self.step}/{self.config.iterations}"
@@ -3014,34 +3148,50 @@ class Trainer:
         return self.stopped_early
 
     def one_step(self):
-        config, runtime, step = self.config, self.runtime, self.step
-        scale = lr_scale(config, step, self.seconds)
+        """One optimiser step, its log line, and a checkpoint where one is due."""
+        config = self.config
+        scale = lr_scale(config, self.step, self.seconds)
         self.set_lrs(scale)
-        loss = self.accumulate(step, self.stream)
-        now = time.monotonic()
-        due = self.checkpoints.due()
-        loss, stop, due, elapsed = self.comm.all_reduce_scalars(
-            loss,
-            runtime.stop.wanted(2 * self.seconds / max(1, step)),
-            runtime.is_main and bool(due),
-            (now - self.step_started) * runtime.is_main,
-        )
-        self.step_started = now
-        if not math.isfinite(loss):
-            self.diverged(loss)
+        facts = self.agree(self.accumulate(self.step, self.stream))
+        # Before the optimisers: a loss that is not finite must not reach the weights.
+        if not math.isfinite(facts.loss):
+            self.diverged(facts.loss)
         reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-        self.average.update(step, scale)
-        self.step, self.seconds = step + 1, self.seconds + elapsed
-        self.report(loss, scale)
-        if stop and self.step < config.iterations:
+        self.average.update(self.step, scale)
+        self.step += 1
+        self.seconds += facts.seconds
+        self.report(facts.loss, scale)
+        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(wait=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
-        if due or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+        every = config.checkpoint_every
+        if facts.save or (every and self.step % every == 0):
             self.save()
 
+    def agree(self, loss):
+        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
+
+        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
+        decided together, or one rank would wait for ever in a collective that no other enters.
+        """
+        now = time.monotonic()
+        step_seconds = self.seconds / max(1, self.step)
+        # The stop is seen one step late, so there must be time for two.
+        stop = self.runtime.stop.wanted(2 * step_seconds)
+        save = self.checkpoints.due()
+        elapsed = now - self.step_started
+        self.step_started = now
+        if not self.runtime.is_main:  # rank 0's clock decides
+            save = False
+            elapsed = 0.0
+        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
+        return StepFacts(loss, stop > 0, save > 0, elapsed)
+
     def set_lrs(self, scale):
+        """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
         config = self.config
-        self.muon.lr, self.muon.momentum = config.matrix_lr * scale, momentum_at(config, self.step)
+        self.muon.lr = config.matrix_lr * scale
+        self.muon.momentum = momentum_at(config, self.step)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * scale
         if config.late_qat_threshold:
@@ -3049,45 +3199,57 @@ class Trainer:
 
     def accumulate(self, step, stream):
         """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
-        config, runtime, length = self.config, self.runtime, self.config.train_seq_len
-        first, rounds, total = (
-            self.comm.rank * self.seqs_per_rank,
-            self.seqs_per_rank // self.micro_batch_seqs,
-            0.0,
-        )
-        span = stream.take(
-            config.train_batch_tokens, first * length, (first + self.seqs_per_rank) * length
-        )
+        config = self.config
+        length = config.train_seq_len
+        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
+        last = first + self.seqs_per_rank
+        # One token more than there are inputs: the last target.
+        span = stream.take(config.train_batch_tokens, first * length, last * length)
         self.model.zero_grad()
         self.model.train()
+        total = 0.0
         for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
-            part = runtime.to_device(
-                span[low * length : (low + self.micro_batch_seqs) * length + 1]
+            high = low + self.micro_batch_seqs
+            tokens = self.runtime.to_device(span[low * length : high * length + 1])
+            noise = flow_noise(
+                config, step, first + low, self.micro_batch_seqs, self.runtime.device
             )
-            noise = flow_noise(config, step, first + low, self.micro_batch_seqs, runtime.device)
-            try:
-                with runtime.autocast():
-                    loss = self.loss(part[:-1].view(-1, length), part[1:].view(-1, length), noise)
-                    loss = loss / (rounds * self.comm.world)
-                loss.backward()
-            except OUT_OF_MEMORY:
-                smaller = max(self.micro_batch_seqs * length // 2, length)
-                raise ResourceError(
-                    "out of memory in training with MICRO_BATCH_TOKENS="
-                    f"{config.micro_batch_tokens}: run the same command with "
-                    f"MICRO_BATCH_TOKENS={smaller}"
-                ) from None
-            total = total + loss.detach()
+            total = total + self.loss_and_gradients(tokens, noise)
         return float(total)
+
+    def loss_and_gradients(self, tokens, noise):
+        """Accumulate a micro-batch's gradients; returns its share of the mean loss (0-d)."""
+        length = self.config.train_seq_len
+        shares = self.accumulation_steps * self.comm.world
+        ids = tokens[:-1].view(-1, length)  # (B, T)
+        targets = tokens[1:].view(-1, length)  # (B, T): each token's successor
+        try:
+            with self.runtime.autocast():
+                # Divided here, so that sums over micro-batches and ranks are means.
+                loss = self.loss(ids, targets, noise) / shares
+            loss.backward()
+        except OUT_OF_MEMORY:
+            smaller = max(self.micro_batch_seqs * length // 2, length)
+            raise ResourceError(
+                "out of memory in training with MICRO_BATCH_TOKENS="
+                f"{self.config.micro_batch_tokens}: run the same command with "
+                f"MICRO_BATCH_TOKENS={smaller}"
+            ) from None
+        return loss.detach()
 
     def clock(self):
         milliseconds = 1000 * self.seconds
-        return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(1, self.step):.2f}ms"
+        average = milliseconds / max(1, self.step)
+        return f"train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
 
     def report(self, loss, scale):
-        config, step = self.config, self.step
+        """The step's log line, and on a terminal the moving one."""
+        config = self.config
+        step = self.step
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
-        if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
+        # The first steps show whether a run is sound at all.
+        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
+        if logged:
             self.runtime.log(f"{text} {self.clock()}")
             self.runtime.event(
                 "step",
@@ -3096,17 +3258,20 @@ class Trainer:
                 train_time_ms=1000 * self.seconds,
                 lr_scale=scale,
             )
-        self.runtime.progress(f"{text} eta:{(config.iterations - step) * self.seconds / step:.0f}s")
+        # By the mean of the whole run: steadier than the last step's time.
+        eta = (config.iterations - step) * self.seconds / step
+        self.runtime.progress(f"{text} eta:{eta:.0f}s")
 
     def validate(self):
-        """Validation of the raw weights by non-overlapping windows; not counted as training time."""
-        c, begin = self.config, time.monotonic()
+        """Validate the raw weights by non-overlapping windows; this is no training time."""
+        config = self.config
+        begin = time.monotonic()
         try:
-            score = evaluate(self.model, self.val, c, self.runtime, c.eval_seq_len)
-        except ArtifactError:
+            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+        except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
-            f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} "
+            f"step:{self.step}/{config.iterations} val_loss:{score.val_loss:.4f} "
             f"val_bpb:{score.val_bpb:.4f} {self.clock()}"
         )
         self.runtime.event(
@@ -3116,23 +3281,29 @@ class Trainer:
             val_bpb=score.val_bpb,
             train_time_ms=1000 * self.seconds,
         )
-        self.step_started += time.monotonic() - begin
+        self.step_started += time.monotonic() - begin  # as if no time had passed
 
     def warm_up(self):
-        """Compile on synthetic tokens, then restore weights and optimisers bit for bit."""
-        steps, config = self.config.warmup_steps, self.config
-        if not self.runtime.compiling or not steps or self.step >= config.iterations:
+        """Compile on synthetic tokens, then restore weights and optimisers bit for bit.
+
+        Compilation takes minutes on CUDA and would otherwise count against the wallclock cap.
+        """
+        config = self.config
+        finished = self.step >= config.iterations
+        if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())
-        tokens = np.random.default_rng(0).integers(
-            0, config.vocab_size, config.train_batch_tokens + 1
-        )
+        generator = np.random.default_rng(0)
+        tokens = generator.integers(0, config.vocab_size, config.train_batch_tokens + 1)
+        # A stand-in for TrainStream: the real position must not move.
         synthetic = types.SimpleNamespace(take=lambda span, low, high: tokens[low : high + 1])
-        for i in range(steps):
-            self.accumulate(-1 - i, synthetic)
+        for i in range(config.warmup_steps):
+            self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
             reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
-        self.runtime.log(f"warmup_steps:{steps} done, weights and optimisers restored")
+        self.runtime.log(
+            f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
+        )
 
     def training_state(self):
         """Everything the next step depends on; every rank must call it."""
@@ -3143,26 +3314,26 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
     def save(self, wait=False):
-        """Copy the state and write it in the background; with `wait`, raises ResourceError if it cannot be
-        written.
+        """Copy the state and write it in the background.
 
-        Weights that are not finite are never saved: the checkpoints before them are the ones to keep.
+        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
+        never saved: the checkpoints before them are the ones to keep.
         """
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            return self.runtime.log(
-                f"warning: no checkpoint at step {self.step}: weights are not finite"
-            )
-        state = self.training_state()
+        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
+        if not all(finite):
+            self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
+            return
+        state = self.training_state()  # a collective: momentum is gathered from all ranks
         self.saved_step = self.step
         if self.runtime.is_main:
-            state.update(
-                self.identity, step=self.step, seconds=self.seconds, position=self.stream.position
-            )
+            state.update(self.identity)
+            state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
             self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
         self.checkpoints.saved_at = time.monotonic()
         if wait:
             self.checkpoints.wait_or_raise()
-            self.comm.barrier()  # a rank that left now would have the launcher end the one that writes
+            # A rank that left now would have the launcher end the one that still writes.
+            self.comm.barrier()
 
     def report_saved(self, step, seconds, size):
         self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
@@ -3179,7 +3350,10 @@ class Trainer:
                 f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
             )
         self.restore(state)
-        self.step, self.seconds, self.stream.position = step, state["seconds"], state["position"]
+        # With step, clock and position the next step is the one that would have come.
+        self.step = step
+        self.seconds = state["seconds"]
+        self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
     def diverged(self, loss):
@@ -3193,10 +3367,11 @@ class Trainer:
     def export(self):
         """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
         kind, tensors = self.average.exported()
+        self.runtime.log(f"export:{kind}")
+        # The model's own state first, for what is no parameter; then the averages in its place.
         state = dict(self.model.state_dict())
-        state.update(
-            (name, t) for (name, _), t in zip(self.model.named_parameters(), tensors, strict=True)
-        )
+        names = [name for name, _ in self.model.named_parameters()]
+        state.update(zip(names, tensors, strict=True))
         info = dict(
             steps=self.step,
             train_time_s=self.seconds,
@@ -3204,14 +3379,16 @@ class Trainer:
             stopped_early=self.stopped_early,
             peak_mib=self.runtime.peak_mib()[0],
         )
-        self.runtime.log(f"export:{kind}")
         return dict(
             config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
         )
 
 
 def train(config, runtime, val, path):
-    """Train (or go on training), write the exported float weights to `path`."""
+    """Train (or go on training), write the exported float weights to `path`.
+
+    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    """
     trainer = Trainer(config, runtime, val)
     trainer.announce()
     trainer.run()
@@ -3221,7 +3398,7 @@ def train(config, runtime, val, path):
     if runtime.is_main:
         save_tensors(path, exported)
     runtime.event("trained", **exported["info"])
-    runtime.comm.barrier()
+    runtime.comm.barrier()  # whoever reads the file next finds it whole
 
 
 # ==================================================================================================
