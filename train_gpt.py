@@ -1,18 +1,22 @@
-"""Parameter Golf in one file: train an 11-layer language model, pack it under 16,000,000 bytes, score it.
+"""Parameter Golf in one file: train a language model, pack it under 16,000,000 bytes, score it.
 
-    PRESET=demo python train_gpt.py                        # laptop CPU, builds its own data, 4 minutes
-    python train_gpt.py                                    # nfm_7k on one GPU (FineWeb shards under ./data)
+    PRESET=demo python train_gpt.py                        # laptop CPU, builds its own data
+    python train_gpt.py                                    # nfm_7k on one GPU, shards under ./data
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the same run on eight GPUs
-    EVAL_ONLY=final_model.int6.ptz python train_gpt.py     # verify an artifact: no training data, no network
-    python train_gpt.py --help | --print-config            # every variable, or the resolved configuration
+    EVAL_ONLY=final_model.int6.ptz python train_gpt.py     # verify an artifact, no training data
+    python train_gpt.py --help                             # every variable
+    python train_gpt.py --print-config                     # the resolved configuration
 
-Configuration comes from environment variables: explicit variable > PRESET > default. The same command resumes
-a run that was stopped. Everything a run leaves behind lies in RUN_DIR (default runs/$RUN_ID).
+Configuration comes from environment variables: explicit variable > PRESET > default. The same
+command resumes a run that was stopped. Everything a run leaves behind lies in RUN_DIR (default
+runs/$RUN_ID).
 
-Shapes in comments: B batch, T time, D model, H query heads, K key/value heads, d head dim, V vocabulary,
-N matrices in a stack.
-Exit codes: 0 done, 2 configuration, 3 data, 4 artifact over budget or unreadable, 5 diverged, 6 legality
-audit failed, 7 out of storage or memory, 75 stopped with everything saved (run the same command again).
+Shapes in comments: B batch, T time, D model, H query heads, K key/value heads, d head dim,
+V vocabulary, N matrices in a stack.
+
+Exit codes: 0 done, 2 configuration, 3 data, 4 artifact over budget or unreadable, 5 diverged,
+6 legality audit failed, 7 out of storage or memory, 75 stopped with everything saved (run the same
+command again).
 """
 
 import ast
@@ -30,10 +34,10 @@ import io
 import json
 import lzma
 import math
-import multiprocessing
 import os
 import platform
 import re
+import resource
 import signal
 import struct
 import sys
@@ -43,7 +47,7 @@ import time
 import traceback
 import types
 import typing
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +59,8 @@ import zstandard
 from torch import nn
 
 BOS = 1  # every document of the official shards starts with this token
-CODE_PATH = Path(__file__).resolve()
+EOS = 2  # the tokenizers have it, the shards do not use it
+CODE_PATH = Path(__file__).resolve()  # its size counts towards the budget
 
 
 class GolfError(Exception):
@@ -65,26 +70,38 @@ class GolfError(Exception):
 
 
 class ConfigError(GolfError):
+    """A setting is wrong, or does not fit the others or the run in RUN_DIR."""
+
     code = 2
 
 
 class DataError(GolfError):
+    """Shards or tokenizer are missing, damaged, or do not belong together."""
+
     code = 3
 
 
 class ArtifactError(GolfError):
+    """A file of weights is over the budget or unreadable."""
+
     code = 4
 
 
 class DivergedError(GolfError):
+    """The training loss is not finite."""
+
     code = 5
 
 
 class LegalityError(GolfError):
+    """A score would break one of the challenge's conditions."""
+
     code = 6
 
 
 class ResourceError(GolfError):
+    """Out of storage or memory."""
+
     code = 7
 
 
@@ -96,146 +113,188 @@ class Stopped(GolfError):
 
 # ==================================================================================================
 # Configuration
-# One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences. A field's kind
-# says what it belongs to: "arch" and "eval" travel inside the artifact, "train" fixes the weights, "run"
-# changes where and how a run happens but not its result. The hash covers all but "run".
+# One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
+# A field's kind says what it belongs to: "arch" and "eval" travel inside the artifact, "train"
+# fixes the weights, "run" changes where and how a run happens but not its result. The hash covers
+# all but "run", so that two runs with equal hashes are comparable.
 # ==================================================================================================
-def opt(kind, default, text, low=-math.inf, high=math.inf, choices=None):
+def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
     """A Config field with what --help and the range checks need to know."""
-    return dataclasses.field(
-        default=default, metadata=dict(kind=kind, text=text, low=low, high=high, choices=choices)
-    )
+    metadata = dict(kind=kind, text=text, low=low, high=high, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-arch_opt, train_opt = functools.partial(opt, "arch"), functools.partial(opt, "train")
-eval_opt, run_opt = functools.partial(opt, "eval"), functools.partial(opt, "run")
+arch_option = functools.partial(option, "arch")
+train_option = functools.partial(option, "train")
+eval_option = functools.partial(option, "eval")
+run_option = functools.partial(option, "run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run. Raises ConfigError for a wrong type, range or combination."""
 
-    preset: str = run_opt("nfm_7k", "named set of differences from the defaults")
-    # architecture
-    vocab_size: int = arch_opt(1024, "tokenizer pieces", 8, 65536)
-    num_layers: int = arch_opt(11, "transformer blocks", 1, 64)
-    model_dim: int = arch_opt(512, "width of the residual stream", 16, 4096)
-    num_heads: int = arch_opt(8, "query heads", 1, 64)
-    num_kv_heads: int = arch_opt(4, "key/value heads", 1, 64)
-    mlp_mult: float = arch_opt(
+    preset: str = run_option("nfm_7k", "named set of differences from the defaults")
+
+    # Architecture: the trunk of #1170.
+    vocab_size: int = arch_option(1024, "tokenizer pieces", 8, 65536)
+    num_layers: int = arch_option(11, "transformer blocks", 1, 64)
+    model_dim: int = arch_option(512, "width of the residual stream", 16, 4096)
+    num_heads: int = arch_option(8, "query heads", 1, 64)
+    num_kv_heads: int = arch_option(4, "key/value heads", 1, 64)
+    mlp_mult: float = arch_option(
         3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16
     )
-    rope_dims: int = arch_opt(16, "rotated dimensions per head", 0, 512)
-    rope_base: float = arch_opt(10000.0, "base of the rotary frequencies", 1)
-    logit_softcap: float = arch_opt(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
-    bigram_vocab_size: int = arch_opt(4096, "rows of the bigram hash table", 2, 1 << 20)
-    bigram_dim: int = arch_opt(128, "width of the bigram hash table", 1, 4096)
-    ve_dim: int = arch_opt(0, "width of the shared value embedding, 0 = off", 0, 4096)
-    ve_last_n: int = arch_opt(2, "last layers that receive the value embedding", 1, 64)
-    xsa_last_n: int = arch_opt(11, "last layers with exclusive self-attention", 0, 64)
-    gated_attention: bool = arch_opt(True, "per-head sigmoid gate on the attention output")
-    value_residual: bool = arch_opt(True, "mix layer 0's values into every layer")
-    e2e_ttt_enabled: bool = arch_opt(False, "TTT-Linear refiner, trained end to end")
-    e2e_ttt_mini_batch: int = arch_opt(16, "tokens per inner step of TTT-Linear", 1, 1024)
-    e2e_ttt_base_lr: float = arch_opt(1.0, "inner rate of TTT-Linear x head_dim", 0)
-    flow_enabled: bool = arch_opt(False, "FlowRefiner after the trunk")
-    flow_latent_dim: int = arch_opt(64, "latent width of FlowRefiner", 1, 4096)
-    flow_hidden_dim: int = arch_opt(256, "hidden width of FlowRefiner", 1, 4096)
-    nfm_enabled: bool = arch_opt(True, "NativeFlowMatcher after the trunk")
-    nfm_hidden_dim: int = arch_opt(256, "hidden width of NativeFlowMatcher", 1, 4096)
-    # training
-    seed: int = train_opt(42, "seed of weights and noise", 0, 2**31 - 1)
-    iterations: int = train_opt(7000, "optimiser steps", 0)
-    train_batch_tokens: int = train_opt(786432, "tokens per optimiser step, all ranks together", 1)
-    train_seq_len: int = train_opt(2048, "training sequence length", 2)
-    warmdown_iters: int = train_opt(2800, "last steps over which the learning rate falls to 0", 0)
-    warmdown_shape: str = train_opt("linear", "shape of the warmdown", choices=("linear", "cosine"))
-    max_wallclock_seconds: float = train_opt(0.0, "training time cap, 0 = none", 0)
-    embed_lr: float = train_opt(0.035, "AdamW rate of embeddings", 0)
-    scalar_lr: float = train_opt(
+    rope_dims: int = arch_option(16, "rotated dimensions per head", 0, 512)
+    rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1)
+    # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
+    logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
+    bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table", 2, 1 << 20)
+    bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
+    ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
+    ve_last_n: int = arch_option(2, "last layers that receive the value embedding", 1, 64)
+    xsa_last_n: int = arch_option(11, "last layers with exclusive self-attention", 0, 64)
+    gated_attention: bool = arch_option(True, "per-head sigmoid gate on the attention output")
+    value_residual: bool = arch_option(True, "mix layer 0's values into every layer")
+
+    # Architecture: the refiners between the trunk and the logits, each off or on by itself.
+    e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
+    e2e_ttt_mini_batch: int = arch_option(16, "tokens per inner step of TTT-Linear", 1, 1024)
+    e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0)
+    flow_enabled: bool = arch_option(False, "FlowRefiner after the trunk")
+    flow_latent_dim: int = arch_option(64, "latent width of FlowRefiner", 1, 4096)
+    flow_hidden_dim: int = arch_option(256, "hidden width of FlowRefiner", 1, 4096)
+    nfm_enabled: bool = arch_option(True, "NativeFlowMatcher after the trunk")
+    nfm_hidden_dim: int = arch_option(256, "hidden width of NativeFlowMatcher", 1, 4096)
+
+    # Training: length and schedule.
+    seed: int = train_option(42, "seed of weights and noise", 0, 2**31 - 1)
+    iterations: int = train_option(7000, "optimiser steps", 0)
+    train_batch_tokens: int = train_option(786432, "tokens per optimiser step, all ranks", 1)
+    train_seq_len: int = train_option(2048, "training sequence length", 2)
+    warmdown_iters: int = train_option(2800, "last steps, over which the rate falls to 0", 0)
+    warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
+    max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
+
+    # Training: Muon for the blocks' matrices, AdamW for the rest.
+    embed_lr: float = train_option(0.035, "AdamW rate of embeddings", 0)
+    scalar_lr: float = train_option(
         0.025, "AdamW rate of what is neither embedding nor block matrix", 0
     )
-    matrix_lr: float = train_opt(0.025, "Muon rate of the blocks' matrices", 0)
-    muon_momentum: float = train_opt(0.99, "Muon momentum after its warm-up", 0, 1)
-    muon_momentum_warmup_start: float = train_opt(0.92, "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = train_opt(1500, "steps of the linear momentum warm-up", 0)
-    muon_ns_steps: int = train_opt(5, "Newton-Schulz steps", 1, 20)
-    weight_decay: float = train_opt(0.04, "decoupled weight decay, Muon and AdamW", 0)
-    beta1: float = train_opt(0.9, "AdamW beta1", 0, 0.9999)
-    beta2: float = train_opt(0.95, "AdamW beta2", 0, 0.999999)
-    adam_eps: float = train_opt(1e-8, "AdamW epsilon", 1e-30)
-    grad_clip_norm: float = train_opt(0.3, "clip of the global gradient norm, 0 = off", 0)
-    qk_gain_init: float = train_opt(1.5, "initial per-head query gain")
-    embed_init_std: float = train_opt(0.005, "standard deviation of the initial embedding", 0)
-    flow_init_scale: float = train_opt(0.01, "scale of FlowRefiner's initial up-projection", 0)
-    nfm_loss_weight: float = train_opt(0.1, "weight of the flow-matching loss", 0)
-    ema_decay: float = train_opt(0.997, "decay of the weight average, 0 = off", 0, 0.999999)
-    swa_enabled: bool = train_opt(False, "export the mean of snapshots taken late in the run")
-    swa_every: int = train_opt(50, "steps between snapshots", 1)
-    swa_start_scale: float = train_opt(0.2, "snapshots start below this learning-rate scale", 0, 1)
-    late_qat_threshold: float = train_opt(
+    matrix_lr: float = train_option(0.025, "Muon rate of the blocks' matrices", 0)
+    muon_momentum: float = train_option(0.99, "Muon momentum after its warm-up", 0, 1)
+    muon_momentum_warmup_start: float = train_option(0.92, "Muon momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = train_option(1500, "steps of that linear warm-up", 0)
+    muon_ns_steps: int = train_option(5, "Newton-Schulz steps", 1, 20)
+    weight_decay: float = train_option(0.04, "decoupled weight decay, Muon and AdamW", 0)
+    beta1: float = train_option(0.9, "AdamW beta1", 0, 0.9999)
+    beta2: float = train_option(0.95, "AdamW beta2", 0, 0.999999)
+    adam_eps: float = train_option(1e-8, "AdamW epsilon", 1e-30)
+    grad_clip_norm: float = train_option(0.3, "clip of the global gradient norm, 0 = off", 0)
+
+    # Training: initial values, and the weight of the second loss.
+    qk_gain_init: float = train_option(1.5, "initial per-head query gain")
+    embed_init_std: float = train_option(0.005, "standard deviation of the first embedding", 0)
+    flow_init_scale: float = train_option(0.01, "scale of FlowRefiner's first up-projection", 0)
+    nfm_loss_weight: float = train_option(0.1, "weight of the flow-matching loss", 0)
+
+    # Training: which average of the weights is exported, and whether they learn to be rounded.
+    ema_decay: float = train_option(0.997, "decay of the weight average, 0 = off", 0, 0.999999)
+    swa_enabled: bool = train_option(False, "export the mean of snapshots taken late in the run")
+    swa_every: int = train_option(50, "steps between snapshots", 1)
+    swa_start_scale: float = train_option(0.2, "rate scale below which snapshots start", 0, 1)
+    late_qat_threshold: float = train_option(
         0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1
     )
-    # compression
-    block_bits: int = train_opt(6, "bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = train_opt(8, "bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = train_opt("zstd", "compressor of the artifact", choices=("zstd", "lzma"))
-    zstd_level: int = train_opt(16, "zstd level", 1, 22)
-    lzma_preset: int = train_opt(6, "lzma preset", 0, 9)
-    budget_bytes: int = train_opt(16_000_000, "code + model must fit this", 1)
-    # evaluation
-    dtype: str = eval_opt(
+
+    # Compression.
+    block_bits: int = train_option(6, "bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = train_option(8, "bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = train_option("zstd", "compressor of the artifact", choices=("zstd", "lzma"))
+    zstd_level: int = train_option(16, "zstd level", 1, 22)
+    lzma_preset: int = train_option(6, "lzma preset", 0, 9)
+    budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
+
+    # Evaluation: windows and arithmetic.
+    dtype: str = eval_option(
         "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
     )
-    eval_seq_len: int = eval_opt(1024, "window of every evaluation", 2)
-    eval_stride: int = eval_opt(64, "stride of the sliding window", 1)
-    eval_batch_seqs: int = eval_opt(32, "windows per batch and rank", 1)
-    ttt_enabled: bool = eval_opt(True, "legal score-first test-time training")
-    ttt_lr: float = eval_opt(0.002, "SGD rate, cosine over chunks", 0)
-    ttt_momentum: float = eval_opt(0.9, "SGD momentum", 0, 1)
-    ttt_epochs: int = eval_opt(10, "epochs over each scored chunk", 1)
-    ttt_chunk_tokens: int = eval_opt(32768, "tokens per chunk", 1)
-    ttt_batch_seqs: int = eval_opt(32, "sequences per SGD step, all ranks together", 1)
-    ttt_freeze_blocks: int = eval_opt(2, "first blocks that stay frozen", 0)
-    ttt_grad_clip: float = eval_opt(1.0, "clip of the SGD gradient norm, 0 = off", 0)
-    slot: str = eval_opt(
+    eval_seq_len: int = eval_option(1024, "window of every evaluation", 2)
+    eval_stride: int = eval_option(64, "stride of the sliding window", 1)
+    eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1)
+
+    # Evaluation: what adapts to text that has been scored already.
+    ttt_enabled: bool = eval_option(True, "legal score-first test-time training")
+    ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0)
+    ttt_momentum: float = eval_option(0.9, "SGD momentum", 0, 1)
+    ttt_epochs: int = eval_option(10, "epochs over each scored chunk", 1)
+    ttt_chunk_tokens: int = eval_option(32768, "tokens per chunk", 1)
+    ttt_batch_seqs: int = eval_option(32, "sequences per SGD step, all ranks together", 1)
+    ttt_freeze_blocks: int = eval_option(2, "first blocks that stay frozen", 0)
+    ttt_grad_clip: float = eval_option(1.0, "clip of the SGD gradient norm, 0 = off", 0)
+    slot: str = eval_option(
         "off",
         "per-window shift of the hidden state; published is illegal",
         choices=("off", "causal", "published"),
     )
-    slot_lr: float = eval_opt(0.003, "AdamW rate of SLOT", 0)
-    slot_steps: int = eval_opt(5, "AdamW steps of SLOT", 1)
-    # where and how
-    data_path: str = run_opt("./data/datasets/fineweb10B_sp1024", "directory of the shards")
-    tokenizer_path: str = run_opt("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    run_id: str = run_opt("", "name of the run; default {preset}_seed{seed} and the SLURM job")
-    run_dir: str = run_opt("", "directory of the run; default runs/$RUN_ID")
-    resume: str = run_opt(
+    slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0)
+    slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1)
+
+    # Where a run reads and writes. Nothing from here on changes a result.
+    data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
+    tokenizer_path: str = run_option(
+        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
+    )
+    run_id: str = run_option("", "name of the run; default {preset}_seed{seed} and the SLURM job")
+    run_dir: str = run_option("", "directory of the run; default runs/$RUN_ID")
+    resume: str = run_option(
         "auto", "continue RUN_DIR; never keeps the old run aside", choices=("auto", "never", "must")
     )
-    eval_only: str = run_opt("", "score this artifact or float checkpoint, do not train")
-    mode: str = run_opt("train", "audit = only the legality audit", choices=("train", "audit"))
-    audit: bool = run_opt(False, "prove the four legality conditions before scoring")
-    device: str = run_opt("auto", "auto, cpu, cuda or cuda:N")
-    compile: str = run_opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
-    micro_batch_tokens: int = run_opt(98304, "tokens per forward pass and rank", 1)
-    warmup_steps: int = run_opt(
+    eval_only: str = run_option("", "score this artifact or float checkpoint, do not train")
+    mode: str = run_option(
+        "train",
+        "audit = only the legality audit; sample = print how the artifact continues PROMPT",
+        choices=("train", "audit", "sample"),
+    )
+    audit: bool = run_option(
+        False, "prove the four legality conditions before scoring; on for EVAL_ONLY and the demo"
+    )
+    code_bytes: int = run_option(
+        0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
+    )
+
+    # What MODE=sample writes.
+    prompt: str = run_option("The", "MODE=sample: the text to continue")
+    sample_tokens: int = run_option(200, "MODE=sample: tokens to write at most", 1)
+    temperature: float = run_option(0.8, "MODE=sample: flattens the distribution; 0 = likeliest", 0)
+    top_k: int = run_option(50, "MODE=sample: tokens to choose from at each position", 1)
+
+    # How it runs there.
+    device: str = run_option("auto", "auto, cpu, cuda or cuda:N")
+    compile: str = run_option(
+        "auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1")
+    )
+    micro_batch_tokens: int = run_option(98304, "tokens per forward pass and rank", 1)
+    warmup_steps: int = run_option(
         20, "compile warm-up steps on synthetic tokens; weights are restored", 0
     )
-    train_log_every: int = run_opt(100, "steps between training log lines", 1)
-    val_loss_every: int = run_opt(
+
+    # How often it reports, saves, and when it must end.
+    train_log_every: int = run_option(100, "steps between training log lines", 1)
+    val_loss_every: int = run_option(
         1000, "steps between validations, 0 = only after the last step", 0
     )
-    checkpoint_every: int = run_opt(1000, "steps between checkpoints, 0 = off", 0)
-    checkpoint_seconds: float = run_opt(600.0, "seconds between checkpoints, 0 = off", 0)
-    eval_checkpoint_seconds: float = run_opt(
+    checkpoint_every: int = run_option(1000, "steps between checkpoints, 0 = off", 0)
+    checkpoint_seconds: float = run_option(600.0, "seconds between checkpoints, 0 = off", 0)
+    eval_checkpoint_seconds: float = run_option(
         300.0, "seconds between states of an evaluation, 0 = off", 0
     )
-    time_limit_seconds: float = run_opt(
+    time_limit_seconds: float = run_option(
         0.0, "save and stop within this time, 0 = SLURM's or none", 0
     )
 
     def __post_init__(self):
+        # Every way to a Config passes here, an artifact's header included.
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
         check_fit(self)
@@ -246,27 +305,21 @@ class Config:
 
     @property
     def mlp_hidden(self):
+        # A multiple of 8 keeps the matrix products on the fast path of tensor cores.
         return int(self.mlp_mult * self.model_dim) // 8 * 8
 
     @classmethod
     def from_env(cls, environ, brought=None):
         """The configuration of a run: explicit variable > `brought` > PRESET > default.
 
-        `brought` holds what the artifact of EVAL_ONLY brings along: its architecture, its evaluation
-        settings and a default RUN_ID. Raises ConfigError for a near miss of a name, a wrong value, or an
-        explicit architecture variable that contradicts the artifact.
+        `brought` holds what the artifact of EVAL_ONLY brings along: its architecture, its
+        evaluation settings and a default RUN_ID. Raises ConfigError for a near miss of a name, a
+        wrong value, or an explicit architecture variable that contradicts the artifact.
         """
-        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        check_names(environ, fields)
-        explicit = {}
-        for name, field in fields.items():
-            if name in environ:
-                explicit[field.name] = parse_value(field, environ[name])
         brought = brought or {}
-        for field in dataclasses.fields(cls):
-            name = field.name
-            contradicts = name in explicit and name in brought and explicit[name] != brought[name]
-            if contradicts and field.metadata["kind"] == "arch":
+        explicit = read_variables(environ)
+        for name in cls.names("arch"):
+            if name in explicit and name in brought and explicit[name] != brought[name]:
                 raise ConfigError(
                     f"{name.upper()}={explicit[name]} contradicts the artifact, which has "
                     f"{brought[name]}: unset {name.upper()} (an artifact brings its own "
@@ -274,37 +327,57 @@ class Config:
                 )
         # An unknown preset is reported by check_fit, with the list of those there are.
         preset = PRESETS.get(environ.get("PRESET"), {})
-        values = {"preset": "nfm_7k", **preset, **brought, **explicit}
+        values = {"preset": "nfm_7k", **preset, **brought, **explicit}  # the last one wins
         if not values.get("run_id"):
             values["run_id"] = f"{values['preset']}_seed{values.get('seed', cls.seed)}"
+        # Tasks of a job array share their variables, but must not share a directory.
         if "run_id" not in explicit:
             values["run_id"] += slurm_suffix(environ)
         if not values.get("run_dir"):
             values["run_dir"] = f"runs/{values['run_id']}"
         return cls(**values)
 
-    def as_dict(self, *kinds):
-        fields = [
-            f.name for f in dataclasses.fields(self) if not kinds or f.metadata["kind"] in kinds
-        ]
-        return {name: getattr(self, name) for name in fields}
+    @classmethod
+    def names(cls, *kinds):
+        """Names of the fields of these kinds, in order; of all fields without an argument."""
+        fields = dataclasses.fields(cls)
+        return [f.name for f in fields if not kinds or f.metadata["kind"] in kinds]
 
-    def hash(self):
-        """16 hex digits over everything that can change a result."""
-        text = json.dumps(self.as_dict("arch", "train", "eval"), sort_keys=True)
+    def as_dict(self, *kinds):
+        """{name: value} of the fields of these kinds, or of all."""
+        return {name: getattr(self, name) for name in self.names(*kinds)}
+
+    def hash(self, *kinds):
+        """16 hex digits over the fields of these kinds; by default all that can change a result."""
+        text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self):
         """Fields that differ from the preset (settings of place and pace included)."""
-        base = {f.name: f.default for f in dataclasses.fields(self)} | PRESETS[self.preset]
+        base = {field.name: field.default for field in dataclasses.fields(self)}
+        base.update(PRESETS[self.preset])
+        # What a run is called is no difference.
         base.update(preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
+
+
+def read_variables(environ):
+    """{field name: value} of the variables that are set. Raises ConfigError for a near miss."""
+    # A variable is its field's name in capitals.
+    fields = {field.name.upper(): field for field in dataclasses.fields(Config)}
+    check_names(environ, fields)  # a slip must not silently train another model
+    return {
+        field.name: parse_value(field, environ[name])
+        for name, field in fields.items()
+        if name in environ
+    }
 
 
 def check_names(environ, fields):
     """Raise ConfigError for a variable that is no setting but looks like one, such as ITERATONS."""
     for name in sorted(environ.keys() - fields):
-        near = difflib.get_close_matches(name.upper(), fields, 1, 0.86)
+        # 0.86 lets one wrong letter in seven pass as a slip, but tells DATA_DIR from DATA_PATH.
+        near = difflib.get_close_matches(name.upper(), fields, n=1, cutoff=0.86)
         if near and len(name) > 3:
             raise ConfigError(
                 f"environment variable {name}={environ[name]!r} is not a setting, but "
@@ -313,15 +386,17 @@ def check_names(environ, fields):
 
 
 def slurm_suffix(environ):
-    """_JOB or _JOB_TASK under SLURM, so that the tasks of an array do not share a RUN_DIR; else nothing."""
+    """_JOB or _JOB_TASK under SLURM, so that tasks of an array do not share a RUN_DIR; else ""."""
     job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
     task = environ.get("SLURM_ARRAY_TASK_ID")
     return "".join(f"_{part}" for part in (job, task) if part)
 
 
 def parse_value(field, text):
+    """The value of a variable's text in its field's type. Raises ConfigError."""
     try:
         if field.type is bool:
+            # bool("0") is True in Python, hence a table.
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return field.type(text)
     except (ValueError, KeyError):
@@ -330,69 +405,77 @@ def parse_value(field, text):
 
 
 def check_value(field, value):
-    meta, name, number = field.metadata, field.name.upper(), field.type in (int, float)
-    right = isinstance(value, (int, float) if field.type is float else field.type)
-    if not right or (isinstance(value, bool) and number):
+    """Type, range and choices of one field. Raises ConfigError."""
+    meta = field.metadata
+    name = field.name.upper()
+    is_number = field.type in (int, float)
+    # An integer may stand for a float, but True (an int to Python) may not stand for 1.
+    accepted = (int, float) if field.type is float else field.type
+    if not isinstance(value, accepted) or (is_number and isinstance(value, bool)):
         raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
-    if (
-        number and not abs(value) <= sys.float_info.max
-    ):  # NaN, infinity, an integer beyond every float
-        raise ConfigError(f"{name}={value}: expected a finite number")
-    if number and not meta["low"] <= value <= meta["high"]:
-        most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
-        raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
+    if is_number:
+        # `not <=` also refuses NaN; the bound refuses infinity and integers beyond every float.
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{name}={value}: expected a finite number")
+        # Bounds are inclusive; what has no upper bound says only the lower one.
+        if not meta["low"] <= value <= meta["high"]:
+            most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
+            raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
     if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(
-            f"{name}={value!r}: expected one of {', '.join(map(str, meta['choices']))}"
-        )
+        choices = ", ".join(map(str, meta["choices"]))
+        raise ConfigError(f"{name}={value!r}: expected one of {choices}")
 
 
-def check_fit(c):
-    """Settings that only make sense together; each row is (holds, their names, what is expected)."""
-    heads = c.model_dim % c.num_heads == 0
-    multiple = "the first is no multiple of the second: change one of them"
-    rows = [
-        (c.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}"),
-        (
-            re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device),
-            "device",
-            "expected auto, cpu, cuda or cuda:N",
-        ),
-        (heads, "model_dim num_heads", multiple),
-        (c.num_heads % c.num_kv_heads == 0, "num_heads num_kv_heads", multiple),
-        (
-            c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
-            "rope_dims",
-            f"use an even number up to MODEL_DIM/NUM_HEADS = {c.model_dim / c.num_heads:g}",
-        ),
-        (c.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it"),
-        (c.ttt_freeze_blocks <= c.num_layers, "ttt_freeze_blocks num_layers", "lower the first"),
-        (not c.ve_dim or c.ve_last_n <= c.num_layers, "ve_last_n num_layers", "lower the first"),
-        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens train_seq_len", multiple),
-        (
-            c.micro_batch_tokens >= c.train_seq_len,
-            "micro_batch_tokens train_seq_len",
-            "not one sequence fits: raise the first",
-        ),
-        (
-            c.eval_stride <= c.eval_seq_len,
-            "eval_stride eval_seq_len",
-            "targets between the windows would never be scored: lower the first",
-        ),
-        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens eval_seq_len", multiple),
-        (
-            c.slot == "off" or c.eval_stride < c.eval_seq_len,
-            "slot eval_stride eval_seq_len",
-            "no window has a position that an earlier one scored: lower EVAL_STRIDE",
-        ),
-    ]
-    for holds, names, expected in rows:
+def check_fit(config):
+    """Settings that only make sense together. Raises ConfigError with their names and values."""
+
+    def require(holds, names, expected):
         if not holds:
-            values = " and ".join(f"{name.upper()}={getattr(c, name)!r}" for name in names.split())
-            raise ConfigError(f"{values}: {expected}")
+            settings = [f"{name.upper()}={getattr(config, name)!r}" for name in names.split()]
+            raise ConfigError(f"{' and '.join(settings)}: {expected}")
+
+    # Half of the rules are of this form.
+    def require_multiple(first, second):
+        holds = getattr(config, first) % getattr(config, second) == 0
+        expected = "the first is no multiple of the second: change one of them"
+        require(holds, f"{first} {second}", expected)
+
+    require(config.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}")
+    known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
+    require(known_device, "device", "expected auto, cpu, cuda or cuda:N")
+
+    # Shapes of the model.
+    require_multiple("model_dim", "num_heads")
+    require_multiple("num_heads", "num_kv_heads")
+    even = config.rope_dims % 2 == 0  # rotation turns pairs of dimensions
+    expected = f"use an even number up to MODEL_DIM/NUM_HEADS = {config.head_dim}"
+    require(even and config.rope_dims <= config.head_dim, "rope_dims", expected)
+    require(config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
+    layers = config.num_layers
+    fits = config.ttt_freeze_blocks <= layers
+    require(fits, "ttt_freeze_blocks num_layers", "lower the first")
+    fits = config.ve_dim == 0 or config.ve_last_n <= layers
+    require(fits, "ve_last_n num_layers", "lower the first")
+
+    # Batches are whole sequences.
+    require_multiple("train_batch_tokens", "train_seq_len")
+    fits = config.micro_batch_tokens >= config.train_seq_len
+    expected = "not one sequence fits: raise the first"
+    require(fits, "micro_batch_tokens train_seq_len", expected)
+
+    # Windows of an evaluation.
+    overlap = config.eval_stride < config.eval_seq_len
+    gapless = config.eval_stride <= config.eval_seq_len
+    expected = "targets between the windows would never be scored: lower the first"
+    require(gapless, "eval_stride eval_seq_len", expected)
+    require_multiple("ttt_chunk_tokens", "eval_seq_len")
+    expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
+    require(config.slot == "off" or overlap, "slot eval_stride eval_seq_len", expected)
 
 
+# The trunk alone, which #1170 compares its NativeFlowMatcher with.
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
+# The 20,000 steps of #1232, with 6-bit embeddings.
 LONG = dict(BASE, iterations=20000, warmdown_iters=12000, warmdown_shape="cosine", embed_bits=6)
 # What #1166 and #1150 share and #1170 does not have.
 VE128 = dict(
@@ -406,6 +489,7 @@ VE128 = dict(
     late_qat_threshold=0.15,
     compressor="lzma",
 )
+# #1166 adapts inside the model, in training and in evaluation, hence no test-time training on top.
 TTT_LINEAR = dict(
     VE128,
     e2e_ttt_enabled=True,
@@ -415,12 +499,13 @@ TTT_LINEAR = dict(
     ttt_enabled=False,
 )
 PRESETS = {
-    "nfm_7k": {},
+    "nfm_7k": {},  # the defaults themselves
     "base_7k": BASE,
     "base_20k": LONG,
     "flow_20k": dict(LONG, flow_enabled=True),
     "ttt_linear_10l": dict(TTT_LINEAR, num_layers=10),
     "ttt_linear_11l": TTT_LINEAR,
+    # #1150 scores with slot=published, which looks at what it scores; causal is its legal form.
     "slot_11l": dict(
         VE128,
         mlp_mult=2.8,
@@ -434,6 +519,7 @@ PRESETS = {
     # The whole path of nfm_7k at a size that two CPU cores train in two minutes.
     # The wallclock cap keeps a slow machine inside five minutes; a fast one takes all steps.
     "demo": dict(
+        audit=True,
         num_layers=5,
         model_dim=192,
         num_heads=3,
@@ -447,6 +533,7 @@ PRESETS = {
         train_batch_tokens=8192,
         train_seq_len=256,
         micro_batch_tokens=8192,
+        # Small batches are noisy: lower Adam rates. A short run: a momentum that forgets sooner.
         embed_lr=0.01,
         scalar_lr=0.01,
         muon_momentum=0.95,
@@ -473,40 +560,48 @@ def help_text():
     """Every variable with its meaning, default and the presets that change it."""
     lines = [__doc__, "Variables (default; [preset=value] where a preset differs):"]
     for field in dataclasses.fields(Config):
-        name, choices = field.name, PRESETS if field.name == "preset" else field.metadata["choices"]
-        extra = f" ({'|'.join(map(str, choices))})" if choices else ""
-        presets = "".join(f" [{p}={d[name]}]" for p, d in PRESETS.items() if name in d)
-        lines.append(
-            f"  {name.upper()}={field.default}\n      {field.metadata['text']}{extra}{presets}"
-        )
+        name = field.name
+        text = field.metadata["text"]
+        choices = PRESETS if name == "preset" else field.metadata["choices"]
+        if choices:
+            text += f" ({'|'.join(map(str, choices))})"
+        for preset, values in PRESETS.items():
+            if name in values:
+                text += f" [{preset}={values[name]}]"
+        lines.append(f"  {name.upper()}={field.default}")
+        lines.append(f"      {text}")
     return "\n".join(lines)
 
 
 # ==================================================================================================
 # Files
-# What must survive a kill, a full disk or a damaged copy is written whole or not at all, and carries a
-# checksum that is compared before anything in it is used.
+# What must survive a kill, a full disk or a damaged copy is written whole or not at all, and
+# carries a checksum that is compared before anything in it is used.
 # ==================================================================================================
 def sha256_file(path):
+    """Hex digest of a file, read in blocks of 1 MiB so that its size does not matter."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def write_atomic(path, parts):
-    """Write byte strings to a temporary file, flush and rename it, so that `path` is never half-written.
+    """Write byte strings to a temporary file and rename it: `path` is never half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
     """
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    path = Path(path)
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines(parts)
             file.flush()
+            # The bytes must be on the disk before the name is, or a power cut leaves an empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        # The rename itself is an entry of the folder, which is flushed on its own.
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -520,41 +615,57 @@ def write_atomic(path, parts):
 
 
 def write_json(path, value):
-    write_atomic(path, [(json.dumps(value, indent=1) + "\n").encode()])
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=1)
+    write_atomic(path, [f"{text}\n".encode()])
+
+
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def save_tensors(path, state):
-    """Write a tree of tensors and plain values with a trailing SHA-256, since PyTorch's reader does not
-    check its archive's checksums; returns the number of bytes."""
-    buffer = io.BytesIO()
+    """Write a tree of tensors and plain values with a trailing SHA-256; returns its bytes.
+
+    PyTorch's reader does not compare the checksums of its own archive.
+    """
+    buffer = io.BytesIO()  # in memory first, since the checksum covers the whole archive
     torch.save(state, buffer)
-    write_atomic(path, [buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()])
-    return Path(path).stat().st_size
+    archive = buffer.getbuffer()
+    write_atomic(path, [archive, hashlib.sha256(archive).digest()])
+    return len(archive) + CHECKSUM_BYTES
 
 
 def load_tensors(path):
-    """What save_tensors wrote, on the CPU, without running its code. Raises ArtifactError if damaged."""
+    """What save_tensors wrote, on the CPU, without running its code.
+
+    Raises ArtifactError if the file is damaged or not one of ours.
+    """
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: copy it again, or name another file"
         ) from None
-    if len(blob) < 32 or hashlib.sha256(memoryview(blob)[:-32]).digest() != blob[-32:]:
+    # A view: a copy of a large checkpoint would double the memory.
+    archive = memoryview(blob)[:-CHECKSUM_BYTES]
+    checksum = blob[-CHECKSUM_BYTES:]
+    if len(blob) < CHECKSUM_BYTES or hashlib.sha256(archive).digest() != checksum:
         raise ArtifactError(
-            f"{path}: checksum does not match: truncated, damaged or not ours: copy it again, or name another file"
+            f"{path}: checksum does not match: truncated, damaged or not ours: copy it again, or "
+            "name another file"
         )
     try:
-        return torch.load(io.BytesIO(blob[:-32]), map_location="cpu", weights_only=True)
+        # weights_only refuses pickled code: a checkpoint may come from a stranger.
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ArtifactError(
-            f"{path}: not a checkpoint of tensors ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
 
 
 def private_copy(tree):
     """A tree of tensors, in dicts and lists, copied to the host."""
     if isinstance(tree, torch.Tensor):
+        # copy=True: on a CPU .to() would return the tensor itself, which training changes.
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
         return {key: private_copy(value) for key, value in tree.items()}
@@ -566,11 +677,12 @@ def private_copy(tree):
 class Checkpointer:
     """Numbered states of one training run or evaluation, the last two of which are kept.
 
-    They are written on a background thread: the caller waits only for the copy of its state. A write that
-    failed is a warning, since the state before it is intact; `wait()` says whether it did.
+    They are written on a background thread: the caller waits only for the copy of its state. A
+    write that failed is a warning, since the state before it is intact; `wait()` says whether it
+    did.
     """
 
-    KEPT = 2
+    KEPT = 2  # the newest may be damaged later, by a disk or a copy
 
     def __init__(self, runtime, name, every_seconds):
         self.runtime = runtime
@@ -585,6 +697,7 @@ class Checkpointer:
 
     def numbers(self):
         """Numbers of the states on disk, oldest first."""
+        # Unfinished files end in .tmp, other phases have other names.
         pattern = re.compile(re.escape(self.name) + r"_(\d{8})\.pt")
         found = [pattern.fullmatch(path.name) for path in self.folder.glob("*.pt")]
         return sorted(int(match[1]) for match in found if match)
@@ -594,9 +707,11 @@ class Checkpointer:
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
     def save(self, number, state, saved):
-        """Copy `state` and begin to write it; `saved(seconds, bytes)` is called when it is on disk."""
+        """Copy `state` and begin to write it; saved(seconds, bytes) is called when it is there."""
+        # One write at a time, so that states reach the disk in order.
         self.wait()
         self.saved_at = time.monotonic()
+        # A pool of one thread, because its future carries an error to wait().
         executor = ThreadPoolExecutor(1)
         self.writing = executor.submit(self._write, number, private_copy(state), saved)
         executor.shutdown(wait=False)  # the thread ends with this write
@@ -605,8 +720,10 @@ class Checkpointer:
         begin = time.monotonic()
         size = save_tensors(self.path(number), state)
         seconds = time.monotonic() - begin
+        # The next save will take about as long: a time limit must leave room for it.
         self.runtime.stop.save_seconds = seconds
         saved(seconds, size)
+        # Only now: an older state goes when a newer one is safe.
         for old in self.numbers()[: -self.KEPT]:
             self.path(old).unlink()
 
@@ -621,7 +738,7 @@ class Checkpointer:
         return error
 
     def wait_or_raise(self):
-        """For a state that is about to be needed: raises ResourceError if it could not be written."""
+        """For a state that is about to be needed: raises ResourceError if it was not written."""
         error = self.wait()
         if error is not None:
             raise ResourceError(str(error))
@@ -645,6 +762,7 @@ class Checkpointer:
         """newest() as rank 0 finds it, on every rank."""
         comm = self.runtime.comm
         number, state = self.newest() if comm.rank == 0 else (0, None)
+        # Ranks that chose for themselves could go on from different states.
         number = int(comm.from_main(number))
         if number and state is None:
             state = load_tensors(self.path(number))
@@ -659,16 +777,19 @@ class Checkpointer:
 
 def open_lines(path):
     """Open for appending, unbuffered, after ending a line that a killed process left unfinished."""
-    broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = open(path, "ab", buffering=0)
-    file.write(b"\n" * broken)
+    file = open(path, "ab+", buffering=0)  # reading too, for the last byte
+    if file.tell() > 0:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
     return file
 
 
 # ==================================================================================================
 # Runtime
-# Device, ranks, log, clock, signals and atomic files: everything that touches the machine sits in one object
-# made in main and passed down, so that all that follows is the same code on a laptop and on eight GPUs.
+# Device, ranks, log, clock and signals: everything that touches the machine sits in one object
+# made in main and passed down, so that all that follows is the same code on a laptop and on eight
+# GPUs.
 # ==================================================================================================
 # PyTorch 2.13 renamed two collectives.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -676,37 +797,40 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class Comm:
-    """Rank, world size and the collectives in use. Counts the bytes a ring algorithm makes each rank send."""
+    """Rank, world size and the collectives in use."""
 
     def __init__(self, rank=0, world=1):
-        self.rank, self.world, self.bytes_sent = rank, world, 0
+        self.rank = rank
+        self.world = world
 
+    # Three collectives on device tensors. They return at once, with a handle to wait for, so that
+    # the optimiser computes while they run.
     def all_reduce(self, tensor):
-        """Sum over ranks, in place; returns a handle to wait for."""
-        return self._run(dist.all_reduce, 2 * tensor.nbytes, tensor)
+        """Sum over ranks, in place."""
+        return dist.all_reduce(tensor, async_op=True)
 
     def reduce_scatter(self, out, stack):
         """out (N/world, ...) = this rank's slice of the sum over ranks of stack (N, ...)."""
-        return self._run(reduce_scatter, stack.nbytes, out, stack)
+        return reduce_scatter(out, stack, async_op=True)
 
     def all_gather(self, out, part):
         """out (N, ...) = every rank's part (N/world, ...)."""
-        return self._run(all_gather, out.nbytes, out, part)
-
-    def _run(self, collective, full_bytes, *tensors):
-        self.bytes_sent += full_bytes * (self.world - 1) // self.world
-        return collective(*tensors, async_op=True)
+        return all_gather(out, part, async_op=True)
 
     def sum_gradients(self, grads):
-        """Sum a list of tensors over ranks, in place, in one bucket."""
-        if self.world > 1:
-            flat = torch.cat([g.flatten() for g in grads])
-            self.all_reduce(flat).wait()
-            parts = flat.split([g.numel() for g in grads])
-            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+        """Sum a list of tensors over ranks, in place."""
+        if self.world == 1:
+            return
+        # One bucket: many small messages would cost their latency each.
+        flat = torch.cat([grad.flatten() for grad in grads])
+        self.all_reduce(flat).wait()
+        parts = flat.split([grad.numel() for grad in grads])
+        summed = [part.view_as(grad) for part, grad in zip(parts, grads)]
+        torch._foreach_copy_(grads, summed)
 
+    # What follows sends a few numbers through the host (gloo), without making the device wait.
     def all_reduce_scalars(self, *values):
-        """Element-wise sum of numbers over ranks, as floats, through the host (no device synchronisation)."""
+        """Element-wise sum of numbers over ranks, as floats."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total)
@@ -714,24 +838,32 @@ class Comm:
 
     def any_rank(self, condition):
         """Whether `condition` holds on any rank."""
-        return self.all_reduce_scalars(bool(condition))[0] > 0
+        (count,) = self.all_reduce_scalars(bool(condition))
+        return count > 0
 
     def from_main(self, number):
         """Rank 0's number, as a float, on every rank."""
-        return self.all_reduce_scalars(number if self.rank == 0 else 0)[0]
+        mine = number if self.rank == 0 else 0
+        (total,) = self.all_reduce_scalars(mine)
+        return total
 
     def gather_rows(self, row):
         """(world, n) float64: one row of n numbers from every rank."""
         rows = np.zeros((self.world, len(row)))
-        rows[self.rank] = row
-        return np.array(self.all_reduce_scalars(*rows.flatten())).reshape(rows.shape)
+        rows[self.rank] = row  # the others' rows stay zero, so the sum is a gather
+        total = self.all_reduce_scalars(*rows.flatten())
+        return np.array(total).reshape(rows.shape)
 
     def barrier(self):
+        """Wait until every rank is here."""
         self.all_reduce_scalars(0)
 
 
 class StopRequest:
-    """The wish to stop: a signal, or a time limit that comes near. `reason` is empty until there is one."""
+    """The wish to stop: a signal, or a time limit that comes near.
+
+    `reason` is empty until there is one.
+    """
 
     def __init__(self, time_limit_seconds):
         self.started = time.monotonic()
@@ -741,10 +873,12 @@ class StopRequest:
         self.save_seconds = 0.0  # what the last save took, hence what the next will need
 
     def watch_signals(self):
+        """SLURM sends one of these before it kills a job; Ctrl-C stays what it is."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
+        """Note the first signal; a second one means now."""
         now = time.monotonic()
         if self.first_signal is None:
             self.first_signal = now
@@ -768,52 +902,56 @@ class StopRequest:
         return bool(self.reason)
 
 
-class Runtime:
-    """The machine as one object: device, comm, attention backend, log, clock and the wish to stop.
+class PeakMemory(typing.NamedTuple):
+    """Peaks in MiB. On the CPU both are the process's peak resident memory."""
 
-    Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for a RUN_DIR
-    that cannot be written or that another process holds.
+    allocated: int
+    reserved: int
+
+
+class Runtime:
+    """The machine as one object: device, comm, log, clock and the wish to stop.
+
+    Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for
+    a RUN_DIR that cannot be written or that another process holds.
     """
 
     def __init__(self, config, environ):
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
-        self.dtype, on_gpu = getattr(torch, config.dtype), self.device.type == "cuda"
+        self.dtype = getattr(torch, config.dtype)  # of autocast
+        on_gpu = self.device.type == "cuda"
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
-        self.dir, self.log_file, self.events, self.lock = Path(config.run_dir), None, None, None
-        limit = config.time_limit_seconds or math.inf
-        if "SLURM_JOB_END_TIME" in environ:
-            limit = min(limit, float(environ["SLURM_JOB_END_TIME"]) - time.time())
-        self.stop = StopRequest(limit)
+        self.dir = Path(config.run_dir)
+        self.log_file = None
+        self.events = None
+        self.lock = None
+        self.stop = StopRequest(time_limit(config, environ))
         self.on_line = False  # whether the terminal's last line is progress, to be overwritten
         if self.comm.world > 1:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=10)
-            )
+            # gloo beside nccl: scalars are agreed on through the host.
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         if on_gpu:
             torch.cuda.set_device(self.device)
+            # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         else:
             keep_large_blocks()
-        self.open_dir(config.resume)
+        if self.is_main:
+            self.open_dir(config.resume)
 
     def open_dir(self, resume):
-        """Rank 0 locks RUN_DIR; with RESUME=never an earlier run moves into RUN_DIR/old_N."""
-        if not self.is_main:
-            return
-        checkpoints, number = self.dir / "checkpoint", 1
+        """Lock RUN_DIR and open its logs; with RESUME=never an earlier run is put aside."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if resume == "never" and (self.dir / "config.json").exists():
-                while (aside := self.dir / f"old_{number}").exists():
-                    number += 1
-                aside.mkdir()
-                for item in self.dir.iterdir():
-                    if item.name != "lock" and not item.name.startswith("old_"):
-                        item.rename(aside / item.name)
+                self.put_aside()
+            checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
                 unfinished.unlink()
@@ -830,8 +968,20 @@ class Runtime:
                 "writable directory"
             ) from None
 
+    def put_aside(self):
+        """Move the run in RUN_DIR into RUN_DIR/old_N, the first of these names that is free."""
+        number = 1
+        while (self.dir / f"old_{number}").exists():
+            number += 1
+        aside = self.dir / f"old_{number}"
+        aside.mkdir()
+        for item in self.dir.iterdir():
+            if item.name != "lock" and not item.name.startswith("old_"):
+                item.rename(aside / item.name)
+
     def stop_if_wanted(self, phase, seconds_needed):
-        """Before a phase that cannot be interrupted: all ranks stop together if it would not end in time."""
+        """Before a phase that cannot be interrupted: stop if it would not end in time."""
+        # All ranks stop together: one that left alone would have the launcher end the others.
         if self.comm.any_rank(self.stop.wanted(seconds_needed)):
             raise Stopped(f"before {phase}")
 
@@ -839,131 +989,190 @@ class Runtime:
         """One line on rank 0's terminal and in train.log."""
         if not self.is_main:
             return
-        print("\r\x1b[K" * self.on_line + line, flush=True)
+        if self.on_line:
+            print(CLEAR_LINE, end="")
+        print(line, flush=True)
         self.on_line = False
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One line in one write, also from the saving thread; a full disk costs the line, not the run."""
+        """One line in one write, so that the saving thread's lines do not mix with the others."""
+        if file is None:
+            return
         try:
-            if file:
-                file.write(f"{line}\n".encode())
+            file.write(f"{line}\n".encode())
         except OSError as error:
-            print(
-                f"warning: {file.name} cannot be written ({error.strerror})",
-                file=sys.stderr,
-                flush=True,
-            )
+            # A full disk costs the line, not the run.
+            warning = f"warning: {file.name} cannot be written ({error.strerror})"
+            print(warning, file=sys.stderr, flush=True)
 
     def progress(self, text):
         """Rewrite the terminal's current line; nothing where the output is a file."""
         if self.is_main and sys.stdout.isatty():
-            print(f"\r\x1b[K{text}", end="", flush=True)
+            print(f"{CLEAR_LINE}{text}", end="", flush=True)
             self.on_line = True
 
     def event(self, event, **fields):
-        self.append(
-            self.events, json.dumps({"event": event, "time": round(time.time(), 3), **fields})
-        )
+        """One JSON object in metrics.jsonl, for tools; the log is for people."""
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        self.append(self.events, json.dumps(record))
+
+    def user_key(self):
+        """A secret of this user on this system, made at its first use; empty where it cannot be kept.
+
+        It tells states that this user's runs saved from states that came with somebody's files.
+        """
+        path = Path("~/.local/state/parameter_golf/key").expanduser()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                path.chmod(0o600)
+                file.write(os.urandom(32).hex())
+            return path.read_text()
+        except OSError:
+            return ""
 
     def autocast(self):
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
+        """Matrix products in bfloat16 from float32 weights; does nothing with DTYPE=float32."""
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def compiled(self, function):
-        return (
-            torch.compile(function, dynamic=False, fullgraph=True) if self.compiling else function
-        )
+        """The function, compiled where this run compiles: one graph, fixed shapes."""
+        if not self.compiling:
+            return function
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def to_device(self, array):
+        """An array of token ids or indices as an int64 tensor on the device."""
         array = np.ascontiguousarray(array, dtype=np.int64)
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def peak_mib(self):
-        """(allocated, reserved) MiB: of the GPU, or the process's peak resident memory on a Linux CPU."""
+        """PeakMemory since the start: of the GPU, or of the process on a CPU."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        status = Path("/proc/self/status")
-        peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-        return (int(peak[1]) >> 10 if peak else 0,) * 2
+            allocated = torch.cuda.max_memory_allocated() >> 20
+            return PeakMemory(allocated, torch.cuda.max_memory_reserved() >> 20)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+        return PeakMemory(resident >> 10, resident >> 10)
 
     def close(self):
-        for file in filter(None, (self.log_file, self.events, self.lock)):
-            file.close()
+        """Close the files, which frees the lock on RUN_DIR, and leave the process group."""
+        for file in (self.log_file, self.events, self.lock):
+            if file is not None:
+                file.close()
         if self.comm.world > 1:
             dist.destroy_process_group()
 
 
+CLEAR_LINE = "\r\x1b[K"  # back to the first column, erase to the end
+
+
+def time_limit(config, environ):
+    """Seconds from now until this process must have ended; math.inf without a limit."""
+    limit = config.time_limit_seconds or math.inf
+    if "SLURM_JOB_END_TIME" in environ:
+        limit = min(limit, float(environ["SLURM_JOB_END_TIME"]) - time.time())
+    return limit
+
+
 def pick_device(wish, local_rank):
+    """The torch device of this rank. Raises ConfigError for a GPU that is not there."""
     available = torch.cuda.is_available()
     if wish.startswith("cuda") and not available:
         raise ConfigError(f"DEVICE={wish}: no CUDA device here: unset DEVICE or use DEVICE=cpu")
     if wish == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device(wish if ":" in wish else f"cuda:{local_rank}")
+    if ":" in wish:
+        return torch.device(wish)
+    return torch.device(f"cuda:{local_rank}")
 
 
 def device_name(device):
+    """What a person calls the device, for the manifest."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
 
 
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
+
+
 def keep_large_blocks():
-    """Let glibc keep freed blocks: training frees and takes the same hundreds of megabytes each step, and
-    fresh pages from the kernel cost more than the arithmetic on them (no mmap, trim at 2 GB, one arena)."""
+    """Let glibc keep freed blocks.
+
+    Training frees and takes the same hundreds of megabytes each step, and fresh pages from the
+    kernel cost more than the arithmetic on them.
+    """
+    # Another C library than glibc (macOS, musl) simply goes without.
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
-            libc.mallopt(parameter, value)
+        libc.mallopt(M_MMAP_MAX, 0)  # no block straight from the kernel
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # give nothing back below 2 GB
+        libc.mallopt(M_ARENA_MAX, 1)  # one heap, which every thread reuses
 
 
 # ==================================================================================================
 # Data
-# The challenge's own shard format, read through memory maps. The tokens of a step are one contiguous span
-# whatever the number of ranks, so a position is one integer; bytes are counted once for the whole validation
-# stream.
+# The challenge's own shard format, read through memory maps. The tokens of a step are one
+# contiguous span whatever the number of ranks, so a position is one integer; bytes are counted once
+# for the whole validation stream.
 # ==================================================================================================
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
-CANONICAL_TARGETS, CANONICAL_BYTES = 62_021_632, (151_020_000, 151_080_000)
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER = 256  # int32 words before the tokens
+HEADER_BYTES = 4 * SHARD_HEADER
+
+# The challenge's validation split, in tokens of its 1,024-piece tokenizer and in bytes of text.
+CANONICAL_TARGETS = 62_021_632
+CANONICAL_BYTES = (151_020_000, 151_080_000)
 
 
 def read_shard(path):
-    """Memory-mapped uint16 tokens (n,) of one shard: 256 little-endian int32 of header, then the tokens.
+    """Memory-mapped uint16 tokens (n,) of one shard.
 
-    Raises DataError for an unreadable file, a wrong magic or version, or a size that differs from the
-    header's.
+    The file is 256 little-endian int32 of header (magic, version, n, zeros), then n little-endian
+    uint16. Raises DataError for an unreadable file, a wrong magic or version, or a size that
+    differs from the header's.
     """
     try:
-        header, size = np.fromfile(path, "<i4", SHARD_HEADER), os.path.getsize(path)
+        header = np.fromfile(path, "<i4", SHARD_HEADER)
+        size = os.path.getsize(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: restore the shard") from None
-    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+    expected_start = [SHARD_MAGIC, SHARD_VERSION]
+    if len(header) < SHARD_HEADER or header[:2].tolist() != expected_start:
         raise DataError(
             f"{path}: not a token shard: header starts with {header[:2].tolist()}, expected "
-            f"[{SHARD_MAGIC}, {SHARD_VERSION}]: download it again, or set DATA_PATH"
+            f"{expected_start}: download it again, or set DATA_PATH"
         )
-    expected = 4 * SHARD_HEADER + 2 * int(header[2])
-    if header[2] <= 0 or size != expected:
+    num_tokens = int(header[2])
+    expected_size = HEADER_BYTES + 2 * num_tokens
+    if num_tokens <= 0 or size != expected_size:
         raise DataError(
-            f"{path}: {size} bytes, expected {expected} for the {header[2]} tokens of its header "
-            "(at least one): truncated or over-long: restore the shard or download it again"
+            f"{path}: {size} bytes, expected {expected_size} for the {num_tokens} tokens of its "
+            "header (at least one): truncated or over-long: restore the shard or download it again"
         )
-    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (num_tokens,))
 
 
 def write_shard(path, tokens):
+    """Write tokens (n,) as a shard that read_shard reads."""
     header = np.zeros(SHARD_HEADER, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     write_atomic(path, [header.tobytes(), tokens.astype("<u2").tobytes()])
 
 
 def find_shards(config, split):
+    """Sorted paths of the "train" or "val" shards in DATA_PATH. Raises DataError without any."""
     pattern = f"fineweb_{split}_*.bin"
-    paths = sorted(Path(config.data_path).glob(pattern))
+    folder = Path(config.data_path)
+    paths = sorted(folder.glob(pattern))
     if not paths:
-        there = "no such file in it" if Path(config.data_path).is_dir() else "no such directory"
+        there = "no such file in it" if folder.is_dir() else "no such directory"
         raise DataError(
             f"no shard matches {config.data_path}/{pattern} ({there}): get the official shards "
             "(README, section Data) and set DATA_PATH and TOKENIZER_PATH, or try the whole path "
@@ -973,6 +1182,8 @@ def find_shards(config, split):
 
 
 def check_ids(ids, vocab_size, where):
+    """The ids, if all of them are in the vocabulary; else DataError."""
+    # Out of range, the embedding would read foreign memory on a GPU, or fail without a reason.
     if len(ids) and ids.max() >= vocab_size:
         raise DataError(
             f"{where}: token id {ids.max()} is outside VOCAB_SIZE={vocab_size}: set DATA_PATH "
@@ -982,118 +1193,149 @@ def check_ids(ids, vocab_size, where):
 
 
 class TrainStream:
-    """The training shards as one ring of tokens; `position` is the index of the next step's first token."""
+    """The training shards as one ring of tokens.
+
+    `position` is the index of the next step's first token: all that a resumed run needs to go on.
+    """
 
     def __init__(self, paths, vocab_size, position=0):
-        self.paths, self.vocab_size, self.position = paths, vocab_size, position
+        self.paths = paths
+        self.vocab_size = vocab_size
+        self.position = position
         self.sizes = [len(read_shard(path)) for path in paths]
-        self.ends = np.cumsum(self.sizes)
+        self.ends = np.cumsum(self.sizes)  # index after each shard's last token
 
     def take(self, span, low, high):
-        """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance by `span`.
+        """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance.
 
-        The next span starts at this one's last token. Raises DataError when a shard vanished, shrank or
-        holds a bad id.
+        A span's last token is the next one's first: it is a target here and an input there. Each
+        rank takes its own [low, high] of the same span. Raises DataError when a shard vanished,
+        shrank or holds a bad id.
         """
-        at, wanted, parts = (self.position + low) % int(self.ends[-1]), high - low + 1, []
-        while wanted:
-            index = int(np.searchsorted(self.ends, at, side="right"))
-            path, size, end = self.paths[index], self.sizes[index], int(self.ends[index])
-            tokens = read_shard(
-                path
-            )  # anew: reading an older map of a file that shrank would be SIGBUS
-            if len(tokens) != size:
-                raise DataError(
-                    f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the shard"
-                )
-            start = at - (end - size)
-            parts.append(check_ids(tokens[start : start + wanted], self.vocab_size, path))
-            wanted -= len(parts[-1])
-            at = (at + len(parts[-1])) % int(self.ends[-1])
+        at = (self.position + low) % int(self.ends[-1])
+        missing = high - low + 1
+        parts = []
+        while missing:
+            # A span may reach over the end of a shard, and of the last one into the first.
+            part = self.read(at, missing)
+            parts.append(part)
+            missing -= len(part)
+            at = (at + len(part)) % int(self.ends[-1])
         self.position += span
         return np.concatenate(parts)
 
+    def read(self, at, most):
+        """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
+        index = int(np.searchsorted(self.ends, at, side="right"))
+        path = self.paths[index]
+        size = self.sizes[index]
+        # Mapped anew each time: reading an older map of a file that shrank would be SIGBUS.
+        tokens = read_shard(path)
+        if len(tokens) != size:
+            raise DataError(
+                f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the shard"
+            )
+        start = at - (int(self.ends[index]) - size)
+        return check_ids(tokens[start : start + most], self.vocab_size, path)
+
 
 class TokenBytes:
-    """UTF-8 bytes that each target token stands for, by the challenge's rule (REFERENCE: official lookup
-    tables).
+    """UTF-8 bytes that each target token stands for, by the rule of the challenge's lookup tables.
 
-    Control, unknown and unused pieces 0; byte pieces 1; others their text, with one byte for a leading
-    space unless the previous token is a control, unknown or unused piece.
+    Control, unknown and unused pieces have 0; byte pieces 1; others those of their text, with one
+    byte for a leading space unless the previous token is a control, unknown or unused piece.
     """
 
     def __init__(self, tokenizer_path):
         try:
-            model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError, TypeError) as error:
             raise DataError(
                 f"TOKENIZER_PATH={tokenizer_path}: cannot be read as a SentencePiece model "
                 f"({str(error).splitlines()[0]}): see README, section Data"
             ) from None
-        self.model, self.vocab_size = model, model.vocab_size()
-        ids = range(self.vocab_size)
-        self.is_boundary = np.array(
-            [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
-        )
-        self.is_byte = np.array([model.is_byte(i) for i in ids])
-        pieces = [
-            "" if self.is_boundary[i] else "x" if self.is_byte[i] else model.id_to_piece(i)
-            for i in ids
-        ]
-        self.spaced = np.array([piece.startswith("▁") for piece in pieces])
-        text = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
-        self.base = np.array([len(t.encode()) for t in text], np.uint16)
+        model = self.model
+        self.vocab_size = model.vocab_size()
+        # Three tables over the vocabulary, so that counting is indexing.
+        self.is_boundary = np.zeros(self.vocab_size, bool)  # (V,) pieces without text
+        self.is_byte = np.zeros(self.vocab_size, bool)  # (V,)
+        self.spaced = np.zeros(self.vocab_size, bool)  # (V,) pieces that begin with a space
+        self.base = np.zeros(self.vocab_size, np.uint16)  # (V,) bytes without that space
+        for i in range(self.vocab_size):
+            self.is_boundary[i] = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+            self.is_byte[i] = model.is_byte(i)
+            if self.is_boundary[i]:
+                continue
+            if self.is_byte[i]:
+                self.base[i] = 1
+                continue
+            # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
+            piece = model.id_to_piece(i)
+            self.spaced[i] = piece.startswith("▁")
+            text = piece.removeprefix("▁").replace("▁", " ")
+            self.base[i] = len(text.encode())
 
     def count(self, prev_ids, target_ids):
         """Bytes (same shape, uint16) of targets given the tokens before them."""
-        prev_ids, target_ids = np.asarray(prev_ids), np.asarray(target_ids)
-        return self.base[target_ids] + (self.spaced[target_ids] & ~self.is_boundary[prev_ids])
+        prev_ids = np.asarray(prev_ids)
+        target_ids = np.asarray(target_ids)
+        # A document's first space is dropped when it is decoded, so it does not count.
+        has_space = self.spaced[target_ids] & ~self.is_boundary[prev_ids]
+        return self.base[target_ids] + has_space
 
     def check(self, ids):
-        """Compare with the decoded text of `ids`, run by run between silent pieces. Raises DataError."""
+        """Compare the count with the decoded text of every document in `ids`. Raises DataError."""
         ids = np.asarray(ids, np.int64)
-        start = int(np.argmin(self.is_byte[ids]))  # not inside a character
-        edges = sorted({start, *np.flatnonzero(self.is_boundary[ids]).tolist(), len(ids)})
-        plain = np.flatnonzero(~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0))
-        # SentencePiece drops spaces at the start of a text: each run is decoded behind a piece without any.
-        anchor = plain[:1].tolist() or [self.model.piece_to_id("<0x41>")]
-        for left, right in zip(edges, edges[1:]):
-            run = ids[left + 1 : right].tolist()
-            while (
-                right == len(ids) and run and self.is_byte[run[-1]]
-            ):  # the slice may end inside a character
-                run.pop()
-            if not run:
-                continue
-            counted = int(self.count(ids[left : left + len(run)], run).sum())
-            decoded = self.model.decode(anchor + run)[len(self.model.decode(anchor)) :].replace(
-                "▁", " "
+        # The slice may begin or end inside a character, which is some byte pieces.
+        whole = np.flatnonzero(~self.is_byte[ids])
+        if len(whole) == 0:
+            return
+        ids = ids[whole[0] : whole[-1] + 1]
+        # Cut before every piece without text: these start documents, or stand for unknown text.
+        for document in np.split(ids, np.flatnonzero(self.is_boundary[ids])):
+            if len(document) > 1:
+                self.check_document(document)
+
+    def check_document(self, document):
+        """The same for one document (n + 1,), whose first token is only the context of the rest."""
+        before, first = document[0], document[1]
+        counted = int(self.count(document[:-1], document[1:]).sum())
+        # SentencePiece drops spaces at the start of a text: decode behind a piece without any.
+        anchor = self.anchor()
+        start = len(self.model.decode(anchor))
+        decoded = self.model.decode(anchor + document[1:].tolist())[start:].replace("▁", " ")
+        length = len(decoded.encode())
+        if self.spaced[first] and self.is_boundary[before]:
+            length -= 1  # the first space, see count
+        if length != counted:
+            raise DataError(
+                f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
+                f"{length}: use the tokenizer that made these shards, with a piece for a space"
             )
-            length = len(decoded.encode()) - (self.spaced[run[0]] and self.is_boundary[ids[left]])
-            if length != counted:
-                raise DataError(
-                    f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
-                    f"{length}: use the tokenizer that made these shards, with a piece for a "
-                    "space"
-                )
+
+    def anchor(self):
+        """[id] of a piece of text without spaces."""
+        plain = ~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0)
+        if plain.any():
+            return [int(np.argmax(plain))]
+        return [self.model.piece_to_id("<0x41>")]  # the letter A, as a byte
 
 
 class ValidationSet:
     """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split."""
 
     def __init__(self, tokens, token_bytes):
-        self.tokens, self.num_targets, self.token_bytes = tokens, len(tokens) - 1, token_bytes
-        parts = [slice(i, i + (1 << 20)) for i in range(0, self.num_targets, 1 << 20)]
-        self.bytes = np.concatenate(
-            [token_bytes.count(tokens[:-1][part], tokens[1:][part]) for part in parts]
-        )
+        self.tokens = tokens  # (n + 1,) uint16
+        self.num_targets = len(tokens) - 1
+        self.token_bytes = token_bytes
+        # In blocks: indexing makes int64 copies, which for a whole split would be gigabytes.
+        blocks = []
+        for low in range(0, self.num_targets, 1 << 20):
+            high = min(low + (1 << 20), self.num_targets)
+            blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
+        self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
-        canonical = (
-            token_bytes.vocab_size == 1024
-            and self.num_targets == CANONICAL_TARGETS
-            and CANONICAL_BYTES[0] <= total <= CANONICAL_BYTES[1]
-        )
-        self.scope = "canonical" if canonical else "proxy"
+        self.scope = "canonical" if self.is_canonical(total) else "proxy"
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
@@ -1104,19 +1346,30 @@ class ValidationSet:
             scope=self.scope,
         )
 
+    def is_canonical(self, total_bytes):
+        """Whether this is the challenge's own split, so that scores compare with published ones."""
+        low, high = CANONICAL_BYTES
+        right_tokens = self.token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS
+        return right_tokens and low <= total_bytes <= high
+
     @classmethod
     def load(cls, config, token_bytes):
-        """The shards' tokens, trimmed to whole windows as the official script does. Raises DataError."""
-        tokens = np.concatenate([read_shard(path) for path in find_shards(config, "val")])
+        """The shards' tokens, trimmed to whole windows as the official script does.
+
+        Raises DataError.
+        """
+        shards = [read_shard(path) for path in find_shards(config, "val")]
+        tokens = np.concatenate(shards)
         check_ids(tokens, config.vocab_size, f"{config.data_path}/fineweb_val_*.bin")
-        targets = (len(tokens) - 1) // config.eval_seq_len * config.eval_seq_len
-        if targets == 0:
+        windows = (len(tokens) - 1) // config.eval_seq_len
+        if windows == 0:
             raise DataError(
                 f"{config.data_path}: {len(tokens)} validation tokens are less than one window "
                 f"of EVAL_SEQ_LEN={config.eval_seq_len}: lower it or get the whole split"
             )
+        # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
-        return cls(tokens[: targets + 1], token_bytes)
+        return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
@@ -1124,11 +1377,9 @@ class ValidationSet:
 
 
 def load_token_bytes(config, expected_sha256=""):
-    """TokenBytes of config's tokenizer after its checks. Raises DataError."""
-    token_bytes, where = (
-        TokenBytes(config.tokenizer_path),
-        f"TOKENIZER_PATH={config.tokenizer_path}",
-    )
+    """TokenBytes of config's tokenizer. Raises DataError if the model needs another one."""
+    token_bytes = TokenBytes(config.tokenizer_path)
+    where = f"TOKENIZER_PATH={config.tokenizer_path}"
     if token_bytes.vocab_size != config.vocab_size:
         raise DataError(
             f"{where} has {token_bytes.vocab_size} pieces, but the model's VOCAB_SIZE is "
@@ -1142,54 +1393,109 @@ def load_token_bytes(config, expected_sha256=""):
     return token_bytes
 
 
+# The demo's text: the English that every installation has, in the docstrings of its libraries.
+DEMO_PACKAGES = ("torch", "numpy", "sentencepiece", "zstandard")
+DEMO_SKIPPED_FOLDERS = {"site-packages", "__pycache__", "test", "idlelib"}
+
+
 def english_of(path):
-    """Paragraphs (a list) of the docstrings and other long texts in one Python file, in source order."""
+    """Paragraphs (a list) of docstrings and other long texts in one Python file, in its order."""
     try:
         source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source) if '"""' in source or "'''" in source else ast.Module([], [])
+        if '"""' not in source and "'''" not in source:
+            return []  # no long text: spares the parsing, which is what takes the time
+        tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError, RecursionError):
         return []
-    texts = [
-        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    ]
-    english = [text for text in texts if len(text) > 160 and text.count(" ") > len(text) / 12]
-    return [
-        paragraph for text in english for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text))
-    ]
+    paragraphs = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            continue
+        text = node.value
+        # Prose has a space at least every twelve characters; tables and data have not.
+        if len(text) > 160 and text.count(" ") > len(text) / 12:
+            paragraphs += re.split(r"\n\s*\n", inspect.cleandoc(text))
+    return paragraphs
+
+
+def demo_modules():
+    """{name: path} of the installed Python libraries' modules, in a fixed order."""
+    site = Path(torch.__file__).parent.parent
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    roots += [site / package for package in DEMO_PACKAGES]
+    modules = {}
+    for root in roots:
+        for folder, subfolders, files in os.walk(root):
+            # os.walk follows this list: sorted, so that every file system gives the same order.
+            subfolders[:] = sorted(set(subfolders) - DEMO_SKIPPED_FOLDERS)
+            for name in sorted(files):
+                if name.endswith(".py"):
+                    path = Path(folder, name)
+                    modules[f"{root.name}/{path.relative_to(root)}"] = path
+    return modules
+
+
+class DemoTexts(typing.NamedTuple):
+    """Lists of documents, one per module."""
+
+    train: list
+    val: list
 
 
 def demo_texts():
-    """(train, val) lists of one text per module: the English of the installed Python libraries."""
-    site, stdlib = Path(torch.__file__).parent.parent, Path(sysconfig.get_paths()["stdlib"])
-    paths, seen, texts = [], set(), ([], [])
-    for root in (
-        stdlib,
-        *(site / name for name in ("torch", "numpy", "sentencepiece", "zstandard")),
-    ):
-        for folder, folders, files in os.walk(root):
-            folders[:] = sorted(set(folders) - {"site-packages", "__pycache__", "test", "idlelib"})
-            paths += [(root, Path(folder, name)) for name in sorted(files) if name.endswith(".py")]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        found = list(pool.map(english_of, [path for _, path in paths], chunksize=16))
-    for (root, path), paragraphs in zip(paths, found):
+    """DemoTexts of the installed libraries: no paragraph is in it twice; always the same."""
+    seen = set()
+    documents = []  # (digest of the module's name, its text)
+    for module, path in demo_modules().items():
         fresh = []
-        for paragraph in paragraphs:
+        for paragraph in english_of(path):
             key = " ".join(paragraph.split())
             if len(key) > 60 and key not in seen:
                 seen.add(key)
                 fresh.append(paragraph)
-        module = f"{root.name}/{path.relative_to(root)}"
-        is_val = hashlib.sha256(module.encode()).digest()[0] < 9  # about 3.5 % of the modules
-        texts[is_val].extend(["\n\n".join(fresh)] if fresh else [])
+        if fresh:
+            digest = hashlib.sha256(module.encode()).digest()
+            documents.append((digest, "\n\n".join(fresh)))
+    # In the order of digests, which is random but fixed: modules that stand side by side are
+    # alike, and a stream in their order would make the loss jump from package to package.
+    documents.sort()
+    texts = DemoTexts([], [])
+    for digest, text in documents:
+        is_val = digest[0] < 9  # about 3.5 % of the modules
+        (texts.val if is_val else texts.train).append(text)
     return texts
 
 
+def train_demo_tokenizer(documents, vocab_size):
+    """A SentencePiece model (bytes) with the options of the challenge's tokenizers."""
+    lines = (line for text in documents for line in text.split("\n") if line.strip())
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        character_coverage=0.999,
+        pad_id=0,
+        bos_id=BOS,
+        eos_id=EOS,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
 def build_demo_data(config, log):
-    """Build the demo's tokenizer and shards unless they exist; one process at a time, always the same."""
-    data, tokenizer = Path(config.data_path), Path(config.tokenizer_path)
+    """Build the demo's tokenizer and shards unless they exist: one process at a time."""
+    data = Path(config.data_path)
+    tokenizer = Path(config.tokenizer_path)
     try:
-        for folder in (data, tokenizer.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        data.mkdir(parents=True, exist_ok=True)
+        tokenizer.parent.mkdir(parents=True, exist_ok=True)
         lock = open(data / "lock", "w")
     except OSError as error:
         raise DataError(
@@ -1198,42 +1504,25 @@ def build_demo_data(config, log):
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # Verifying an artifact needs no training data.
         splits = ["val"] if config.eval_only else ["train", "val"]
-        if tokenizer.exists() and all(any(data.glob(f"fineweb_{split}_*.bin")) for split in splits):
+        if tokenizer.exists() and all(any(data.glob(f"fineweb_{s}_*.bin")) for s in splits):
             return
         begin = time.monotonic()
-        log(
-            "demo_data: reading the English of the installed Python libraries (once, under a minute)"
-        )
-        texts = dict(zip(("train", "val"), demo_texts()))
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(
-                line for text in texts["train"] for line in text.split("\n") if line.strip()
-            ),
-            model_writer=model,
-            vocab_size=config.vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="nmt_nfkc",
-            add_dummy_prefix=False,
-            character_coverage=0.999,
-            pad_id=0,
-            bos_id=BOS,
-            eos_id=2,
-            unk_id=3,
-            minloglevel=2,
-        )
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-        write_atomic(tokenizer, [model.getvalue()])
-        for split, documents in texts.items():
+        log("demo_data: reading the English of the installed Python libraries (once, a minute)")
+        texts = demo_texts()
+        # On the training part alone: a tokenizer that saw the validation text would fit it.
+        model = train_demo_tokenizer(texts.train, config.vocab_size)
+        write_atomic(tokenizer, [model])
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        for split, documents in texts._asdict().items():
             ids = processor.encode(documents, num_threads=2)
             tokens = np.concatenate([np.array([BOS, *document]) for document in ids])
             write_shard(data / f"fineweb_{split}_000000.bin", tokens)
+            num_bytes = sum(len(text.encode()) for text in documents)
             log(
-                f"demo_data: {split} {sum(len(t.encode()) for t in documents)} bytes, {len(documents)} "
-                f"documents, {time.monotonic() - begin:.1f} s"
+                f"demo_data: {split} {num_bytes} bytes, {len(documents)} documents, "
+                f"{time.monotonic() - begin:.1f} s"
             )
 
 
@@ -1245,6 +1534,31 @@ def build_demo_data(config, log):
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
 HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
+
+
+class Scheme(typing.NamedTuple):
+    """How the artifact stores a tensor's values."""
+
+    name: str
+    dtype: type  # of the stored values
+    bits: int  # of symmetric integers, which have a scale per row; 0 for floats
+
+    @property
+    def top(self):
+        """Largest stored integer."""
+        return 2 ** (self.bits - 1) - 1 if self.bits else math.inf
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int5", np.int8, 5),
+        Scheme("int6", np.int8, 6),
+        Scheme("int8", np.int8, 8),
+        Scheme("fp16", np.float16, 0),
+        Scheme("fp32", np.float32, 0),
+    )
+}
 
 
 def scheme_of(name, shape, config, int5_layers=()):
@@ -1806,9 +2120,9 @@ class GPT(nn.Module):
             self.init_weights()
         if config.late_qat_threshold > 0:
             for name, module in self.quantizable():
-                scheme = scheme_of(f"{name}.weight", module.weight.shape, config)
-                if scheme.startswith("int"):
-                    module.enable_qat(int(scheme[3:]))
+                bits = SCHEMES[scheme_of(f"{name}.weight", module.weight.shape, config)].bits
+                if bits:
+                    module.enable_qat(bits)
 
     @torch.no_grad()
     def init_weights(self):
@@ -1925,20 +2239,37 @@ def flow_noise(config, step, first, count, device):
 
 # ==================================================================================================
 # Optimisers
-# Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and clipped
-# then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its traffic behind the
-# arithmetic.
+# Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and
+# clipped then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its
+# traffic behind the arithmetic.
 # ==================================================================================================
+# Coefficients of the quintic x -> a x + b (x x^T) x + c (x x^T)^2 x. They are Jordan's: as steep as
+# possible at 0, so that small singular values grow fast, and then only roughly 1 (0.7 to 1.2),
+# which is enough.
+NEWTON_SCHULZ_A = 3.4445
+NEWTON_SCHULZ_B = -4.7750
+NEWTON_SCHULZ_C = 2.0315
+
+
 def newton_schulz(matrices, steps, dtype):
-    """Nearly the nearest semi-orthogonal matrices of (N, r, c): quintic iteration of Jordan et al. 2024."""
+    """Nearly the nearest semi-orthogonal matrices of `matrices` (N, r, c), in `dtype`.
+
+    Quintic Newton-Schulz iteration, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
     x = matrices.to(dtype)
-    wide = x.size(-2) <= x.size(-1)
-    x = x if wide else x.mT
+    # The Gram matrix of the short side is the smaller one.
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    # Singular values must start in (0, 1]; the Frobenius norm is at least the largest of them.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    return x if wide else x.mT
+        gram = x @ x.mT  # (N, r, r)
+        polynomial = torch.baddbmm(
+            gram, gram, gram, beta=NEWTON_SCHULZ_B, alpha=NEWTON_SCHULZ_C
+        )  # b G + c G^2
+        x = NEWTON_SCHULZ_A * x + polynomial @ x
+    return x.mT if tall else x
 
 
 def as_wide(matrix, like=None):
@@ -1948,11 +2279,11 @@ def as_wide(matrix, like=None):
 
 
 class Muon:
-    """Momentum orthogonalised by Newton-Schulz, on stacks of same-shape matrices, sharded over ranks (#399).
+    """Momentum orthogonalised by Newton-Schulz, stacks of same-shape matrices over ranks.
 
-    Tall matrices are stacked transposed: W1 and W2 of an MLP share a stack, which leaves less padding on many
-    ranks. Phases of one step, as marked in the code:
-      1. launch   biggest stack first: stack the gradients (N, r, c), reduce-scatter their sum asynchronously
+    Parallel Muon is #399's. Tall matrices are stacked transposed: W1 and W2 of an MLP share a
+    stack, which leaves less padding on many ranks. Phases of one step, as marked in the code:
+      1. launch   biggest first: stack gradients (N, r, c), reduce-scatter their sum asynchronously
       2. collect  wait: this rank holds the reduced gradients of N / world matrices
       3. update   momentum, Nesterov, batched Newton-Schulz on that slice; all-gather asynchronously
       4. apply    weight decay and step, while the next stack is computed
@@ -1961,113 +2292,159 @@ class Muon:
     def __init__(
         self, params, lr, momentum, weight_decay, ns_steps=5, dtype=torch.bfloat16, comm=None
     ):
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.ns_steps, self.dtype, self.comm = ns_steps, dtype, comm or Comm()
-        shapes = {}
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.ns_steps = ns_steps
+        self.dtype = dtype  # of Newton-Schulz; momentum and weights stay float32
+        self.comm = comm or Comm()
+        by_shape = {}
         for param in params:
-            shapes.setdefault(tuple(as_wide(param).shape), []).append(param)
-        self.stacks = sorted(shapes.values(), key=lambda ps: -len(ps) * ps[0].numel())
-        self.grads = [None] * len(self.stacks)
-        self.buffers = [
-            ps[0].new_zeros(self.share(ps), *as_wide(ps[0]).shape) for ps in self.stacks
-        ]
-        self.factors = []  # (N / world, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices
-        for params, buffer in zip(self.stacks, self.buffers):
-            factors = self.stacked(
-                [p.new_full((1, 1), max(1, p.size(0) / p.size(1)) ** 0.5) for p in params]
-            )
-            self.factors.append(factors[self.comm.rank * len(buffer) :][: len(buffer)])
+            shape = tuple(as_wide(param).shape)
+            by_shape.setdefault(shape, []).append(param)
+        # Biggest first: its transfer takes longest and hides behind all others.
+        self.stacks = sorted(by_shape.values(), key=lambda stack: -len(stack) * stack[0].numel())
+        self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
+        self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
+        self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
+        for stack in self.stacks:
+            shape = as_wide(stack[0]).shape
+            self.buffers.append(stack[0].new_zeros(self.share(stack), *shape))
+            self.factors.append(self.shape_factors(stack))
 
-    def share(self, params):
+    def share(self, matrices):
         """Matrices per rank; the last ranks' shares are padded with zeros."""
-        return -(-len(params) // self.comm.world)
+        return -(-len(matrices) // self.comm.world)  # rounded up
 
-    def stacked(self, tensors):
-        missing = self.share(tensors) * self.comm.world - len(tensors)
-        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * missing])
+    def stacked(self, matrices):
+        """(world * share, r, c): reduce-scatter wants equal parts, hence the padding."""
+        missing = self.share(matrices) * self.comm.world - len(matrices)
+        padding = [torch.zeros_like(matrices[0])] * missing
+        return torch.stack([*matrices, *padding])
 
-    def launch(self):  # phase 1
+    def shape_factors(self, stack):
+        """(share, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices.
+
+        An orthogonal matrix with more rows than columns has smaller entries than a square one; the
+        factor makes their root mean square the same.
+        """
+        factors = []
+        for param in stack:
+            rows, columns = param.shape
+            factors.append(param.new_full((1, 1), max(1, rows / columns) ** 0.5))
+        share = self.share(stack)
+        first = self.comm.rank * share
+        return self.stacked(factors)[first : first + share]
+
+    def launch(self):
+        # 1. launch: everything is on its way before the first wait.
         self.handles = []
         for i, params in enumerate(self.stacks):
-            stack = self.stacked([as_wide(p.grad) for p in params])
-            self.grads[i] = stack if self.comm.world == 1 else torch.empty_like(self.buffers[i])
-            if self.comm.world > 1:
-                self.handles.append((self.comm.reduce_scatter(self.grads[i], stack), stack))
+            stack = self.stacked([as_wide(param.grad) for param in params])
+            if self.comm.world == 1:
+                self.grads[i] = stack
+                continue
+            self.grads[i] = torch.empty_like(self.buffers[i])
+            handle = self.comm.reduce_scatter(self.grads[i], stack)
+            self.handles.append((handle, stack))  # the stack must live until it was sent
 
-    def collect(self):  # phase 2
+    def collect(self):
         """This rank's share of the squared gradient norm (0-d)."""
+        # 2. collect: the norm needs all stacks, so this waits for all.
         for handle, _ in self.handles:
             handle.wait()
         return sum(grad.float().square().sum() for grad in self.grads)
 
     def step(self, scale=1.0, meanwhile=lambda: None):
-        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs during the last all-gather."""
+        """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs in the last all-gather."""
+        # A stack is applied only after the next one was computed: its all-gather had that long.
         waiting = None
         for i, params in enumerate(self.stacks):
-            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i]).mul_(
-                self.factors[i]
-            )
-            full, handle = update, None
+            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i])
+            update.mul_(self.factors[i])
+            full = update
+            handle = None
             if self.comm.world > 1:
                 full = update.new_empty(len(update) * self.comm.world, *update.shape[1:])
                 handle = self.comm.all_gather(full, update)
             if waiting:
                 self.apply(*waiting)
-            waiting = params, full, handle
+            waiting = (params, full, handle)
         meanwhile()
         if waiting:
             self.apply(*waiting)
 
-    def orthogonal_update(self, grad, buffer):  # phase 3
+    def orthogonal_update(self, grad, buffer):
+        # 3. update: (N / world, r, c). Nesterov looks one step of momentum ahead.
         buffer.mul_(self.momentum).add_(grad)
-        return newton_schulz(grad.add(buffer, alpha=self.momentum), self.ns_steps, self.dtype)
+        ahead = grad.add(buffer, alpha=self.momentum)
+        return newton_schulz(ahead, self.ns_steps, self.dtype)
 
     @torch.no_grad()
-    def apply(self, params, full, handle):  # phase 4
+    def apply(self, params, full, handle):
+        # 4. apply: decay is decoupled as in AdamW: its strength is lr * weight_decay alone.
         if handle:
             handle.wait()
         torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
-        torch._foreach_add_(
-            params, [as_wide(u.to(p.dtype), p) for u, p in zip(full, params)], alpha=-self.lr
-        )
+        updates = []
+        for param, update in zip(params, full):  # the padding behind the last parameter is dropped
+            updates.append(as_wide(update.to(param.dtype), param))
+        torch._foreach_add_(params, updates, alpha=-self.lr)
 
     def state_dict(self):
-        """Momentum of every matrix by shape, whatever the number of ranks; all ranks must call it."""
+        """Momentum of every matrix by shape, at any number of ranks; all ranks must call it."""
         state = {}
         for params, buffer in zip(self.stacks, self.buffers):
             full = buffer
             if self.comm.world > 1:
                 full = buffer.new_empty(len(buffer) * self.comm.world, *buffer.shape[1:])
                 self.comm.all_gather(full, buffer).wait()
-            state["x".join(map(str, buffer.shape[1:]))] = full[: len(params)].clone()
+            # Without the padding, and a copy, since the next step changes the buffer in place.
+            state[self.stack_name(buffer)] = full[: len(params)].clone()
         return state
 
     def load_state_dict(self, state):
         for buffer in self.buffers:
-            full = state["x".join(map(str, buffer.shape[1:]))].to(buffer.device)
-            low = self.comm.rank * len(buffer)
-            part = full[low : low + len(buffer)]
-            buffer.zero_()[: len(part)].copy_(part)
+            full = state[self.stack_name(buffer)].to(buffer.device)
+            first = self.comm.rank * len(buffer)
+            part = full[first : first + len(buffer)]  # shorter, or empty, on the last ranks
+            buffer.zero_()
+            buffer[: len(part)].copy_(part)
+
+    @staticmethod
+    def stack_name(buffer):
+        """Such as "512x1536": no two stacks share a shape, and it is the same at any world size."""
+        return "x".join(str(size) for size in buffer.shape[1:])
+
+
+# Momentum orthogonalised is made for matrices between hidden states: these six of every block.
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
 
 
 def parameter_groups(model):
-    """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one."""
+    """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
+
+    "embed" are lookup tables, whose rows see few tokens a step; "scalar" is the rest: gains, gates,
+    mixes, biases and the refiners.
+    """
     groups = {"muon": {}, "embed": {}, "scalar": {}}
-    embeddings = {
-        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)
-    }
+    embeddings = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.add(f"{name}.weight")
     for name, param in model.named_parameters():
-        block_matrix = re.fullmatch(
-            r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight", name
-        )
-        groups["muon" if block_matrix else "embed" if name in embeddings else "scalar"][name] = (
-            param
-        )
+        if BLOCK_MATRIX.fullmatch(name):
+            group = "muon"
+        elif name in embeddings:
+            group = "embed"
+        else:
+            group = "scalar"
+        groups[group][name] = param
     return groups
 
 
 def build_optimizers(model, config, comm=None):
-    """(Muon, AdamW) over all parameters of `model`; asserts by name that each is in exactly one group."""
+    """(Muon, AdamW) over all parameters of `model`; asserts that each is in exactly one group."""
     groups = parameter_groups(model)
     muon = Muon(
         groups["muon"].values(),
@@ -2078,6 +2455,7 @@ def build_optimizers(model, config, comm=None):
         getattr(torch, config.dtype),
         comm,
     )
+    # `base_lr` is what the schedule multiplies; "lr" itself changes with every step.
     adamw = torch.optim.AdamW(
         [
             dict(params=list(groups["embed"].values()), base_lr=config.embed_lr),
@@ -2089,30 +2467,46 @@ def build_optimizers(model, config, comm=None):
         weight_decay=config.weight_decay,
         fused=True,
     )
-    held = [p for stack in muon.stacks for p in stack] + [
-        p for g in adamw.param_groups for p in g["params"]
-    ]
-    ids = [id(p) for p in held]
-    wrong = [name for name, p in model.named_parameters() if ids.count(id(p)) != 1]
-    foreign = len(held) - len(list(model.parameters()))
-    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
+    check_groups(model, muon, adamw)
     return muon, adamw
 
 
+def adamw_params(adamw):
+    return [param for group in adamw.param_groups for param in group["params"]]
+
+
+def check_groups(model, muon, adamw):
+    """Assert that every parameter is trained, and by one optimiser only."""
+    held = []
+    for stack in muon.stacks:
+        held += stack
+    held += adamw_params(adamw)
+    ids = [id(param) for param in held]
+    wrong = [name for name, param in model.named_parameters() if ids.count(id(param)) != 1]
+    foreign = len(held) - len(list(model.parameters()))
+    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
+
+
 def reduce_clip_step(muon, adamw, comm, clip):
-    """One optimiser step on the ranks' summed gradients, clipped by their global norm after the reduction."""
+    """One optimiser step on the ranks' summed gradients, clipped by their global norm.
+
+    They are clipped after the reduction: before it each rank would clip its own part, and the step
+    would depend on the number of ranks.
+    """
     muon.launch()
-    params = [p for group in adamw.param_groups for p in group["params"]]
+    params = adamw_params(adamw)
     for param in params:
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-    grads = [p.grad for p in params]
+        if param.grad is None:  # every rank must bring the same list
+            param.grad = torch.zeros_like(param)
+    grads = [param.grad for param in params]
     comm.sum_gradients(grads)
     squared = muon.collect()
-    if comm.world > 1:
+    if comm.world > 1:  # Muon's gradients are sharded, AdamW's are whole on every rank
         comm.all_reduce(squared).wait()
     scale = torch.ones_like(squared)
     if clip:
-        norm = (squared + sum(g.square().sum() for g in grads)).sqrt()
+        norm = (squared + sum(grad.square().sum() for grad in grads)).sqrt()
+        # A tensor all the way: reading the norm would make the host wait for the GPU.
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, scale)
     muon.step(scale, meanwhile=adamw.step)
@@ -2121,47 +2515,65 @@ def reduce_clip_step(muon, adamw, comm, clip):
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
-    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the last
-    WARMDOWN_ITERS times the measured step time, whichever begins first.
+    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the
+    last WARMDOWN_ITERS times the measured step time, whichever begins first.
     """
-    left = (config.iterations - step) / max(config.warmdown_iters, 1e-9)
+    warmdown = max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
+    left = (config.iterations - step) / warmdown  # in warmdowns: below 1 it has begun
     if config.max_wallclock_seconds and step and seconds:
-        warmdown = max(config.warmdown_iters, 1e-9) * seconds / step
-        left = min(left, (config.max_wallclock_seconds - seconds) / warmdown)
+        step_seconds = seconds / step
+        seconds_left = config.max_wallclock_seconds - seconds
+        left = min(left, seconds_left / (warmdown * step_seconds))
     left = min(1.0, max(0.0, left))
-    return left if config.warmdown_shape == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    if config.warmdown_shape == "linear":
+        return left
+    return 0.5 * (1 - math.cos(math.pi * left))
 
 
 def momentum_at(config, step):
-    done = (
-        min(1.0, step / config.muon_momentum_warmup_steps)
-        if config.muon_momentum_warmup_steps
-        else 1.0
-    )
+    """Muon's momentum at `step`, warmed linearly: early gradients turn fast and soon outdate."""
+    if step >= config.muon_momentum_warmup_steps:
+        return config.muon_momentum
+    done = step / config.muon_momentum_warmup_steps
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
 class WeightAverage:
-    """EMA of the weights in float32 each step, and the mean of late snapshots of it (SWA), on the device."""
+    """EMA of the weights in float32 each step, and the mean of late snapshots of it (SWA).
+
+    The last steps bounce between the walls of a valley, and their average lies nearer to its bottom
+    (Izmailov et al. 2018, arXiv 1803.05407). Everything stays on the device.
+    """
 
     def __init__(self, params, config):
-        self.params, self.config, self.snapshots = list(params), config, 0
-        self.ema = [p.detach().clone() for p in self.params] if config.ema_decay else []
-        self.swa = [torch.zeros_like(p) for p in self.params] if config.swa_enabled else []
+        self.params = list(params)
+        self.config = config
+        self.snapshots = 0  # taken so far
+        self.ema = []
+        self.swa = []  # the snapshots' sum
+        if config.ema_decay:
+            self.ema = [param.detach().clone() for param in self.params]
+        if config.swa_enabled:
+            self.swa = [torch.zeros_like(param) for param in self.params]
+
+    def raw(self):
+        return [param.detach() for param in self.params]
 
     @torch.no_grad()
     def update(self, step, scale):
-        """After step `step` (from 0) at learning-rate scale `scale`. The decay grows with the step, since a
-        constant one would leave the initial weights in the average of a short run."""
+        """After step `step` (from 0) at learning-rate scale `scale`.
+
+        The decay grows with the step, since a constant one would leave the initial weights in the
+        average of a short run.
+        """
+        config = self.config
         if self.ema:
-            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
-        if (
-            self.swa
-            and scale < self.config.swa_start_scale
-            and (step + 1) % self.config.swa_every == 0
-        ):
-            torch._foreach_add_(self.swa, self.ema or [p.detach() for p in self.params])
+            decay = min(config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)
+        # Snapshots of the time at high learning rates would be far from the end.
+        late = scale < config.swa_start_scale
+        if self.swa and late and (step + 1) % config.swa_every == 0:
+            torch._foreach_add_(self.swa, self.ema or self.raw())
             self.snapshots += 1
 
     def exported(self):
@@ -2175,7 +2587,7 @@ class WeightAverage:
                 f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
                 f"SWA_START_SCALE={self.config.swa_start_scale})"
             )
-        return kind, self.ema or [p.detach() for p in self.params]
+        return kind, self.ema or self.raw()
 
     def state_dict(self):
         return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
@@ -2738,28 +3150,84 @@ def evaluate(model, stream, config, runtime, stride=None, **options):
     return Evaluation(model, stream, config, runtime, stride, **options).run()
 
 
+class EvaluationJob(typing.NamedTuple):
+    """One score that a run reports."""
+
+    label: str  # of its log lines
+    stride: int  # EVAL_SEQ_LEN: non-overlapping windows
+    ttt: bool
+    slot: str
+
+
+def evaluation_jobs(config):
+    """[EvaluationJob] of an artifact from the weakest to the strongest, which is the one to report."""
+    jobs = [
+        EvaluationJob("final_int6_roundtrip", config.eval_seq_len, False, "off"),
+        EvaluationJob("final_int6_sliding_window", config.eval_stride, False, "off"),
+    ]
+    adapting = []
+    if config.ttt_enabled:
+        adapting.append("ttt")
+    if config.slot != "off":
+        adapting.append(f"slot_{config.slot}")
+    if adapting:
+        # What adapts, after a word on whether it may: legal_ttt, legal_ttt_slot_causal, slot_causal.
+        if config.slot == "published":
+            adapting.insert(0, "illegal")
+        elif config.ttt_enabled:
+            adapting.insert(0, "legal")
+        label = "_".join(adapting)
+        jobs.append(EvaluationJob(label, config.eval_stride, config.ttt_enabled, config.slot))
+    return jobs
+
+
 # ==================================================================================================
 # Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of (seed, step,
-# sequence) and tokens of the step, so a checkpoint holds no generator and a resumed run is the uninterrupted
-# one bit for bit.
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
+# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
+# run is the uninterrupted one bit for bit.
 # ==================================================================================================
+class StepFacts(typing.NamedTuple):
+    """What all ranks agree on in every step."""
+
+    loss: float  # mean over the step's tokens
+    stop: bool  # some rank was told to stop
+    save: bool  # a checkpoint is due by the clock
+    seconds: float  # since the last step, by rank 0's clock
+
+
 class Trainer:
     """Model, optimisers, averages, data position and clock of one training run."""
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
     def __init__(self, config, runtime, val):
-        self.config, self.runtime, self.val, self.comm = config, runtime, val, runtime.comm
-        torch.manual_seed(config.seed)
+        self.config = config
+        self.runtime = runtime
+        self.val = val
+        self.comm = runtime.comm
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
         self.average = WeightAverage(self.model.parameters(), config)
         self.stream = TrainStream(find_shards(config, "train"), config.vocab_size)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
-        self.step, self.seconds, self.stopped_early, self.saved_step = 0, 0.0, False, 0
-        sequences, world = config.train_batch_tokens // config.train_seq_len, self.comm.world
+        self.step = 0  # steps done
+        self.seconds = 0.0  # of training: without start, warm-up and validation
+        self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.stopped_early = False  # by the wallclock cap
+        self.saved_step = 0  # of the last checkpoint
+        self.plan_micro_batches()
+        # A checkpoint of other settings or other data must not be continued.
+        last_token = int(self.stream.ends[-1])
+        self.identity = dict(hash=config.hash(), data=[last_token, val.fingerprint["val_sha256"]])
+
+    def plan_micro_batches(self):
+        """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
+        config = self.config
+        world = self.comm.world
+        sequences = config.train_batch_tokens // config.train_seq_len
         if sequences % world:
             raise ConfigError(
                 f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
@@ -2768,37 +3236,34 @@ class Trainer:
             )
         self.seqs_per_rank = sequences // world
         most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
-        self.micro_batch_seqs = max(n for n in range(1, most + 1) if self.seqs_per_rank % n == 0)
-        self.identity = dict(
-            hash=config.hash(), data=[int(self.stream.ends[-1]), val.fingerprint["val_sha256"]]
-        )
+        # Equal parts: the mean of their mean losses is the step's loss, and one graph fits all.
+        divisors = [n for n in range(1, most + 1) if self.seqs_per_rank % n == 0]
+        self.micro_batch_seqs = max(divisors)
+        self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
 
     def announce(self):
-        log, c = self.runtime.log, self.config
-        log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        log(
-            f"world_size:{self.comm.world} grad_accum_steps:{self.seqs_per_rank // self.micro_batch_seqs}"
-        )
-        log(f"train_loader:dataset:{Path(c.data_path).name} train_shards:{len(self.stream.paths)}")
-        if c.late_qat_threshold and not any(module.bits for _, module in self.model.quantizable()):
+        """Lines that the challenge's tools parse, in its own format."""
+        log = self.runtime.log
+        data_set = Path(self.config.data_path).name
+        log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
+        log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
+        log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
+        quantised = any(module.bits for _, module in self.model.quantizable())
+        if self.config.late_qat_threshold and not quantised:
             log(
-                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in integers"
+                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
+                "integers"
             )
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; log, validate and save on the way."""
+        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
         self.load()
         self.warm_up()
-        every = self.config.val_loss_every
-        self.step_started = self.checkpoints.saved_at = time.monotonic()
+        # The clock starts here: compiling and reading a checkpoint are not training.
+        self.step_started = time.monotonic()
+        self.checkpoints.saved_at = self.step_started
         try:
-            while True:
-                done = self.step >= self.config.iterations or self.out_of_time()
-                if done or (every and self.step and self.step % every == 0):
-                    self.validate()
-                if done:
-                    break
-                self.one_step()
+            self.run_steps()
         except Stopped:
             if self.saved_step != self.step:  # stopped in a validation
                 self.save(wait=True)
@@ -2807,10 +3272,24 @@ class Trainer:
             raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
         self.checkpoints.wait()
 
+    def run_steps(self):
+        every = self.config.val_loss_every
+        done = False
+        while not done:
+            # Asked before the validation, so that the last one is of the final weights.
+            done = self.step >= self.config.iterations or self.out_of_time()
+            if done or (every and self.step and self.step % every == 0):
+                self.validate()
+            if not done:
+                self.one_step()
+
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
         cap = self.config.max_wallclock_seconds
-        if cap and self.step and self.seconds * (1 + 1 / self.step) > cap:
+        if not cap or not self.step:  # nothing measured yet
+            return False
+        step_seconds = self.seconds / self.step
+        if self.seconds + step_seconds > cap:
             self.runtime.log(
                 f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
                 f"step:{self.step}/{self.config.iterations}"
@@ -2819,34 +3298,50 @@ class Trainer:
         return self.stopped_early
 
     def one_step(self):
-        config, runtime, step = self.config, self.runtime, self.step
-        scale = lr_scale(config, step, self.seconds)
+        """One optimiser step, its log line, and a checkpoint where one is due."""
+        config = self.config
+        scale = lr_scale(config, self.step, self.seconds)
         self.set_lrs(scale)
-        loss = self.accumulate(step, self.stream)
-        now = time.monotonic()
-        due = self.checkpoints.due()
-        loss, stop, due, elapsed = self.comm.all_reduce_scalars(
-            loss,
-            runtime.stop.wanted(2 * self.seconds / max(1, step)),
-            runtime.is_main and bool(due),
-            (now - self.step_started) * runtime.is_main,
-        )
-        self.step_started = now
-        if not math.isfinite(loss):
-            self.diverged(loss)
+        facts = self.agree(self.accumulate(self.step, self.stream))
+        # Before the optimisers: a loss that is not finite must not reach the weights.
+        if not math.isfinite(facts.loss):
+            self.diverged(facts.loss)
         reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-        self.average.update(step, scale)
-        self.step, self.seconds = step + 1, self.seconds + elapsed
-        self.report(loss, scale)
-        if stop and self.step < config.iterations:
+        self.average.update(self.step, scale)
+        self.step += 1
+        self.seconds += facts.seconds
+        self.report(facts.loss, scale)
+        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(wait=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
-        if due or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+        every = config.checkpoint_every
+        if facts.save or (every and self.step % every == 0):
             self.save()
 
+    def agree(self, loss):
+        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
+
+        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
+        decided together, or one rank would wait for ever in a collective that no other enters.
+        """
+        now = time.monotonic()
+        step_seconds = self.seconds / max(1, self.step)
+        # The stop is seen one step late, so there must be time for two.
+        stop = self.runtime.stop.wanted(2 * step_seconds)
+        save = self.checkpoints.due()
+        elapsed = now - self.step_started
+        self.step_started = now
+        if not self.runtime.is_main:  # rank 0's clock decides
+            save = False
+            elapsed = 0.0
+        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
+        return StepFacts(loss, stop > 0, save > 0, elapsed)
+
     def set_lrs(self, scale):
+        """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
         config = self.config
-        self.muon.lr, self.muon.momentum = config.matrix_lr * scale, momentum_at(config, self.step)
+        self.muon.lr = config.matrix_lr * scale
+        self.muon.momentum = momentum_at(config, self.step)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * scale
         if config.late_qat_threshold:
@@ -2854,45 +3349,57 @@ class Trainer:
 
     def accumulate(self, step, stream):
         """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
-        config, runtime, length = self.config, self.runtime, self.config.train_seq_len
-        first, rounds, total = (
-            self.comm.rank * self.seqs_per_rank,
-            self.seqs_per_rank // self.micro_batch_seqs,
-            0.0,
-        )
-        span = stream.take(
-            config.train_batch_tokens, first * length, (first + self.seqs_per_rank) * length
-        )
+        config = self.config
+        length = config.train_seq_len
+        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
+        last = first + self.seqs_per_rank
+        # One token more than there are inputs: the last target.
+        span = stream.take(config.train_batch_tokens, first * length, last * length)
         self.model.zero_grad()
         self.model.train()
+        total = 0.0
         for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
-            part = runtime.to_device(
-                span[low * length : (low + self.micro_batch_seqs) * length + 1]
+            high = low + self.micro_batch_seqs
+            tokens = self.runtime.to_device(span[low * length : high * length + 1])
+            noise = flow_noise(
+                config, step, first + low, self.micro_batch_seqs, self.runtime.device
             )
-            noise = flow_noise(config, step, first + low, self.micro_batch_seqs, runtime.device)
-            try:
-                with runtime.autocast():
-                    loss = self.loss(part[:-1].view(-1, length), part[1:].view(-1, length), noise)
-                    loss = loss / (rounds * self.comm.world)
-                loss.backward()
-            except OUT_OF_MEMORY:
-                smaller = max(self.micro_batch_seqs * length // 2, length)
-                raise ResourceError(
-                    "out of memory in training with MICRO_BATCH_TOKENS="
-                    f"{config.micro_batch_tokens}: run the same command with "
-                    f"MICRO_BATCH_TOKENS={smaller}"
-                ) from None
-            total = total + loss.detach()
+            total = total + self.loss_and_gradients(tokens, noise)
         return float(total)
+
+    def loss_and_gradients(self, tokens, noise):
+        """Accumulate a micro-batch's gradients; returns its share of the mean loss (0-d)."""
+        length = self.config.train_seq_len
+        shares = self.accumulation_steps * self.comm.world
+        ids = tokens[:-1].view(-1, length)  # (B, T)
+        targets = tokens[1:].view(-1, length)  # (B, T): each token's successor
+        try:
+            with self.runtime.autocast():
+                # Divided here, so that sums over micro-batches and ranks are means.
+                loss = self.loss(ids, targets, noise) / shares
+            loss.backward()
+        except OUT_OF_MEMORY:
+            smaller = max(self.micro_batch_seqs * length // 2, length)
+            raise ResourceError(
+                "out of memory in training with MICRO_BATCH_TOKENS="
+                f"{self.config.micro_batch_tokens}: run the same command with "
+                f"MICRO_BATCH_TOKENS={smaller}"
+            ) from None
+        return loss.detach()
 
     def clock(self):
         milliseconds = 1000 * self.seconds
-        return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(1, self.step):.2f}ms"
+        average = milliseconds / max(1, self.step)
+        return f"train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
 
     def report(self, loss, scale):
-        config, step = self.config, self.step
+        """The step's log line, and on a terminal the moving one."""
+        config = self.config
+        step = self.step
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
-        if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
+        # The first steps show whether a run is sound at all.
+        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
+        if logged:
             self.runtime.log(f"{text} {self.clock()}")
             self.runtime.event(
                 "step",
@@ -2901,17 +3408,20 @@ class Trainer:
                 train_time_ms=1000 * self.seconds,
                 lr_scale=scale,
             )
-        self.runtime.progress(f"{text} eta:{(config.iterations - step) * self.seconds / step:.0f}s")
+        # By the mean of the whole run: steadier than the last step's time.
+        eta = (config.iterations - step) * self.seconds / step
+        self.runtime.progress(f"{text} eta:{eta:.0f}s")
 
     def validate(self):
-        """Validation of the raw weights by non-overlapping windows; not counted as training time."""
-        c, begin = self.config, time.monotonic()
+        """Validate the raw weights by non-overlapping windows; this is no training time."""
+        config = self.config
+        begin = time.monotonic()
         try:
-            score = evaluate(self.model, self.val, c, self.runtime, c.eval_seq_len)
-        except ArtifactError:
+            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+        except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
-            f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} "
+            f"step:{self.step}/{config.iterations} val_loss:{score.val_loss:.4f} "
             f"val_bpb:{score.val_bpb:.4f} {self.clock()}"
         )
         self.runtime.event(
@@ -2921,23 +3431,29 @@ class Trainer:
             val_bpb=score.val_bpb,
             train_time_ms=1000 * self.seconds,
         )
-        self.step_started += time.monotonic() - begin
+        self.step_started += time.monotonic() - begin  # as if no time had passed
 
     def warm_up(self):
-        """Compile on synthetic tokens, then restore weights and optimisers bit for bit."""
-        steps, config = self.config.warmup_steps, self.config
-        if not self.runtime.compiling or not steps or self.step >= config.iterations:
+        """Compile on synthetic tokens, then restore weights and optimisers bit for bit.
+
+        Compilation takes minutes on CUDA and would otherwise count against the wallclock cap.
+        """
+        config = self.config
+        finished = self.step >= config.iterations
+        if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())
-        tokens = np.random.default_rng(0).integers(
-            0, config.vocab_size, config.train_batch_tokens + 1
-        )
+        generator = np.random.default_rng(0)
+        tokens = generator.integers(0, config.vocab_size, config.train_batch_tokens + 1)
+        # A stand-in for TrainStream: the real position must not move.
         synthetic = types.SimpleNamespace(take=lambda span, low, high: tokens[low : high + 1])
-        for i in range(steps):
-            self.accumulate(-1 - i, synthetic)
+        for i in range(config.warmup_steps):
+            self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
             reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
-        self.runtime.log(f"warmup_steps:{steps} done, weights and optimisers restored")
+        self.runtime.log(
+            f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
+        )
 
     def training_state(self):
         """Everything the next step depends on; every rank must call it."""
@@ -2948,26 +3464,26 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
     def save(self, wait=False):
-        """Copy the state and write it in the background; with `wait`, raises ResourceError if it cannot be
-        written.
+        """Copy the state and write it in the background.
 
-        Weights that are not finite are never saved: the checkpoints before them are the ones to keep.
+        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
+        never saved: the checkpoints before them are the ones to keep.
         """
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            return self.runtime.log(
-                f"warning: no checkpoint at step {self.step}: weights are not finite"
-            )
-        state = self.training_state()
+        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
+        if not all(finite):
+            self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
+            return
+        state = self.training_state()  # a collective: momentum is gathered from all ranks
         self.saved_step = self.step
         if self.runtime.is_main:
-            state.update(
-                self.identity, step=self.step, seconds=self.seconds, position=self.stream.position
-            )
+            state.update(self.identity)
+            state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
             self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
         self.checkpoints.saved_at = time.monotonic()
         if wait:
             self.checkpoints.wait_or_raise()
-            self.comm.barrier()  # a rank that left now would have the launcher end the one that writes
+            # A rank that left now would have the launcher end the one that still writes.
+            self.comm.barrier()
 
     def report_saved(self, step, seconds, size):
         self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
@@ -2984,7 +3500,10 @@ class Trainer:
                 f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
             )
         self.restore(state)
-        self.step, self.seconds, self.stream.position = step, state["seconds"], state["position"]
+        # With step, clock and position the next step is the one that would have come.
+        self.step = step
+        self.seconds = state["seconds"]
+        self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
     def diverged(self, loss):
@@ -2998,10 +3517,11 @@ class Trainer:
     def export(self):
         """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
         kind, tensors = self.average.exported()
+        self.runtime.log(f"export:{kind}")
+        # The model's own state first, for what is no parameter; then the averages in its place.
         state = dict(self.model.state_dict())
-        state.update(
-            (name, t) for (name, _), t in zip(self.model.named_parameters(), tensors, strict=True)
-        )
+        names = [name for name, _ in self.model.named_parameters()]
+        state.update(zip(names, tensors, strict=True))
         info = dict(
             steps=self.step,
             train_time_s=self.seconds,
@@ -3009,14 +3529,16 @@ class Trainer:
             stopped_early=self.stopped_early,
             peak_mib=self.runtime.peak_mib()[0],
         )
-        self.runtime.log(f"export:{kind}")
         return dict(
             config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
         )
 
 
 def train(config, runtime, val, path):
-    """Train (or go on training), write the exported float weights to `path`."""
+    """Train (or go on training), write the exported float weights to `path`.
+
+    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    """
     trainer = Trainer(config, runtime, val)
     trainer.announce()
     trainer.run()
@@ -3026,96 +3548,143 @@ def train(config, runtime, val, path):
     if runtime.is_main:
         save_tensors(path, exported)
     runtime.event("trained", **exported["info"])
-    runtime.comm.barrier()
+    runtime.comm.barrier()  # whoever reads the file next finds it whole
 
 
 # ==================================================================================================
 # Compression
-# Per-row symmetric integers with GPTQ-lite clips, then a general compressor. The container is plain data with
-# a checksum: its reader believes nothing it has not compared with what the architecture must contain, and
-# allocates nothing before.
+# Integers row by row, then a general compressor. The container is plain data with a checksum: its
+# reader believes nothing that it has not compared with what the architecture must contain, and
+# allocates nothing of a size that the architecture does not have.
 # ==================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGolf\r\n\x1a", 1
-# magic, version, compressor, raw bytes, compressed bytes, sha256
+ARTIFACT_NAME = "final_model.int6.ptz"
+FLOAT_NAME = "final_model.pt"
+# Like PNG's, the magic bytes show a transfer that changed line ends.
+ARTIFACT_MAGIC = b"PGolf\r\n\x1a"
+ARTIFACT_VERSION = 1
+# magic, version, compressor, two zero bytes, raw bytes, compressed bytes, sha256 of the payload
 ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
 COMPRESSORS = ("zstd", "lzma")
-MAX_RAW_BYTES, MAX_HEADER_BYTES = 96 << 20, 1 << 20
-ITEM_TYPES = {
-    "int5": np.int8,
-    "int6": np.int8,
-    "int8": np.int8,
-    "fp16": np.float16,
-    "fp32": np.float32,
-}
+MAX_RAW_BYTES = 96 << 20  # six times the budget: no artifact of the challenge comes near
+MAX_HEADER_BYTES = 1 << 20
+MAX_PARAMETERS = MAX_RAW_BYTES  # at one byte each
+
+
+class TensorEntry(typing.NamedTuple):
+    """One line of the artifact's table of tensors."""
+
+    name: str
+    shape: tuple
+    scheme: str
+
+    def rows(self):
+        """Rows that share a scale each; 0 for floats."""
+        return math.prod(self.shape[:-1]) if SCHEMES[self.scheme].bits else 0
+
+    def value_bytes(self):
+        return math.prod(self.shape) * np.dtype(SCHEMES[self.scheme].dtype).itemsize
+
+    def scale_bytes(self):
+        return self.rows() * np.dtype(np.float16).itemsize
+
+
+class EncodedTensor(typing.NamedTuple):
+    """A tensor as the artifact stores it."""
+
+    values: bytes  # integers or floats, row-major
+    scales: bytes  # float16, one per row; empty for floats
 
 
 def encode_tensor(tensor, scheme):
-    """[codes or values, scales or nothing] as bytes."""
-    if scheme.startswith("int"):
-        return [t.cpu().numpy().tobytes() for t in quantize_rows(tensor, int(scheme[3:]))]
-    return tensor.detach().float().cpu().numpy().astype(ITEM_TYPES[scheme]).tobytes(), b""
+    """EncodedTensor of a tensor under the scheme of that name."""
+    if SCHEMES[scheme].bits:
+        codes, scales = quantize_rows(tensor, SCHEMES[scheme].bits)
+        return EncodedTensor(codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes())
+    values = tensor.detach().float().cpu().numpy().astype(SCHEMES[scheme].dtype)
+    return EncodedTensor(values.tobytes(), b"")
 
 
 def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
-    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors
-    grouped by kind.
+    """The artifact's bytes: a fixed head, then one compressed payload.
 
-    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between calls.
+    The payload is a JSON header (settings, tokenizer, table of tensors), then the tensors' values
+    grouped by scheme, then their scales in the same order: like bytes next to like compress best.
+    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between
+    calls.
     """
-    cache, table = {} if cache is None else cache, []
+    cache = {} if cache is None else cache
+    table = []
     for name, tensor in state_dict.items():
         scheme = scheme_of(name, tensor.shape, config, int5_layers)
         if (name, scheme) not in cache:
             cache[name, scheme] = encode_tensor(tensor, scheme)
-        table.append([name, list(tensor.shape), scheme])
-    table.sort(key=lambda row: list(ITEM_TYPES).index(row[2]))
+        table.append(TensorEntry(name, tuple(tensor.shape), scheme))
+    order = list(SCHEMES)
+    table.sort(key=lambda entry: order.index(entry.scheme))
     header = json.dumps(
         dict(
-            config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256, tensors=table
+            config=config.as_dict("arch", "eval"),
+            tokenizer_sha256=tokenizer_sha256,
+            tensors=table,
         )
     ).encode()
-    codes, scales = zip(*(cache[name, scheme] for name, _, scheme in table))
-    raw = b"".join([struct.pack("<I", len(header)), header, *codes, *scales])
+    encoded = [cache[entry.name, entry.scheme] for entry in table]
+    values = [tensor.values for tensor in encoded]
+    scales = [tensor.scales for tensor in encoded]
+    raw = b"".join([struct.pack("<I", len(header)), header, *values, *scales])
+    return seal_payload(config, raw)
+
+
+def seal_payload(config, raw):
+    """Head and compressed payload of the raw bytes."""
     if config.compressor == "zstd":
         body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
     else:
         body = lzma.compress(raw, preset=config.lzma_preset)
+    compressor = COMPRESSORS.index(config.compressor)
+    digest = hashlib.sha256(body).digest()
     head = ARTIFACT_HEAD.pack(
-        ARTIFACT_MAGIC,
-        ARTIFACT_VERSION,
-        COMPRESSORS.index(config.compressor),
-        len(raw),
-        len(body),
-        hashlib.sha256(body).digest(),
+        ARTIFACT_MAGIC, ARTIFACT_VERSION, compressor, len(raw), len(body), digest
     )
     return head + body
 
 
-def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """(artifact, int5 layers): MLP layers drop to int5 from the middle outward until code + model fit
-    BUDGET_BYTES.
+def int5_order(num_layers):
+    """Layers from the middle outward (5, 6, 4, 7, … of 11), the order in which #1170's ladder
+    lowers MLPs to int5: first and last layers are the most sensitive."""
+    middle = (num_layers - 1) / 2
+    return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
 
-    Raises ArtifactError when even that does not fit.
+
+def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
+    """(artifact, int5 layers): the first rung of the ladder on which code + model fit BUDGET_BYTES.
+
+    The ladder starts with every MLP at BLOCK_BITS and lowers one more to int5 at each rung. Raises
+    ArtifactError when even the last rung does not fit.
     """
-    middle, cache, layers = (config.num_layers - 1) / 2, {}, []
-    order = sorted(range(config.num_layers), key=lambda i: (abs(i - middle), -i))
-    while True:
+    order = int5_order(config.num_layers)
+    cache = {}
+    for rung in range(len(order) + 1):
+        layers = order[:rung]
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
         if over <= 0:
             return blob, layers
-        if len(layers) == len(order):
-            raise ArtifactError(
-                f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with "
-                "every MLP in int5: train a smaller model (MLP_MULT, NUM_LAYERS)"
-            )
-        layers.append(order[len(layers)])
-        log(f"budget: {over} bytes over, MLP of layer {layers[-1]} to int5")
+        if rung < len(order):
+            log(f"budget: {over} bytes over, MLP of layer {order[rung]} to int5")
+    raise ArtifactError(
+        f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
+        "int5: train a smaller model (MLP_MULT, NUM_LAYERS)"
+    )
+
+
+# ---- reading ----
 
 
 def decompress(body, compressor, size):
     """Exactly `size` bytes, or ArtifactError; never allocates more than that."""
-    raw, whole = b"", True
+    raw = b""
+    whole = True
     try:
         if compressor == "lzma":
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
@@ -3131,106 +3700,150 @@ def decompress(body, compressor, size):
     return raw
 
 
-def unpack_artifact(blob):
-    """(Config, float32 state_dict) of an artifact's bytes."""
-    return read_artifact(blob)[:2]
+class Payload(typing.NamedTuple):
+    """A payload whose header has been checked, its tensors not yet."""
+
+    config: Config
+    tokenizer_sha256: str
+    table: list  # of TensorEntry
+    raw: bytes
+    values_at: int  # offset of the first tensor
 
 
-def read_artifact(blob):
-    """(Config, float32 state_dict, tokenizer sha256) of an artifact's bytes. Runs no code of the file; any damage or
-    hostility raises ArtifactError before anything of a size the architecture does not have is allocated."""
-    config, table, raw, at, tokenizer_sha256 = read_header(blob)
-    scales_at = at + sum(
-        math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape, scheme in table
-    )
-    state, parts = {}, []
-    for name, shape, scheme in table:  # look at everything before the first float32 tensor is made
-        rows = math.prod(shape[:-1]) if scheme.startswith("int") else 0
-        values = np.frombuffer(raw, ITEM_TYPES[scheme], math.prod(shape), at)
-        scales = np.frombuffer(raw, np.float16, rows, scales_at)
-        at, scales_at = at + values.nbytes, scales_at + scales.nbytes
-        top = 2 ** (int(scheme[3:]) - 1) - 1 if rows else math.inf
-        good = all(np.isfinite(x).all() for x in (values, scales)) and (scales > 0).all()
-        if not good or values.max(initial=0) > top or values.min(initial=0) < -top:
-            raise ArtifactError(f"artifact: {name}: codes, scales or values are outside {scheme}")
-        parts.append((values, scales))
-    for (name, shape, _), (values, scales) in zip(table, parts):
-        values = values.astype(np.float32)
-        if len(scales):
-            values = values.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
-        state[name] = torch.from_numpy(values.reshape(shape))
-    return config, state, tokenizer_sha256
-
-
-def read_header(blob):
-    """(Config, [(name, shape, scheme)], raw payload, offset of tensors, tokenizer sha256), all checked."""
+def open_payload(blob):
+    """The decompressed payload of an artifact's bytes, after every check of its head."""
     if len(blob) < ARTIFACT_HEAD.size:
         raise ArtifactError(
             f"artifact: {len(blob)} bytes are less than its head: truncated or not an artifact"
         )
     magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = memoryview(blob)[ARTIFACT_HEAD.size :]
+    wrong_size = (
+        f"{len(body)} bytes of payload, its head promises {size}: truncated or trailing bytes"
+    )
     for holds, wrong in [
         (magic == ARTIFACT_MAGIC, "magic bytes are not ours: not an artifact"),
         (version == ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
         (compressor < len(COMPRESSORS), f"compressor {compressor} is unknown"),
         (blob[10:12] == b"\0\0", "reserved bytes are not zero"),
-        (
-            size == len(body),
-            f"{len(body)} bytes of payload, its head promises {size}: truncated or trailing bytes",
-        ),
+        (size == len(body), wrong_size),
         (4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}"),
         (hashlib.sha256(body).digest() == digest, "checksum does not match: damaged"),
     ]:
         if not holds:
             raise ArtifactError(f"artifact: {wrong}")
-    raw = decompress(body, COMPRESSORS[compressor], raw_size)
-    end = 4 + struct.unpack_from("<I", raw)[0]
-    if end > min(MAX_HEADER_BYTES, raw_size):
-        raise ArtifactError(f"artifact: header of {end - 4} bytes does not fit")
+    return decompress(body, COMPRESSORS[compressor], raw_size)
+
+
+def read_header(blob):
+    """Payload of an artifact's bytes: settings and table are valid and belong together."""
+    raw = open_payload(blob)
+    header_bytes = struct.unpack_from("<I", raw)[0]
+    end = 4 + header_bytes
+    if end > min(MAX_HEADER_BYTES, len(raw)):
+        raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
     try:
         header = json.loads(raw[4:end])
         config = Config(**header["config"])
-        whole = header["config"].keys() == config.as_dict("arch", "eval").keys()
-        if not whole or header.keys() != {"config", "tokenizer_sha256", "tensors"}:
+        if header["config"].keys() != config.as_dict("arch", "eval").keys():
             raise ConfigError("settings are missing or foreign")
-        if type(header["tokenizer_sha256"]) is not str:
-            raise TypeError("tokenizer_sha256")
-        table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
-        check_table(config, table, raw_size - end)
+        if header.keys() != {"config", "tokenizer_sha256", "tensors"}:
+            raise ConfigError("entries are missing or foreign")
+        tokenizer_sha256 = header["tokenizer_sha256"]
+        if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
+            raise ConfigError("tokenizer_sha256 is neither 64 hexadecimal digits nor empty")
+        table = [
+            TensorEntry(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]
+        ]
+        check_table(config, table, len(raw) - end)
     except ArtifactError:
         raise
-    except Exception as error:  # a stranger's JSON may hold anything
-        what = f"{type(error).__name__}: {str(error)[:200]}"
+    except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
+        what = f"{type(error).__name__}: {ascii(str(error)[:200])}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
-    return config, table, raw, end, header["tokenizer_sha256"]
+    return Payload(config, tokenizer_sha256, table, raw, end)
+
+
+def expected_shapes(config):
+    """{name: shape} of the tensors that the architecture must have; allocates none of them."""
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def check_shapes(config, found):
+    """Raise ArtifactError unless {name: shape} `found` is the architecture's."""
+    expected = expected_shapes(config)
+    parameters = sum(math.prod(shape) for shape in expected.values())
+    if parameters > MAX_PARAMETERS:
+        raise ArtifactError(f"{parameters} parameters are more than {MAX_PARAMETERS}")
+    if found != expected:
+        wrong = sorted(map(ascii, set(found.items()) ^ set(expected.items())))[:3]
+        raise ArtifactError(f"tensors differ from the architecture's: {'; '.join(wrong)}")
 
 
 def check_table(config, table, data_bytes):
     """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
-    found = {name: shape for name, shape, _ in table}
-    if len(found) != len(table) or found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))[:3]
+    names = {entry.name for entry in table}
+    if len(names) != len(table):
+        raise ArtifactError("artifact: a tensor appears twice")
+    try:
+        check_shapes(config, {entry.name: entry.shape for entry in table})
+    except ArtifactError as error:
+        raise ArtifactError(f"artifact: {error}") from None
+    for entry in table:
+        scheme = SCHEMES.get(entry.scheme)
+        if scheme is None or (scheme.bits and len(entry.shape) < 2):
+            wrong = f"scheme {ascii(entry.scheme)} is unknown or does not fit"
+            raise ArtifactError(f"artifact: {entry.name}: {wrong}")
+    needed = sum(entry.value_bytes() + entry.scale_bytes() for entry in table)
+    if needed != data_bytes:
+        raise ArtifactError(f"artifact: tensors need {needed} bytes, {data_bytes} are there")
+
+
+def decode_tensor(entry, values, scales):
+    """float32 tensor of what the artifact stores. Raises ArtifactError for values off the grid."""
+    top = SCHEMES[entry.scheme].top
+    finite = np.isfinite(values).all() and np.isfinite(scales).all()
+    inside = values.max(initial=0) <= top and values.min(initial=0) >= -top
+    if not (finite and inside and (scales > 0).all()):
         raise ArtifactError(
-            f"artifact: tensors differ from its architecture's, or appear twice: {wrong}"
+            f"artifact: {entry.name}: codes, scales or values are outside {entry.scheme}"
         )
-    total = 0
-    for name, shape, scheme in table:
-        integers = isinstance(scheme, str) and scheme.startswith("int")
-        known = scheme in ITEM_TYPES and all(type(n) is int for n in shape)
-        if not known or (integers and len(shape) < 2):
-            raise ArtifactError(f"artifact: {name}: scheme {scheme!r} is unknown or does not fit")
-        total += (
-            math.prod(shape) * ITEM_TYPES[scheme]().itemsize + 2 * math.prod(shape[:-1]) * integers
-        )
-    if total != data_bytes:
-        raise ArtifactError(f"artifact: tensors need {total} bytes, {data_bytes} are there")
+    tensor = values.astype(np.float32)
+    if len(scales):
+        tensor = tensor.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
+    return torch.from_numpy(tensor.reshape(entry.shape))
 
 
-ARTIFACT_NAME = "final_model.int6.ptz"
-FLOAT_NAME = "final_model.pt"
+class Artifact(typing.NamedTuple):
+    """What an artifact holds."""
+
+    config: Config  # architecture and evaluation settings; the rest are defaults
+    state_dict: dict  # float32 tensors by name
+    tokenizer_sha256: str  # "" if it does not say
+
+
+def read_artifact(blob):
+    """Artifact of its bytes. Runs no code of the file; raises ArtifactError for any damage."""
+    payload = read_header(blob)
+    values_at = payload.values_at
+    scales_at = values_at + sum(entry.value_bytes() for entry in payload.table)
+    state = {}
+    for entry in payload.table:
+        dtype = SCHEMES[entry.scheme].dtype
+        values = np.frombuffer(payload.raw, dtype, math.prod(entry.shape), values_at)
+        scales = np.frombuffer(payload.raw, np.float16, entry.rows(), scales_at)
+        values_at += values.nbytes
+        scales_at += scales.nbytes
+        state[entry.name] = decode_tensor(entry, values, scales)
+    return Artifact(payload.config, state, payload.tokenizer_sha256)
+
+
+def unpack_artifact(blob):
+    """(Config, float32 state_dict) of an artifact's bytes. Raises ArtifactError."""
+    artifact = read_artifact(blob)
+    return artifact.config, artifact.state_dict
 
 
 class LoadedWeights(typing.NamedTuple):
@@ -3243,29 +3856,36 @@ class LoadedWeights(typing.NamedTuple):
     sha256: str  # of the file
 
     def brought(self):
-        """Settings that the file brings into a run that only evaluates it."""
+        """Settings that the file brings into a run that only evaluates it; a given file is audited."""
         settings = self.config.as_dict("arch", "eval")
-        return {**settings, "run_id": f"eval_{self.sha256[:8]}"}
+        return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
 
 def load_weights(path):
     """LoadedWeights of an artifact (*.ptz) or a float checkpoint (*.pt). Raises ArtifactError."""
+    most = ARTIFACT_HEAD.size + MAX_RAW_BYTES
     try:
         with open(path, "rb") as file:
             head = file.read(len(ARTIFACT_MAGIC))
+        size = os.path.getsize(path)
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: name a readable artifact (*.ptz) or float checkpoint (*.pt)"
         ) from None
-    if head == ARTIFACT_MAGIC:
-        blob = Path(path).read_bytes()
-        try:
-            config, state_dict, tokenizer_sha256 = read_artifact(blob)
-        except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
-        return LoadedWeights(
-            config, state_dict, tokenizer_sha256, {}, hashlib.sha256(blob).hexdigest()
-        )
+    if head != ARTIFACT_MAGIC:
+        return load_float_weights(path)
+    if size > most:  # looked at before reading: a sparse file may claim any size
+        raise ArtifactError(f"{path}: {size} bytes are more than any artifact has ({most})")
+    blob = Path(path).read_bytes()
+    try:
+        artifact = read_artifact(blob)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
+    return LoadedWeights(*artifact, {}, hashlib.sha256(blob).hexdigest())
+
+
+def load_float_weights(path):
+    """LoadedWeights of a run's float checkpoint (*.pt). Raises ArtifactError."""
     if not str(path).endswith(".pt"):
         raise ArtifactError(
             f"{path}: does not start like an artifact: damaged, or of another submission: "
@@ -3274,11 +3894,16 @@ def load_weights(path):
     saved = load_tensors(path)
     try:
         config = Config(**saved["config"])
-        return LoadedWeights(config, saved["state_dict"], "", saved["info"], sha256_file(path))
-    except (KeyError, TypeError, ConfigError) as error:
+        state = saved["state_dict"]
+        for name, tensor in state.items():
+            if tensor.layout != torch.strided or tensor.dtype != torch.float32:
+                raise TypeError(f"{ascii(name)} is not a dense float32 tensor")
+        check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        return LoadedWeights(config, state, "", dict(saved["info"]), sha256_file(path))
+    except Exception as error:  # a stranger's file may hold anything, escape sequences included
         raise ArtifactError(
-            f"{path}: not the final weights of a run ({error}): name {FLOAT_NAME} or "
-            f"{ARTIFACT_NAME}"
+            f"{path}: not the final weights of a run ({type(error).__name__}: "
+            f"{ascii(str(error)[:200])}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
         ) from None
 
 
@@ -3576,13 +4201,19 @@ def audit(model, stream, config, runtime):
 
 # ==================================================================================================
 # main
-# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what it found.
+# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
+# it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
-def score_label(config):
-    """Name of the last score: what adapts, and whether that is legal; empty if nothing adapts."""
-    legal = "illegal" if config.slot == "published" else "legal" if config.ttt_enabled else ""
-    slot = f"slot_{config.slot}" if config.slot != "off" else ""
-    return "_".join(filter(None, (legal, "ttt" * config.ttt_enabled, slot)))
+def check_places(config):
+    """Refuse, before anything is moved, to set aside the very file that is to be scored."""
+    if not config.eval_only or config.resume != "never":
+        return
+    artifact = Path(config.eval_only).resolve()
+    if artifact.is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"EVAL_ONLY={config.eval_only} lies in RUN_DIR={config.run_dir}, which RESUME=never "
+            "would set aside: set another RUN_DIR, or leave RESUME at auto"
+        )
 
 
 class Run:
@@ -3595,12 +4226,17 @@ class Run:
         self.path = Path(config.run_dir)
         self.float_path = self.path / FLOAT_NAME
         self.artifact_path = Path(config.eval_only or self.path / ARTIFACT_NAME)
-        self.files = {self.artifact_path: loaded} if loaded else {}  # LoadedWeights by path
+        # LoadedWeights by path: a file is read and decompressed once, however many scores it gets.
+        self.files = {}
+        if loaded is not None:
+            self.files[self.artifact_path] = loaded
+        self.code_sha256 = sha256_file(CODE_PATH)
         self.model = None
+        self.audited = False
         self.results = {"scores": {}}
 
     def load(self, path):
-        """LoadedWeights of a file; each file is read and decompressed once."""
+        """LoadedWeights of a file."""
         if path not in self.files:
             self.files[path] = load_weights(path)
         return self.files[path]
@@ -3616,102 +4252,170 @@ class Run:
             self.log(f"phase_done:{phase} found in {self.path}")
         return done
 
+    # ---- before the first phase ----
+
     def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, log and write what a rerun needs to agree on."""
-        config, log, path = self.config, self.log, self.path / "config.json"
-        if config.resume == "must" and not self.on_main(path.exists):
+        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        config = self.config
+        if config.resume == "must" and not self.on_main((self.path / "config.json").exists):
             raise ConfigError(
                 f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
             )
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
-                build_demo_data(config, log)
+                build_demo_data(config, self.log)
             self.runtime.comm.barrier()
-        if not config.eval_only:
+        tokenizer_sha256 = ""
+        if config.eval_only:
+            tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
+        else:
             find_shards(config, "train")
-        tokenizer_sha256 = (
-            self.load(self.artifact_path).tokenizer_sha256 if config.eval_only else ""
-        )
         self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
-        f, differs = self.val.fingerprint, config.differences()
         if self.runtime.is_main:
-            run = dict(
-                preset=config.preset,
-                hash=config.hash(),
-                val_sha256=f["val_sha256"],
-                config=config.as_dict(),
-                differs=differs,
-            )
-            if path.exists():
-                self.check_same_run(json.loads(path.read_text()), run)
-            write_json(path, run)
-            (self.path / "STOPPED").unlink(missing_ok=True)
+            self.take_over_record()
         self.write_manifest()
-        for name, value in config.as_dict().items():
-            log(f"config:{name}={value}{' *' if name in differs else ''}")
-        log(f"config_hash:{config.hash()}")
-        choice = pick_attention(self.runtime.device, self.runtime.dtype)
-        log(f"attention:{choice.reason}")
-        log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
-        log(
-            f"val_loader:shards pattern={config.data_path}/fineweb_val_*.bin tokens:{f['val_targets']}"
+        self.announce()
+        if config.eval_only:
+            self.check_budget()
+
+    def run(self):
+        """All phases that are configured and missing."""
+        config = self.config
+        self.prepare()
+        if not config.eval_only and config.mode == "train":
+            self.train()
+            self.pack()
+        if config.audit or config.mode == "audit":
+            self.audit()
+        if config.mode == "train":
+            self.score()
+
+    def identity(self):
+        """What two runs must agree on to share a RUN_DIR: settings, text, code and (EVAL_ONLY) file.
+
+        An evaluation does not use the settings of training, so it does not compare them.
+        """
+        config = self.config
+        kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
+        identity = config.as_dict(*kinds)
+        identity["validation text"] = self.val.fingerprint["val_sha256"]
+        identity["train_gpt.py"] = self.code_sha256
+        identity["file that is scored"] = "the run's own"
+        if config.eval_only:
+            identity["file that is scored"] = self.load(self.artifact_path).sha256
+        return identity
+
+    def origin(self):
+        """Shows that this user's runs on this system made something, without giving the key away."""
+        key = self.runtime.user_key()
+        return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
+
+    def take_over_record(self):
+        """Write config.json; go on with the scores of the run that RUN_DIR holds, if it is this one."""
+        path = self.path / "config.json"
+        if path.exists():
+            self.check_same_run(json.loads(path.read_text()))
+            # An evaluation of a given file is a check of it: what it found before is not taken up.
+            if not self.config.eval_only:
+                with contextlib.suppress(FileNotFoundError):
+                    self.results = json.loads((self.path / "scores.json").read_text())
+        config = self.config
+        kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
+        record = dict(
+            preset=config.preset,
+            hash=config.hash(),
+            origin=self.origin(),
+            identity=self.identity(),
+            config=config.as_dict(),
+            kinds=kinds,
+            differs=config.differences(),
         )
+        write_json(path, record)
+        (self.path / "STOPPED").unlink(missing_ok=True)
+
+    def check_same_run(self, old):
+        """Raise ConfigError when RUN_DIR holds a run of other settings, data, code or another user."""
+        before = old.get("identity", {})
+        differences = []
+        for name, value in self.identity().items():
+            if before.get(name) != value:
+                shown = name.upper() if name in old.get("config", {}) else name
+                differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
+        if differences:
+            raise ConfigError(
+                f"{self.path} holds a run of other settings, data or code: {'; '.join(differences)}: "
+                "use the same to resume it, set another RUN_ID, or RESUME=never to keep it aside"
+            )
+        if old.get("origin") != self.origin():
+            self.log(
+                f"warning: {self.path} was begun elsewhere (another user, machine or container): "
+                "phases that it calls done are taken on trust; RESUME=never starts anew"
+            )
+
+    def announce(self):
+        """Log the configuration and the data in the lines that other tools parse (REFERENCE, 9)."""
+        config = self.config
+        log = self.log
+        differs = config.differences()
+        # An artifact does not bring the settings of its training: what is set here is not theirs.
+        kinds = ("arch", "eval", "run") if config.eval_only else ()
+        for name, value in config.as_dict(*kinds).items():
+            mark = " *" if name in differs else ""
+            log(f"config:{name}={value}{mark}")
+        if not config.eval_only:
+            log(f"config_hash:{config.hash()}")
+        log(f"evaluation_hash:{config.hash('arch', 'eval')}")
+        log(f"attention:{pick_attention(self.runtime.device, self.runtime.dtype).reason}")
+        log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
+        split = self.val.fingerprint
+        pattern = f"{config.data_path}/fineweb_val_*.bin"
+        log(f"val_loader:shards pattern={pattern} tokens:{split['val_targets']}")
         log(
-            f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} "
-            f"bytes_per_token:{f['bytes_per_token']:.4f} documents:{f['val_documents']} "
-            f"sha256:{f['val_sha256']} score_scope:{f['scope']}"
+            f"data_fingerprint tokens:{split['val_tokens']} targets:{split['val_targets']} "
+            f"bytes:{split['val_bytes']} bytes_per_token:{split['bytes_per_token']:.4f} "
+            f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
+            f"score_scope:{split['scope']}"
         )
         log(f"seed:{config.seed}")
-        steps = [int(path.stem[5:]) for path in (self.path / "checkpoint").glob("step_*.pt")]
+        steps = Checkpointer(self.runtime, "step", 0).numbers()
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
-    def check_same_run(self, old, new):
-        """Go on with the scores of an earlier run. Raises ConfigError when it had other settings or data."""
-        names = ["eval_only", *self.config.as_dict("arch", "train", "eval")]
-        before, now = ({name: run["config"].get(name) for name in names} for run in (old, new))
-        before["validation"], now["validation"] = old.get("val_sha256"), new["val_sha256"]
-        differ = "; ".join(
-            f"{name.upper()}: {before[name]!r} -> {value!r}"
-            for name, value in now.items()
-            if before[name] != value
-        )
-        if differ:
-            raise ConfigError(
-                f"{self.path} holds a run of other settings or data: {differ}: use the same to "
-                "resume it, set another RUN_ID, or RESUME=never to keep it aside"
-            )
-        with contextlib.suppress(FileNotFoundError):
-            self.results = json.loads((self.path / "scores.json").read_text())
-
     def write_manifest(self):
+        """manifest.json: versions, machine and hashes, so that a score can be traced to its files."""
         if not self.runtime.is_main:
             return
-        config, device, artifact = self.config, self.runtime.device, self.artifact_path.exists()
+        config = self.config
+        artifact_sha256 = None
+        artifact_bytes = None
+        if self.artifact_path.exists():
+            artifact_sha256 = self.load(self.artifact_path).sha256
+            artifact_bytes = self.artifact_path.stat().st_size
+        train_shards = list(Path(config.data_path).glob("fineweb_train_*.bin"))
         manifest = dict(
             python=platform.python_version(),
             torch=torch.__version__,
             numpy=np.__version__,
             sentencepiece=sentencepiece.__version__,
             zstandard=zstandard.__version__,
-            device=str(device),
-            device_name=device_name(device),
+            device=str(self.runtime.device),
+            device_name=device_name(self.runtime.device),
             world_size=self.runtime.comm.world,
             torch_threads=torch.get_num_threads(),
             config_hash=config.hash(),
-            code_sha256=sha256_file(CODE_PATH),
+            code_sha256=self.code_sha256,
             code_bytes=CODE_PATH.stat().st_size,
-            artifact_sha256=sha256_file(self.artifact_path) if artifact else None,
-            artifact_bytes=self.artifact_path.stat().st_size if artifact else None,
+            artifact_sha256=artifact_sha256,
+            artifact_bytes=artifact_bytes,
             tokenizer_sha256=sha256_file(config.tokenizer_path),
-            data=dict(
-                train_shards=len(list(Path(config.data_path).glob("fineweb_train_*.bin"))),
-                **self.val.fingerprint,
-            ),
+            data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
         self.log(f"manifest:{json.dumps(manifest)}")
         write_json(self.path / "manifest.json", manifest)
 
+    # ---- the phases ----
+
     def train(self):
+        """Write the float weights, unless they are there."""
         if not self.already_done("train", self.float_path.exists):
             train(self.config, self.runtime, self.val, self.float_path)
 
@@ -3719,106 +4423,152 @@ class Run:
         """Quantise, fit the budget, write the artifact, log the sizes."""
         if self.already_done("pack", self.artifact_path.exists):
             return
-        code, log, config = CODE_PATH.stat().st_size, self.log, self.config
+        config = self.config
         weights = self.load(self.float_path).state_dict
-        self.runtime.stop_if_wanted("packing", 3 + 2e-6 * sum(t.numel() for t in weights.values()))
+        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
+        seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.values())
+        self.runtime.stop_if_wanted("packing", seconds)
         if self.runtime.is_main:
+            tokenizer_sha256 = sha256_file(config.tokenizer_path)
             blob, layers = fit_budget(
-                config, weights, code, sha256_file(config.tokenizer_path), log
+                config, weights, self.code_bytes(), tokenizer_sha256, self.log
             )
             write_atomic(self.artifact_path, [blob])
-            total = len(blob) + code
-            log(f"Code size: {code} bytes")
-            log(f"Serialized model int6+{config.compressor}: {len(blob)} bytes")
-            log(f"Total submission size int6+{config.compressor}: {total} bytes")
-            log(f"headroom: {config.budget_bytes - total} bytes")
+            self.log_sizes(len(blob), self.code_bytes())
             self.runtime.event(
                 "packed",
                 artifact_bytes=len(blob),
-                code_bytes=code,
-                total_bytes=total,
-                headroom_bytes=config.budget_bytes - total,
+                code_bytes=self.code_bytes(),
                 int5_layers=layers,
             )
         self.runtime.comm.barrier()
         self.write_manifest()
 
+    def code_bytes(self):
+        """Bytes of code that the artifact must share BUDGET_BYTES with."""
+        return self.config.code_bytes or CODE_PATH.stat().st_size
+
+    def log_sizes(self, artifact_bytes, code_bytes):
+        """The three lines of the challenge's logs, and what is left of the budget."""
+        log = self.log
+        compressor = self.config.compressor
+        total = artifact_bytes + code_bytes
+        log(f"Code size: {code_bytes} bytes")
+        log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
+        log(f"Total submission size int6+{compressor}: {total} bytes")
+        log(f"headroom: {self.config.budget_bytes - total} bytes")
+
+    def check_budget(self):
+        """The file that is scored and this very script must fit. Raises ArtifactError."""
+        if self.artifact_path.suffix == ".pt":
+            return  # float weights are no submission
+        artifact_bytes = self.artifact_path.stat().st_size
+        code_bytes = CODE_PATH.stat().st_size
+        self.log_sizes(artifact_bytes, code_bytes)
+        over = artifact_bytes + code_bytes - self.config.budget_bytes
+        if over > 0:
+            raise ArtifactError(
+                f"{self.artifact_path}: {artifact_bytes} bytes and {code_bytes} bytes of code are "
+                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the script "
+                "it was submitted with, or raise BUDGET_BYTES to look at it all the same"
+            )
+
     def model_of(self, path):
         """The model with the weights of a file; one object for all scores, so that it is compiled once."""
-        if self.model is None:  # rounding in training has no place here
-            quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)
-            self.model = build_model(quiet, self.runtime)
+        if self.model is None:
+            # Rounding in training has no place here: the weights are what they are.
+            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
+            self.model = build_model(settings, self.runtime)
         self.model.load_state_dict(self.load(path).state_dict)
         return self.model
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
-        config, path, begin = self.config, self.path / "audit.json", time.monotonic()
+        config = self.config
+        path = self.path / "audit.json"
+        begin = time.monotonic()
         if not self.on_main(self.artifact_path.exists):
             raise ConfigError(
                 f"MODE=audit: {self.artifact_path} does not exist: set EVAL_ONLY=path"
             )
-        audit_key = f"{self.load(self.artifact_path).sha256}/{config.hash()}"
+        audit_key = self.evaluation_key(self.artifact_path)
 
         def passed_before():
-            old = json.loads(path.read_text()) if path.exists() and config.mode == "train" else {}
+            # A given file is audited anew each time; so is everything when the audit is what was asked.
+            if config.eval_only or config.mode == "audit" or not path.exists():
+                return False
+            old = json.loads(path.read_text())
             return old.get("audit_key") == audit_key and old["passed"]
 
+        self.audited = True  # below, a failure raises
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
         checks = audit(self.model_of(self.artifact_path), self.val, config, self.runtime)
-        failed, seconds = [c["name"] for c in checks if not c["passed"]], time.monotonic() - begin
+        failed = [check["name"] for check in checks if not check["passed"]]
+        seconds = time.monotonic() - begin
         if self.runtime.is_main:
-            write_json(
-                path, dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
-            )
+            record = dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
+            write_json(path, record)
         self.runtime.event("audit", passed=not failed)
-        self.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in {seconds:.1f} s")
+        verdict = "FAIL" if failed else "pass"
+        self.log(f"audit {verdict} {len(checks)} checks in {seconds:.1f} s")
         if failed:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
+    def evaluation_key(self, path):
+        """A score or an audit belongs to one file of weights, one script and its settings."""
+        settings = self.config.hash("arch", "eval")
+        return f"{self.load(path).sha256}/{self.code_sha256}/{settings}"
+
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
-        c, source, scores = self.config, self.artifact_path, self.results["scores"]
-        prefix = "float" if source.suffix == ".pt" else "final_int6"
-        jobs = [] if c.eval_only else [("pre_quant", self.float_path, c.eval_seq_len, False, "off")]
-        jobs += [
-            (f"{prefix}_roundtrip", source, c.eval_seq_len, False, "off"),
-            (f"{prefix}_sliding_window", source, c.eval_stride, False, "off"),
-        ]
-        if score_label(c):
-            jobs.append((score_label(c), source, c.eval_stride, c.ttt_enabled, c.slot))
-        for label, path, stride, ttt, slot in jobs:
-            if not self.already_done(label, lambda: label in scores):
-                score = evaluate(
-                    self.model_of(path),
-                    self.val,
-                    c,
-                    self.runtime,
-                    stride,
-                    ttt=ttt,
-                    slot=slot,
-                    label=label,
-                    checkpoints=Checkpointer(
-                        self.runtime, f"eval_{label}", c.eval_checkpoint_seconds
-                    ),
-                    identity=f"{self.load(path).sha256}/{c.hash()}",
-                )
-                self.record(score, stride)
+        config = self.config
+        for job in self.jobs():
+            if self.already_done(job.label, lambda job=job: job.label in self.results["scores"]):
+                continue
+            name = f"eval_{job.label}"
+            checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
+            path = self.float_path if job.label == "pre_quant" else self.artifact_path
+            score = evaluate(
+                self.model_of(path),
+                self.val,
+                config,
+                self.runtime,
+                job.stride,
+                ttt=job.ttt,
+                slot=job.slot,
+                label=job.label,
+                checkpoints=checkpoints,
+                identity=self.evaluation_key(path) + "/" + self.origin(),
+            )
+            self.record(score, job)
         if self.runtime.is_main:
             self.write_results(finished=True)
             self.summarise()
         self.runtime.event("done")
         self.log(f"run_finished {self.path}")
 
-    def record(self, score, stride):
+    def jobs(self):
+        """The evaluations of this run, the float weights' first."""
+        jobs = evaluation_jobs(self.config)
+        if self.artifact_path.suffix == ".pt":
+            labels = [job.label.removeprefix("final_int6_") for job in jobs]
+            return [job._replace(label=f"float_{label}") for job, label in zip(jobs, labels)]
+        if self.config.eval_only:
+            return jobs
+        return [jobs[0]._replace(label="pre_quant"), *jobs]
+
+    def record(self, score, job):
         """Log a score and add it to scores.json."""
-        log, name, mark = self.log, score.label, "" if score.legal else " legality:illegal"
-        at = f" stride:{stride}" if name.endswith("sliding_window") else ""
+        log = self.log
+        name = score.label
+        mark = "" if score.legal else " legality:illegal"
+        stride = f" stride:{job.stride}" if name.endswith("sliding_window") else ""
+        milliseconds = 1000 * score.seconds
         log(
-            f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{at} "
-            f"eval_time:{1000 * score.seconds:.0f}ms{mark}"
+            f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
+            f"eval_time:{milliseconds:.0f}ms{mark}"
         )
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")
@@ -3829,6 +4579,7 @@ class Run:
             bytes=score.bytes,
             eval_time_s=score.seconds,
             legal=score.legal,
+            audited=self.audited and self.is_submission(name),
         )
         self.runtime.event("score", label=name, scope=self.val.scope, **entry)
         self.results["scores"][name] = entry
@@ -3837,119 +4588,230 @@ class Run:
 
     def write_results(self, finished):
         """scores.json: what training and scoring measured; manifest.json has the rest."""
-        code, size = CODE_PATH.stat().st_size, self.artifact_path.stat().st_size
-        info = {} if self.config.eval_only else self.load(self.float_path).info
+        code_bytes = self.code_bytes()
+        artifact_bytes = self.artifact_path.stat().st_size
+        if not self.config.eval_only:
+            self.results.update(self.load(self.float_path).info)
         self.results.update(
-            info,
             finished=finished,
             seed=self.config.seed,
             preset=self.config.preset,
-            artifact_bytes=size,
-            code_bytes=code,
-            total_bytes=size + code,
+            headline=self.headline(),
+            artifact_bytes=artifact_bytes,
+            code_bytes=code_bytes,
+            total_bytes=artifact_bytes + code_bytes,
         )
         write_json(self.path / "scores.json", self.results)
 
+    # ---- what a person reads ----
+
+    def is_submission(self, label):
+        """Float weights do not fit the budget, and the roundtrip only shows what packing cost."""
+        return not label.startswith(("pre_quant", "float")) and not label.endswith("_roundtrip")
+
+    def headline(self):
+        """Label of the score to report: the last legal one in the order of jobs, whatever its value.
+
+        To choose the lowest of several scores after seeing them would be selection on validation text.
+        """
+        scores = self.results["scores"]
+        legal = [
+            job.label
+            for job in self.jobs()
+            if job.label in scores and scores[job.label]["legal"] and self.is_submission(job.label)
+        ]
+        return legal[-1] if legal else None
+
+    def legality_of(self, label):
+        """1 proved by this run's audit, 0 known to be illegal, or why there is nothing to say."""
+        score = self.results["scores"][label]
+        if not score["legal"]:
+            return "0"
+        if not self.is_submission(label):
+            return "no_submission"
+        return "1" if score["audited"] else "unaudited"
+
     def summarise(self):
         """What happened and what to try next, in plain words."""
-        c, r, log = self.config, self.results, self.log
-        for label, s in r["scores"].items():
+        log = self.log
+        results = self.results
+        for label, score in results["scores"].items():
             log(
-                f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} "
+                f"result {label} val_bpb:{score['val_bpb']:.8f} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope}"
             )
-        if c.preset == "demo":
-            text = self.val.token_bytes.model.decode(self.val.tokens.astype(int).tolist()).encode()
-            for name, packed in (
-                ("gzip -9", gzip.compress(text, 9)),
-                ("xz -6", lzma.compress(text)),
-            ):
-                log(
-                    f"baseline {name} bpb:{8 * len(packed) / len(text):.4f} on the same {len(text)} bytes of "
-                    "text"
-                )
-        if not c.eval_only:
-            log(
-                f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact "
-                f"{r['artifact_bytes']} bytes + code {r['code_bytes']} = {r['total_bytes']} of "
-                f"{c.budget_bytes}."
-            )
-        best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
+        if self.config.preset == "demo":
+            self.log_baselines()
+        headline = self.headline()
+        if headline is not None:
+            bpb = results["scores"][headline]["val_bpb"]
+            seconds = results["scores"][headline]["eval_time_s"]
+            legal = self.legality_of(headline)
+            log(f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal})")
+            log(f"summary: scored {self.val.num_targets:,} targets in {seconds:,.0f} s")
+        total = results["total_bytes"]
         log(
-            f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}."
+            f"summary: size   {results['artifact_bytes']:,} + {results['code_bytes']:,} of code = "
+            f"{total:,} of {self.config.budget_bytes:,} bytes"
         )
-        log(
-            "next: AUDIT=1 proves the score legal; EVAL_ONLY=artifact.ptz verifies it; more ITERATIONS or a "
-            "larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission."
+        if not self.config.eval_only:
+            log(f"summary: steps  {results['steps']:,} in {results['train_time_s']:,.0f} s")
+        log(f"summary: files  {self.path}")
+        log(f"next: {self.next_command()}")
+
+    def log_baselines(self):
+        """What general compressors make of the text that the demo was scored on."""
+        ids = self.val.tokens.astype(int).tolist()
+        text = self.val.token_bytes.model.decode(ids).encode()
+        packed = {"gzip -9": gzip.compress(text, 9), "xz -6": lzma.compress(text)}
+        for name, blob in packed.items():
+            bpb = 8 * len(blob) / len(text)
+            log_line = f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text"
+            self.log(log_line)
+
+    def next_command(self):
+        """The one command to try next."""
+        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={self.config.tokenizer_path}"
+        if self.config.eval_only:
+            return f'{where} MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
+        return (
+            f"{where} DATA_PATH={self.config.data_path} python train_gpt.py  # verify the artifact"
         )
+
+
+# ---- MODE=sample ----
+
+
+@torch.no_grad()
+def continue_tokens(model, ids, config, runtime, generator):
+    """Yield SAMPLE_TOKENS token ids that continue `ids` (a list), one at a time, until BOS or EOS.
+
+    Each next token is drawn from softmax(logits / TEMPERATURE) over the TOP_K likeliest; at
+    TEMPERATURE=0 it is the likeliest one.
+    """
+    for _ in range(config.sample_tokens):
+        window = runtime.to_device(np.array([ids[-config.eval_seq_len :]]))  # (1, T)
+        with runtime.autocast():
+            hidden = model.hidden(window)  # (1, T, D)
+            logits = model.logits(hidden[:, -1])[0]  # (V,)
+        best, candidates = logits.topk(min(config.top_k, len(logits)))
+        chosen = 0
+        if config.temperature > 0:
+            probabilities = torch.softmax(best / config.temperature, 0).cpu()
+            chosen = int(torch.multinomial(probabilities, 1, generator=generator))
+        token = int(candidates[chosen])
+        if token in (BOS, EOS):
+            return
+        ids = [*ids, token]
+        yield token
+
+
+def sample(config, runtime, loaded):
+    """MODE=sample: print PROMPT and how the artifact goes on; nothing is scored or written."""
+    token_bytes = load_token_bytes(config, loaded.tokenizer_sha256)
+    tokenizer = token_bytes.model
+    model = build_model(config, runtime)
+    model.load_state_dict(loaded.state_dict)
+    model.eval()
+    prompt = [BOS, *tokenizer.encode(config.prompt)]
+    generator = torch.Generator().manual_seed(config.seed)
+    shown = ""
+    text_ids = prompt[1:]
+    for token in continue_tokens(model, prompt, config, runtime, generator):
+        text_ids = [*text_ids, token]
+        text = tokenizer.decode(text_ids)
+        # A character of several bytes is a replacement mark until its last byte is there.
+        if runtime.is_main and not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if runtime.is_main:
+        print()
+
+
+# ---- the end of a process ----
 
 
 @contextlib.contextmanager
 def reported_errors(runtime):
     """Log what stops a run, once and with the rank, and end the process with its exit code."""
-    rank = f"[rank {runtime.comm.rank}] " * (runtime.comm.world > 1)
+    rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
     try:
         yield
     except Stopped as stop:
-        if runtime.is_main:
-            with contextlib.suppress(OSError):
-                (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-        runtime.log(
-            f"stopped signal:{runtime.stop.reason} phase:{stop}; run the same command again to go on"
-        )
-        runtime.event("stopped", signal=runtime.stop.reason, phase=str(stop))
-        with contextlib.suppress(RuntimeError):
-            runtime.comm.barrier()  # all ranks leave together
+        report_stop(runtime, stop)
         leave(runtime, stop.code)
+    except GolfError as error:
+        report_error(runtime, error.code, str(error), f"error: {error}", rank)
+        leave(runtime, error.code)
     except BaseException as error:
-        code, message, shown = 1, f"{type(error).__name__}: {error}", traceback.format_exc()
-        if isinstance(error, GolfError):
-            code, message, shown = error.code, str(error), f"error: {error}"
-        runtime.event("error", code=code, message=message)
-        runtime.append(runtime.log_file, f"error: {message}")
-        print(
-            "\n".join(f"{rank}{line}" for line in shown.splitlines()), file=sys.stderr, flush=True
-        )
-        leave(runtime, code)
+        message = f"{type(error).__name__}: {error}"
+        report_error(runtime, 1, message, traceback.format_exc(), rank)
+        leave(runtime, 1)
+
+
+def report_stop(runtime, stop):
+    """One line, one event, and the file STOPPED that tells a job script to requeue."""
+    if runtime.is_main:
+        with contextlib.suppress(OSError):
+            (runtime.dir / "STOPPED").write_text(f"{stop}\n")
+    runtime.log(
+        f"stopped signal:{runtime.stop.reason} phase:{stop}; run the same command again to go on"
+    )
+    runtime.event("stopped", signal=runtime.stop.reason, phase=str(stop))
+    with contextlib.suppress(RuntimeError):
+        runtime.comm.barrier()  # all ranks leave together
+
+
+def report_error(runtime, code, message, shown, rank):
+    """`message` to the log and the events, `shown` with its rank to the terminal."""
+    runtime.event("error", code=code, message=message)
+    runtime.append(runtime.log_file, f"error: {message}")
+    lines = [f"{rank}{line}" for line in shown.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def leave(runtime, code):
     """Exit now: with several ranks, tearing down a process group whose peers may be gone can hang."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+            thread.join()  # a checkpoint that is being written
     sys.stdout.flush()
     if runtime.comm.world > 1:
         os._exit(code)
     sys.exit(code)
 
 
+def load_given(environ):
+    """LoadedWeights that this command only scores or samples from, or None when it is to train."""
+    path = environ.get("EVAL_ONLY")
+    if not path and environ.get("MODE") == "sample":
+        path = Path(Config.from_env(environ).run_dir) / ARTIFACT_NAME
+    return load_weights(path) if path else None
+
+
 def main():
     """Read the configuration, build the runtime, train or load, pack, audit, score."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        return print(help_text())
-    if set(sys.argv[1:]) - {"--print-config"}:
+    arguments = set(sys.argv[1:])
+    if arguments & {"--help", "-h"}:
+        print(help_text())
+        return
+    if arguments - {"--print-config"}:
         raise ConfigError(
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
-    loaded = load_weights(os.environ["EVAL_ONLY"]) if os.environ.get("EVAL_ONLY") else None
+    loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.brought() if loaded else None)
-    if "--print-config" in sys.argv:
-        return print(
-            "\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items())
-        )
+    if arguments:
+        print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
+        return
+    check_places(config)
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):
-        run = Run(config, runtime, loaded)
-        run.prepare()
-        if not config.eval_only and config.mode == "train":
-            run.train()
-            run.pack()
-        if config.audit or config.mode == "audit":
-            run.audit()
-        if config.mode == "train":
-            run.score()
+        if config.mode == "sample":
+            sample(config, runtime, loaded)
+        else:
+            Run(config, runtime, loaded).run()
         runtime.close()
 
 
@@ -3957,4 +4819,5 @@ if __name__ == "__main__":
     try:
         main()
     except GolfError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or error.code)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
