@@ -2258,24 +2258,33 @@ def newton_schulz(matrices, steps, dtype):
     """
     x = matrices.to(dtype)
     # The Gram matrix of the short side is the smaller one.
-    tall = x.size(-2) > x.size(-1)
+    tall = is_tall(x)
     if tall:
         x = x.mT
     # Singular values must start in (0, 1]; the Frobenius norm is at least the largest of them.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
+        # Sums inside the products: three launches a step instead of five.
         gram = x @ x.mT  # (N, r, r)
         polynomial = torch.baddbmm(
             gram, gram, gram, beta=NEWTON_SCHULZ_B, alpha=NEWTON_SCHULZ_C
         )  # b G + c G^2
-        x = NEWTON_SCHULZ_A * x + polynomial @ x
+        x = torch.baddbmm(x, polynomial, x, beta=NEWTON_SCHULZ_A)
     return x.mT if tall else x
 
 
-def as_wide(matrix, like=None):
-    """`matrix` transposed if it (or `like`) has more rows than columns; twice is the identity."""
-    rows, columns = (matrix if like is None else like).shape
-    return matrix.mT if rows > columns else matrix
+def is_tall(matrix):
+    return matrix.size(-2) > matrix.size(-1)
+
+
+def as_wide(matrix):
+    """`matrix`, transposed if it has more rows than columns."""
+    return matrix.mT if is_tall(matrix) else matrix
+
+
+def squared_norm(tensors):
+    """Sum of all squared elements (0-d float32), in four launches for any number of tensors."""
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
 class Muon:
@@ -2304,7 +2313,10 @@ class Muon:
             by_shape.setdefault(shape, []).append(param)
         # Biggest first: its transfer takes longest and hides behind all others.
         self.stacks = sorted(by_shape.values(), key=lambda stack: -len(stack) * stack[0].numel())
+        for stack in self.stacks:
+            stack.sort(key=is_tall)  # wide ones first: `apply` transposes the others in one go
         self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
+        self.handles = []  # (handle, what is being sent)
         self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
         self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
         for stack in self.stacks:
@@ -2319,8 +2331,9 @@ class Muon:
     def stacked(self, matrices):
         """(world * share, r, c): reduce-scatter wants equal parts, hence the padding."""
         missing = self.share(matrices) * self.comm.world - len(matrices)
-        padding = [torch.zeros_like(matrices[0])] * missing
-        return torch.stack([*matrices, *padding])
+        if missing:
+            matrices = [*matrices, *[torch.zeros_like(matrices[0])] * missing]
+        return torch.stack(matrices)
 
     def shape_factors(self, stack):
         """(share, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices.
@@ -2338,7 +2351,6 @@ class Muon:
 
     def launch(self):
         # 1. launch: everything is on its way before the first wait.
-        self.handles = []
         for i, params in enumerate(self.stacks):
             stack = self.stacked([as_wide(param.grad) for param in params])
             if self.comm.world == 1:
@@ -2353,15 +2365,17 @@ class Muon:
         # 2. collect: the norm needs all stacks, so this waits for all.
         for handle, _ in self.handles:
             handle.wait()
-        return sum(grad.float().square().sum() for grad in self.grads)
+        self.handles.clear()  # 105 MB of nfm_7k's gradients, not to be held through the next step
+        return squared_norm(self.grads)
 
     def step(self, scale=1.0, meanwhile=lambda: None):
         """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs in the last all-gather."""
         # A stack is applied only after the next one was computed: its all-gather had that long.
         waiting = None
         for i, params in enumerate(self.stacks):
-            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i])
-            update.mul_(self.factors[i])
+            grad = self.grads[i].mul_(scale)
+            self.grads[i] = None
+            update = self.orthogonal_update(grad, self.buffers[i]).mul_(self.factors[i])
             full = update
             handle = None
             if self.comm.world > 1:
@@ -2386,10 +2400,13 @@ class Muon:
         if handle:
             handle.wait()
         torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
-        updates = []
-        for param, update in zip(params, full):  # the padding behind the last parameter is dropped
-            updates.append(as_wide(update.to(param.dtype), param))
-        torch._foreach_add_(params, updates, alpha=-self.lr)
+        # One cast for all, without the padding behind the last one.
+        updates = full[: len(params)].to(params[0].dtype)
+        # Laid out as the weights are: the fused addition below takes no transposed views.
+        num_wide = sum(not is_tall(param) for param in params)
+        wide = updates[:num_wide]
+        tall = updates[num_wide:].mT.contiguous()
+        torch._foreach_add_(params, [*wide.unbind(), *tall.unbind()], alpha=-self.lr)
 
     def state_dict(self):
         """Momentum of every matrix by shape, at any number of ranks; all ranks must call it."""
@@ -2505,7 +2522,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
         comm.all_reduce(squared).wait()
     scale = torch.ones_like(squared)
     if clip:
-        norm = (squared + sum(grad.square().sum() for grad in grads)).sqrt()
+        norm = (squared + squared_norm(grads)).sqrt()
         # A tensor all the way: reading the norm would make the host wait for the GPU.
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, scale)
