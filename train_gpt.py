@@ -2619,69 +2619,116 @@ class WeightAverage:
 
 # ==================================================================================================
 # Evaluation
-# One window plan, one meter, one scoring loop. Roundtrip, sliding window, test-time training and SLOT are
-# that loop with other arguments: a flat list of work items (score these windows, train on this chunk) and a
-# cursor, so that a killed evaluation goes on where it was.
+# One window plan, one meter, one scoring loop. Roundtrip, sliding window, test-time training and
+# SLOT are that loop with other arguments: a flat list of work items (score these windows, take this
+# training step) and a cursor, so that a killed evaluation goes on where it was.
 # ==================================================================================================
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+LOGITS_ROWS = 8192  # positions whose (V,) logits exist at the same time
+LOG_SECONDS = 15  # between two lines of progress in the log
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Result of one evaluation: val_loss in nats per token, val_bpb in bits per byte, seconds spent."""
+    """Result of one evaluation: val_loss in nats per token, val_bpb in bits per byte."""
 
     label: str
     val_loss: float
     val_bpb: float
     tokens: int
     bytes: int
-    seconds: float
+    seconds: float  # over all processes that worked on it, one after another
     legal: bool
 
 
 def bits_per_byte(nats, num_bytes):
+    """The challenge's unit: it compares models with different tokenizers."""
     return nats / math.log(2) / num_bytes
 
 
-def plan_windows(num_targets, seq_len, stride):
-    """[(start, first_scored, end)]: window [start, end) of targets, of which [first_scored, end) are scored
-    in it.
+class Window(typing.NamedTuple):
+    """Targets [start, end) of one forward pass, of which [first, end) are scored.
 
-    Every target is scored exactly once, in order, with as much context as a window of seq_len holds. A stride
-    beyond seq_len would leave gaps and counts as seq_len.
+    Target t is token t + 1 of the stream, predicted from the tokens up to t.
     """
-    windows, done = [], 0
+
+    start: int
+    first: int
+    end: int
+
+
+class ScoreRound(typing.NamedTuple):
+    """Work item: score windows[low:high], shared out over all ranks."""
+
+    low: int
+    high: int
+
+
+class TrainStep(typing.NamedTuple):
+    """Work item: one SGD step on rows [row_low, row_high) of the chunk at target `first`.
+
+    A row is EVAL_SEQ_LEN targets.
+    """
+
+    first: int
+    row_low: int
+    row_high: int
+    rate: float
+
+
+def plan_windows(num_targets, seq_len, stride):
+    """[Window(start, first, end)] that score every target exactly once, in order.
+
+    Each target has as much context as a window of seq_len holds. A stride beyond seq_len would
+    leave gaps and counts as seq_len.
+    """
+    stride = min(stride, seq_len)
+    windows = []
+    done = 0
     while done < num_targets:
-        end = min(num_targets, done + (min(stride, seq_len) if done else seq_len))
-        windows.append((max(0, end - seq_len), done, end))
+        # The first window has nothing before it and scores all of its targets.
+        step = stride if done else seq_len
+        end = min(num_targets, done + step)
+        windows.append(Window(max(0, end - seq_len), done, end))
         done = end
     return windows
 
 
 def plan_work(windows, num_targets, config, per_round, ttt):
-    """The evaluation as a flat list: ("score", low, high) scores windows[low:high] in one round of all
-    ranks, ("train", first_target, first_row, last_row, rate) is one SGD step on rows of EVAL_SEQ_LEN
-    targets from first_target.
+    """The evaluation as a flat list of ScoreRound (up to `per_round` windows) and TrainStep.
 
-    With test-time training a chunk's windows come first, then its training; the last chunk is never trained
-    on.
+    With test-time training a chunk's windows come first, then its training. The last chunk is never
+    trained on: nothing would be scored with what it taught.
     """
     chunk = config.ttt_chunk_tokens if ttt else num_targets
-    chunks, work, high = -(-num_targets // chunk), [], 0
-    rows, batch = chunk // config.eval_seq_len, config.ttt_batch_seqs
+    chunks = -(-num_targets // chunk)  # rounded up
+    work = []
+    high = 0
     for c in range(chunks):
+        # The windows that begin to score in this chunk; rounds do not cross chunks, so that all
+        # windows of the next one see what this one taught.
         low = high
-        while high < len(windows) and windows[high][1] < (c + 1) * chunk:
+        while high < len(windows) and windows[high].first < (c + 1) * chunk:
             high += 1
-        work += [("score", at, min(at + per_round, high)) for at in range(low, high, per_round)]
+        for at in range(low, high, per_round):
+            work.append(ScoreRound(at, min(at + per_round, high)))
         if c < chunks - 1:
-            rate = 0.5 * config.ttt_lr * (1 + math.cos(math.pi * c / (chunks - 1)))
-            work += [
-                ("train", c * chunk, at, min(at + batch, rows), rate)
-                for _ in range(config.ttt_epochs)
-                for at in range(0, rows, batch)
-            ]
+            work += plan_training(c, chunks, config)
     return work
+
+
+def plan_training(c, chunks, config):
+    """[TrainStep] of chunk c: TTT_EPOCHS passes over its rows, all at one learning rate."""
+    # A cosine over the chunks: TTT_LR at the first, towards 0 at the last.
+    rate = 0.5 * config.ttt_lr * (1 + math.cos(math.pi * c / (chunks - 1)))
+    first = c * config.ttt_chunk_tokens
+    rows = config.ttt_chunk_tokens // config.eval_seq_len
+    steps = []
+    for _ in range(config.ttt_epochs):
+        for low in range(0, rows, config.ttt_batch_seqs):
+            high = min(low + config.ttt_batch_seqs, rows)
+            steps.append(TrainStep(first, low, high, rate))
+    return steps
 
 
 def log_probs(logits):
@@ -2690,52 +2737,138 @@ def log_probs(logits):
 
 
 class Meter:
-    """float64 sums of nll and bytes on this rank. Raises LegalityError for a target twice or out of order."""
+    """float64 sums of nll and bytes on this rank, and the targets that they hold.
+
+    Raises LegalityError for a target that comes twice or out of order.
+    """
 
     def __init__(self, num_targets, device):
+        # The sum stays on the device: to read it makes the host wait.
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
-        self.tokens = self.bytes = self.last = 0
-        self.coverage = np.zeros(num_targets, np.uint8)
+        self.tokens = 0
+        self.bytes = 0
+        self.last = 0  # end of the last span that was added
+        self.coverage = np.zeros(num_targets, np.uint8)  # how often each target was scored
 
     def add(self, first, end, nll, num_bytes):
-        """Targets [first, end) with summed nll (0-d float64)."""
+        """Add targets [first, end) with their summed nll (0-d float64)."""
         if first < self.last or self.coverage[first:end].any():
             raise LegalityError(
                 f"targets {first}…{end} come after {self.last}: out of order or twice"
             )
         self.coverage[first:end] = 1
         self.nll += nll
-        self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
+        self.tokens += end - first
+        self.bytes += num_bytes
+        self.last = end
 
     def row(self):
+        """The sums as plain numbers, for a collective or a saved state."""
         return [float(self.nll), self.tokens, self.bytes, self.last]
 
     def restore(self, rows, coverage, comm):
-        """This rank's share of a saved state; with another number of ranks, rank 0 goes on with the sum."""
-        mine = rows[comm.rank] if len(rows) == comm.world else rows.sum(0) * (comm.rank == 0)
-        self.nll.fill_(mine[0])
-        self.tokens, self.bytes, self.last = int(mine[1]), int(mine[2]), int(rows[:, 3].max())
-        self.coverage = coverage * (comm.rank == 0)
+        """Take up a saved state: rows (ranks then, 4) as of row(), coverage (num_targets,)."""
+        if len(rows) == comm.world:
+            nll, tokens, num_bytes, _ = rows[comm.rank]
+        elif comm.rank == 0:
+            # Saved by another number of ranks: rank 0 goes on with the sum of all,
+            nll, tokens, num_bytes, _ = rows.sum(0)
+        else:
+            # and the others begin with nothing.
+            nll, tokens, num_bytes = 0.0, 0, 0
+        self.nll.fill_(nll)
+        self.tokens = int(tokens)
+        self.bytes = int(num_bytes)
+        self.last = int(rows[:, 3].max())
+        # The coverage is that of all ranks together, so that only one of them may keep it.
+        self.coverage = coverage if comm.rank == 0 else np.zeros_like(coverage)
 
 
 @contextlib.contextmanager
 def evaluation_mode(model, freeze_blocks):
-    """Evaluation mode with the first blocks frozen; yields the parameters that may be trained, and restores
-    weights, modes and what needs gradients."""
-    before = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
+    """Evaluation mode with the first blocks frozen; yields the parameters that may be trained.
+
+    Weights, modes and what needs gradients are afterwards as they were found.
+    """
+    params = list(model.parameters())
+    values = [p.detach().clone() for p in params]
+    required = [p.requires_grad for p in params]
     training = model.training
     try:
         model.eval()
         for block in model.blocks[:freeze_blocks]:
             block.requires_grad_(False)
-        yield [p for p in model.parameters() if p.requires_grad]
+        yield [p for p in params if p.requires_grad]
     finally:
         with torch.no_grad():
-            for param, value, requires_grad in before:
+            for param, value, requires_grad in zip(params, values, required):
                 param.copy_(value)
                 param.requires_grad_(requires_grad)
                 param.grad = None
         model.train(training)
+
+
+class Batch(typing.NamedTuple):
+    """Windows that go through the model together."""
+
+    windows: list  # of Window, (n,)
+    ids: torch.Tensor  # (B, T); B > n where the last window is repeated to fill a compiled shape
+    targets: torch.Tensor  # (B, T)
+
+
+def slot_shift(model, hidden, batch, config, slot):
+    """SLOT: a shift of the final states, fitted by AdamW with the weights frozen.
+
+    hidden (B, T, D) is computed once; only the head runs in each step.
+    causal: (B, 1, D), one shift per window, fitted on the window's positions that earlier windows
+    scored; a window without any gets none.
+    published (#1150): (1, 1, D), fitted on all positions of the batch, those about to be scored
+    included, which is why it is illegal (#1240).
+    """
+    causal = slot == "causal"
+    known = torch.zeros(batch.targets.shape, device=hidden.device)  # (B, T): 1 = may be fitted on
+    for i, (start, first, end) in enumerate(batch.windows):
+        known_until = first if causal else end
+        known[i, : known_until - start] = 1
+    rows = len(known) if causal else 1
+    count = known.sum(1).clamp(min=1) if causal else known.sum()
+    shift = torch.zeros(rows, 1, hidden.size(-1), device=hidden.device, requires_grad=True)
+    adamw = torch.optim.AdamW([shift], lr=config.slot_lr)
+    for _ in range(config.slot_steps):
+        with torch.enable_grad():
+            logits = model.logits(hidden.detach() + shift)  # (B, T, V)
+            nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+            mean = (nll.view_as(known) * known).sum(1) / count  # (B,)
+            # Each window's mean depends on its own shift alone: the sum mixes no gradients.
+            total = mean.sum()
+        (shift.grad,) = torch.autograd.grad(total, shift)
+        adamw.step()
+    return shift.detach()
+
+
+@torch.no_grad()
+def scored_nll(model, hidden, batch, observer):
+    """nll (n,) of a batch's scored targets, window after window; only these get logits.
+
+    hidden (B, T, D); `observer` is shown the targets' indices, log-probabilities and nll.
+    """
+    length = hidden.size(1)
+    rows = []  # scored positions in the flattened batch (B * T,)
+    indices = []  # their targets in the stream
+    for i, (start, first, end) in enumerate(batch.windows):
+        rows.append(np.arange(i * length + first - start, i * length + end - start))
+        indices.append(np.arange(first, end))
+    rows = np.concatenate(rows)
+    indices = np.concatenate(indices)
+    out = []
+    for low in range(0, len(rows), LOGITS_ROWS):
+        part = torch.from_numpy(rows[low : low + LOGITS_ROWS]).to(hidden.device)
+        logps = log_probs(model.logits(hidden.flatten(0, 1)[part]))  # (n, V)
+        entries = logps.gather(1, batch.targets.flatten()[part, None])  # (n, 1)
+        nll = -entries[:, 0]
+        observer.scored(indices[low : low + LOGITS_ROWS], logps, nll)
+        out.append(nll)
+    return torch.cat(out)
 
 
 class Observer:
@@ -2752,11 +2885,11 @@ class Observer:
 
 
 class Evaluation:
-    """One pass over a validation stream. `ttt` trains on scored chunks, `slot` shifts hidden states (see
-    the README).
+    """One pass over a validation stream.
 
-    checkpoints, if given, keep the state (cursor, sums, coverage, adapted weights, momentum) for the same
-    `identity`.
+    `ttt` trains on scored chunks (score-first test-time training), `slot` shifts hidden states.
+    `checkpoints`, if given, keeps the state (cursor, sums, coverage, adapted weights, momentum);
+    only an evaluation of the same `identity`, settings and text goes on from it.
     """
 
     def __init__(
@@ -2773,71 +2906,98 @@ class Evaluation:
         identity="",
         label="",
     ):
-        self.model, self.stream, self.config = model, stream, config
-        self.runtime, self.comm, self.observer = runtime, runtime.comm, observer or Observer()
-        self.slot, self.checkpoints, self.label = slot, checkpoints, label
+        self.model = model
+        self.stream = stream
+        self.config = config
+        self.runtime = runtime
+        self.comm = runtime.comm
+        self.ttt = ttt
+        self.slot = slot
+        self.observer = observer or Observer()
+        self.checkpoints = checkpoints
+        self.label = label
+        text = stream.fingerprint["val_sha256"]
+        # What must agree before a saved state is taken up.
+        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world}"
+        # The plan is the same list on every rank, so that collectives meet.
         self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
         per_round = config.eval_batch_seqs * self.comm.world
         self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
         self.meter = Meter(stream.num_targets, runtime.device)
-        text = stream.fingerprint["val_sha256"]
-        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world}"
-        self.hidden, self.loss = runtime.compiled(model.hidden), runtime.compiled(model)
-        self.cursor, self.seconds, self.ttt, self.sgd = 0, 0.0, ttt, None
+        self.hidden = runtime.compiled(model.hidden)
+        self.loss = runtime.compiled(model)
+        self.sgd = None  # the optimiser of test-time training
         self.batch_limit = None  # windows per batch that fit, once more did not
+        self.cursor = 0  # the next work item
+        self.seconds = 0.0  # spent so far, by earlier processes too
 
     def run(self, last_target=None):
-        """Score all targets (or until a window's first one passes last_target); returns a Score."""
+        """Score all targets (or until a round begins beyond last_target); returns a Score."""
         with evaluation_mode(self.model, self.config.ttt_freeze_blocks) as params:
             if self.ttt:
+                # Made anew for every evaluation: nothing is left of the one before.
                 self.sgd = torch.optim.SGD(params, self.config.ttt_lr, self.config.ttt_momentum)
             self.load()
-            self.begun = self.logged = time.monotonic() - self.seconds
-            first = self.cursor
+            # As if this process had done all of it.
+            self.started = time.monotonic() - self.seconds
+            self.shown = self.logged = self.started
             while self.cursor < len(self.work):
-                kind, *item = self.work[self.cursor]
-                if (
-                    last_target is not None
-                    and kind == "score"
-                    and self.windows[item[0]][1] > last_target
-                ):
+                item = self.work[self.cursor]
+                if last_target is not None and self.begins_beyond(last_target, item):
                     break
-                self.observer.before_item(self, (kind, *item))
-                self.score(*item) if kind == "score" else self.train(*item)
-                self.observer.after_item(self, (kind, *item))
+                self.observer.before_item(self, item)
+                if isinstance(item, ScoreRound):
+                    self.score(item)
+                else:
+                    self.train(item)
+                self.observer.after_item(self, item)
                 self.cursor += 1
-                self.after_item(first)
+                self.after_item()
             if self.checkpoints is not None:
                 self.checkpoints.wait()
             return self.result(complete=last_target is None)
 
-    def after_item(self, first):
-        """Between items: show progress, save the state when due, stop when wanted (all ranks together)."""
-        runtime, now = self.runtime, time.monotonic()
-        self.seconds, more = now - self.begun, self.cursor < len(self.work)
-        due = more and runtime.is_main and self.checkpoints is not None and self.checkpoints.due()
-        stop, save = self.comm.all_reduce_scalars(more and runtime.stop.wanted(), due)
-        quiet, shown = now - self.logged, self.label and runtime.is_main and self.meter.bytes
-        if shown and quiet > (
-            1 if sys.stdout.isatty() else 15
-        ):  # reading the sum makes the device wait
-            bpb = bits_per_byte(float(self.meter.nll), self.meter.bytes)
-            left = (len(self.work) - self.cursor) * self.seconds / max(1, self.cursor - first)
-            text = (
-                f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
-                f"running_bpb:{bpb:.4f} eta:{left:.0f}s"
-            )
-            runtime.progress(text)
-            if quiet > 15:
-                self.logged = now
-                runtime.log(text)
+    def begins_beyond(self, target, item):
+        return isinstance(item, ScoreRound) and self.windows[item.low].first > target
+
+    def after_item(self):
+        """Between items: show progress, save the state when due, stop when wanted."""
+        self.seconds = time.monotonic() - self.started
+        self.show_progress()
+        keeper = self.runtime.is_main and self.checkpoints is not None
+        more = self.cursor < len(self.work)
+        due = more and keeper and self.checkpoints.due()
+        wanted = more and self.runtime.stop.wanted()
+        # One collective for both, so that all ranks save or stop after the same item.
+        stop, save = self.comm.all_reduce_scalars(wanted, due)
         if (stop or save) and self.checkpoints is not None:
             self.save(wait=bool(stop))
         if stop:
             raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
 
+    def show_progress(self):
+        """The running score: on a terminal every second, in the log every LOG_SECONDS."""
+        now = time.monotonic()
+        every = 1 if sys.stdout.isatty() else LOG_SECONDS
+        # Not after every item: to read the sum makes the host wait for the device.
+        if not (self.label and self.runtime.is_main and self.meter.bytes):
+            return
+        if now - self.shown < every:
+            return
+        self.shown = now
+        bpb = bits_per_byte(float(self.meter.nll), self.meter.bytes)
+        eta = (len(self.work) - self.cursor) * self.seconds / self.cursor
+        text = (
+            f"{self.label}_progress {self.cursor}/{len(self.work)} tokens:{self.meter.tokens} "
+            f"running_bpb:{bpb:.4f} eta:{eta:.0f}s"
+        )
+        self.runtime.progress(text)
+        if now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            self.runtime.log(text)
+
     def halving(self, run, size):
-        """run(size) in parts of at most `size` rows; after an out-of-memory error again with half of it."""
+        """run(size) with at most `size` rows at a time; out of memory, again with half as many."""
         while True:
             size = min(size, self.batch_limit or size)
             try:
@@ -2850,129 +3010,111 @@ class Evaluation:
                     ) from None
                 self.batch_limit = size // 2
                 self.runtime.log(f"out_of_memory: evaluation batch halved to {size // 2} windows")
+            # Outside the handler, whose traceback still holds the tensors that did not fit.
             torch.cuda.empty_cache()
 
-    def score(self, low, high):
-        """Score this rank's share of windows[low:high]."""
+    def score(self, item):
+        """Score this rank's share of a round's windows."""
         size = self.config.eval_batch_seqs
-        mine = self.windows[low:high][self.comm.rank * size :][:size]
-        nll = self.halving(
-            lambda part: [
-                x for i in range(0, len(mine), part) for x in self.nll(mine[i : i + part], part)
-            ],
-            size,
-        )
-        for (_, first, end), value in zip(mine, nll):
-            self.meter.add(first, end, value, int(self.stream.bytes[first:end].sum(dtype=np.int64)))
+        low = item.low + self.comm.rank * size
+        share = self.windows[low : min(low + size, item.high)]
 
-    def batch(self, starts, length):
-        """ids and targets (n, length) of windows at `starts`, on the device."""
-        tokens = self.runtime.to_device(
-            np.stack([self.stream.tokens[at : at + length + 1] for at in starts])
-        )
-        return tokens[:, :-1], tokens[:, 1:]
+        def in_parts(part):
+            sums = []
+            for i in range(0, len(share), part):
+                sums += self.window_sums(share[i : i + part], part)
+            return sums
+
+        for (_, first, end), nll in zip(share, self.halving(in_parts, size)):
+            num_bytes = int(self.stream.bytes[first:end].sum(dtype=np.int64))
+            self.meter.add(first, end, nll, num_bytes)
 
     @torch.no_grad()
-    def nll(self, windows, size):
-        """Summed nll (0-d float64) of each window's scored targets; only those get logits."""
-        length = windows[0][2] - windows[0][0]
-        starts = [start for start, _, _ in windows]
-        missing = size - len(starts) if self.runtime.compiling else 0  # one compiled shape
-        ids, targets = self.batch(starts + starts[-1:] * missing, length)
+    def window_sums(self, windows, size):
+        """Summed nll (0-d float64) of each window, from one forward pass of up to `size` rows."""
+        starts = [window.start for window in windows]
+        if self.runtime.compiling:
+            # One compiled shape: the last window fills the rows that are missing.
+            starts += starts[-1:] * (size - len(starts))
+        length = windows[0].end - windows[0].start  # all windows of a stream are equally long
+        batch = Batch(windows, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.hidden(ids)
+            hidden = self.hidden(batch.ids)  # (B, T, D)
             if self.slot != "off":
-                hidden = hidden + self.slot_shift(hidden, targets, windows)
-        places = [
-            np.arange(i * length + first - start, (i + 1) * length)
-            for i, (start, first, _) in enumerate(windows)
-        ]
-        out, flat = [], np.concatenate(places)
-        for at in np.split(flat, range(8192, len(flat), 8192)):
-            part = self.runtime.to_device(at)
-            with self.runtime.autocast():
-                logps = log_probs(self.model.logits(hidden.flatten(0, 1)[part]))
-            out.append(-logps.gather(1, targets.flatten()[part, None])[:, 0])
-            self.observer.scored(np.array(starts)[at // length] + at % length, logps, out[-1])
-        return [x.double().sum() for x in torch.cat(out).split([len(p) for p in places])]
+                hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
+            nll = scored_nll(self.model, hidden, batch, self.observer)
+        # In float64: 62 million summands.
+        by_window = nll.split([end - first for _, first, end in windows])
+        return [part.double().sum() for part in by_window]
 
-    def slot_shift(self, hidden, targets, windows):
-        """SLOT: shift of the final states fitted by AdamW with the weights frozen, states computed once.
+    def rows(self, starts, length):
+        """ids and targets (n, length) of the rows that begin at targets `starts`."""
+        spans = [self.stream.tokens[at : at + length + 1] for at in starts]
+        tokens = self.runtime.to_device(np.stack(spans))  # (n, length + 1)
+        return tokens[:, :-1], tokens[:, 1:]
 
-        causal: one (1, D) per window, fitted on the window's positions that earlier windows scored; a
-        window without any gets none. published (#1150): one for the batch, fitted on all positions, those
-        about to be scored included.
-        """
-        known, causal = torch.zeros(targets.shape, device=targets.device), self.slot == "causal"
-        for i, (start, first, end) in enumerate(windows):
-            known[i, : first - start if causal else end - start] = 1
-        rows = len(targets) if causal else 1
-        shift = torch.zeros(rows, 1, hidden.size(-1), device=hidden.device, requires_grad=True)
-        adamw = torch.optim.AdamW([shift], lr=self.config.slot_lr)
-        count = known.sum(1).clamp(min=1) if causal else known.sum()
-        for _ in range(self.config.slot_steps):
-            with torch.enable_grad():
-                logits = self.model.logits(hidden.detach() + shift)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-                total = (
-                    (loss.view_as(known) * known).sum(1) / count
-                ).sum()  # windows share no gradient
-            (shift.grad,) = torch.autograd.grad(total, shift)
-            adamw.step()
-        return shift.detach()
-
-    def train(self, first, row_low, row_high, rate):
-        """One SGD step on rows [row_low, row_high) of the chunk at target `first`; all of them are scored."""
-        length, comm = self.config.eval_seq_len, self.comm
-        starts = [first + row * length for row in range(row_low, row_high)][comm.rank :: comm.world]
+    def train(self, item):
+        """One SGD step on rows of a chunk; all of its targets are scored."""
+        length = self.config.eval_seq_len
+        starts = [item.first + row * length for row in range(item.row_low, item.row_high)]
+        starts = starts[self.comm.rank :: self.comm.world]  # this rank's rows, perhaps none
         params = self.sgd.param_groups[0]["params"]
 
-        def run(part):
+        def accumulate(part):
+            # Anew: after an out-of-memory error some gradients are there already.
             for param in params:
                 param.grad = torch.zeros_like(param)
             for i in range(0, len(starts), part):
-                ids, targets = self.batch(starts[i : i + part], length)
+                ids, targets = self.rows(starts[i : i + part], length)
                 with self.runtime.autocast():
                     loss = self.loss(ids, targets)
-                (loss * (len(ids) / (row_high - row_low))).backward()
+                share = len(ids) / (item.row_high - item.row_low)  # of the step's mean
+                (loss * share).backward()
 
-        self.halving(run, max(1, len(starts)))
-        comm.sum_gradients([p.grad for p in params])  # ranks without a row add zeros
+        self.halving(accumulate, max(1, len(starts)))
+        # A rank without a row adds zeros. The sum is clipped, not each rank's part of it.
+        self.comm.sum_gradients([p.grad for p in params])
         if self.config.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, self.config.ttt_grad_clip)
-        self.sgd.param_groups[0]["lr"] = rate
+        self.sgd.param_groups[0]["lr"] = item.rate  # momentum lives on from chunk to chunk
         self.sgd.step()
 
     def result(self, complete):
-        """The Score over all ranks. Raises LegalityError unless every target was counted exactly once."""
+        """The Score over all ranks. Raises LegalityError unless each target was counted once."""
         nats, tokens, num_bytes, _ = self.comm.gather_rows(self.meter.row()).sum(0)
         coverage = self.all_coverage()
         if complete and not (coverage == 1).all():
             raise LegalityError(
                 f"targets were scored {coverage.min()}…{coverage.max()} times instead of once"
             )
+        # Checked once, here: a check after every batch would make the host wait.
         if not math.isfinite(nats):
             raise ArtifactError(
                 f"{self.label or 'validation'}: the score is not finite: the weights are damaged"
             )
         return Score(
-            self.label,
-            nats / max(tokens, 1),
-            bits_per_byte(nats, max(num_bytes, 1)),
-            int(tokens),
-            int(num_bytes),
-            time.monotonic() - self.begun,
-            self.slot != "published",
+            label=self.label,
+            val_loss=nats / max(tokens, 1),
+            val_bpb=bits_per_byte(nats, max(num_bytes, 1)),
+            tokens=int(tokens),
+            bytes=int(num_bytes),
+            seconds=time.monotonic() - self.started,
+            legal=self.slot != "published",
         )
 
     def all_coverage(self):
+        """How often each target (num_targets,) was scored, by all ranks together."""
         total = torch.from_numpy(self.meter.coverage.copy())
         if self.comm.world > 1:
             dist.all_reduce(total)
         return total.numpy()
 
     def save(self, wait):
-        """Write the state in the background; with `wait`, raise ResourceError if it cannot be written."""
+        """Write the state in the background; every rank must call it.
+
+        With `wait`, raises ResourceError if it cannot be written.
+        """
+        # Sums and coverage of all ranks: another number of ranks may go on from it.
         state = dict(
             identity=self.identity,
             cursor=self.cursor,
@@ -2981,31 +3123,35 @@ class Evaluation:
             coverage=torch.from_numpy(np.packbits(self.all_coverage())),
         )
         if self.ttt:
+            # What the chunks so far have taught.
             state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
         text = f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}"
         if self.runtime.is_main:
             self.checkpoints.save(self.cursor, state, lambda seconds, size: self.runtime.log(text))
         if wait:
             self.checkpoints.wait_or_raise()
-            self.comm.barrier()  # a rank that left now would have the launcher end the one that writes
+            # A rank that left now would have the launcher end the one that still writes.
+            self.comm.barrier()
 
     def load(self):
         """Go on from a saved state of the same evaluation, if there is one."""
         if self.checkpoints is None:
             return
         cursor, state = self.checkpoints.load()
-        if not cursor:
+        if state is None:
             return
         if state["identity"] != self.identity:
             self.comm.barrier()  # every rank has read it
             self.checkpoints.clear()
-            return self.runtime.log(
+            self.runtime.log(
                 f"warning: {self.checkpoints.path(cursor)} belongs to another evaluation; this "
                 "evaluation starts at its beginning"
             )
+            return
         coverage = np.unpackbits(state["coverage"].numpy(), count=self.stream.num_targets)
         self.meter.restore(state["rows"].numpy(), coverage, self.comm)
-        self.cursor, self.seconds = state["cursor"], state["seconds"]
+        self.cursor = state["cursor"]
+        self.seconds = state["seconds"]
         if self.ttt:
             self.model.load_state_dict(state["model"])
             self.sgd.load_state_dict(state["sgd"])
@@ -3013,8 +3159,12 @@ class Evaluation:
 
 
 def evaluate(model, stream, config, runtime, stride=None, **options):
-    """Score a validation stream by Evaluation; EVAL_SEQ_LEN as stride means non-overlapping windows."""
-    return Evaluation(model, stream, config, runtime, stride or config.eval_stride, **options).run()
+    """Score a validation stream; EVAL_SEQ_LEN as stride means non-overlapping windows.
+
+    The options are those of Evaluation; returns a Score.
+    """
+    stride = stride or config.eval_stride
+    return Evaluation(model, stream, config, runtime, stride, **options).run()
 
 
 class EvaluationJob(typing.NamedTuple):
@@ -3776,93 +3926,121 @@ def load_float_weights(path):
 
 # ==================================================================================================
 # Legality
-# The four conditions of issue #1017, checked on the functions that produce the score: the checks only change
-# tokens and look at what the scoring loop shows an Observer. Comparisons are bit for bit.
+# The four conditions of issue #1017, checked on the functions that produce the score: the checks
+# only change tokens and look at what the scoring loop shows an Observer. Two runs that must agree
+# agree bit for bit: rounding would hide a small leak.
 # ==================================================================================================
 class Recorder(Observer):
-    """Keeps what one evaluation showed: nll by target, log-probabilities of `keep` targets, state hashes."""
+    """Keeps what one evaluation showed: nll by target, some log-probabilities, state hashes.
+
+    `keep`: targets whose log-probabilities are kept. `hash_state`: hash the state that every round
+    of scoring finds, and compare it with what the round leaves.
+    """
 
     def __init__(self, num_targets, keep=(), hash_state=False):
-        self.nll, self.times, self.total = (
-            torch.zeros(num_targets),
-            np.zeros(num_targets, np.int64),
-            0.0,
-        )
-        self.keep, self.hash_state = {int(t): None for t in keep}, hash_state
-        self.order, self.sums, self.state_entering = [], [], {}
-        self.score_changed_state = self.trained_ahead = False
+        self.nll = torch.zeros(num_targets)
+        self.times = np.zeros(num_targets, np.int64)  # how often each target was shown
+        self.total = 0.0  # nats, as shown
+        self.keep = {int(t): None for t in keep}  # target: (log-probabilities (V,), nll)
+        self.hash_state = hash_state
+        self.order = []  # first scored target of every round
+        self.sums = []  # the meter's nats after every item
+        self.state_entering = {}  # first scored target: hash of the state that scores it
+        self.score_changed_state = False
+        self.trained_ahead = False
 
     def scored(self, targets, logps, nll):
         self.nll[targets] = nll.float().cpu()
         self.total += float(nll.double().sum())
-        np.add.at(self.times, targets, 1)
+        np.add.at(self.times, targets, 1)  # counts a target twice if it is shown twice
         for row in np.flatnonzero(np.isin(targets, list(self.keep))):
-            self.keep[int(targets[row])] = logps[row].float().cpu(), float(nll[row])
+            target = int(targets[row])
+            self.keep[target] = logps[row].float().cpu(), float(nll[row])
 
     def before_item(self, evaluation, item):
-        windows = evaluation.windows
-        if item[0] == "score":
-            self.order.append(windows[item[1]][1])
+        if isinstance(item, ScoreRound):
+            first = evaluation.windows[item.low].first
+            self.order.append(first)
             if self.hash_state:
-                self.state_entering[self.order[-1]] = state_hash(evaluation)
+                self.state_entering[first] = state_hash(evaluation)
         else:
-            end = item[1] + item[3] * evaluation.config.eval_seq_len
-            scored = evaluation.all_coverage()[item[1] : end].all()
-            upcoming = [i for i in evaluation.work[evaluation.cursor + 1 :] if i[0] == "score"][:1]
-            self.trained_ahead |= not scored or any(end > windows[low][1] for _, low, _ in upcoming)
+            self.trained_ahead |= trains_ahead(evaluation, item)
 
     def after_item(self, evaluation, item):
         self.sums.append(float(evaluation.meter.nll))
-        if item[0] == "score" and self.hash_state:
-            self.score_changed_state |= (
-                state_hash(evaluation) != self.state_entering[self.order[-1]]
-            )
+        if isinstance(item, ScoreRound) and self.hash_state:
+            # Scoring may look at the state, but must leave it as it found it.
+            found = self.state_entering[self.order[-1]]
+            self.score_changed_state |= state_hash(evaluation) != found
+
+
+def trains_ahead(evaluation, item):
+    """Whether a TrainStep uses a target that is not scored yet, or that is to be scored later."""
+    end = item.first + item.row_high * evaluation.config.eval_seq_len
+    if not evaluation.all_coverage()[item.first : end].all():
+        return True
+    for upcoming in evaluation.work[evaluation.cursor + 1 :]:
+        if isinstance(upcoming, ScoreRound):
+            return end > evaluation.windows[upcoming.low].first
+    return False
 
 
 def state_hash(evaluation):
     """SHA-256 over parameters, buffers and optimiser state of an evaluation."""
+    tensors = [*evaluation.model.parameters(), *evaluation.model.buffers()]
+    if evaluation.sgd is not None:
+        for state in evaluation.sgd.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):  # momentum; None before the first step
+                    tensors.append(value)
     digest = hashlib.sha256()
-    momenta = (
-        [t for s in evaluation.sgd.state.values() for t in s.values()] if evaluation.sgd else []
-    )
-    for tensor in (*evaluation.model.parameters(), *evaluation.model.buffers(), *momenta):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(
-                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            )
+    for tensor in tensors:
+        # bfloat16 has no counterpart in NumPy, hence the bytes.
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class Audit:
-    """Runs the checks; `checks` is the list of (name, passed, detail)."""
+    """Runs the checks; `checks` is the list of {"name", "passed", "detail"}."""
 
     def __init__(self, model, stream, config, runtime):
-        self.model, self.config, self.runtime, self.checks = model, config, runtime, []
-        length, stride, batch = config.eval_seq_len, config.eval_stride, config.eval_batch_seqs
+        self.model = model
+        self.config = config
+        self.runtime = runtime
+        self.checks = []
         # Scoring alone is checked on a few batches, test-time training on two chunks.
-        self.short, self.long = (
-            stream.replaced(stream.tokens[: min(stream.num_targets, targets) + 1])
-            for targets in (length + 3 * batch * stride, 2 * config.ttt_chunk_tokens)
-        )
+        three_batches = 3 * config.eval_batch_seqs * config.eval_stride
+        self.short = self.beginning(stream, config.eval_seq_len + three_batches)
+        self.long = self.beginning(stream, 2 * config.ttt_chunk_tokens)
         self.random = np.random.default_rng(config.seed)
 
+    @staticmethod
+    def beginning(stream, targets):
+        """The first `targets` targets of a stream, or all that it has."""
+        targets = min(stream.num_targets, targets)
+        return stream.replaced(stream.tokens[: targets + 1])
+
     def run(self, stream, ttt=False, last_target=None, **options):
+        """(Recorder, Evaluation) of the configured evaluation over a stream."""
         recorder = Recorder(stream.num_targets, **options)
+        # The evaluation that scores, not a copy of it.
         evaluation = Evaluation(
             self.model,
             stream,
             self.config,
             self.runtime,
             self.config.eval_stride,
-            ttt,
-            self.config.slot,
-            recorder,
+            ttt=ttt,
+            slot=self.config.slot,
+            observer=recorder,
         )
         evaluation.run(last_target)
         return recorder, evaluation
 
     def check(self, name, passed, detail):
-        """Record a check; it passes when it passes on every rank."""
+        """Record and log a check; it passes when it passes on every rank."""
+        # All ranks must come to the same end: each sees only what it scored.
         passed = not self.runtime.comm.any_rank(not passed)
         self.checks.append(dict(name=name, passed=passed, detail=detail))
         self.runtime.log(f"legality {name} {'pass' if passed else 'FAIL'} {detail}")
@@ -3870,19 +4048,21 @@ class Audit:
     def changed(self, stream, low, high=None):
         """`stream` with tokens [low, high) replaced by others, each different from what it was."""
         tokens = np.array(stream.tokens)
-        span, vocab = tokens[low:high].astype(np.int64), self.config.vocab_size
-        tokens[low:high] = (span + self.random.integers(1, vocab, len(span))) % vocab
+        vocab = self.config.vocab_size
+        span = tokens[low:high].astype(np.int64)
+        # A shift by 1 to V - 1 modulo V never gives the same token again.
+        shift = self.random.integers(1, vocab, len(span))
+        tokens[low:high] = (span + shift) % vocab
         return stream.replaced(tokens)
 
     def edges(self):
         """Targets at and around the edges of windows and batches, and some inside."""
-        n, length, stride = (
-            self.short.num_targets,
-            self.config.eval_seq_len,
-            self.config.eval_stride,
-        )
+        length = self.config.eval_seq_len
+        stride = self.config.eval_stride
+        # One past the last target that the first batch scores.
         batch_end = length + stride * (self.config.eval_batch_seqs - 1)
-        wanted = {
+        last = self.short.num_targets - 1
+        wanted = [
             1,
             length - 1,
             length,
@@ -3890,27 +4070,36 @@ class Audit:
             length + stride,
             batch_end,
             batch_end + 1,
-            n - 1,
-        }
-        return sorted(
-            {k for k in wanted if 0 < k < n} | set(self.random.integers(1, n, 4).tolist())
-        )
+            last,
+        ]
+        # A short stream may end before some of them.
+        places = {k for k in wanted if 0 < k <= last}
+        places.update(self.random.integers(1, last + 1, 4).tolist())
+        return sorted(places)
 
     def causality(self):
-        places, ahead, own = self.edges(), [], []
+        """C1: the distribution at t depends on nothing but the artifact and the tokens before t."""
+        places = self.edges()
         base, _ = self.run(self.short, keep=places)
+        ahead = []
         for k in places:
-            recorder, _ = self.run(self.changed(self.short, k + 1), last_target=k)
-            ahead += [k] if not torch.equal(recorder.nll[:k], base.nll[:k]) else []
+            # Target k is token k + 1: this changes what comes after all targets before k.
+            twin, _ = self.run(self.changed(self.short, k + 1), last_target=k)
+            if not torch.equal(twin.nll[:k], base.nll[:k]):
+                ahead.append(k)
         self.check(
             "C1 future_flip",
             not ahead,
             f"{len(places)} places, tokens after each replaced; differ: {ahead[:5]}",
         )
+        # Replacing target t's own token must not move the distribution that scores it.
+        own = []
         for t in places[:: max(1, len(places) // 6)]:
-            recorder, _ = self.run(self.changed(self.short, t + 1, t + 2), last_target=t, keep=[t])
-            found = recorder.keep[t]
-            own += [t] if found and not torch.equal(found[0], base.keep[t][0]) else []
+            twin, _ = self.run(self.changed(self.short, t + 1, t + 2), last_target=t, keep=[t])
+            # Another rank may have scored t; then there is nothing to compare here.
+            found = twin.keep[t]
+            if found and not torch.equal(found[0], base.keep[t][0]):
+                own.append(t)
         self.check(
             "C1 own_token",
             not own,
@@ -3920,34 +4109,46 @@ class Audit:
     def boundary(self):
         """A document's first position takes nothing from its predecessor in the smear gate."""
         ids = self.runtime.to_device(self.random.integers(2, self.config.vocab_size, (2, 16)))
-        ids[:, 8] = BOS
+        ids[:, 8] = BOS  # a new document in the middle of both rows
         noise = self.random.standard_normal((1, 16, self.config.model_dim), np.float32)
-        states = torch.from_numpy(noise).repeat(2, 1, 1)
+        # Two rows that differ in the state just before the BOS, and nowhere else.
+        states = torch.from_numpy(noise).repeat(2, 1, 1)  # (2, 16, D)
         states[1, 7] += 1.0
         with torch.no_grad():
             out = self.model.smear(states.to(self.runtime.device), ids)
-        passed = torch.equal(out[0, 8], out[1, 8]) and torch.equal(out[0, :7], out[1, :7])
+        same_before = torch.equal(out[0, :7], out[1, :7])
+        same_at_bos = torch.equal(out[0, 8], out[1, 8])
         self.check(
-            "C1 bos_resets", passed, "the state at BOS does not depend on the token before it"
+            "C1 bos_resets",
+            same_before and same_at_bos,
+            "the state at BOS does not depend on the token before it",
         )
 
     def normalisation(self):
-        short, vocab = self.short, self.config.vocab_size
-        recorder, evaluation = self.run(short, keep=self.random.integers(0, short.num_targets, 64))
+        """C2: one distribution over the whole vocabulary, and the score is its entry."""
+        places = self.random.integers(0, self.short.num_targets, 64)
+        recorder, evaluation = self.run(self.short, keep=places)
         found = {t: row for t, row in recorder.keep.items() if row}
-        worst = max(
-            (abs(float(torch.logsumexp(lp.double(), 0))) for lp, _ in found.values()), default=0.0
-        )
-        whole = all(torch.isfinite(lp).all() and len(lp) == vocab for lp, _ in found.values())
+        worst = 0.0
+        whole = True
+        entries = True
+        for t, (logps, nll) in found.items():
+            # Probabilities sum to 1 where the log of their sum is 0.
+            worst = max(worst, abs(float(torch.logsumexp(logps.double(), 0))))
+            whole &= len(logps) == self.config.vocab_size
+            whole &= bool(torch.isfinite(logps).all())
+            token = int(self.short.tokens[t + 1])
+            entries &= -float(logps[token]) == nll
         self.check(
             "C2 normalised",
             whole and worst < 1e-4,
             f"{len(found)} positions, worst |logsumexp| {worst:.2e}",
         )
-        entries = all(-float(lp[int(short.tokens[t + 1])]) == nll for t, (lp, nll) in found.items())
+        # The sums hold what was shown, and nothing else.
         counted, _, num_bytes, _ = evaluation.meter.row()
         entries &= math.isclose(counted, recorder.total, rel_tol=1e-9)
-        entries &= num_bytes == int(short.bytes[recorder.times > 0].sum(dtype=np.int64))
+        bytes_shown = self.short.bytes[recorder.times > 0].sum(dtype=np.int64)
+        entries &= num_bytes == int(bytes_shown)
         self.check(
             "C2 nll_is_entry",
             entries,
@@ -3955,9 +4156,13 @@ class Audit:
         )
 
     def order(self):
-        ttt, chunk = self.config.ttt_enabled, self.config.ttt_chunk_tokens
+        """C3 and C4: scores are final before any state uses them; one pass, each target once."""
+        ttt = self.config.ttt_enabled
         stream = self.long if ttt else self.short
-        edge = chunk if ttt and stream.num_targets > chunk else stream.num_targets // 2
+        # What lies from `edge` on is replaced in the twin: the second chunk, or the second half.
+        edge = self.config.ttt_chunk_tokens
+        if not ttt or stream.num_targets <= edge:
+            edge = stream.num_targets // 2
         base, evaluation = self.run(stream, ttt, hash_state=True)
         self.check(
             "C3 state_unchanged",
@@ -3969,34 +4174,44 @@ class Audit:
             not base.trained_ahead,
             "each trained token precedes the next to be scored",
         )
+        # A token that was not scored yet can have changed neither a score nor a weight.
         twin, _ = self.run(self.changed(stream, edge + 1), ttt, hash_state=True)
         same = torch.equal(twin.nll[:edge], base.nll[:edge])
-        same &= all(
-            state == twin.state_entering.get(first)
-            for first, state in base.state_entering.items()
-            if first <= edge
-        )
+        for first, state in base.state_entering.items():
+            # The round that begins at the edge is scored with what the chunk before it taught.
+            if first <= edge:
+                same &= state == twin.state_entering.get(first)
         self.check(
             "C3 twin_run",
             same,
             f"targets from {edge} on replaced: earlier scores and state the same",
         )
+        # Counted twice: by the meter, and as seen here.
         seen = self.runtime.comm.gather_rows(base.times).sum(0)
-        once = (
-            (evaluation.all_coverage() == 1) & (seen == 1)
-        ).all()  # by the meter, and as seen here
-        self.check("C4 coverage", once, f"{stream.num_targets} targets, each scored once")
-        ordered = base.order == sorted(base.order) and base.sums == sorted(base.sums)
-        self.check("C4 single_pass", ordered, f"{len(base.order)} rounds in order, sums only grow")
+        once = (evaluation.all_coverage() == 1) & (seen == 1)
+        self.check("C4 coverage", once.all(), f"{stream.num_targets} targets, each scored once")
+        ordered = base.order == sorted(base.order)
+        grows = base.sums == sorted(base.sums)
+        self.check(
+            "C4 single_pass",
+            ordered and grows,
+            f"{len(base.order)} rounds in order, sums only grow",
+        )
 
 
 def audit(model, stream, config, runtime):
-    """[{"name", "passed", "detail"}] for C1 to C4 on a slice of `stream`, by the configured evaluation."""
+    """[{"name", "passed", "detail"}] for C1 to C4 on a slice of `stream`."""
     checker = Audit(model, stream, config, runtime)
-    for part in (checker.causality, checker.boundary, checker.normalisation, checker.order):
+    parts = [
+        checker.causality,
+        checker.boundary,
+        checker.normalisation,
+        checker.order,
+    ]
+    for part in parts:
         try:
             part()
-        except LegalityError as error:
+        except LegalityError as error:  # raised by the meter itself
             checker.check(f"C4 {part.__name__}", False, str(error))
     return checker.checks
 
@@ -4355,7 +4570,8 @@ class Run:
         """The evaluations of this run, the float weights' first."""
         jobs = evaluation_jobs(self.config)
         if self.artifact_path.suffix == ".pt":
-            return [job._replace(label=job.label.replace("final_int6", "float")) for job in jobs]
+            labels = [job.label.removeprefix("final_int6_") for job in jobs]
+            return [job._replace(label=f"float_{label}") for job, label in zip(jobs, labels)]
         if self.config.eval_only:
             return jobs
         return [jobs[0]._replace(label="pre_quant"), *jobs]
