@@ -54,9 +54,11 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
+import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -258,6 +260,9 @@ class Config:
     )
     audit: bool = run_option(
         False, "prove the four legality conditions before scoring; on for EVAL_ONLY and the demo"
+    )
+    nproc: int = run_option(
+        0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
     )
     code_bytes: int = run_option(
         0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
@@ -3632,11 +3637,13 @@ def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache
     cache = {} if cache is None else cache
     table = []
     for name, tensor in state_dict.items():
+        # One rung of the ladder changes one layer's scheme: the other tensors are encoded already.
         scheme = scheme_of(name, tensor.shape, config, int5_layers)
         if (name, scheme) not in cache:
             cache[name, scheme] = encode_tensor(tensor, scheme)
         table.append(TensorEntry(name, tuple(tensor.shape), scheme))
     order = list(SCHEMES)
+    # A stable sort: within a scheme the tensors keep the order of the model.
     table.sort(key=lambda entry: order.index(entry.scheme))
     header = json.dumps(
         dict(
@@ -3683,6 +3690,7 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
     cache = {}
     for rung in range(len(order) + 1):
         layers = order[:rung]
+        # Only packing tells the size: how far integers compress depends on their distribution.
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
         if over <= 0:
@@ -3704,9 +3712,11 @@ def decompress(body, compressor, size):
     whole = True
     try:
         if compressor == "lzma":
+            # One byte more than promised is enough to see that the promise is wrong.
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
             raw = unpacker.decompress(body, max_length=size + 1)
             whole = unpacker.eof and not unpacker.unused_data
+        # zstd allocates what the frame declares, so the declaration is compared first.
         elif zstandard.frame_content_size(body) == size:
             unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
             raw = unpacker.decompress(body, allow_extra_data=False)
@@ -3733,6 +3743,7 @@ def open_payload(blob):
         raise ArtifactError(
             f"artifact: {len(blob)} bytes are less than its head: truncated or not an artifact"
         )
+    # Cheap checks first; the checksum comes before anything of the payload is interpreted.
     magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = memoryview(blob)[ARTIFACT_HEAD.size :]
     wrong_size = (
@@ -3761,7 +3772,7 @@ def read_header(blob):
         raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
     try:
         header = json.loads(raw[4:end])
-        config = Config(**header["config"])
+        config = Config(**header["config"])  # checks types, ranges and combinations
         if header["config"].keys() != config.as_dict("arch", "eval").keys():
             raise ConfigError("settings are missing or foreign")
         if header.keys() != {"config", "tokenizer_sha256", "tensors"}:
@@ -3813,6 +3824,7 @@ def check_table(config, table, data_bytes):
         if scheme is None or (scheme.bits and len(entry.shape) < 2):
             wrong = f"scheme {ascii(entry.scheme)} is unknown or does not fit"
             raise ArtifactError(f"artifact: {entry.name}: {wrong}")
+    # Exactly: a payload with room to spare could hide something else.
     needed = sum(entry.value_bytes() + entry.scale_bytes() for entry in table)
     if needed != data_bytes:
         raise ArtifactError(f"artifact: tensors need {needed} bytes, {data_bytes} are there")
@@ -3848,6 +3860,7 @@ def read_artifact(blob):
     scales_at = values_at + sum(entry.value_bytes() for entry in payload.table)
     state = {}
     for entry in payload.table:
+        # Views into the payload, no copies; check_table has made sure that they lie inside it.
         dtype = SCHEMES[entry.scheme].dtype
         values = np.frombuffer(payload.raw, dtype, math.prod(entry.shape), values_at)
         scales = np.frombuffer(payload.raw, np.float16, entry.rows(), scales_at)
@@ -4282,11 +4295,12 @@ class Run:
             if self.runtime.is_main:
                 build_demo_data(config, self.log)
             self.runtime.comm.barrier()
+        # An artifact names its tokenizer: with another one its token ids would mean other text.
         tokenizer_sha256 = ""
         if config.eval_only:
             tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
         else:
-            find_shards(config, "train")
+            find_shards(config, "train")  # fails now rather than after the validation text is read
         self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
         if self.runtime.is_main:
             self.take_over_record()
@@ -4316,7 +4330,7 @@ class Run:
         kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
         identity = config.as_dict(*kinds)
         identity["validation text"] = self.val.fingerprint["val_sha256"]
-        identity["train_gpt.py"] = self.code_sha256
+        identity["train_gpt.py"] = self.code_sha256  # other code may score otherwise
         identity["file that is scored"] = "the run's own"
         if config.eval_only:
             identity["file that is scored"] = self.load(self.artifact_path).sha256
@@ -4330,12 +4344,14 @@ class Run:
     def take_over_record(self):
         """Write config.json; go on with the scores of the run that RUN_DIR holds, if it is this one."""
         path = self.path / "config.json"
-        if path.exists():
-            self.check_same_run(json.loads(path.read_text()))
-            # An evaluation of a given file is a check of it: what it found before is not taken up.
-            if not self.config.eval_only:
-                with contextlib.suppress(FileNotFoundError):
-                    self.results = json.loads((self.path / "scores.json").read_text())
+        old = json.loads(path.read_text()) if path.exists() else None
+        # The evaluation of a given file is a check of it: what an earlier one found is not taken up,
+        # so it may be another one's. A training run in RUN_DIR is never overwritten.
+        earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
+        if old is not None and not earlier_check:
+            self.check_same_run(old)
+            with contextlib.suppress(FileNotFoundError):
+                self.results = json.loads((self.path / "scores.json").read_text())
         config = self.config
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
@@ -4348,7 +4364,7 @@ class Run:
             differs=config.differences(),
         )
         write_json(path, record)
-        (self.path / "STOPPED").unlink(missing_ok=True)
+        (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def check_same_run(self, old):
         """Raise ConfigError when RUN_DIR holds a run of other settings, data, code or another user."""
@@ -4402,6 +4418,7 @@ class Run:
         if not self.runtime.is_main:
             return
         config = self.config
+        # Before packing there is no artifact; the manifest is written again after it.
         artifact_sha256 = None
         artifact_bytes = None
         if self.artifact_path.exists():
@@ -4445,6 +4462,7 @@ class Run:
         # Measured: a few microseconds a parameter on one core, most of them in the compressor.
         seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.values())
         self.runtime.stop_if_wanted("packing", seconds)
+        # Packing is deterministic and takes seconds: one rank does it, the others read the file.
         if self.runtime.is_main:
             tokenizer_sha256 = sha256_file(config.tokenizer_path)
             blob, layers = fit_budget(
@@ -4470,6 +4488,7 @@ class Run:
         log = self.log
         compressor = self.config.compressor
         total = artifact_bytes + code_bytes
+        # "int6" is the name that the field's logs use, whatever the bits of a tensor.
         log(f"Code size: {code_bytes} bytes")
         log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
         log(f"Total submission size int6+{compressor}: {total} bytes")
@@ -4480,6 +4499,7 @@ class Run:
         if self.artifact_path.suffix == ".pt":
             return  # float weights are no submission
         artifact_bytes = self.artifact_path.stat().st_size
+        # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
         self.log_sizes(artifact_bytes, code_bytes)
         over = artifact_bytes + code_bytes - self.config.budget_bytes
@@ -4521,6 +4541,7 @@ class Run:
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
+        # What is audited is what was written: the weights come from the file, through its reader.
         checks = audit(self.model_of(self.artifact_path), self.val, config, self.runtime)
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
@@ -4544,6 +4565,7 @@ class Run:
         for job in self.jobs():
             if self.already_done(job.label, lambda job=job: job.label in self.results["scores"]):
                 continue
+            # States are kept apart by label: several scores may be cut off and go on.
             name = f"eval_{job.label}"
             checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
@@ -4607,7 +4629,7 @@ class Run:
         """scores.json: what training and scoring measured; manifest.json has the rest."""
         code_bytes = self.code_bytes()
         artifact_bytes = self.artifact_path.stat().st_size
-        if not self.config.eval_only:
+        if not self.config.eval_only:  # what training measured travels with its weights
             self.results.update(self.load(self.float_path).info)
         self.results.update(
             finished=finished,
@@ -4707,6 +4729,8 @@ def continue_tokens(model, ids, config, runtime, generator):
     TEMPERATURE=0 it is the likeliest one.
     """
     for _ in range(config.sample_tokens):
+        # The states of all positions are computed anew for each token: simple, and fast enough to
+        # read along. The context is as long as the windows that the model is scored with.
         window = runtime.to_device(np.array([ids[-config.eval_seq_len :]]))  # (1, T)
         with runtime.autocast():
             hidden = model.hidden(window)  # (1, T, D)
@@ -4730,7 +4754,7 @@ def sample(config, runtime, loaded):
     model = build_model(config, runtime)
     model.load_state_dict(loaded.state_dict)
     model.eval()
-    prompt = [BOS, *tokenizer.encode(config.prompt)]
+    prompt = [BOS, *tokenizer.encode(config.prompt)]  # as every document of the shards begins
     generator = torch.Generator().manual_seed(config.seed)
     shown = ""
     text_ids = prompt[1:]
@@ -4789,18 +4813,52 @@ def report_error(runtime, code, message, shown, rank):
 
 def leave(runtime, code):
     """Exit now: with several ranks, tearing down a process group whose peers may be gone can hang."""
+    # A checkpoint that is being written must be whole before the process goes.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()  # a checkpoint that is being written
+            thread.join()
     sys.stdout.flush()
     if runtime.comm.world > 1:
         os._exit(code)
     sys.exit(code)
 
 
+def launch_ranks(config):
+    """Start NPROC processes of this command on this machine; returns the exit code of the job.
+
+    It is what `torchrun --standalone` does, but for the end: torchrun exits with 1 whatever its
+    workers say, and a job script could not tell a failed audit from a full disk.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+    launch_config = launcher.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.nproc,
+        run_id=f"train_gpt_{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # a stopped run goes on when its command is run again
+        monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    )
+    begin = time.time()
+    try:
+        launcher.elastic_launch(launch_config, sys.executable)("-u", str(CODE_PATH))
+    except launcher.ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode
+    except SignalException:
+        # The workers got the signal too; the file tells whether they saved everything in time.
+        stopped = Path(config.run_dir) / "STOPPED"
+        saved = stopped.exists() and stopped.stat().st_mtime >= begin
+        return Stopped.code if saved else 1
+    return 0
+
+
 def load_given(environ):
     """LoadedWeights that this command only scores or samples from, or None when it is to train."""
     path = environ.get("EVAL_ONLY")
+    # Without EVAL_ONLY, MODE=sample reads the artifact of the run that the same settings made.
     if not path and environ.get("MODE") == "sample":
         path = Path(Config.from_env(environ).run_dir) / ARTIFACT_NAME
     return load_weights(path) if path else None
@@ -4816,12 +4874,15 @@ def main():
         raise ConfigError(
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
+    # The file comes first, since its architecture and evaluation settings are part of the configuration.
     loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.brought() if loaded else None)
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
     check_places(config)
+    if config.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(launch_ranks(config))
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):
