@@ -399,7 +399,7 @@ def recorded_run(made, monkeypatch, steps=5):
         original(*arguments)
         history.append(weights(made.model))
     monkeypatch.setattr(train_gpt, "reduce_clip_step", recording)
-    made.mark = made.checkpointed = train_gpt.time.monotonic()
+    made.step_started = train_gpt.time.monotonic()
     for _ in range(steps):
         made.one_step()
     return history
