@@ -54,9 +54,11 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
+import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -259,6 +261,9 @@ class Config:
     )
     audit: bool = run_option(
         False, "prove the four legality conditions before scoring; on for EVAL_ONLY and the demo"
+    )
+    nproc: int = run_option(
+        0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
     )
     code_bytes: int = run_option(
         0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
@@ -2413,24 +2418,33 @@ def newton_schulz(matrices, steps, dtype):
     """
     x = matrices.to(dtype)
     # The Gram matrix of the short side is the smaller one.
-    tall = x.size(-2) > x.size(-1)
+    tall = is_tall(x)
     if tall:
         x = x.mT
     # Singular values must start in (0, 1]; the Frobenius norm is at least the largest of them.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
+        # Sums inside the products: three launches a step instead of five.
         gram = x @ x.mT  # (N, r, r)
         polynomial = torch.baddbmm(
             gram, gram, gram, beta=NEWTON_SCHULZ_B, alpha=NEWTON_SCHULZ_C
         )  # b G + c G^2
-        x = NEWTON_SCHULZ_A * x + polynomial @ x
+        x = torch.baddbmm(x, polynomial, x, beta=NEWTON_SCHULZ_A)
     return x.mT if tall else x
 
 
-def as_wide(matrix, like=None):
-    """`matrix` transposed if it (or `like`) has more rows than columns; twice is the identity."""
-    rows, columns = (matrix if like is None else like).shape
-    return matrix.mT if rows > columns else matrix
+def is_tall(matrix):
+    return matrix.size(-2) > matrix.size(-1)
+
+
+def as_wide(matrix):
+    """`matrix`, transposed if it has more rows than columns."""
+    return matrix.mT if is_tall(matrix) else matrix
+
+
+def squared_norm(tensors):
+    """Sum of all squared elements (0-d float32), in four launches for any number of tensors."""
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
 class Muon:
@@ -2459,7 +2473,10 @@ class Muon:
             by_shape.setdefault(shape, []).append(param)
         # Biggest first: its transfer takes longest and hides behind all others.
         self.stacks = sorted(by_shape.values(), key=lambda stack: -len(stack) * stack[0].numel())
+        for stack in self.stacks:
+            stack.sort(key=is_tall)  # wide ones first: `apply` transposes the others in one go
         self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
+        self.handles = []  # (handle, what is being sent)
         self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
         self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
         for stack in self.stacks:
@@ -2474,8 +2491,9 @@ class Muon:
     def stacked(self, matrices):
         """(world * share, r, c): reduce-scatter wants equal parts, hence the padding."""
         missing = self.share(matrices) * self.comm.world - len(matrices)
-        padding = [torch.zeros_like(matrices[0])] * missing
-        return torch.stack([*matrices, *padding])
+        if missing:
+            matrices = [*matrices, *[torch.zeros_like(matrices[0])] * missing]
+        return torch.stack(matrices)
 
     def shape_factors(self, stack):
         """(share, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices.
@@ -2493,7 +2511,6 @@ class Muon:
 
     def launch(self):
         # 1. launch: everything is on its way before the first wait.
-        self.handles = []
         for i, params in enumerate(self.stacks):
             stack = self.stacked([as_wide(param.grad) for param in params])
             if self.comm.world == 1:
@@ -2508,15 +2525,17 @@ class Muon:
         # 2. collect: the norm needs all stacks, so this waits for all.
         for handle, _ in self.handles:
             handle.wait()
-        return sum(grad.float().square().sum() for grad in self.grads)
+        self.handles.clear()  # 105 MB of nfm_7k's gradients, not to be held through the next step
+        return squared_norm(self.grads)
 
     def step(self, scale=1.0, meanwhile=lambda: None):
         """Phases 3 and 4 on gradients times `scale`; `meanwhile()` runs in the last all-gather."""
         # A stack is applied only after the next one was computed: its all-gather had that long.
         waiting = None
         for i, params in enumerate(self.stacks):
-            update = self.orthogonal_update(self.grads[i] * scale, self.buffers[i])
-            update.mul_(self.factors[i])
+            grad = self.grads[i].mul_(scale)
+            self.grads[i] = None
+            update = self.orthogonal_update(grad, self.buffers[i]).mul_(self.factors[i])
             full = update
             handle = None
             if self.comm.world > 1:
@@ -2541,10 +2560,13 @@ class Muon:
         if handle:
             handle.wait()
         torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
-        updates = []
-        for param, update in zip(params, full):  # the padding behind the last parameter is dropped
-            updates.append(as_wide(update.to(param.dtype), param))
-        torch._foreach_add_(params, updates, alpha=-self.lr)
+        # One cast for all, without the padding behind the last one.
+        updates = full[: len(params)].to(params[0].dtype)
+        # Laid out as the weights are: the fused addition below takes no transposed views.
+        num_wide = sum(not is_tall(param) for param in params)
+        wide = updates[:num_wide]
+        tall = updates[num_wide:].mT.contiguous()
+        torch._foreach_add_(params, [*wide.unbind(), *tall.unbind()], alpha=-self.lr)
 
     def state_dict(self):
         """Momentum of every matrix by shape, at any number of ranks; all ranks must call it."""
@@ -2660,7 +2682,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
         comm.all_reduce(squared).wait()
     scale = torch.ones_like(squared)
     if clip:
-        norm = (squared + sum(grad.square().sum() for grad in grads)).sqrt()
+        norm = (squared + squared_norm(grads)).sqrt()
         # A tensor all the way: reading the norm would make the host wait for the GPU.
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, scale)
@@ -3770,11 +3792,13 @@ def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache
     cache = {} if cache is None else cache
     table = []
     for name, tensor in state_dict.items():
+        # One rung of the ladder changes one layer's scheme: the other tensors are encoded already.
         scheme = scheme_of(name, tensor.shape, config, int5_layers)
         if (name, scheme) not in cache:
             cache[name, scheme] = encode_tensor(tensor, scheme)
         table.append(TensorEntry(name, tuple(tensor.shape), scheme))
     order = list(SCHEMES)
+    # A stable sort: within a scheme the tensors keep the order of the model.
     table.sort(key=lambda entry: order.index(entry.scheme))
     header = json.dumps(
         dict(
@@ -3821,6 +3845,7 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
     cache = {}
     for rung in range(len(order) + 1):
         layers = order[:rung]
+        # Only packing tells the size: how far integers compress depends on their distribution.
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
         if over <= 0:
@@ -3842,9 +3867,11 @@ def decompress(body, compressor, size):
     whole = True
     try:
         if compressor == "lzma":
+            # One byte more than promised is enough to see that the promise is wrong.
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
             raw = unpacker.decompress(body, max_length=size + 1)
             whole = unpacker.eof and not unpacker.unused_data
+        # zstd allocates what the frame declares, so the declaration is compared first.
         elif zstandard.frame_content_size(body) == size:
             unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
             raw = unpacker.decompress(body, allow_extra_data=False)
@@ -3871,6 +3898,7 @@ def open_payload(blob):
         raise ArtifactError(
             f"artifact: {len(blob)} bytes are less than its head: truncated or not an artifact"
         )
+    # Cheap checks first; the checksum comes before anything of the payload is interpreted.
     magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = memoryview(blob)[ARTIFACT_HEAD.size :]
     wrong_size = (
@@ -3899,7 +3927,7 @@ def read_header(blob):
         raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
     try:
         header = json.loads(raw[4:end])
-        config = Config(**header["config"])
+        config = Config(**header["config"])  # checks types, ranges and combinations
         if header["config"].keys() != config.as_dict("arch", "eval").keys():
             raise ConfigError("settings are missing or foreign")
         if header.keys() != {"config", "tokenizer_sha256", "tensors"}:
@@ -3951,6 +3979,7 @@ def check_table(config, table, data_bytes):
         if scheme is None or (scheme.bits and len(entry.shape) < 2):
             wrong = f"scheme {ascii(entry.scheme)} is unknown or does not fit"
             raise ArtifactError(f"artifact: {entry.name}: {wrong}")
+    # Exactly: a payload with room to spare could hide something else.
     needed = sum(entry.value_bytes() + entry.scale_bytes() for entry in table)
     if needed != data_bytes:
         raise ArtifactError(f"artifact: tensors need {needed} bytes, {data_bytes} are there")
@@ -3986,6 +4015,7 @@ def read_artifact(blob):
     scales_at = values_at + sum(entry.value_bytes() for entry in payload.table)
     state = {}
     for entry in payload.table:
+        # Views into the payload, no copies; check_table has made sure that they lie inside it.
         dtype = SCHEMES[entry.scheme].dtype
         values = np.frombuffer(payload.raw, dtype, math.prod(entry.shape), values_at)
         scales = np.frombuffer(payload.raw, np.float16, entry.rows(), scales_at)
@@ -4420,11 +4450,12 @@ class Run:
             if self.runtime.is_main:
                 build_demo_data(config, self.log)
             self.runtime.comm.barrier()
+        # An artifact names its tokenizer: with another one its token ids would mean other text.
         tokenizer_sha256 = ""
         if config.eval_only:
             tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
         else:
-            find_shards(config, "train")
+            find_shards(config, "train")  # fails now rather than after the validation text is read
         self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
         if self.runtime.is_main:
             self.take_over_record()
@@ -4454,7 +4485,7 @@ class Run:
         kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
         identity = config.as_dict(*kinds)
         identity["validation text"] = self.val.fingerprint["val_sha256"]
-        identity["train_gpt.py"] = self.code_sha256
+        identity["train_gpt.py"] = self.code_sha256  # other code may score otherwise
         identity["file that is scored"] = "the run's own"
         if config.eval_only:
             identity["file that is scored"] = self.load(self.artifact_path).sha256
@@ -4468,12 +4499,14 @@ class Run:
     def take_over_record(self):
         """Write config.json; go on with the scores of the run that RUN_DIR holds, if it is this one."""
         path = self.path / "config.json"
-        if path.exists():
-            self.check_same_run(json.loads(path.read_text()))
-            # An evaluation of a given file is a check of it: what it found before is not taken up.
-            if not self.config.eval_only:
-                with contextlib.suppress(FileNotFoundError):
-                    self.results = json.loads((self.path / "scores.json").read_text())
+        old = json.loads(path.read_text()) if path.exists() else None
+        # The evaluation of a given file is a check of it: what an earlier one found is not taken up,
+        # so it may be another one's. A training run in RUN_DIR is never overwritten.
+        earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
+        if old is not None and not earlier_check:
+            self.check_same_run(old)
+            with contextlib.suppress(FileNotFoundError):
+                self.results = json.loads((self.path / "scores.json").read_text())
         config = self.config
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
@@ -4486,7 +4519,7 @@ class Run:
             differs=config.differences(),
         )
         write_json(path, record)
-        (self.path / "STOPPED").unlink(missing_ok=True)
+        (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def check_same_run(self, old):
         """Raise ConfigError when RUN_DIR holds a run of other settings, data, code or another user."""
@@ -4540,6 +4573,7 @@ class Run:
         if not self.runtime.is_main:
             return
         config = self.config
+        # Before packing there is no artifact; the manifest is written again after it.
         artifact_sha256 = None
         artifact_bytes = None
         if self.artifact_path.exists():
@@ -4583,6 +4617,7 @@ class Run:
         # Measured: a few microseconds a parameter on one core, most of them in the compressor.
         seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.values())
         self.runtime.stop_if_wanted("packing", seconds)
+        # Packing is deterministic and takes seconds: one rank does it, the others read the file.
         if self.runtime.is_main:
             tokenizer_sha256 = sha256_file(config.tokenizer_path)
             blob, layers = fit_budget(
@@ -4608,6 +4643,7 @@ class Run:
         log = self.log
         compressor = self.config.compressor
         total = artifact_bytes + code_bytes
+        # "int6" is the name that the field's logs use, whatever the bits of a tensor.
         log(f"Code size: {code_bytes} bytes")
         log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
         log(f"Total submission size int6+{compressor}: {total} bytes")
@@ -4618,6 +4654,7 @@ class Run:
         if self.artifact_path.suffix == ".pt":
             return  # float weights are no submission
         artifact_bytes = self.artifact_path.stat().st_size
+        # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
         self.log_sizes(artifact_bytes, code_bytes)
         over = artifact_bytes + code_bytes - self.config.budget_bytes
@@ -4659,6 +4696,7 @@ class Run:
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
+        # What is audited is what was written: the weights come from the file, through its reader.
         checks = audit(self.model_of(self.artifact_path), self.val, config, self.runtime)
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
@@ -4682,6 +4720,7 @@ class Run:
         for job in self.jobs():
             if self.already_done(job.label, lambda job=job: job.label in self.results["scores"]):
                 continue
+            # States are kept apart by label: several scores may be cut off and go on.
             name = f"eval_{job.label}"
             checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
@@ -4745,7 +4784,7 @@ class Run:
         """scores.json: what training and scoring measured; manifest.json has the rest."""
         code_bytes = self.code_bytes()
         artifact_bytes = self.artifact_path.stat().st_size
-        if not self.config.eval_only:
+        if not self.config.eval_only:  # what training measured travels with its weights
             self.results.update(self.load(self.float_path).info)
         self.results.update(
             finished=finished,
@@ -4845,6 +4884,8 @@ def continue_tokens(model, ids, config, runtime, generator):
     TEMPERATURE=0 it is the likeliest one.
     """
     for _ in range(config.sample_tokens):
+        # The states of all positions are computed anew for each token: simple, and fast enough to
+        # read along. The context is as long as the windows that the model is scored with.
         window = runtime.to_device(np.array([ids[-config.eval_seq_len :]]))  # (1, T)
         with runtime.autocast():
             hidden = model.hidden(window)  # (1, T, D)
@@ -4868,7 +4909,7 @@ def sample(config, runtime, loaded):
     model = build_model(config, runtime)
     model.load_state_dict(loaded.state_dict)
     model.eval()
-    prompt = [BOS, *tokenizer.encode(config.prompt)]
+    prompt = [BOS, *tokenizer.encode(config.prompt)]  # as every document of the shards begins
     generator = torch.Generator().manual_seed(config.seed)
     shown = ""
     text_ids = prompt[1:]
@@ -4927,18 +4968,52 @@ def report_error(runtime, code, message, shown, rank):
 
 def leave(runtime, code):
     """Exit now: with several ranks, tearing down a process group whose peers may be gone can hang."""
+    # A checkpoint that is being written must be whole before the process goes.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()  # a checkpoint that is being written
+            thread.join()
     sys.stdout.flush()
     if runtime.comm.world > 1:
         os._exit(code)
     sys.exit(code)
 
 
+def launch_ranks(config):
+    """Start NPROC processes of this command on this machine; returns the exit code of the job.
+
+    It is what `torchrun --standalone` does, but for the end: torchrun exits with 1 whatever its
+    workers say, and a job script could not tell a failed audit from a full disk.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+    launch_config = launcher.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.nproc,
+        run_id=f"train_gpt_{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # a stopped run goes on when its command is run again
+        monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    )
+    begin = time.time()
+    try:
+        launcher.elastic_launch(launch_config, sys.executable)("-u", str(CODE_PATH))
+    except launcher.ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode
+    except SignalException:
+        # The workers got the signal too; the file tells whether they saved everything in time.
+        stopped = Path(config.run_dir) / "STOPPED"
+        saved = stopped.exists() and stopped.stat().st_mtime >= begin
+        return Stopped.code if saved else 1
+    return 0
+
+
 def load_given(environ):
     """LoadedWeights that this command only scores or samples from, or None when it is to train."""
     path = environ.get("EVAL_ONLY")
+    # Without EVAL_ONLY, MODE=sample reads the artifact of the run that the same settings made.
     if not path and environ.get("MODE") == "sample":
         path = Path(Config.from_env(environ).run_dir) / ARTIFACT_NAME
     return load_weights(path) if path else None
@@ -4954,12 +5029,15 @@ def main():
         raise ConfigError(
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
+    # The file comes first, since its architecture and evaluation settings are part of the configuration.
     loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.brought() if loaded else None)
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
     check_places(config)
+    if config.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(launch_ranks(config))
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):
