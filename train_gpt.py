@@ -188,7 +188,8 @@ class Config:
     muon_momentum_warmup_start: float = train_option(0.92, "Muon momentum at step 0", 0, 1)
     muon_momentum_warmup_steps: int = train_option(1500, "steps of that linear warm-up", 0)
     muon_ns_steps: int = train_option(5, "Newton-Schulz steps", 1, 20)
-    weight_decay: float = train_option(0.04, "decoupled weight decay, Muon and AdamW", 0)
+    muon_wd: float = train_option(0.04, "decoupled weight decay of Muon", 0)
+    adam_wd: float = train_option(0.04, "decoupled weight decay of AdamW", 0)
     beta1: float = train_option(0.9, "AdamW beta1", 0, 0.9999)
     beta2: float = train_option(0.95, "AdamW beta2", 0, 0.999999)
     adam_eps: float = train_option(1e-8, "AdamW epsilon", 1e-30)
@@ -318,11 +319,16 @@ class Config:
         """The configuration of a run: explicit variable > `brought` > PRESET > default.
 
         `brought` holds what the artifact of EVAL_ONLY brings along: its architecture, its
-        evaluation settings and a default RUN_ID. Raises ConfigError for a near miss of a name, a
-        wrong value, or an explicit architecture variable that contradicts the artifact.
+        evaluation settings and a default RUN_ID. Variables of the published scripts count as
+        explicit ones, see PUBLISHED. Raises ConfigError for a near miss of a name, a wrong value,
+        two variables that contradict each other, or an architecture variable that contradicts the
+        artifact.
         """
+        # An unknown preset is reported by check_fit, with the list of those there are.
+        preset = PRESETS.get(environ.get("PRESET"), {})
         brought = brought or {}
         explicit = read_variables(environ)
+        read_published(environ, {**preset, **brought}, explicit)
         for name in cls.names("arch"):
             if name in explicit and name in brought and explicit[name] != brought[name]:
                 raise ConfigError(
@@ -330,8 +336,6 @@ class Config:
                     f"{brought[name]}: unset {name.upper()} (an artifact brings its own "
                     "architecture)"
                 )
-        # An unknown preset is reported by check_fit, with the list of those there are.
-        preset = PRESETS.get(environ.get("PRESET"), {})
         values = {"preset": "nfm_7k", **preset, **brought, **explicit}  # the last one wins
         if not values.get("run_id"):
             values["run_id"] = f"{values['preset']}_seed{values.get('seed', cls.seed)}"
@@ -370,19 +374,19 @@ def read_variables(environ):
     """{field name: value} of the variables that are set. Raises ConfigError for a near miss."""
     # A variable is its field's name in capitals.
     fields = {field.name.upper(): field for field in dataclasses.fields(Config)}
-    check_names(environ, fields)  # a slip must not silently train another model
+    check_names(environ, {*fields, *PUBLISHED})  # a slip must not silently train another model
     return {
-        field.name: parse_value(field, environ[name])
+        field.name: parse_value(name, field.type, environ[name])
         for name, field in fields.items()
         if name in environ
     }
 
 
-def check_names(environ, fields):
+def check_names(environ, known):
     """Raise ConfigError for a variable that is no setting but looks like one, such as ITERATONS."""
-    for name in sorted(environ.keys() - fields):
+    for name in sorted(environ.keys() - known):
         # 0.86 lets one wrong letter in seven pass as a slip, but tells DATA_DIR from DATA_PATH.
-        near = difflib.get_close_matches(name.upper(), fields, n=1, cutoff=0.86)
+        near = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.86)
         if near and len(name) > 3:
             raise ConfigError(
                 f"environment variable {name}={environ[name]!r} is not a setting, but "
@@ -397,16 +401,147 @@ def slurm_suffix(environ):
     return "".join(f"_{part}" for part in (job, task) if part)
 
 
-def parse_value(field, text):
-    """The value of a variable's text in its field's type. Raises ConfigError."""
+# What a shell may say for yes and no: bool("0") is True in Python, hence a table.
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+
+
+def parse_value(variable, kind, text):
+    """The value of a variable's text as bool, int, float or str. Raises ConfigError."""
     try:
-        if field.type is bool:
-            # bool("0") is True in Python, hence a table.
-            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-        return field.type(text)
+        return BOOLEANS[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        expected = "0, 1, true or false" if field.type is bool else field.type.__name__
-        raise ConfigError(f"{field.name.upper()}={text!r}: expected {expected}") from None
+        expected = "0, 1, true or false" if kind is bool else kind.__name__
+        raise ConfigError(f"{variable}={text!r}: expected {expected}") from None
+
+
+# What a variable of the published scripts may mean here.
+class Renamed(typing.NamedTuple):
+    """Another name of a field."""
+
+    field: str
+
+
+class Switch(typing.NamedTuple):
+    """1 means any value of the field but `off`; `on`, if nothing else says which."""
+
+    field: str
+    off: object
+    on: object
+
+
+class BuiltIn(typing.NamedTuple):
+    """The one value that this code has."""
+
+    value: str
+    reason: str
+
+
+class Follows(typing.NamedTuple):
+    """Must be the value of a field."""
+
+    field: str
+    reason: str
+
+
+class LastLayers(typing.NamedTuple):
+    """Layer numbers, which must be the last ones of the model; the field is how many."""
+
+    field: str
+
+
+class Refused(typing.NamedTuple):
+    """Cannot be honoured, whatever its value."""
+
+    reason: str
+
+
+# The variables of the scripts of #1170, #1232, #1166 and #1150 that are no fields, so that their
+# commands run unchanged. A variable that was silently ignored would train another model than asked.
+PUBLISHED = {
+    "TIED_EMBED_LR": Renamed("embed_lr"),
+    "TIED_EMBED_INIT_STD": Renamed("embed_init_std"),
+    "MUON_BACKEND_STEPS": Renamed("muon_ns_steps"),
+    "NATIVE_FLOW_ENABLED": Renamed("nfm_enabled"),
+    "NATIVE_FLOW_HIDDEN_DIM": Renamed("nfm_hidden_dim"),
+    "NATIVE_FLOW_LOSS_WEIGHT": Renamed("nfm_loss_weight"),
+    "NATIVE_FLOW_INIT_SCALE": BuiltIn("0.01", "the velocity field starts at zero"),
+    # Checkpoints of #1166.
+    "SAVE_EVERY": Renamed("checkpoint_every"),
+    "SAVE_DIR": Renamed("run_dir"),  # checkpoints lie below it
+    # Features that have a size here, of which 0 is off.
+    "EMA_ENABLED": Switch("ema_decay", 0.0, 0.997),
+    "VE_ENABLED": Switch("ve_dim", 0, 128),
+    "VE_LAYERS": LastLayers("ve_last_n"),
+    "LATE_QAT": Switch("late_qat_threshold", 0.0, 0.15),
+    # As published SLOT looks at what it scores; its legal form stands in unless SLOT=published.
+    "SLOT_ENABLED": Switch("slot", "off", "causal"),
+    # What is always so, or never.
+    "QAT_ENABLED": BuiltIn("0", "rounding in training begins late: see LATE_QAT_THRESHOLD"),
+    "INT5_MLP": BuiltIn("1", "MLPs drop to 5 bits as far as BUDGET_BYTES needs it"),
+    "LEGAL_TTT": BuiltIn("1", "nothing trains on text before it is scored: see TTT_ENABLED"),
+    "TTT_OPTIMIZER": BuiltIn("sgd", "test-time training has no other optimiser"),
+    "LEAKY_RELU": BuiltIn("1", "the MLP has no other activation"),
+    "LEAKY_SLOPE": BuiltIn("0.5", "the MLP has no other activation"),
+    "LN_SCALE": BuiltIn("1", "normalised inputs are scaled by 1/sqrt(layer + 1)"),
+    "TIE_EMBEDDINGS": BuiltIn("1", "the output layer is the embedding"),
+    "CANON_LAST_N": BuiltIn("0", "there are no Canon layers"),
+    "CTW_WEIGHT": BuiltIn("0", "there is no context tree"),
+    "E2E_TTT_NUM_HEADS": Follows("num_heads", "TTT-Linear has the heads of the attention"),
+    "WEIGHT_DECAY": Refused("set MUON_WD for the blocks' matrices and ADAM_WD for the rest"),
+}
+
+
+def read_published(environ, base, explicit):
+    """Add the fields that published variables set to `explicit`; `base` is what it goes on top of.
+
+    Raises ConfigError for a value that this code cannot honour, or that contradicts the field.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+
+    def current(name):
+        return {**base, **explicit}.get(name, fields[name].default)
+
+    def set_field(variable, name, value):
+        if explicit.get(name, value) != value:
+            raise ConfigError(
+                f"{variable}={environ[variable]} contradicts {name.upper()}={explicit[name]}: "
+                "unset one of them"
+            )
+        explicit[name] = value
+
+    for variable in [name for name in PUBLISHED if name in environ]:
+        text = environ[variable]
+        match PUBLISHED[variable]:
+            case Renamed(name):
+                set_field(variable, name, parse_value(variable, fields[name].type, text))
+            case Switch(name, off, on):
+                if not parse_value(variable, bool, text):
+                    set_field(variable, name, off)
+                elif current(name) == off:  # on already, if it is anything else
+                    set_field(variable, name, on)
+            case BuiltIn(value, reason):
+                require_text(variable, text, value, reason)
+            case Follows(name, reason):
+                require_text(variable, text, current(name), f"{name.upper()}: {reason}")
+            case LastLayers(name):
+                # The model can give value embeddings to its last layers only.
+                count = text.count(",") + 1
+                last = [str(layer) for layer in range(current("num_layers"))[-count:]]
+                require_text(variable, text.replace(" ", ""), ",".join(last), "the last layers")
+                set_field(variable, name, count)
+            case Refused(reason):
+                raise ConfigError(f"{variable}={text} is not a setting: {reason}")
+
+
+def require_text(variable, text, expected, reason):
+    """Raise ConfigError unless a variable's text has the expected value; 1, 1.0 and true are one."""
+    expected = str(expected)
+    # As text first: expected may be a word, a number or a list.
+    same = text.lower() == expected
+    with contextlib.suppress(ValueError):
+        same = same or float(BOOLEANS.get(text.lower(), text)) == float(expected)
+    if not same:
+        raise ConfigError(f"{variable}={text!r} cannot be honoured: only {expected} ({reason})")
 
 
 def check_value(field, value):
@@ -567,6 +702,7 @@ def help_text():
     for field in dataclasses.fields(Config):
         name = field.name
         text = field.metadata["text"]
+        # The presets' names are not known yet where the field is declared.
         choices = PRESETS if name == "preset" else field.metadata["choices"]
         if choices:
             text += f" ({'|'.join(map(str, choices))})"
@@ -575,7 +711,26 @@ def help_text():
                 text += f" [{preset}={values[name]}]"
         lines.append(f"  {name.upper()}={field.default}")
         lines.append(f"      {text}")
+    lines += ["", "Published names, which set the same things:"]
+    lines += [f"  {name}\n      {published_text(meaning)}" for name, meaning in PUBLISHED.items()]
     return "\n".join(lines)
+
+
+def published_text(meaning):
+    """A line of --help for an entry of PUBLISHED."""
+    match meaning:
+        case Renamed(field):
+            return field.upper()
+        case Switch(field, off, on):
+            return f"0 is {field.upper()}={off}; 1 is {field.upper()}={on} or what that is set to"
+        case BuiltIn(value, reason):
+            return f"only {value}: {reason}"
+        case Follows(field, reason):
+            return f"only the value of {field.upper()}: {reason}"
+        case LastLayers(field):
+            return f"numbers of the last layers, {field.upper()} of them"
+        case Refused(reason):
+            return f"no setting: {reason}"
 
 
 # ==================================================================================================
@@ -1023,7 +1178,7 @@ class Runtime:
         self.append(self.events, json.dumps(record))
 
     def user_key(self):
-        """A secret of this user on this system, made at its first use; empty where it cannot be kept.
+        """A secret of this user on this system, made at its first use; "" where it cannot be kept.
 
         It tells states that this user's runs saved from states that came with somebody's files.
         """
@@ -2663,7 +2818,7 @@ def build_optimizers(model, config, comm=None):
         groups["muon"].values(),
         config.matrix_lr,
         config.muon_momentum,
-        config.weight_decay,
+        config.muon_wd,
         config.muon_ns_steps,
         getattr(torch, config.dtype),
         comm,
@@ -2677,7 +2832,7 @@ def build_optimizers(model, config, comm=None):
         lr=config.scalar_lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
-        weight_decay=config.weight_decay,
+        weight_decay=config.adam_wd,
         fused=True,
     )
     check_groups(model, muon, adamw)
