@@ -4723,7 +4723,8 @@ class Run:
         if differences:
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or RESUME=never to keep it aside"
+                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
+                "RESUME=never to keep it aside"
             )
         if old.get("origin") != self.origin():
             self.log(
