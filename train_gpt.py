@@ -5186,6 +5186,7 @@ def launch_ranks(config):
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # a stopped run goes on when its command is run again
         monitor_interval=0.1,
+        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     begin = time.time()
