@@ -550,7 +550,7 @@ def read_published(environ, base, explicit):
 
 
 def require_text(variable, text, expected, reason):
-    """Raise ConfigError unless a variable's text has the expected value; 1, 1.0 and true are one."""
+    """Raise ConfigError unless a variable has the expected value; 1, 1.0 and true are one."""
     expected = str(expected)
     # As text first: expected may be a word, a number or a list.
     same = text.lower() == expected
@@ -3579,7 +3579,7 @@ class EvaluationJob(typing.NamedTuple):
 
 
 def evaluation_jobs(config):
-    """[EvaluationJob] of an artifact from the weakest to the strongest, which is the one to report."""
+    """[EvaluationJob] of an artifact, from the weakest to the strongest: the one to report."""
     jobs = [
         EvaluationJob("final_int6_roundtrip", config.eval_seq_len, False, "off"),
         EvaluationJob("final_int6_sliding_window", config.eval_stride, False, "off"),
@@ -3590,7 +3590,7 @@ def evaluation_jobs(config):
     if config.slot != "off":
         adapting.append(f"slot_{config.slot}")
     if adapting:
-        # What adapts, after a word on whether it may: legal_ttt, legal_ttt_slot_causal, slot_causal.
+        # What adapts, after a word on whether it may: legal_ttt, illegal_ttt_slot_published.
         if config.slot == "published":
             adapting.insert(0, "illegal")
         elif config.ttt_enabled:
@@ -4208,7 +4208,7 @@ def check_shapes(config, found):
 
 
 def check_table(config, table, data_bytes):
-    """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
+    """Raise ArtifactError unless names, shapes, schemes and sizes are the architecture's."""
     names = {entry.name for entry in table}
     if len(names) != len(table):
         raise ArtifactError("artifact: a tensor appears twice")
@@ -4283,7 +4283,7 @@ class LoadedWeights(typing.NamedTuple):
     sha256: str  # of the file
 
     def brought(self):
-        """Settings that the file brings into a run that only evaluates it; a given file is audited."""
+        """Settings that the file brings into a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
@@ -4722,7 +4722,7 @@ class Run:
             self.score()
 
     def identity(self):
-        """What two runs must agree on to share a RUN_DIR: settings, text, code and (EVAL_ONLY) file.
+        """What two runs must agree on to share a RUN_DIR: settings, text, code and scored file.
 
         An evaluation does not use the settings of training, so it does not compare them.
         """
@@ -4737,16 +4737,16 @@ class Run:
         return identity
 
     def origin(self):
-        """Shows that this user's runs on this system made something, without giving the key away."""
+        """Shows that this user's runs made something, without giving the key away."""
         key = self.runtime.user_key()
         return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
 
     def take_over_record(self):
-        """Write config.json; go on with the scores of the run that RUN_DIR holds, if it is this one."""
+        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
         path = self.path / "config.json"
         old = json.loads(path.read_text()) if path.exists() else None
-        # The evaluation of a given file is a check of it: what an earlier one found is not taken up,
-        # so it may be another one's. A training run in RUN_DIR is never overwritten.
+        # The evaluation of a given file is a check of it: what an earlier one found is not taken
+        # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
         earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
             self.check_same_run(old)
@@ -4767,7 +4767,7 @@ class Run:
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def check_same_run(self, old):
-        """Raise ConfigError when RUN_DIR holds a run of other settings, data, code or another user."""
+        """Raise ConfigError when RUN_DIR holds a run of other settings, data or code."""
         before = old.get("identity", {})
         differences = []
         for name, value in self.identity().items():
@@ -4776,8 +4776,9 @@ class Run:
                 differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
         if differences:
             raise ConfigError(
-                f"{self.path} holds a run of other settings, data or code: {'; '.join(differences)}: "
-                "use the same to resume it, set another RUN_ID, or RESUME=never to keep it aside"
+                f"{self.path} holds a run of other settings, data or code: "
+                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
+                "RESUME=never to keep it aside"
             )
         if old.get("origin") != self.origin():
             self.log(
@@ -4814,7 +4815,7 @@ class Run:
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
     def write_manifest(self):
-        """manifest.json: versions, machine and hashes, so that a score can be traced to its files."""
+        """manifest.json: versions, machine and hashes, to trace a score to its files."""
         if not self.runtime.is_main:
             return
         config = self.config
@@ -4906,12 +4907,12 @@ class Run:
         if over > 0:
             raise ArtifactError(
                 f"{self.artifact_path}: {artifact_bytes} bytes and {code_bytes} bytes of code are "
-                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the script "
-                "it was submitted with, or raise BUDGET_BYTES to look at it all the same"
+                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the "
+                "script it was submitted with, or raise BUDGET_BYTES to look at it all the same"
             )
 
     def model_of(self, path):
-        """The model with the weights of a file; one object for all scores, so that it is compiled once."""
+        """The model with the weights of a file; one object for all scores: compiled once."""
         if self.model is None:
             # Rounding in training has no place here: the weights are what they are.
             settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
@@ -4931,7 +4932,7 @@ class Run:
         audit_key = self.evaluation_key(self.artifact_path)
 
         def passed_before():
-            # A given file is audited anew each time; so is everything when the audit is what was asked.
+            # A given file is audited anew each time; so is all when the audit is what was asked.
             if config.eval_only or config.mode == "audit" or not path.exists():
                 return False
             old = json.loads(path.read_text())
@@ -5049,9 +5050,9 @@ class Run:
         return not label.startswith(("pre_quant", "float")) and not label.endswith("_roundtrip")
 
     def headline(self):
-        """Label of the score to report: the last legal one in the order of jobs, whatever its value.
+        """Label of the score to report: the last legal one in the order of jobs.
 
-        To choose the lowest of several scores after seeing them would be selection on validation text.
+        To choose the lowest after seeing them would be selection on validation text.
         """
         scores = self.results["scores"]
         legal = [
@@ -5212,7 +5213,7 @@ def report_error(runtime, code, message, shown, rank):
 
 
 def leave(runtime, code):
-    """Exit now: with several ranks, tearing down a process group whose peers may be gone can hang."""
+    """Exit now: tearing down a process group whose peers may be gone can hang."""
     # A checkpoint that is being written must be whole before the process goes.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
@@ -5239,6 +5240,7 @@ def launch_ranks(config):
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # a stopped run goes on when its command is run again
         monitor_interval=0.1,
+        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     begin = time.time()
@@ -5274,7 +5276,7 @@ def main():
         raise ConfigError(
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
-    # The file comes first, since its architecture and evaluation settings are part of the configuration.
+    # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.brought() if loaded else None)
     if arguments:
