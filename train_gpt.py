@@ -264,6 +264,9 @@ class Config:
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
     )
+    val_sha256: str = run_option(
+        "", "SHA-256 that the validation tokens must have; a canonical split is certain with it"
+    )
     run_id: str = run_option("", "name of the run; default {preset}_seed{seed} and the SLURM job")
     run_dir: str = run_option("", "directory of the run; default runs/$RUN_ID")
     resume: str = run_option(
@@ -601,6 +604,8 @@ def check_fit(config):
         require(holds, f"{first} {second}", expected)
 
     require(config.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}")
+    is_digest = re.fullmatch(r"([0-9a-f]{64})?", config.val_sha256)
+    require(is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
     known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     require(known_device, "device", "expected auto, cpu, cuda or cuda:N")
 
@@ -1337,8 +1342,9 @@ SHARD_VERSION = 1
 SHARD_HEADER = 256  # int32 words before the tokens
 HEADER_BYTES = 4 * SHARD_HEADER
 
-# The challenge's validation split, in tokens of its 1,024-piece tokenizer and in bytes of text.
-CANONICAL_TARGETS = 62_021_632
+# The challenge's validation split: targets by the number of the tokenizer's pieces, and bytes of
+# text, which vary a little with what the tokenizers normalise.
+CANONICAL_TARGETS = {1024: 62_021_632, 8192: 40_540_160}
 CANONICAL_BYTES = (151_020_000, 151_080_000)
 
 
@@ -1533,9 +1539,12 @@ class TokenBytes:
 
 
 class ValidationSet:
-    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split."""
+    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split.
 
-    def __init__(self, tokens, token_bytes):
+    Raises DataError if `expected_sha256` is given and not that of the tokens.
+    """
+
+    def __init__(self, tokens, token_bytes, expected_sha256=""):
         self.tokens = tokens  # (n + 1,) uint16
         self.num_targets = len(tokens) - 1
         self.token_bytes = token_bytes
@@ -1546,22 +1555,31 @@ class ValidationSet:
             blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
-        self.scope = "canonical" if self.is_canonical(total) else "proxy"
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        if expected_sha256 and sha256 != expected_sha256:
+            raise DataError(
+                f"the validation tokens have SHA-256 {sha256}, expected VAL_SHA256="
+                f"{expected_sha256}: restore the split, or unset VAL_SHA256"
+            )
+        self.scope = self.scope_of(total, is_certain=bool(expected_sha256))
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
             val_bytes=total,
             val_documents=int((tokens == BOS).sum()),
             bytes_per_token=total / self.num_targets,
-            val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+            val_sha256=sha256,
             scope=self.scope,
         )
 
-    def is_canonical(self, total_bytes):
-        """Whether this is the challenge's own split, so that scores compare with published ones."""
+    def scope_of(self, total_bytes, is_certain):
+        """What scores on this split compare with: published ones, or only others on the same data."""
+        targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
         low, high = CANONICAL_BYTES
-        right_tokens = self.token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS
-        return right_tokens and low <= total_bytes <= high
+        if self.num_targets != targets or not low <= total_bytes <= high:
+            return "proxy"
+        # Other text can be made to have the same counts.
+        return "canonical" if is_certain else "canonical-by-counts"
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -1580,7 +1598,8 @@ class ValidationSet:
             )
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
-        return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
+        scored = tokens[: windows * config.eval_seq_len + 1]
+        return cls(scored, token_bytes, config.val_sha256)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""

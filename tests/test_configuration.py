@@ -11,7 +11,7 @@ from train_gpt import PRESETS, Config, ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "explicit"}
 PLACE_AND_PACE = {
-    "preset", "data_path", "tokenizer_path", "run_id", "run_dir", "resume", "eval_only", "mode", "audit",
+    "preset", "data_path", "tokenizer_path", "val_sha256", "run_id", "run_dir", "resume", "eval_only", "mode", "audit",
     "device", "compile", "micro_batch_tokens", "warmup_steps", "train_log_every", "val_loss_every",
     "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds"}
 # REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
@@ -52,7 +52,7 @@ def other_value(name):
     elif field.type is bool:
         candidates = [not value]
     elif field.type is str:
-        candidates = ["cpu" if name == "device" else value + "other"]
+        candidates = [dict(device="cpu", val_sha256="0" * 64).get(name, value + "other")]
     else:
         candidates = [value * 2, value / 2 if field.type is float else value // 2, value + 1]
     for candidate in candidates:

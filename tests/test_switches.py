@@ -325,6 +325,7 @@ FLIPS = dict(
     # place and pace
     data_path=flip("an error that names it", ended, "no/such/folder"),
     tokenizer_path=flip("an error that names it", ended, "no/such/file"),
+    val_sha256=flip("an error that names it", ended, "0" * 64),
     run_id=flip("the default directory", directory, "mine", run_dir="", **ARTIFACT),
     run_dir=flip("the directory", directory, "there/run", **ARTIFACT),
     resume=flip("the earlier run moves aside", run_again, "never", **ARTIFACT),
