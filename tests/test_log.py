@@ -68,7 +68,9 @@ def parameter_count(run):
 
 
 def test_a_step_line_has_the_reference_s_format(run):
-    found = [re.fullmatch(rf"step:({INTEGER})/{STEPS} train_loss:{LOSS} {CLOCK}", line)
+    # The reference's fields, then the pace.
+    pattern = rf"step:({INTEGER})/{STEPS} train_loss:{LOSS} {CLOCK} tokens_per_s:{INTEGER}"
+    found = [re.fullmatch(pattern, line)
              for line in run.lines if "train_loss:" in line]
     assert [int(match[1]) for match in found] == [1, 2, 3, 4, 5, 8]  # the first five, every fourth, the last
 
@@ -222,6 +224,7 @@ FIELDS = {
     "trained": {"steps", "train_time_s", "step_avg_ms", "peak_mib", "stopped_early"},
     "packed": {"artifact_bytes", "code_bytes", "total_bytes", "headroom_bytes", "int5_layers"},
     "score": {"label", "val_loss", "val_bpb", "eval_time_s", "scope", "legal"}, "audit": {"passed"},
+    "throughput": {"tokens_per_s", "step_median_ms", "step_p95_ms", "peak_share", "seconds_in"},
     "done": set()}
 
 
@@ -240,7 +243,9 @@ def test_the_events_are_the_documented_ones_in_the_order_of_time(run):
 
 def test_the_events_are_the_lines_of_the_log(run):
     steps, validations = events(run.dir, "step"), events(run.dir, "val")
-    assert [f"step:{e['step']}/{STEPS} train_loss:{e['train_loss']:.4f}" for e in steps] == [
+    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))  # every step is an event
+    logged = [steps[step - 1] for step in (1, 2, 3, 4, 5, 8)]
+    assert [f"step:{e['step']}/{STEPS} train_loss:{e['train_loss']:.4f}" for e in logged] == [
         line.partition(" train_time")[0] for line in run.lines if "train_loss:" in line]
     described = [f"step:{e['step']}/{STEPS} val_loss:{e['val_loss']:.4f} val_bpb:{e['val_bpb']:.4f}"
                  for e in validations]
@@ -251,8 +256,9 @@ def test_the_events_are_the_lines_of_the_log(run):
 
 
 def test_the_rate_in_the_events_is_the_schedule(run):
-    # Warmdown over the last 3 of 8 steps: 6, 7, 8 run at 3/3, 2/3, 1/3; only 1-5 and 8 are logged.
-    assert [e["lr_scale"] for e in events(run.dir, "step")] == pytest.approx([1, 1, 1, 1, 1, 1 / 3])
+    # Warmdown over the last 3 of 8 steps: 6, 7, 8 run at 3/3, 2/3, 1/3.
+    expected = [1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3]
+    assert [e["lr_scale"] for e in events(run.dir, "step")] == pytest.approx(expected)
 
 
 def test_an_error_is_an_event_a_log_line_and_one_line_of_stderr(tiny_data, tmp_path):

@@ -483,7 +483,7 @@ def test_logs_append_and_stay_parseable_after_a_cut_last_line(resumed, stopped):
     assert bad == 1 and found[-1]["event"] == "done"
     last = {e["step"]: e["train_loss"] for e in found if e["event"] == "step"}
     assert sorted(last) == list(range(1, 13))
-    line = r"^step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
+    line = r"^step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms tokens_per_s:\d+$"
     assert set(map(int, re.findall(line, log, re.M))) == set(last)
 
 

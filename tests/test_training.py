@@ -79,7 +79,7 @@ class Synchronisations(torch.utils._python_dispatch.TorchDispatchMode):
         self.order = order
         self.after = []  # how many backward passes had been launched at each
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, operation, _, args=(), kwargs=None):
         if operation.overloadpacket.__name__ in self.WAITING:
             self.after.append(self.order.count("backward"))
         return operation(*args, **(kwargs or {}))
@@ -241,7 +241,7 @@ def test_time_is_booked_where_it_is_spent(trainer, monkeypatch):
     monkeypatch.setattr(
         train_gpt,
         "time",
-        train_gpt.types.SimpleNamespace(monotonic=lambda: clock[0], time=lambda: 0),
+        types.SimpleNamespace(monotonic=lambda: clock[0], time=lambda: 0),
     )
 
     def slow(owner, name, seconds):
