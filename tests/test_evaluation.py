@@ -2,6 +2,8 @@
 import copy
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ class Case:
     stream: train_gpt.ValidationSet
 
     def model(self):
-        return random_model(self.config, self.train_gpt.pick_attention(runtime.device, runtime.dtype).function)
+        return random_model(self.config, train_gpt.pick_attention(self.runtime.device, self.runtime.dtype).function)
 
     def run(self, model=None, stream=None, stride=None, **options):
         """(Score, Seen) of one evaluation."""
@@ -73,6 +75,10 @@ class Case:
 
     def log(self):
         return (self.runtime.dir / "train.log").read_text()
+
+    def checkpoints(self, name="eval"):
+        """Keeps states of this name in the run's directory, none unless the evaluation stops."""
+        return train_gpt.Checkpointer(self.runtime, name, self.config.eval_checkpoint_seconds)
 
 
 @pytest.fixture
@@ -330,11 +336,12 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_score(case, ttt):
     model = case.model()
     ran = with_memory_for(model, 3)
     score, seen = case.run(model, ttt=ttt)
-    assert max(ran) == 2 and case.runtime.batch_limit == 2
+    assert max(ran) == 2
     assert score.tokens == expected.tokens and score.bytes == expected.bytes
     assert score.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
     assert np.abs(seen.nll - every.nll).max() < 1e-3
-    assert "out_of_memory" in case.log()
+    halved = re.findall(r"^out_of_memory: .* halved to (\d) windows$", case.log(), re.M)
+    assert halved == ["4", "2"]
 
 
 @pytest.mark.parametrize("ttt", [False, True])
@@ -575,14 +582,14 @@ MODES = {"sliding": {}, "ttt": dict(ttt=True), "ttt_slot": dict(ttt=True, slot="
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stopped_evaluation_goes_on_to_exactly_the_uninterrupted_score(case, tmp_path, mode):
+def test_a_stopped_evaluation_goes_on_to_exactly_the_uninterrupted_score(case, mode):
     case = case(3 * CHUNK, ttt_lr=0.05, ttt_epochs=2, eval_batch_seqs=3)
     options = dict(MODES[mode], label=mode)
     expected, whole = case.run(**options)
     windows = plan_windows(3 * CHUNK, SEQ, STRIDE)
     items = len(plan_work(windows, 3 * CHUNK, case.config, 3, options.get("ttt", False)))
     for item in np.random.default_rng(1).integers(0, items - 1, 4).tolist():
-        options.update(state_path=tmp_path / f"state_{item}.pt", identity="weights")
+        options.update(checkpoints=case.checkpoints(f"eval_{item}"), identity="weights")
         with pytest.raises(Stopped, match=mode) as stop:
             case.run(observer=StopAfter(case.runtime, item, 3 * CHUNK), **options)
         assert stop.value.code == 75
@@ -593,9 +600,9 @@ def test_a_stopped_evaluation_goes_on_to_exactly_the_uninterrupted_score(case, t
         assert done.any() and np.array_equal(rest.nll[~done], whole.nll[~done])  # nothing was scored again
 
 
-def test_an_evaluation_stopped_after_every_item_still_gives_the_same_score(case, tmp_path):
+def test_an_evaluation_stopped_after_every_item_still_gives_the_same_score(case):
     case = case(2 * CHUNK, ttt_lr=0.05)
-    options = dict(ttt=True, state_path=tmp_path / "state.pt", label="legal_ttt")
+    options = dict(ttt=True, checkpoints=case.checkpoints(), label="legal_ttt")
     expected = case.run(ttt=True, label="legal_ttt")[0]
     for item in range(100):
         try:
@@ -620,9 +627,9 @@ class KillAt(Seen):
             raise Killed
 
 
-def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case, tmp_path):
+def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case):
     case = case(2 * CHUNK, ttt_lr=0.05, eval_checkpoint_seconds=1e-9)
-    options = dict(ttt=True, state_path=tmp_path / "state.pt", label="legal_ttt")
+    options = dict(ttt=True, checkpoints=case.checkpoints(), label="legal_ttt")
     expected = case.run(ttt=True, label="legal_ttt")[0]
     with pytest.raises(Killed):
         case.run(observer=KillAt(7, 2 * CHUNK), **options)
@@ -630,30 +637,33 @@ def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case, tm
     assert "resumed_evaluation legal_ttt item:7/" in case.log()
 
 
-def stopped_state(case, path, **options):
-    """Leave the state of an evaluation that stopped half-way at `path`."""
+def stopped_state(case, **options):
+    """Checkpoints with the one state of an evaluation that stopped half-way."""
+    checkpoints = case.checkpoints()
+    observer = StopAfter(case.runtime, 3, case.stream.num_targets)
     with pytest.raises(Stopped):
-        case.run(observer=StopAfter(case.runtime, 3, case.stream.num_targets), state_path=path, **options)
+        case.run(observer=observer, checkpoints=checkpoints, **options)
     case.runtime.stop.reason = ""
+    return checkpoints
 
 
 @pytest.mark.parametrize("change", [dict(identity="other"), dict(label="b"), dict(stride=8), dict(ttt=True),
                                     dict(slot="causal")])
-def test_the_state_of_another_evaluation_is_ignored_with_a_warning(case, tmp_path, change):
+def test_the_state_of_another_evaluation_is_ignored_with_a_warning(case, change):
     case = case(2 * CHUNK)
-    stopped_state(case, tmp_path / "state.pt", identity="mine", label="a")
+    checkpoints = stopped_state(case, identity="mine", label="a")
     options = {**dict(identity="mine", label="a"), **change}
     expected = case.run(**options)[0]
-    assert result(case.run(state_path=tmp_path / "state.pt", **options)[0]) == result(expected)
+    assert result(case.run(checkpoints=checkpoints, **options)[0]) == result(expected)
     assert "warning: " in case.log() and "resumed_evaluation" not in case.log()
 
 
-def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(case, tmp_path):
+def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(case):
     case = case(2 * CHUNK)
-    stopped_state(case, tmp_path / "state.pt", identity="mine")
+    checkpoints = stopped_state(case, identity="mine")
     other = replaced(case.stream, 5)
     expected = case.run(stream=other, identity="mine")[0]
-    found = case.run(stream=other, identity="mine", state_path=tmp_path / "state.pt")[0]
+    found = case.run(stream=other, identity="mine", checkpoints=checkpoints)[0]
     assert result(found) == result(expected)
     assert "warning: " in case.log()
 
@@ -666,20 +676,21 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_state_file_means_starting_again(case, tmp_path, damage):
-    case, path = case(2 * CHUNK), tmp_path / "state.pt"
+def test_a_damaged_state_file_means_starting_again(case, damage):
+    case = case(2 * CHUNK)
     expected = case.run(identity="mine")[0]
-    stopped_state(case, path, identity="mine")
+    checkpoints = stopped_state(case, identity="mine")
+    path = Path(checkpoints.last())
     path.write_bytes(damage(path.read_bytes()))
-    assert result(case.run(identity="mine", state_path=path)[0]) == result(expected)
+    assert result(case.run(identity="mine", checkpoints=checkpoints)[0]) == result(expected)
     assert "warning: " in case.log() and "resumed_evaluation" not in case.log()
 
 
-def test_a_finished_evaluation_does_not_stop_any_more(case, tmp_path):
+def test_a_finished_evaluation_does_not_stop_any_more(case):
     """A signal during the last item comes too late to lose anything."""
     case = case(100)
     items = len(plan_work(plan_windows(100, SEQ, STRIDE), 100, case.config, 4, False))
-    score, _ = case.run(observer=StopAfter(case.runtime, items - 1, 100), state_path=tmp_path / "state.pt")
+    score, _ = case.run(observer=StopAfter(case.runtime, items - 1, 100), checkpoints=case.checkpoints())
     assert score.tokens == 100
 
 

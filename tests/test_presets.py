@@ -211,7 +211,7 @@ def test_a_preset_s_artifact_brings_the_trained_model_back(finished):
     config, state = train_gpt.unpack_artifact((run.dir / "final_model.int6.ptz").read_bytes())
     reference = read_json(run.dir / "config.json")["config"]
     assert config.as_dict("arch", "eval") == {f: reference[f] for f in config.as_dict("arch", "eval")}
-    trained = train_gpt.load_weights(run.dir / "final_model.pt")[1]
+    trained = train_gpt.load_weights(run.dir / "final_model.pt").state_dict
     assert trained.keys() == state.keys()
     for tensor, weight in trained.items():
         assert (weight - state[tensor]).norm() <= 0.06 * weight.norm(), tensor
