@@ -55,6 +55,7 @@ import zstandard
 from torch import nn
 
 BOS = 1  # every document of the official shards starts with this token
+EOS = 2  # the tokenizers have it, the shards do not use it
 CODE_PATH = Path(__file__).resolve()
 
 
@@ -214,8 +215,21 @@ class Config:
         "auto", "continue RUN_DIR; never keeps the old run aside", choices=("auto", "never", "must")
     )
     eval_only: str = run_opt("", "score this artifact or float checkpoint, do not train")
-    mode: str = run_opt("train", "audit = only the legality audit", choices=("train", "audit"))
-    audit: bool = run_opt(False, "prove the four legality conditions before scoring")
+    mode: str = run_opt(
+        "train",
+        "audit = only the legality audit; sample = print how the artifact continues PROMPT",
+        choices=("train", "audit", "sample"),
+    )
+    audit: bool = run_opt(
+        False, "prove the four legality conditions before scoring; on for EVAL_ONLY and the demo"
+    )
+    code_bytes: int = run_opt(
+        0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
+    )
+    prompt: str = run_opt("The", "MODE=sample: the text to continue")
+    sample_tokens: int = run_opt(200, "MODE=sample: tokens to write at most", 1)
+    temperature: float = run_opt(0.8, "MODE=sample: flattens the distribution; 0 = likeliest", 0)
+    top_k: int = run_opt(50, "MODE=sample: tokens to choose from at each position", 1)
     device: str = run_opt("auto", "auto, cpu, cuda or cuda:N")
     compile: str = run_opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
     micro_batch_tokens: int = run_opt(98304, "tokens per forward pass and rank", 1)
@@ -289,9 +303,9 @@ class Config:
         ]
         return {name: getattr(self, name) for name in fields}
 
-    def hash(self):
-        """16 hex digits over everything that can change a result."""
-        text = json.dumps(self.as_dict("arch", "train", "eval"), sort_keys=True)
+    def hash(self, *kinds):
+        """16 hex digits over the fields of these kinds; by default all that can change a result."""
+        text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self):
@@ -434,6 +448,7 @@ PRESETS = {
     # The whole path of nfm_7k at a size that two CPU cores train in two minutes.
     # The wallclock cap keeps a slow machine inside five minutes; a fast one takes all steps.
     "demo": dict(
+        audit=True,
         num_layers=5,
         model_dim=192,
         num_heads=3,
@@ -866,6 +881,21 @@ class Runtime:
             self.events, json.dumps({"event": event, "time": round(time.time(), 3), **fields})
         )
 
+    def user_key(self):
+        """A secret of this user on this system, made at its first use; empty where it cannot be kept.
+
+        It tells states that this user's runs saved from states that came with somebody's files.
+        """
+        path = Path("~/.local/state/parameter_golf/key").expanduser()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                path.chmod(0o600)
+                file.write(os.urandom(32).hex())
+            return path.read_text()
+        except OSError:
+            return ""
+
     def autocast(self):
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
@@ -1221,7 +1251,7 @@ def build_demo_data(config, log):
             character_coverage=0.999,
             pad_id=0,
             bos_id=BOS,
-            eos_id=2,
+            eos_id=EOS,
             unk_id=3,
             minloglevel=2,
         )
@@ -1245,6 +1275,31 @@ def build_demo_data(config, log):
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
 HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
+
+
+class Scheme(typing.NamedTuple):
+    """How the artifact stores a tensor's values."""
+
+    name: str
+    dtype: type  # of the stored values
+    bits: int  # of symmetric integers, which have a scale per row; 0 for floats
+
+    @property
+    def top(self):
+        """Largest stored integer."""
+        return 2 ** (self.bits - 1) - 1 if self.bits else math.inf
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int5", np.int8, 5),
+        Scheme("int6", np.int8, 6),
+        Scheme("int8", np.int8, 8),
+        Scheme("fp16", np.float16, 0),
+        Scheme("fp32", np.float32, 0),
+    )
+}
 
 
 def scheme_of(name, shape, config, int5_layers=()):
@@ -1806,9 +1861,9 @@ class GPT(nn.Module):
             self.init_weights()
         if config.late_qat_threshold > 0:
             for name, module in self.quantizable():
-                scheme = scheme_of(f"{name}.weight", module.weight.shape, config)
-                if scheme.startswith("int"):
-                    module.enable_qat(int(scheme[3:]))
+                bits = SCHEMES[scheme_of(f"{name}.weight", module.weight.shape, config)].bits
+                if bits:
+                    module.enable_qat(bits)
 
     @torch.no_grad()
     def init_weights(self):
@@ -2588,6 +2643,37 @@ def evaluate(model, stream, config, runtime, stride=None, **options):
     return Evaluation(model, stream, config, runtime, stride or config.eval_stride, **options).run()
 
 
+class EvaluationJob(typing.NamedTuple):
+    """One score that a run reports."""
+
+    label: str  # of its log lines
+    stride: int  # EVAL_SEQ_LEN: non-overlapping windows
+    ttt: bool
+    slot: str
+
+
+def evaluation_jobs(config):
+    """[EvaluationJob] of an artifact from the weakest to the strongest, which is the one to report."""
+    jobs = [
+        EvaluationJob("final_int6_roundtrip", config.eval_seq_len, False, "off"),
+        EvaluationJob("final_int6_sliding_window", config.eval_stride, False, "off"),
+    ]
+    adapting = []
+    if config.ttt_enabled:
+        adapting.append("ttt")
+    if config.slot != "off":
+        adapting.append(f"slot_{config.slot}")
+    if adapting:
+        # What adapts, after a word on whether it may: legal_ttt, legal_ttt_slot_causal, slot_causal.
+        if config.slot == "published":
+            adapting.insert(0, "illegal")
+        elif config.ttt_enabled:
+            adapting.insert(0, "legal")
+        label = "_".join(adapting)
+        jobs.append(EvaluationJob(label, config.eval_stride, config.ttt_enabled, config.slot))
+    return jobs
+
+
 # ==================================================================================================
 # Training
 # Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of (seed, step,
@@ -2881,91 +2967,138 @@ def train(config, runtime, val, path):
 
 # ==================================================================================================
 # Compression
-# Per-row symmetric integers with GPTQ-lite clips, then a general compressor. The container is plain data with
-# a checksum: its reader believes nothing it has not compared with what the architecture must contain, and
-# allocates nothing before.
+# Integers row by row, then a general compressor. The container is plain data with a checksum: its
+# reader believes nothing that it has not compared with what the architecture must contain, and
+# allocates nothing of a size that the architecture does not have.
 # ==================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGolf\r\n\x1a", 1
-# magic, version, compressor, raw bytes, compressed bytes, sha256
+ARTIFACT_NAME = "final_model.int6.ptz"
+FLOAT_NAME = "final_model.pt"
+# Like PNG's, the magic bytes show a transfer that changed line ends.
+ARTIFACT_MAGIC = b"PGolf\r\n\x1a"
+ARTIFACT_VERSION = 1
+# magic, version, compressor, two zero bytes, raw bytes, compressed bytes, sha256 of the payload
 ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
 COMPRESSORS = ("zstd", "lzma")
-MAX_RAW_BYTES, MAX_HEADER_BYTES = 96 << 20, 1 << 20
-ITEM_TYPES = {
-    "int5": np.int8,
-    "int6": np.int8,
-    "int8": np.int8,
-    "fp16": np.float16,
-    "fp32": np.float32,
-}
+MAX_RAW_BYTES = 96 << 20  # six times the budget: no artifact of the challenge comes near
+MAX_HEADER_BYTES = 1 << 20
+MAX_PARAMETERS = MAX_RAW_BYTES  # at one byte each
+
+
+class TensorEntry(typing.NamedTuple):
+    """One line of the artifact's table of tensors."""
+
+    name: str
+    shape: tuple
+    scheme: str
+
+    def rows(self):
+        """Rows that share a scale each; 0 for floats."""
+        return math.prod(self.shape[:-1]) if SCHEMES[self.scheme].bits else 0
+
+    def value_bytes(self):
+        return math.prod(self.shape) * np.dtype(SCHEMES[self.scheme].dtype).itemsize
+
+    def scale_bytes(self):
+        return self.rows() * np.dtype(np.float16).itemsize
+
+
+class EncodedTensor(typing.NamedTuple):
+    """A tensor as the artifact stores it."""
+
+    values: bytes  # integers or floats, row-major
+    scales: bytes  # float16, one per row; empty for floats
 
 
 def encode_tensor(tensor, scheme):
-    """[codes or values, scales or nothing] as bytes."""
-    if scheme.startswith("int"):
-        return [t.cpu().numpy().tobytes() for t in quantize_rows(tensor, int(scheme[3:]))]
-    return tensor.detach().float().cpu().numpy().astype(ITEM_TYPES[scheme]).tobytes(), b""
+    """EncodedTensor of a tensor under the scheme of that name."""
+    if SCHEMES[scheme].bits:
+        codes, scales = quantize_rows(tensor, SCHEMES[scheme].bits)
+        return EncodedTensor(codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes())
+    values = tensor.detach().float().cpu().numpy().astype(SCHEMES[scheme].dtype)
+    return EncodedTensor(values.tobytes(), b"")
 
 
 def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
-    """The artifact's bytes: fixed head, then one compressed payload of a JSON header and the tensors
-    grouped by kind.
+    """The artifact's bytes: a fixed head, then one compressed payload.
 
-    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between calls.
+    The payload is a JSON header (settings, tokenizer, table of tensors), then the tensors' values
+    grouped by scheme, then their scales in the same order: like bytes next to like compress best.
+    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between
+    calls.
     """
-    cache, table = {} if cache is None else cache, []
+    cache = {} if cache is None else cache
+    table = []
     for name, tensor in state_dict.items():
         scheme = scheme_of(name, tensor.shape, config, int5_layers)
         if (name, scheme) not in cache:
             cache[name, scheme] = encode_tensor(tensor, scheme)
-        table.append([name, list(tensor.shape), scheme])
-    table.sort(key=lambda row: list(ITEM_TYPES).index(row[2]))
+        table.append(TensorEntry(name, tuple(tensor.shape), scheme))
+    order = list(SCHEMES)
+    table.sort(key=lambda entry: order.index(entry.scheme))
     header = json.dumps(
         dict(
-            config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256, tensors=table
+            config=config.as_dict("arch", "eval"),
+            tokenizer_sha256=tokenizer_sha256,
+            tensors=table,
         )
     ).encode()
-    codes, scales = zip(*(cache[name, scheme] for name, _, scheme in table))
-    raw = b"".join([struct.pack("<I", len(header)), header, *codes, *scales])
+    encoded = [cache[entry.name, entry.scheme] for entry in table]
+    values = [tensor.values for tensor in encoded]
+    scales = [tensor.scales for tensor in encoded]
+    raw = b"".join([struct.pack("<I", len(header)), header, *values, *scales])
+    return seal_payload(config, raw)
+
+
+def seal_payload(config, raw):
+    """Head and compressed payload of the raw bytes."""
     if config.compressor == "zstd":
         body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
     else:
         body = lzma.compress(raw, preset=config.lzma_preset)
+    compressor = COMPRESSORS.index(config.compressor)
+    digest = hashlib.sha256(body).digest()
     head = ARTIFACT_HEAD.pack(
-        ARTIFACT_MAGIC,
-        ARTIFACT_VERSION,
-        COMPRESSORS.index(config.compressor),
-        len(raw),
-        len(body),
-        hashlib.sha256(body).digest(),
+        ARTIFACT_MAGIC, ARTIFACT_VERSION, compressor, len(raw), len(body), digest
     )
     return head + body
 
 
-def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """(artifact, int5 layers): MLP layers drop to int5 from the middle outward until code + model fit
-    BUDGET_BYTES.
+def int5_order(num_layers):
+    """Layers from the middle outward (5, 6, 4, 7, … of 11), the order in which #1170's ladder
+    lowers MLPs to int5: first and last layers are the most sensitive."""
+    middle = (num_layers - 1) / 2
+    return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
 
-    Raises ArtifactError when even that does not fit.
+
+def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
+    """(artifact, int5 layers): the first rung of the ladder on which code + model fit BUDGET_BYTES.
+
+    The ladder starts with every MLP at BLOCK_BITS and lowers one more to int5 at each rung. Raises
+    ArtifactError when even the last rung does not fit.
     """
-    middle, cache, layers = (config.num_layers - 1) / 2, {}, []
-    order = sorted(range(config.num_layers), key=lambda i: (abs(i - middle), -i))
-    while True:
+    order = int5_order(config.num_layers)
+    cache = {}
+    for rung in range(len(order) + 1):
+        layers = order[:rung]
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
         if over <= 0:
             return blob, layers
-        if len(layers) == len(order):
-            raise ArtifactError(
-                f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with "
-                "every MLP in int5: train a smaller model (MLP_MULT, NUM_LAYERS)"
-            )
-        layers.append(order[len(layers)])
-        log(f"budget: {over} bytes over, MLP of layer {layers[-1]} to int5")
+        if rung < len(order):
+            log(f"budget: {over} bytes over, MLP of layer {order[rung]} to int5")
+    raise ArtifactError(
+        f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
+        "int5: train a smaller model (MLP_MULT, NUM_LAYERS)"
+    )
+
+
+# ---- reading ----
 
 
 def decompress(body, compressor, size):
     """Exactly `size` bytes, or ArtifactError; never allocates more than that."""
-    raw, whole = b"", True
+    raw = b""
+    whole = True
     try:
         if compressor == "lzma":
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
@@ -2981,106 +3114,150 @@ def decompress(body, compressor, size):
     return raw
 
 
-def unpack_artifact(blob):
-    """(Config, float32 state_dict) of an artifact's bytes."""
-    return read_artifact(blob)[:2]
+class Payload(typing.NamedTuple):
+    """A payload whose header has been checked, its tensors not yet."""
+
+    config: Config
+    tokenizer_sha256: str
+    table: list  # of TensorEntry
+    raw: bytes
+    values_at: int  # offset of the first tensor
 
 
-def read_artifact(blob):
-    """(Config, float32 state_dict, tokenizer sha256) of an artifact's bytes. Runs no code of the file; any damage or
-    hostility raises ArtifactError before anything of a size the architecture does not have is allocated."""
-    config, table, raw, at, tokenizer_sha256 = read_header(blob)
-    scales_at = at + sum(
-        math.prod(shape) * ITEM_TYPES[scheme]().itemsize for _, shape, scheme in table
-    )
-    state, parts = {}, []
-    for name, shape, scheme in table:  # look at everything before the first float32 tensor is made
-        rows = math.prod(shape[:-1]) if scheme.startswith("int") else 0
-        values = np.frombuffer(raw, ITEM_TYPES[scheme], math.prod(shape), at)
-        scales = np.frombuffer(raw, np.float16, rows, scales_at)
-        at, scales_at = at + values.nbytes, scales_at + scales.nbytes
-        top = 2 ** (int(scheme[3:]) - 1) - 1 if rows else math.inf
-        good = all(np.isfinite(x).all() for x in (values, scales)) and (scales > 0).all()
-        if not good or values.max(initial=0) > top or values.min(initial=0) < -top:
-            raise ArtifactError(f"artifact: {name}: codes, scales or values are outside {scheme}")
-        parts.append((values, scales))
-    for (name, shape, _), (values, scales) in zip(table, parts):
-        values = values.astype(np.float32)
-        if len(scales):
-            values = values.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
-        state[name] = torch.from_numpy(values.reshape(shape))
-    return config, state, tokenizer_sha256
-
-
-def read_header(blob):
-    """(Config, [(name, shape, scheme)], raw payload, offset of tensors, tokenizer sha256), all checked."""
+def open_payload(blob):
+    """The decompressed payload of an artifact's bytes, after every check of its head."""
     if len(blob) < ARTIFACT_HEAD.size:
         raise ArtifactError(
             f"artifact: {len(blob)} bytes are less than its head: truncated or not an artifact"
         )
     magic, version, compressor, raw_size, size, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = memoryview(blob)[ARTIFACT_HEAD.size :]
+    wrong_size = (
+        f"{len(body)} bytes of payload, its head promises {size}: truncated or trailing bytes"
+    )
     for holds, wrong in [
         (magic == ARTIFACT_MAGIC, "magic bytes are not ours: not an artifact"),
         (version == ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
         (compressor < len(COMPRESSORS), f"compressor {compressor} is unknown"),
         (blob[10:12] == b"\0\0", "reserved bytes are not zero"),
-        (
-            size == len(body),
-            f"{len(body)} bytes of payload, its head promises {size}: truncated or trailing bytes",
-        ),
+        (size == len(body), wrong_size),
         (4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}"),
         (hashlib.sha256(body).digest() == digest, "checksum does not match: damaged"),
     ]:
         if not holds:
             raise ArtifactError(f"artifact: {wrong}")
-    raw = decompress(body, COMPRESSORS[compressor], raw_size)
-    end = 4 + struct.unpack_from("<I", raw)[0]
-    if end > min(MAX_HEADER_BYTES, raw_size):
-        raise ArtifactError(f"artifact: header of {end - 4} bytes does not fit")
+    return decompress(body, COMPRESSORS[compressor], raw_size)
+
+
+def read_header(blob):
+    """Payload of an artifact's bytes: settings and table are valid and belong together."""
+    raw = open_payload(blob)
+    header_bytes = struct.unpack_from("<I", raw)[0]
+    end = 4 + header_bytes
+    if end > min(MAX_HEADER_BYTES, len(raw)):
+        raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
     try:
         header = json.loads(raw[4:end])
         config = Config(**header["config"])
-        whole = header["config"].keys() == config.as_dict("arch", "eval").keys()
-        if not whole or header.keys() != {"config", "tokenizer_sha256", "tensors"}:
+        if header["config"].keys() != config.as_dict("arch", "eval").keys():
             raise ConfigError("settings are missing or foreign")
-        if type(header["tokenizer_sha256"]) is not str:
-            raise TypeError("tokenizer_sha256")
-        table = [(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]]
-        check_table(config, table, raw_size - end)
+        if header.keys() != {"config", "tokenizer_sha256", "tensors"}:
+            raise ConfigError("entries are missing or foreign")
+        tokenizer_sha256 = header["tokenizer_sha256"]
+        if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
+            raise ConfigError("tokenizer_sha256 is neither 64 hexadecimal digits nor empty")
+        table = [
+            TensorEntry(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]
+        ]
+        check_table(config, table, len(raw) - end)
     except ArtifactError:
         raise
-    except Exception as error:  # a stranger's JSON may hold anything
-        what = f"{type(error).__name__}: {str(error)[:200]}"
+    except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
+        what = f"{type(error).__name__}: {ascii(str(error)[:200])}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
-    return config, table, raw, end, header["tokenizer_sha256"]
+    return Payload(config, tokenizer_sha256, table, raw, end)
+
+
+def expected_shapes(config):
+    """{name: shape} of the tensors that the architecture must have; allocates none of them."""
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def check_shapes(config, found):
+    """Raise ArtifactError unless {name: shape} `found` is the architecture's."""
+    expected = expected_shapes(config)
+    parameters = sum(math.prod(shape) for shape in expected.values())
+    if parameters > MAX_PARAMETERS:
+        raise ArtifactError(f"{parameters} parameters are more than {MAX_PARAMETERS}")
+    if found != expected:
+        wrong = sorted(map(ascii, set(found.items()) ^ set(expected.items())))[:3]
+        raise ArtifactError(f"tensors differ from the architecture's: {'; '.join(wrong)}")
 
 
 def check_table(config, table, data_bytes):
     """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
-    found = {name: shape for name, shape, _ in table}
-    if len(found) != len(table) or found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))[:3]
+    names = {entry.name for entry in table}
+    if len(names) != len(table):
+        raise ArtifactError("artifact: a tensor appears twice")
+    try:
+        check_shapes(config, {entry.name: entry.shape for entry in table})
+    except ArtifactError as error:
+        raise ArtifactError(f"artifact: {error}") from None
+    for entry in table:
+        scheme = SCHEMES.get(entry.scheme)
+        if scheme is None or (scheme.bits and len(entry.shape) < 2):
+            wrong = f"scheme {ascii(entry.scheme)} is unknown or does not fit"
+            raise ArtifactError(f"artifact: {entry.name}: {wrong}")
+    needed = sum(entry.value_bytes() + entry.scale_bytes() for entry in table)
+    if needed != data_bytes:
+        raise ArtifactError(f"artifact: tensors need {needed} bytes, {data_bytes} are there")
+
+
+def decode_tensor(entry, values, scales):
+    """float32 tensor of what the artifact stores. Raises ArtifactError for values off the grid."""
+    top = SCHEMES[entry.scheme].top
+    finite = np.isfinite(values).all() and np.isfinite(scales).all()
+    inside = values.max(initial=0) <= top and values.min(initial=0) >= -top
+    if not (finite and inside and (scales > 0).all()):
         raise ArtifactError(
-            f"artifact: tensors differ from its architecture's, or appear twice: {wrong}"
+            f"artifact: {entry.name}: codes, scales or values are outside {entry.scheme}"
         )
-    total = 0
-    for name, shape, scheme in table:
-        integers = isinstance(scheme, str) and scheme.startswith("int")
-        known = scheme in ITEM_TYPES and all(type(n) is int for n in shape)
-        if not known or (integers and len(shape) < 2):
-            raise ArtifactError(f"artifact: {name}: scheme {scheme!r} is unknown or does not fit")
-        total += (
-            math.prod(shape) * ITEM_TYPES[scheme]().itemsize + 2 * math.prod(shape[:-1]) * integers
-        )
-    if total != data_bytes:
-        raise ArtifactError(f"artifact: tensors need {total} bytes, {data_bytes} are there")
+    tensor = values.astype(np.float32)
+    if len(scales):
+        tensor = tensor.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
+    return torch.from_numpy(tensor.reshape(entry.shape))
 
 
-ARTIFACT_NAME = "final_model.int6.ptz"
-FLOAT_NAME = "final_model.pt"
+class Artifact(typing.NamedTuple):
+    """What an artifact holds."""
+
+    config: Config  # architecture and evaluation settings; the rest are defaults
+    state_dict: dict  # float32 tensors by name
+    tokenizer_sha256: str  # "" if it does not say
+
+
+def read_artifact(blob):
+    """Artifact of its bytes. Runs no code of the file; raises ArtifactError for any damage."""
+    payload = read_header(blob)
+    values_at = payload.values_at
+    scales_at = values_at + sum(entry.value_bytes() for entry in payload.table)
+    state = {}
+    for entry in payload.table:
+        dtype = SCHEMES[entry.scheme].dtype
+        values = np.frombuffer(payload.raw, dtype, math.prod(entry.shape), values_at)
+        scales = np.frombuffer(payload.raw, np.float16, entry.rows(), scales_at)
+        values_at += values.nbytes
+        scales_at += scales.nbytes
+        state[entry.name] = decode_tensor(entry, values, scales)
+    return Artifact(payload.config, state, payload.tokenizer_sha256)
+
+
+def unpack_artifact(blob):
+    """(Config, float32 state_dict) of an artifact's bytes. Raises ArtifactError."""
+    artifact = read_artifact(blob)
+    return artifact.config, artifact.state_dict
 
 
 class LoadedWeights(typing.NamedTuple):
@@ -3093,29 +3270,36 @@ class LoadedWeights(typing.NamedTuple):
     sha256: str  # of the file
 
     def brought(self):
-        """Settings that the file brings into a run that only evaluates it."""
+        """Settings that the file brings into a run that only evaluates it; a given file is audited."""
         settings = self.config.as_dict("arch", "eval")
-        return {**settings, "run_id": f"eval_{self.sha256[:8]}"}
+        return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
 
 def load_weights(path):
     """LoadedWeights of an artifact (*.ptz) or a float checkpoint (*.pt). Raises ArtifactError."""
+    most = ARTIFACT_HEAD.size + MAX_RAW_BYTES
     try:
         with open(path, "rb") as file:
             head = file.read(len(ARTIFACT_MAGIC))
+        size = os.path.getsize(path)
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: name a readable artifact (*.ptz) or float checkpoint (*.pt)"
         ) from None
-    if head == ARTIFACT_MAGIC:
-        blob = Path(path).read_bytes()
-        try:
-            config, state_dict, tokenizer_sha256 = read_artifact(blob)
-        except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
-        return LoadedWeights(
-            config, state_dict, tokenizer_sha256, {}, hashlib.sha256(blob).hexdigest()
-        )
+    if head != ARTIFACT_MAGIC:
+        return load_float_weights(path)
+    if size > most:  # looked at before reading: a sparse file may claim any size
+        raise ArtifactError(f"{path}: {size} bytes are more than any artifact has ({most})")
+    blob = Path(path).read_bytes()
+    try:
+        artifact = read_artifact(blob)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
+    return LoadedWeights(*artifact, {}, hashlib.sha256(blob).hexdigest())
+
+
+def load_float_weights(path):
+    """LoadedWeights of a run's float checkpoint (*.pt). Raises ArtifactError."""
     if not str(path).endswith(".pt"):
         raise ArtifactError(
             f"{path}: does not start like an artifact: damaged, or of another submission: "
@@ -3124,11 +3308,16 @@ def load_weights(path):
     saved = load_tensors(path)
     try:
         config = Config(**saved["config"])
-        return LoadedWeights(config, saved["state_dict"], "", saved["info"], sha256_file(path))
-    except (KeyError, TypeError, ConfigError) as error:
+        state = saved["state_dict"]
+        for name, tensor in state.items():
+            if tensor.layout != torch.strided or tensor.dtype != torch.float32:
+                raise TypeError(f"{ascii(name)} is not a dense float32 tensor")
+        check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        return LoadedWeights(config, state, "", dict(saved["info"]), sha256_file(path))
+    except Exception as error:  # a stranger's file may hold anything, escape sequences included
         raise ArtifactError(
-            f"{path}: not the final weights of a run ({error}): name {FLOAT_NAME} or "
-            f"{ARTIFACT_NAME}"
+            f"{path}: not the final weights of a run ({type(error).__name__}: "
+            f"{ascii(str(error)[:200])}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
         ) from None
 
 
@@ -3361,13 +3550,19 @@ def audit(model, stream, config, runtime):
 
 # ==================================================================================================
 # main
-# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what it found.
+# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
+# it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
-def score_label(config):
-    """Name of the last score: what adapts, and whether that is legal; empty if nothing adapts."""
-    legal = "illegal" if config.slot == "published" else "legal" if config.ttt_enabled else ""
-    slot = f"slot_{config.slot}" if config.slot != "off" else ""
-    return "_".join(filter(None, (legal, "ttt" * config.ttt_enabled, slot)))
+def check_places(config):
+    """Refuse, before anything is moved, to set aside the very file that is to be scored."""
+    if not config.eval_only or config.resume != "never":
+        return
+    artifact = Path(config.eval_only).resolve()
+    if artifact.is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"EVAL_ONLY={config.eval_only} lies in RUN_DIR={config.run_dir}, which RESUME=never "
+            "would set aside: set another RUN_DIR, or leave RESUME at auto"
+        )
 
 
 class Run:
@@ -3380,12 +3575,17 @@ class Run:
         self.path = Path(config.run_dir)
         self.float_path = self.path / FLOAT_NAME
         self.artifact_path = Path(config.eval_only or self.path / ARTIFACT_NAME)
-        self.files = {self.artifact_path: loaded} if loaded else {}  # LoadedWeights by path
+        # LoadedWeights by path: a file is read and decompressed once, however many scores it gets.
+        self.files = {}
+        if loaded is not None:
+            self.files[self.artifact_path] = loaded
+        self.code_sha256 = sha256_file(CODE_PATH)
         self.model = None
+        self.audited = False
         self.results = {"scores": {}}
 
     def load(self, path):
-        """LoadedWeights of a file; each file is read and decompressed once."""
+        """LoadedWeights of a file."""
         if path not in self.files:
             self.files[path] = load_weights(path)
         return self.files[path]
@@ -3401,102 +3601,170 @@ class Run:
             self.log(f"phase_done:{phase} found in {self.path}")
         return done
 
+    # ---- before the first phase ----
+
     def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, log and write what a rerun needs to agree on."""
-        config, log, path = self.config, self.log, self.path / "config.json"
-        if config.resume == "must" and not self.on_main(path.exists):
+        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        config = self.config
+        if config.resume == "must" and not self.on_main((self.path / "config.json").exists):
             raise ConfigError(
                 f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
             )
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
-                build_demo_data(config, log)
+                build_demo_data(config, self.log)
             self.runtime.comm.barrier()
-        if not config.eval_only:
+        tokenizer_sha256 = ""
+        if config.eval_only:
+            tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
+        else:
             find_shards(config, "train")
-        tokenizer_sha256 = (
-            self.load(self.artifact_path).tokenizer_sha256 if config.eval_only else ""
-        )
         self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
-        f, differs = self.val.fingerprint, config.differences()
         if self.runtime.is_main:
-            run = dict(
-                preset=config.preset,
-                hash=config.hash(),
-                val_sha256=f["val_sha256"],
-                config=config.as_dict(),
-                differs=differs,
-            )
-            if path.exists():
-                self.check_same_run(json.loads(path.read_text()), run)
-            write_json(path, run)
-            (self.path / "STOPPED").unlink(missing_ok=True)
+            self.take_over_record()
         self.write_manifest()
-        for name, value in config.as_dict().items():
-            log(f"config:{name}={value}{' *' if name in differs else ''}")
-        log(f"config_hash:{config.hash()}")
-        choice = pick_attention(self.runtime.device, self.runtime.dtype)
-        log(f"attention:{choice.reason}")
-        log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
-        log(
-            f"val_loader:shards pattern={config.data_path}/fineweb_val_*.bin tokens:{f['val_targets']}"
+        self.announce()
+        if config.eval_only:
+            self.check_budget()
+
+    def run(self):
+        """All phases that are configured and missing."""
+        config = self.config
+        self.prepare()
+        if not config.eval_only and config.mode == "train":
+            self.train()
+            self.pack()
+        if config.audit or config.mode == "audit":
+            self.audit()
+        if config.mode == "train":
+            self.score()
+
+    def identity(self):
+        """What two runs must agree on to share a RUN_DIR: settings, text, code and (EVAL_ONLY) file.
+
+        An evaluation does not use the settings of training, so it does not compare them.
+        """
+        config = self.config
+        kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
+        identity = config.as_dict(*kinds)
+        identity["validation text"] = self.val.fingerprint["val_sha256"]
+        identity["train_gpt.py"] = self.code_sha256
+        identity["file that is scored"] = "the run's own"
+        if config.eval_only:
+            identity["file that is scored"] = self.load(self.artifact_path).sha256
+        return identity
+
+    def origin(self):
+        """Shows that this user's runs on this system made something, without giving the key away."""
+        key = self.runtime.user_key()
+        return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
+
+    def take_over_record(self):
+        """Write config.json; go on with the scores of the run that RUN_DIR holds, if it is this one."""
+        path = self.path / "config.json"
+        if path.exists():
+            self.check_same_run(json.loads(path.read_text()))
+            # An evaluation of a given file is a check of it: what it found before is not taken up.
+            if not self.config.eval_only:
+                with contextlib.suppress(FileNotFoundError):
+                    self.results = json.loads((self.path / "scores.json").read_text())
+        config = self.config
+        kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
+        record = dict(
+            preset=config.preset,
+            hash=config.hash(),
+            origin=self.origin(),
+            identity=self.identity(),
+            config=config.as_dict(),
+            kinds=kinds,
+            differs=config.differences(),
         )
+        write_json(path, record)
+        (self.path / "STOPPED").unlink(missing_ok=True)
+
+    def check_same_run(self, old):
+        """Raise ConfigError when RUN_DIR holds a run of other settings, data, code or another user."""
+        before = old.get("identity", {})
+        differences = []
+        for name, value in self.identity().items():
+            if before.get(name) != value:
+                shown = name.upper() if name in old.get("config", {}) else name
+                differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
+        if differences:
+            raise ConfigError(
+                f"{self.path} holds a run of other settings, data or code: {'; '.join(differences)}: "
+                "use the same to resume it, set another RUN_ID, or RESUME=never to keep it aside"
+            )
+        if old.get("origin") != self.origin():
+            self.log(
+                f"warning: {self.path} was begun elsewhere (another user, machine or container): "
+                "phases that it calls done are taken on trust; RESUME=never starts anew"
+            )
+
+    def announce(self):
+        """Log the configuration and the data in the lines that other tools parse (REFERENCE, 9)."""
+        config = self.config
+        log = self.log
+        differs = config.differences()
+        # An artifact does not bring the settings of its training: what is set here is not theirs.
+        kinds = ("arch", "eval", "run") if config.eval_only else ()
+        for name, value in config.as_dict(*kinds).items():
+            mark = " *" if name in differs else ""
+            log(f"config:{name}={value}{mark}")
+        if not config.eval_only:
+            log(f"config_hash:{config.hash()}")
+        log(f"evaluation_hash:{config.hash('arch', 'eval')}")
+        log(f"attention:{pick_attention(self.runtime.device, self.runtime.dtype).reason}")
+        log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
+        split = self.val.fingerprint
+        pattern = f"{config.data_path}/fineweb_val_*.bin"
+        log(f"val_loader:shards pattern={pattern} tokens:{split['val_targets']}")
         log(
-            f"data_fingerprint tokens:{f['val_tokens']} targets:{f['val_targets']} bytes:{f['val_bytes']} "
-            f"bytes_per_token:{f['bytes_per_token']:.4f} documents:{f['val_documents']} "
-            f"sha256:{f['val_sha256']} score_scope:{f['scope']}"
+            f"data_fingerprint tokens:{split['val_tokens']} targets:{split['val_targets']} "
+            f"bytes:{split['val_bytes']} bytes_per_token:{split['bytes_per_token']:.4f} "
+            f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
+            f"score_scope:{split['scope']}"
         )
         log(f"seed:{config.seed}")
-        steps = [int(path.stem[5:]) for path in (self.path / "checkpoint").glob("step_*.pt")]
+        steps = Checkpointer(self.runtime, "step", 0).numbers()
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
-    def check_same_run(self, old, new):
-        """Go on with the scores of an earlier run. Raises ConfigError when it had other settings or data."""
-        names = ["eval_only", *self.config.as_dict("arch", "train", "eval")]
-        before, now = ({name: run["config"].get(name) for name in names} for run in (old, new))
-        before["validation"], now["validation"] = old.get("val_sha256"), new["val_sha256"]
-        differ = "; ".join(
-            f"{name.upper()}: {before[name]!r} -> {value!r}"
-            for name, value in now.items()
-            if before[name] != value
-        )
-        if differ:
-            raise ConfigError(
-                f"{self.path} holds a run of other settings or data: {differ}: use the same to "
-                "resume it, set another RUN_ID, or RESUME=never to keep it aside"
-            )
-        with contextlib.suppress(FileNotFoundError):
-            self.results = json.loads((self.path / "scores.json").read_text())
-
     def write_manifest(self):
+        """manifest.json: versions, machine and hashes, so that a score can be traced to its files."""
         if not self.runtime.is_main:
             return
-        config, device, artifact = self.config, self.runtime.device, self.artifact_path.exists()
+        config = self.config
+        artifact_sha256 = None
+        artifact_bytes = None
+        if self.artifact_path.exists():
+            artifact_sha256 = self.load(self.artifact_path).sha256
+            artifact_bytes = self.artifact_path.stat().st_size
+        train_shards = list(Path(config.data_path).glob("fineweb_train_*.bin"))
         manifest = dict(
             python=platform.python_version(),
             torch=torch.__version__,
             numpy=np.__version__,
             sentencepiece=sentencepiece.__version__,
             zstandard=zstandard.__version__,
-            device=str(device),
-            device_name=device_name(device),
+            device=str(self.runtime.device),
+            device_name=device_name(self.runtime.device),
             world_size=self.runtime.comm.world,
             torch_threads=torch.get_num_threads(),
             config_hash=config.hash(),
-            code_sha256=sha256_file(CODE_PATH),
+            code_sha256=self.code_sha256,
             code_bytes=CODE_PATH.stat().st_size,
-            artifact_sha256=sha256_file(self.artifact_path) if artifact else None,
-            artifact_bytes=self.artifact_path.stat().st_size if artifact else None,
+            artifact_sha256=artifact_sha256,
+            artifact_bytes=artifact_bytes,
             tokenizer_sha256=sha256_file(config.tokenizer_path),
-            data=dict(
-                train_shards=len(list(Path(config.data_path).glob("fineweb_train_*.bin"))),
-                **self.val.fingerprint,
-            ),
+            data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
         self.log(f"manifest:{json.dumps(manifest)}")
         write_json(self.path / "manifest.json", manifest)
 
+    # ---- the phases ----
+
     def train(self):
+        """Write the float weights, unless they are there."""
         if not self.already_done("train", self.float_path.exists):
             train(self.config, self.runtime, self.val, self.float_path)
 
@@ -3504,106 +3772,151 @@ class Run:
         """Quantise, fit the budget, write the artifact, log the sizes."""
         if self.already_done("pack", self.artifact_path.exists):
             return
-        code, log, config = CODE_PATH.stat().st_size, self.log, self.config
+        config = self.config
         weights = self.load(self.float_path).state_dict
-        self.runtime.stop_if_wanted("packing", 3 + 2e-6 * sum(t.numel() for t in weights.values()))
+        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
+        seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.values())
+        self.runtime.stop_if_wanted("packing", seconds)
         if self.runtime.is_main:
+            tokenizer_sha256 = sha256_file(config.tokenizer_path)
             blob, layers = fit_budget(
-                config, weights, code, sha256_file(config.tokenizer_path), log
+                config, weights, self.code_bytes(), tokenizer_sha256, self.log
             )
             write_atomic(self.artifact_path, [blob])
-            total = len(blob) + code
-            log(f"Code size: {code} bytes")
-            log(f"Serialized model int6+{config.compressor}: {len(blob)} bytes")
-            log(f"Total submission size int6+{config.compressor}: {total} bytes")
-            log(f"headroom: {config.budget_bytes - total} bytes")
+            self.log_sizes(len(blob), self.code_bytes())
             self.runtime.event(
                 "packed",
                 artifact_bytes=len(blob),
-                code_bytes=code,
-                total_bytes=total,
-                headroom_bytes=config.budget_bytes - total,
+                code_bytes=self.code_bytes(),
                 int5_layers=layers,
             )
         self.runtime.comm.barrier()
         self.write_manifest()
 
+    def code_bytes(self):
+        """Bytes of code that the artifact must share BUDGET_BYTES with."""
+        return self.config.code_bytes or CODE_PATH.stat().st_size
+
+    def log_sizes(self, artifact_bytes, code_bytes):
+        """The three lines of the challenge's logs, and what is left of the budget."""
+        log = self.log
+        compressor = self.config.compressor
+        total = artifact_bytes + code_bytes
+        log(f"Code size: {code_bytes} bytes")
+        log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
+        log(f"Total submission size int6+{compressor}: {total} bytes")
+        log(f"headroom: {self.config.budget_bytes - total} bytes")
+
+    def check_budget(self):
+        """The file that is scored and this very script must fit. Raises ArtifactError."""
+        if self.artifact_path.suffix == ".pt":
+            return  # float weights are no submission
+        artifact_bytes = self.artifact_path.stat().st_size
+        code_bytes = CODE_PATH.stat().st_size
+        self.log_sizes(artifact_bytes, code_bytes)
+        over = artifact_bytes + code_bytes - self.config.budget_bytes
+        if over > 0:
+            raise ArtifactError(
+                f"{self.artifact_path}: {artifact_bytes} bytes and {code_bytes} bytes of code are "
+                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the script "
+                "it was submitted with, or raise BUDGET_BYTES to look at it all the same"
+            )
+
     def model_of(self, path):
         """The model with the weights of a file; one object for all scores, so that it is compiled once."""
-        if self.model is None:  # rounding in training has no place here
-            quiet = dataclasses.replace(self.config, late_qat_threshold=0.0)
-            self.model = build_model(quiet, self.runtime)
+        if self.model is None:
+            # Rounding in training has no place here: the weights are what they are.
+            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
+            self.model = build_model(settings, self.runtime)
         self.model.load_state_dict(self.load(path).state_dict)
         return self.model
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
-        config, path, begin = self.config, self.path / "audit.json", time.monotonic()
+        config = self.config
+        path = self.path / "audit.json"
+        begin = time.monotonic()
         if not self.on_main(self.artifact_path.exists):
             raise ConfigError(
                 f"MODE=audit: {self.artifact_path} does not exist: set EVAL_ONLY=path"
             )
-        audit_key = f"{self.load(self.artifact_path).sha256}/{config.hash()}"
+        audit_key = self.evaluation_key(self.artifact_path)
 
         def passed_before():
-            old = json.loads(path.read_text()) if path.exists() and config.mode == "train" else {}
+            # A given file is audited anew each time; so is everything when the audit is what was asked.
+            if config.eval_only or config.mode == "audit" or not path.exists():
+                return False
+            old = json.loads(path.read_text())
             return old.get("audit_key") == audit_key and old["passed"]
 
+        self.audited = True  # below, a failure raises
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
         checks = audit(self.model_of(self.artifact_path), self.val, config, self.runtime)
-        failed, seconds = [c["name"] for c in checks if not c["passed"]], time.monotonic() - begin
+        failed = [check["name"] for check in checks if not check["passed"]]
+        seconds = time.monotonic() - begin
         if self.runtime.is_main:
-            write_json(
-                path, dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
-            )
+            record = dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
+            write_json(path, record)
         self.runtime.event("audit", passed=not failed)
-        self.log(f"audit {'FAIL' if failed else 'pass'} {len(checks)} checks in {seconds:.1f} s")
+        verdict = "FAIL" if failed else "pass"
+        self.log(f"audit {verdict} {len(checks)} checks in {seconds:.1f} s")
         if failed:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
+    def evaluation_key(self, path):
+        """A score or an audit belongs to one file of weights, one script and its settings."""
+        settings = self.config.hash("arch", "eval")
+        return f"{self.load(path).sha256}/{self.code_sha256}/{settings}"
+
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
-        c, source, scores = self.config, self.artifact_path, self.results["scores"]
-        prefix = "float" if source.suffix == ".pt" else "final_int6"
-        jobs = [] if c.eval_only else [("pre_quant", self.float_path, c.eval_seq_len, False, "off")]
-        jobs += [
-            (f"{prefix}_roundtrip", source, c.eval_seq_len, False, "off"),
-            (f"{prefix}_sliding_window", source, c.eval_stride, False, "off"),
-        ]
-        if score_label(c):
-            jobs.append((score_label(c), source, c.eval_stride, c.ttt_enabled, c.slot))
-        for label, path, stride, ttt, slot in jobs:
-            if not self.already_done(label, lambda: label in scores):
-                score = evaluate(
-                    self.model_of(path),
-                    self.val,
-                    c,
-                    self.runtime,
-                    stride,
-                    ttt=ttt,
-                    slot=slot,
-                    label=label,
-                    checkpoints=Checkpointer(
-                        self.runtime, f"eval_{label}", c.eval_checkpoint_seconds
-                    ),
-                    identity=f"{self.load(path).sha256}/{c.hash()}",
-                )
-                self.record(score, stride)
+        config = self.config
+        for job in self.jobs():
+            if self.already_done(job.label, lambda job=job: job.label in self.results["scores"]):
+                continue
+            name = f"eval_{job.label}"
+            checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
+            path = self.float_path if job.label == "pre_quant" else self.artifact_path
+            score = evaluate(
+                self.model_of(path),
+                self.val,
+                config,
+                self.runtime,
+                job.stride,
+                ttt=job.ttt,
+                slot=job.slot,
+                label=job.label,
+                checkpoints=checkpoints,
+                identity=self.evaluation_key(path) + "/" + self.origin(),
+            )
+            self.record(score, job)
         if self.runtime.is_main:
             self.write_results(finished=True)
             self.summarise()
         self.runtime.event("done")
         self.log(f"run_finished {self.path}")
 
-    def record(self, score, stride):
+    def jobs(self):
+        """The evaluations of this run, the float weights' first."""
+        jobs = evaluation_jobs(self.config)
+        if self.artifact_path.suffix == ".pt":
+            return [job._replace(label=job.label.replace("final_int6", "float")) for job in jobs]
+        if self.config.eval_only:
+            return jobs
+        return [jobs[0]._replace(label="pre_quant"), *jobs]
+
+    def record(self, score, job):
         """Log a score and add it to scores.json."""
-        log, name, mark = self.log, score.label, "" if score.legal else " legality:illegal"
-        at = f" stride:{stride}" if name.endswith("sliding_window") else ""
+        log = self.log
+        name = score.label
+        mark = "" if score.legal else " legality:illegal"
+        stride = f" stride:{job.stride}" if name.endswith("sliding_window") else ""
+        milliseconds = 1000 * score.seconds
         log(
-            f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{at} "
-            f"eval_time:{1000 * score.seconds:.0f}ms{mark}"
+            f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
+            f"eval_time:{milliseconds:.0f}ms{mark}"
         )
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")
@@ -3614,6 +3927,7 @@ class Run:
             bytes=score.bytes,
             eval_time_s=score.seconds,
             legal=score.legal,
+            audited=self.audited and self.is_submission(name),
         )
         self.runtime.event("score", label=name, scope=self.val.scope, **entry)
         self.results["scores"][name] = entry
@@ -3622,119 +3936,230 @@ class Run:
 
     def write_results(self, finished):
         """scores.json: what training and scoring measured; manifest.json has the rest."""
-        code, size = CODE_PATH.stat().st_size, self.artifact_path.stat().st_size
-        info = {} if self.config.eval_only else self.load(self.float_path).info
+        code_bytes = self.code_bytes()
+        artifact_bytes = self.artifact_path.stat().st_size
+        if not self.config.eval_only:
+            self.results.update(self.load(self.float_path).info)
         self.results.update(
-            info,
             finished=finished,
             seed=self.config.seed,
             preset=self.config.preset,
-            artifact_bytes=size,
-            code_bytes=code,
-            total_bytes=size + code,
+            headline=self.headline(),
+            artifact_bytes=artifact_bytes,
+            code_bytes=code_bytes,
+            total_bytes=artifact_bytes + code_bytes,
         )
         write_json(self.path / "scores.json", self.results)
 
+    # ---- what a person reads ----
+
+    def is_submission(self, label):
+        """Float weights do not fit the budget, and the roundtrip only shows what packing cost."""
+        return not label.startswith(("pre_quant", "float")) and not label.endswith("_roundtrip")
+
+    def headline(self):
+        """Label of the score to report: the last legal one in the order of jobs, whatever its value.
+
+        To choose the lowest of several scores after seeing them would be selection on validation text.
+        """
+        scores = self.results["scores"]
+        legal = [
+            job.label
+            for job in self.jobs()
+            if job.label in scores and scores[job.label]["legal"] and self.is_submission(job.label)
+        ]
+        return legal[-1] if legal else None
+
+    def legality_of(self, label):
+        """1 proved by this run's audit, 0 known to be illegal, or why there is nothing to say."""
+        score = self.results["scores"][label]
+        if not score["legal"]:
+            return "0"
+        if not self.is_submission(label):
+            return "no_submission"
+        return "1" if score["audited"] else "unaudited"
+
     def summarise(self):
         """What happened and what to try next, in plain words."""
-        c, r, log = self.config, self.results, self.log
-        for label, s in r["scores"].items():
+        log = self.log
+        results = self.results
+        for label, score in results["scores"].items():
             log(
-                f"result {label} val_bpb:{s['val_bpb']:.8f} legal:{int(s['legal'])} "
+                f"result {label} val_bpb:{score['val_bpb']:.8f} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope}"
             )
-        if c.preset == "demo":
-            text = self.val.token_bytes.model.decode(self.val.tokens.astype(int).tolist()).encode()
-            for name, packed in (
-                ("gzip -9", gzip.compress(text, 9)),
-                ("xz -6", lzma.compress(text)),
-            ):
-                log(
-                    f"baseline {name} bpb:{8 * len(packed) / len(text):.4f} on the same {len(text)} bytes of "
-                    "text"
-                )
-        if not c.eval_only:
-            log(
-                f"summary: trained {r['steps']} steps in {r['train_time_s']:.0f} s; artifact "
-                f"{r['artifact_bytes']} bytes + code {r['code_bytes']} = {r['total_bytes']} of "
-                f"{c.budget_bytes}."
-            )
-        best = min((s["val_bpb"], label) for label, s in r["scores"].items() if s["legal"])
+        if self.config.preset == "demo":
+            self.log_baselines()
+        headline = self.headline()
+        if headline is not None:
+            bpb = results["scores"][headline]["val_bpb"]
+            seconds = results["scores"][headline]["eval_time_s"]
+            legal = self.legality_of(headline)
+            log(f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal})")
+            log(f"summary: scored {self.val.num_targets:,} targets in {seconds:,.0f} s")
+        total = results["total_bytes"]
         log(
-            f"summary: best legal score {best[0]:.4f} bits per byte ({best[1]}); files are in {self.path}."
+            f"summary: size   {results['artifact_bytes']:,} + {results['code_bytes']:,} of code = "
+            f"{total:,} of {self.config.budget_bytes:,} bytes"
         )
-        log(
-            "next: AUDIT=1 proves the score legal; EVAL_ONLY=artifact.ptz verifies it; more ITERATIONS or a "
-            "larger MODEL_DIM lower the score; PRESET=nfm_7k is the submission."
+        if not self.config.eval_only:
+            log(f"summary: steps  {results['steps']:,} in {results['train_time_s']:,.0f} s")
+        log(f"summary: files  {self.path}")
+        log(f"next: {self.next_command()}")
+
+    def log_baselines(self):
+        """What general compressors make of the text that the demo was scored on."""
+        ids = self.val.tokens.astype(int).tolist()
+        text = self.val.token_bytes.model.decode(ids).encode()
+        packed = {"gzip -9": gzip.compress(text, 9), "xz -6": lzma.compress(text)}
+        for name, blob in packed.items():
+            bpb = 8 * len(blob) / len(text)
+            log_line = f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text"
+            self.log(log_line)
+
+    def next_command(self):
+        """The one command to try next."""
+        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={self.config.tokenizer_path}"
+        if self.config.eval_only:
+            return f'{where} MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
+        return (
+            f"{where} DATA_PATH={self.config.data_path} python train_gpt.py  # verify the artifact"
         )
+
+
+# ---- MODE=sample ----
+
+
+@torch.no_grad()
+def continue_tokens(model, ids, config, runtime, generator):
+    """Yield SAMPLE_TOKENS token ids that continue `ids` (a list), one at a time, until BOS or EOS.
+
+    Each next token is drawn from softmax(logits / TEMPERATURE) over the TOP_K likeliest; at
+    TEMPERATURE=0 it is the likeliest one.
+    """
+    for _ in range(config.sample_tokens):
+        window = runtime.to_device(np.array([ids[-config.eval_seq_len :]]))  # (1, T)
+        with runtime.autocast():
+            hidden = model.hidden(window)  # (1, T, D)
+            logits = model.logits(hidden[:, -1])[0]  # (V,)
+        best, candidates = logits.topk(min(config.top_k, len(logits)))
+        chosen = 0
+        if config.temperature > 0:
+            probabilities = torch.softmax(best / config.temperature, 0).cpu()
+            chosen = int(torch.multinomial(probabilities, 1, generator=generator))
+        token = int(candidates[chosen])
+        if token in (BOS, EOS):
+            return
+        ids = [*ids, token]
+        yield token
+
+
+def sample(config, runtime, loaded):
+    """MODE=sample: print PROMPT and how the artifact goes on; nothing is scored or written."""
+    token_bytes = load_token_bytes(config, loaded.tokenizer_sha256)
+    tokenizer = token_bytes.model
+    model = build_model(config, runtime)
+    model.load_state_dict(loaded.state_dict)
+    model.eval()
+    prompt = [BOS, *tokenizer.encode(config.prompt)]
+    generator = torch.Generator().manual_seed(config.seed)
+    shown = ""
+    text_ids = prompt[1:]
+    for token in continue_tokens(model, prompt, config, runtime, generator):
+        text_ids = [*text_ids, token]
+        text = tokenizer.decode(text_ids)
+        # A character of several bytes is a replacement mark until its last byte is there.
+        if runtime.is_main and not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if runtime.is_main:
+        print()
+
+
+# ---- the end of a process ----
 
 
 @contextlib.contextmanager
 def reported_errors(runtime):
     """Log what stops a run, once and with the rank, and end the process with its exit code."""
-    rank = f"[rank {runtime.comm.rank}] " * (runtime.comm.world > 1)
+    rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
     try:
         yield
     except Stopped as stop:
-        if runtime.is_main:
-            with contextlib.suppress(OSError):
-                (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-        runtime.log(
-            f"stopped signal:{runtime.stop.reason} phase:{stop}; run the same command again to go on"
-        )
-        runtime.event("stopped", signal=runtime.stop.reason, phase=str(stop))
-        with contextlib.suppress(RuntimeError):
-            runtime.comm.barrier()  # all ranks leave together
+        report_stop(runtime, stop)
         leave(runtime, stop.code)
+    except GolfError as error:
+        report_error(runtime, error.code, str(error), f"error: {error}", rank)
+        leave(runtime, error.code)
     except BaseException as error:
-        code, message, shown = 1, f"{type(error).__name__}: {error}", traceback.format_exc()
-        if isinstance(error, GolfError):
-            code, message, shown = error.code, str(error), f"error: {error}"
-        runtime.event("error", code=code, message=message)
-        runtime.append(runtime.log_file, f"error: {message}")
-        print(
-            "\n".join(f"{rank}{line}" for line in shown.splitlines()), file=sys.stderr, flush=True
-        )
-        leave(runtime, code)
+        message = f"{type(error).__name__}: {error}"
+        report_error(runtime, 1, message, traceback.format_exc(), rank)
+        leave(runtime, 1)
+
+
+def report_stop(runtime, stop):
+    """One line, one event, and the file STOPPED that tells a job script to requeue."""
+    if runtime.is_main:
+        with contextlib.suppress(OSError):
+            (runtime.dir / "STOPPED").write_text(f"{stop}\n")
+    runtime.log(
+        f"stopped signal:{runtime.stop.reason} phase:{stop}; run the same command again to go on"
+    )
+    runtime.event("stopped", signal=runtime.stop.reason, phase=str(stop))
+    with contextlib.suppress(RuntimeError):
+        runtime.comm.barrier()  # all ranks leave together
+
+
+def report_error(runtime, code, message, shown, rank):
+    """`message` to the log and the events, `shown` with its rank to the terminal."""
+    runtime.event("error", code=code, message=message)
+    runtime.append(runtime.log_file, f"error: {message}")
+    lines = [f"{rank}{line}" for line in shown.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def leave(runtime, code):
     """Exit now: with several ranks, tearing down a process group whose peers may be gone can hang."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+            thread.join()  # a checkpoint that is being written
     sys.stdout.flush()
     if runtime.comm.world > 1:
         os._exit(code)
     sys.exit(code)
 
 
+def load_given(environ):
+    """LoadedWeights that this command only scores or samples from, or None when it is to train."""
+    path = environ.get("EVAL_ONLY")
+    if not path and environ.get("MODE") == "sample":
+        path = Path(Config.from_env(environ).run_dir) / ARTIFACT_NAME
+    return load_weights(path) if path else None
+
+
 def main():
     """Read the configuration, build the runtime, train or load, pack, audit, score."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        return print(help_text())
-    if set(sys.argv[1:]) - {"--print-config"}:
+    arguments = set(sys.argv[1:])
+    if arguments & {"--help", "-h"}:
+        print(help_text())
+        return
+    if arguments - {"--print-config"}:
         raise ConfigError(
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
-    loaded = load_weights(os.environ["EVAL_ONLY"]) if os.environ.get("EVAL_ONLY") else None
+    loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.brought() if loaded else None)
-    if "--print-config" in sys.argv:
-        return print(
-            "\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items())
-        )
+    if arguments:
+        print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
+        return
+    check_places(config)
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):
-        run = Run(config, runtime, loaded)
-        run.prepare()
-        if not config.eval_only and config.mode == "train":
-            run.train()
-            run.pack()
-        if config.audit or config.mode == "audit":
-            run.audit()
-        if config.mode == "train":
-            run.score()
+        if config.mode == "sample":
+            sample(config, runtime, loaded)
+        else:
+            Run(config, runtime, loaded).run()
         runtime.close()
 
 
@@ -3742,4 +4167,5 @@ if __name__ == "__main__":
     try:
         main()
     except GolfError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or error.code)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
