@@ -12,7 +12,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PLACE_AND_PACE = {
     "preset", "data_path", "tokenizer_path", "run_id", "run_dir", "resume", "eval_only", "mode", "audit",
     "device", "compile", "micro_batch_tokens", "warmup_steps", "train_log_every", "val_loss_every",
-    "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds"}
+    "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds",
+    "code_bytes", "prompt", "sample_tokens", "temperature", "top_k"}
 # REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
 NFM_7K = dict(
     preset="nfm_7k", vocab_size=1024, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0,
@@ -21,7 +22,7 @@ NFM_7K = dict(
     nfm_enabled=True, nfm_hidden_dim=256, nfm_loss_weight=0.1, iterations=7000, train_batch_tokens=786_432,
     train_seq_len=2048, warmdown_iters=2800, warmdown_shape="linear", max_wallclock_seconds=0.0,
     embed_lr=0.035, scalar_lr=0.025, matrix_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500, muon_ns_steps=5, weight_decay=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
+    muon_momentum_warmup_steps=1500, muon_ns_steps=5, muon_wd=0.04, adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
     grad_clip_norm=0.3, qk_gain_init=1.5, embed_init_std=0.005, flow_init_scale=0.01, ema_decay=0.997,
     swa_enabled=False, late_qat_threshold=0.0, block_bits=6, embed_bits=8, compressor="zstd", zstd_level=16,
     budget_bytes=16_000_000, eval_seq_len=1024, eval_stride=64, ttt_enabled=True, ttt_lr=0.002,
@@ -186,7 +187,9 @@ def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypa
     """Even where the environment is wrong: help is for those who are stuck."""
     text = call_main(monkeypatch, capsys, "--help", PRESET="no such preset")
     entries = {}
-    for line in text.split("Variables", 1)[1].splitlines()[1:]:
+    variables, published = text.split("Variables", 1)[1].split("\n\nPublished names", 1)
+    assert all(f"\n  {name}\n" in published for name in train_gpt.PUBLISHED)
+    for line in variables.splitlines()[1:]:
         if not line.startswith("   "):
             name = line.strip().split("=")[0]
             entries[name] = line
@@ -259,7 +262,8 @@ def test_an_artifact_brings_its_architecture_and_evaluation():
     environ = {"SEED": "5", "MICRO_BATCH_TOKENS": "4096", "DATA_PATH": "/somewhere"}
     own, merged = Config.from_env(environ), Config.from_env(environ, brought_by(artifact))
     assert merged.as_dict("arch", "eval") == artifact.as_dict("arch", "eval")
-    expected = {**own.as_dict("train", "run"), "run_id": merged.run_id, "run_dir": merged.run_dir}
+    expected = {**own.as_dict("train", "run"), "run_id": merged.run_id, "run_dir": merged.run_dir,
+                "audit": True}  # a file of others is not believed
     assert merged.as_dict("train", "run") == expected
 
 

@@ -468,7 +468,7 @@ def test_a_file_that_cannot_be_parsed_has_no_english(tmp_path, content):
 def small_demo(tmp_path, monkeypatch):
     """(config, build) of a demo whose corpus is small: build() returns its log."""
     texts = [text[:4000] for text in TOPICS]
-    monkeypatch.setattr(train_gpt, "demo_texts", lambda: (texts[:50], texts[50:60]))
+    monkeypatch.setattr(train_gpt, "demo_texts", lambda: train_gpt.DemoTexts(texts[:50], texts[50:60]))
 
     def build(folder="demo", **changes):
         config = tiny_config(data_path=str(tmp_path / folder / "data"),

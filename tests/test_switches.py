@@ -219,6 +219,13 @@ def directory(lab, settings):
     return [str(path.relative_to(folder)) for path in folder.rglob("train.log")]
 
 
+def sampled(lab, settings):
+    """What MODE=sample prints."""
+    result = run_main(lab.fresh_folder() / "run", **settings)
+    assert result.code == 0, result.err
+    return result.out
+
+
 def lines(pattern):
     """The log lines of a whole run, as far as they match."""
     def log_lines(lab, settings):
@@ -234,7 +241,8 @@ CHECKPOINTS = lines(r"checkpoint_saved step:\d+")
 WIDE = dict(model_dim=176, num_layers=1)  # its matrices are large enough for intN
 SWA = dict(swa_enabled=True, swa_every=1, swa_start_scale=1.0, warmdown_iters=6)
 TTT_LINEAR = dict(e2e_ttt_enabled=True)
-ARTIFACT = dict(eval_only=lambda lab: lab.artifact)
+ARTIFACT = dict(eval_only=lambda lab: lab.artifact, audit=False)
+SAMPLE = dict(ARTIFACT, mode="sample", sample_tokens=20)
 
 FLIPS = dict(
     preset=flip("the defaults of other settings", defaults, "base_7k"),
@@ -278,7 +286,8 @@ FLIPS = dict(
     muon_momentum_warmup_start=flip("the momentum before", trained, 0.5, muon_momentum_warmup_steps=2),
     muon_momentum_warmup_steps=flip("the momentum in between", trained, 2),
     muon_ns_steps=flip("how orthogonal an update is", trained, 2),
-    weight_decay=flip("the shrinking of weights", trained, 0.0),
+    muon_wd=flip("the shrinking of the blocks' matrices", trained, 0.0),
+    adam_wd=flip("the shrinking of the rest", trained, 0.0),
     beta1=flip("AdamW's first moment", trained, 0.5),
     beta2=flip("AdamW's second moment", trained, 0.5),
     adam_eps=flip("AdamW's divisor", trained, 1e-2),
@@ -321,9 +330,14 @@ FLIPS = dict(
     run_id=flip("the default directory", directory, "mine", run_dir="", **ARTIFACT),
     run_dir=flip("the directory", directory, "there/run", **ARTIFACT),
     resume=flip("the earlier run moves aside", run_again, "never", **ARTIFACT),
-    eval_only=flip("nothing is trained", labels, ARTIFACT["eval_only"], iterations=1),
+    eval_only=flip("nothing is trained", labels, ARTIFACT["eval_only"], iterations=1, audit=False),
     mode=flip("audit.json instead of scores.json", files, "audit", **ARTIFACT),
     audit=flip("audit.json beside scores.json", files, True, **ARTIFACT),
+    code_bytes=flip("the bytes that are left for the model", lines("Code size: .*"), 123_456),
+    prompt=flip("the text that is continued", sampled, "A list", **SAMPLE),
+    sample_tokens=flip("how long the text becomes", sampled, 4, **SAMPLE),
+    temperature=flip("which tokens are drawn", sampled, 0.0, **SAMPLE),
+    top_k=flip("the tokens to draw from", sampled, 1, **SAMPLE),
     device=flip("where it runs, or why it cannot", device, "cuda"),
     compile=flip("torch.compile is used", compilations, "1"),
     micro_batch_tokens=flip("the accumulation that the log states", lines("world_size:.*"), 128),
