@@ -534,7 +534,7 @@ def read_published(environ, base, explicit):
 
 
 def require_text(variable, text, expected, reason):
-    """Raise ConfigError unless a variable's text has the expected value; 1, 1.0 and true are one."""
+    """Raise ConfigError unless a variable has the expected value; 1, 1.0 and true are one."""
     expected = str(expected)
     # As text first: expected may be a word, a number or a list.
     same = text.lower() == expected
@@ -1688,27 +1688,23 @@ def build_demo_data(config, log):
 
 # ==================================================================================================
 # Quantisation grid
-# How a matrix becomes small integers. It stands before the model because rounding in training (late QAT)
-# and packing must agree on the grid to the last bit.
+# How a matrix becomes small integers, and which tensors do. It stands before the model because
+# rounding during training (late QAT) and packing must agree on the grid to the last bit.
 # ==================================================================================================
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
-HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
-
-
 class Scheme(typing.NamedTuple):
-    """How the artifact stores a tensor's values."""
+    """One way in which the artifact stores a tensor."""
 
-    name: str
-    dtype: type  # of the stored values
-    bits: int  # of symmetric integers, which have a scale per row; 0 for floats
+    name: str  # as the artifact's header spells it
+    dtype: type  # numpy type of the stored values
+    bits: int  # of symmetric integer codes with a scale per row; 0 for floating point
 
     @property
     def top(self):
-        """Largest stored integer."""
-        return 2 ** (self.bits - 1) - 1 if self.bits else math.inf
+        """Largest value that may be stored."""
+        return largest_code(self.bits) if self.bits else math.inf
 
 
+# In the order in which the artifact groups them: like beside like compresses best.
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -1719,129 +1715,204 @@ SCHEMES = {
         Scheme("fp32", np.float32, 0),
     )
 }
+# Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
+CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
+HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
+# GPTQ-lite: candidates for the clip of a row, as quantiles of its absolute values.
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def scheme_of(name, shape, config, int5_layers=()):
-    """How the artifact stores a tensor: fp32 for control scalars, fp16 if small, else intN per row."""
+    """Name of the scheme by which the artifact stores a tensor.
+
+    The MLPs of `int5_layers` take 5 bits (see fit_budget). Anything of one dimension, or more than
+    two, is never rounded to integers: a row has no meaning there.
+    """
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
         return "fp32"
     if len(shape) > 2 or math.prod(shape) <= HALF_LIMIT:
         return "fp16"
-    layer = re.match(r"blocks\.(\d+)\.mlp\.", name)
-    if layer and int(layer.group(1)) in int5_layers:
+    mlp = re.match(r"blocks\.(\d+)\.mlp\.", name)
+    if mlp and int(mlp.group(1)) in int5_layers:
         return "int5"
-    return f"int{config.block_bits if name.startswith('blocks.') else config.embed_bits}"
+    bits = config.block_bits if name.startswith("blocks.") else config.embed_bits
+    return f"int{bits}"
+
+
+def largest_code(bits):
+    """The grid is symmetric: codes lie in [-largest_code, largest_code]."""
+    return 2 ** (bits - 1) - 1
+
+
+def round_to_grid(weight, scale, bits):
+    """Codes, still floating point, of the grid points scale * code that are nearest to `weight`."""
+    top = largest_code(bits)
+    return (weight / scale).round().clamp(-top, top)
+
+
+def clip_candidates(rows):
+    """(Q, R, 1): the CLIP_QUANTILES of |row| for rows (R, C), as torch.quantile defines them.
+
+    They lie among the few largest values, so a partial sort replaces the full one.
+    """
+    columns = rows.size(1)
+    # Fractional places in the descending order of a row's absolute values.
+    places = [(columns - 1) * (1 - quantile) for quantile in CLIP_QUANTILES]
+    count = min(columns, int(max(places)) + 2)
+    largest = rows.abs().topk(count, dim=1).values  # (R, count)
+    clips = []
+    for place in places:
+        low = min(int(place), count - 1)
+        high = min(low + 1, count - 1)
+        part = place - int(place)
+        clips.append(torch.lerp(largest[:, low], largest[:, high], part))
+    return torch.stack(clips).unsqueeze(-1)
+
+
+@torch.no_grad()
+def row_scales(rows, bits):
+    """float16 step (R, 1) of each row of `rows` (R, C), by GPTQ-lite.
+
+    The largest weight decides how coarse a row's grid is; clipping a few outliers makes it finer
+    for all others. Each row takes the candidate that leaves the least squared error.
+    """
+    # The floor is float16's smallest number: an epsilon, so that rows of zeros stay zeros.
+    steps = clip_candidates(rows) / largest_code(bits)  # (Q, R, 1)
+    scales = steps.clamp(min=2.0**-24, max=65504.0).half()
+    steps = scales.float()  # rounded to float16, as the artifact stores them
+    rounded = round_to_grid(rows, steps, bits) * steps  # (Q, R, C)
+    errors = (rounded - rows).square().sum(-1, keepdim=True)  # (Q, R, 1)
+    best = errors.argmin(0, keepdim=True)  # (1, R, 1)
+    return scales.gather(0, best)[0]
 
 
 @torch.no_grad()
 def quantize_rows(weight, bits):
-    """GPTQ-lite: int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), per row with the clip
-    quantile of |w| that leaves the least squared error."""
-    w = weight.detach().float().flatten(0, -2)
-    columns, top = w.size(1), 2 ** (bits - 1) - 1
-    largest = (
-        w.abs().topk(min(columns, int((columns - 1) * (1 - CLIP_QUANTILES[0])) + 2), dim=1).values
-    )
-    best = None
-    for quantile in CLIP_QUANTILES:
-        # linear interpolation between order statistics, from the largest
-        place = (columns - 1) * (1 - quantile)
-        low = min(int(place), largest.size(1) - 1)
-        high = min(low + 1, largest.size(1) - 1)
-        clip = torch.lerp(largest[:, low], largest[:, high], place - int(place))[:, None]
-        # The floor is float16's smallest number: an epsilon, so that rows of zeros stay zeros.
-        scale = (clip / top).clamp(min=2.0**-24, max=65504.0).half()
-        codes = round_to_grid(w, scale.float(), bits)
-        error = (codes * scale.float() - w).square().sum(1, keepdim=True)
-        if best is not None:
-            better = error < best[0]
-            error, codes, scale = (
-                torch.where(better, new, old) for new, old in zip((error, codes, scale), best)
-            )
-        best = error, codes, scale
-    return best[1].to(torch.int8), best[2]
-
-
-def round_to_grid(weight, scale, bits):
-    """Nearest point of the symmetric grid scale * [-(2^(bits-1) - 1), ...]; the grid the artifact stores."""
-    top = 2 ** (bits - 1) - 1
-    return (weight / scale).round().clamp(-top, top)
+    """int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), one scale per row."""
+    rows = weight.detach().float().flatten(0, -2)  # (R, C)
+    scales = row_scales(rows, bits)
+    codes = round_to_grid(rows, scales.float(), bits)
+    return codes.to(torch.int8), scales
 
 
 class Quantizable:
-    """A weight that can be rounded in training, straight through, as the artifact will round it.
+    """A module whose weight can be rounded in training as the artifact will round it (late QAT).
 
-    `qat_blend` (0-d) and `qat_scale` (rows, 1) are buffers, so switching rounding on recompiles nothing.
+    `qat_blend` (0-d) and `qat_scale` (rows, 1) are buffers: switching rounding on changes a number
+    in memory, not the code, so that nothing is compiled again in the middle of a run.
     """
 
-    bits = 0
+    bits = 0  # 0: never rounded
 
     def enable_qat(self, bits):
         self.bits = bits
         device = self.weight.device
-        self.register_buffer("qat_blend", torch.zeros((), device=device), persistent=False)
-        self.register_buffer(
-            "qat_scale", torch.ones(self.weight.size(0), 1, device=device), persistent=False
-        )
+        off = torch.zeros((), device=device)
+        scale = torch.ones(self.weight.size(0), 1, device=device)
+        # Not persistent: both follow from the weights and the learning rate's schedule.
+        self.register_buffer("qat_blend", off, persistent=False)
+        self.register_buffer("qat_scale", scale, persistent=False)
 
     def effective_weight(self):
+        """The weight, rounded if late QAT is on; its gradient always reaches the full weight."""
         if not self.bits or not self.training:
             return self.weight
         value = self.weight.detach()
         rounded = round_to_grid(value, self.qat_scale, self.bits) * self.qat_scale
-        # w - w is exactly 0 and carries the straight-through gradient.
+        # weight - value is exactly 0 and carries the straight-through gradient.
         return torch.lerp(value, rounded, self.qat_blend) + (self.weight - value)
 
 
 # ==================================================================================================
 # Model
-# The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner, NativeFlowMatcher.
-# `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the trunk. Whatever changes
-# during a run is a 0-d tensor.
+# The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner,
+# NativeFlowMatcher. `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the
+# trunk. Whatever changes during a run is a 0-d tensor, so that one compiled graph serves all of it.
 # ==================================================================================================
 def sdpa_attention(q, k, v):
     """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)
-    ).transpose(1, 2)
+    q = q.transpose(1, 2)  # (B, H, T, d)
+    k = k.transpose(1, 2)  # (B, K, T, d)
+    v = v.transpose(1, 2)  # (B, K, T, d)
+    grouped = q.size(1) != k.size(1)  # H/K query heads share a key/value head
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
-class AttentionChoice(typing.NamedTuple):
-    function: typing.Callable  # attend(q, k, v)
-    reason: str
+# What a block of the backward below needs at once must fit a CPU core's cache.
+ATTENTION_ROWS = 256  # queries
+ATTENTION_SEQUENCES = 4
 
 
-@functools.cache
-def pick_attention(device, dtype):
-    """AttentionChoice: the first backend that runs forward and backward here, tried once.
+class BlockedAttention(torch.autograd.Function):
+    """Causal grouped-query attention for CPUs: PyTorch's fused forward with a faster backward.
 
-    Published runs failed after hours in the queue because a fixed backend did not exist on their GPU.
+    The backward goes through blocks of queries and sequences and recomputes the probabilities, as
+    FlashAttention does (Dao et al. 2022, arXiv 2205.14135), so memory is linear in T.
+    `tests/bench.py functions` shows what it earns over PyTorch's own backward.
     """
-    if device.type == "cpu":
-        return AttentionChoice(
-            cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
-        )
-    failures, sdpa = [], ("flash", "cudnn", "mem_efficient", "math")
-    for chosen in ("flash_attention_3", *sdpa):
-        try:
-            if chosen in sdpa:
-                for name in sdpa:
-                    getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == chosen)
-            attend = sdpa_attention if chosen in sdpa else flash_attention_3(device)
-            q, k = (
-                torch.zeros(1, 64, heads, 64, device=device, dtype=dtype, requires_grad=True)
-                for heads in (2, 1)
-            )
-            attend(q, k, k).float().sum().backward()
-            kind = "sdpa " * (chosen in sdpa)
-            reason = f"{kind}{chosen}: first that ran; not usable: {', '.join(failures) or 'none'}"
-            return AttentionChoice(attend, reason)
-        except Exception as error:
-            failures.append(f"{chosen} ({type(error).__name__})")
-    raise ConfigError(
-        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}"
-    )
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)."""
+        ctx.save_for_backward(q, k, v)
+        groups = q.size(1) // k.size(1)
+        if groups > 1:
+            k = k.repeat_interleave(groups, 1)
+            v = v.repeat_interleave(groups, 1)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(q, k, v, 0.0, True)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        scale = q.size(-1) ** -0.5
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        # The query heads of a group share their keys, so they become rows of one product.
+        by_group = (k.size(1), -1)
+        q = (q * scale).unflatten(1, by_group)  # (B, K, H/K, T, d)
+        grad = grad.unflatten(1, by_group)
+        dq_grouped = dq.unflatten(1, by_group)
+        for high in range(q.size(3), 0, -ATTENTION_ROWS):
+            rows = slice(max(0, high - ATTENTION_ROWS), high)
+            for first in range(0, q.size(0), ATTENTION_SEQUENCES):
+                batch = slice(first, first + ATTENTION_SEQUENCES)
+                # These queries see the keys before `high`, and no others.
+                parts = BlockedAttention.block_backward(
+                    q[batch, :, :, rows],
+                    k[batch, :, :high],
+                    v[batch, :, :high],
+                    grad[batch, :, :, rows],
+                )
+                dq_grouped[batch, :, :, rows] = parts[0].mul_(scale)
+                dk[batch, :, :high] += parts[1]
+                dv[batch, :, :high] += parts[2]
+        return dq, dk, dv
+
+    @staticmethod
+    def block_backward(q, k, v, grad):
+        """Gradients for queries q (b, K, H/K, n, d), the last n positions of k, v (b, K, s, d)."""
+        n = q.size(3)
+        q = q.flatten(2, 3)  # (b, K, H/K * n, d)
+        grad = grad.flatten(2, 3)
+        scores = q @ k.mT  # (b, K, H/K * n, s)
+        # Only the last n keys can lie in a query's future.
+        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        latest = scores.unflatten(2, (-1, n))[..., -n:]
+        latest.masked_fill_(future, -torch.inf)
+        p = scores.softmax(-1)
+        ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
+        return (ds @ k).unflatten(2, (-1, n)), ds.mT @ q, p.mT @ grad
+
+
+def cpu_attention(q, k, v):
+    """Causal attention on the CPU. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    return BlockedAttention.apply(q, k, v).transpose(1, 2)
 
 
 def flash_attention_3(device):
@@ -1852,261 +1923,290 @@ def flash_attention_3(device):
 
     def attend(q, k, v):
         out = flash_attn_func(q, k, v, causal=True)
+        # Some releases also return the log-sum-exp.
         return out[0] if isinstance(out, tuple) else out
 
     return attend
 
 
-class BlockedAttention(torch.autograd.Function):
-    """Causal grouped-query attention for CPUs: PyTorch's fused forward, and a backward in blocks of queries
-    and sequences that fit the cache and recompute the probabilities. Memory is linear in T. q (B, H, T, d), k
-    and v (B, K, T, d)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.save_for_backward(q, k, v)
-        groups = q.size(1) // k.size(1)
-        wide = [x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v)]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *wide, 0.0, True)[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        scale, length, kv_heads = q.size(-1) ** -0.5, q.size(2), k.size(1)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # (B, K, H/K, T, d): the query heads of a group share their keys, so they are rows of one product.
-        q, grad, dq_out = (x.unflatten(1, (kv_heads, -1)) for x in (q * scale, grad, dq))
-        for high in range(length, 0, -ATTENTION_ROWS):
-            low = max(0, high - ATTENTION_ROWS)
-            mask = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
-            for first in range(0, len(q), ATTENTION_SEQUENCES):
-                at = slice(first, first + ATTENTION_SEQUENCES)
-                qi, gi = (
-                    x[at, :, :, low:high].flatten(2, 3) for x in (q, grad)
-                )  # (b, K, H/K * rows, d)
-                ki, vi = k[at, :, :high], v[at, :, :high]
-                scores = qi @ ki.mT
-                scores.unflatten(2, (-1, high - low))[..., low:].masked_fill_(mask, -torch.inf)
-                p = scores.softmax(-1)
-                ds = torch._softmax_backward_data(gi @ vi.mT, p, -1, p.dtype)
-                dq_out[at, :, :, low:high] = (ds @ ki).unflatten(2, (-1, high - low)).mul_(scale)
-                dk[at, :, :high] += ds.mT @ qi
-                dv[at, :, :high] += p.mT @ gi
-        return dq, dk, dv
+class AttentionChoice(typing.NamedTuple):
+    function: typing.Callable  # attend(q, k, v)
+    reason: str  # for the log
 
 
-ATTENTION_ROWS, ATTENTION_SEQUENCES = 256, 4
+SDPA_BACKENDS = ("flash", "cudnn", "mem_efficient", "math")
 
 
-def cpu_attention(q, k, v):
-    """Causal attention on the CPU. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+@functools.cache
+def pick_attention(device, dtype):
+    """AttentionChoice: the first backend that runs forward and backward here, tried once.
 
-
-class RMSNorm(torch.autograd.Function):
-    """RMSNorm over the last dimension times an optional gain (that broadcasts) times an optional rotation:
-    what q and k go through. Written out since the composed operations cost more than the matrix products on a
-    CPU.
-
-    x (..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None for a plain RMSNorm.
+    Published runs failed after hours in the queue because a fixed backend did not exist on their
+    GPU.
     """
-
-    @staticmethod
-    def forward(ctx, x, gain=None, cos=None, sin=None):
-        norm = torch.linalg.vector_norm(
-            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    if device.type == "cpu":
+        return AttentionChoice(
+            cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
         )
-        inverse = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS).to(x.dtype)
-        scale = inverse if gain is None else inverse * gain.to(x.dtype)
-        ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
-        y = x * scale
-        return y if cos is None else rotate_(y, cos, sin)
+    failures = []
+    for backend in ("flash_attention_3", *SDPA_BACKENDS):
+        try:
+            attend = attention_backend(backend, device)
+            try_attention(attend, device, dtype)
+        except Exception as error:
+            failures.append(f"{backend} ({type(error).__name__})")
+            continue
+        not_usable = ", ".join(failures) or "none"
+        return AttentionChoice(attend, f"{backend}: first that ran; not usable: {not_usable}")
+    raise ConfigError(
+        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}"
+    )
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, inverse, scale, gain, cos, sin = ctx.saved_tensors
-        if cos is not None:
-            grad = rotate_(grad.clone(), cos, -sin)
-        dot = (grad * x).sum(-1, keepdim=True)
-        dx = torch.addcmul(grad * scale, x, dot * scale * inverse * inverse, value=-1 / x.size(-1))
-        dgain = None if gain is None else (dot * inverse).sum((0, 1)).to(gain.dtype)
-        return dx, dgain, None, None
+
+def attention_backend(backend, device):
+    """attend(q, k, v) of one backend; of PyTorch's own, only that one stays enabled."""
+    if backend == "flash_attention_3":
+        return flash_attention_3(device)
+    for name in SDPA_BACKENDS:
+        enable = getattr(torch.backends.cuda, f"enable_{name}_sdp")
+        enable(name == backend)
+    return sdpa_attention
+
+
+def try_attention(attend, device, dtype):
+    """One small forward and backward; raises whatever the backend raises."""
+    shape = dict(device=device, dtype=dtype, requires_grad=True)
+    q = torch.zeros(1, 64, 2, 64, **shape)  # (B, T, H, d)
+    k = torch.zeros(1, 64, 1, 64, **shape)  # (B, T, K, d)
+    attend(q, k, k).float().sum().backward()
 
 
 NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
 
 
+class RMSNorm(torch.autograd.Function):
+    """RMSNorm over the last dimension, times an optional gain, then an optional rotation.
+
+    x (..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None. The arithmetic inside is
+    float32 (or wider) on every device; the result has x's type.
+
+    Written out because the composed operations pass over memory so often that on a CPU they cost
+    more than a tenth of a training step (`tests/bench.py functions`).
+    """
+
+    @staticmethod
+    def forward(ctx, x, gain=None, cos=None, sin=None):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide, copy=True)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        mean_square = norm.square() / x.size(-1)  # (..., 1)
+        inverse = torch.rsqrt(mean_square + NORM_EPS)  # 1 / rms
+        scale = inverse if gain is None else inverse * gain
+        y.mul_(scale)
+        if cos is not None:
+            rotate_(y, cos, sin)
+        ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inverse, scale, gain, cos, sin = ctx.saved_tensors
+        dx = grad.to(inverse.dtype, copy=True)
+        x_wide = x.to(inverse.dtype)
+        if cos is not None:
+            rotate_(dx, cos, -sin)  # the transposed rotation
+        dot = (dx * x_wide).sum(-1, keepdim=True)  # (..., 1)
+        dgain = None
+        if gain is not None:
+            dgain = (dot * inverse).sum((0, 1)).to(gain.dtype)
+        # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
+        along = dot * scale * inverse.square()
+        dx.mul_(scale)
+        dx.addcmul_(x_wide, along, value=-1 / x.size(-1))
+        return dx.to(x.dtype), dgain, None, None
+
+
 def rms_norm(x):
+    """Plain RMSNorm, without gain (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     return RMSNorm.apply(x)
 
 
 def rotary(length, config, device):
     """cos, sin (T, 1, rope_dims/2), the same whatever length is in use."""
-    inverse = config.rope_base ** (
-        -torch.arange(0, config.rope_dims, 2, device=device) / config.rope_dims
-    )
-    angle = torch.arange(length, device=device)[:, None, None] * inverse
+    even = torch.arange(0, config.rope_dims, 2, device=device)
+    frequency = config.rope_base ** (-even / config.rope_dims)  # (rope_dims/2,)
+    position = torch.arange(length, device=device)[:, None, None]  # (T, 1, 1)
+    angle = position * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate_(x, cos, sin):
-    """Partial RoPE, in place, on the first dimensions of each head. x (B, T, H, d)."""
+    """Rotary position embedding, in place, on the first 2 * r of d dimensions. x (B, T, H, d).
+
+    Su et al. 2021 (arXiv 2104.09864); partial as in #1170: the other dimensions see no position.
+    """
     half = cos.size(-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x[..., :half], x[..., half : 2 * half]
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
+    a = x[..., :half]
+    b = x[..., half : 2 * half]
+    # The new b needs the old a, so a is written last.
     a_new = a * cos - b * sin
     x[..., half : 2 * half] = a * sin + b * cos
     x[..., :half] = a_new
     return x
 
 
-class ExclusiveAttention(torch.autograd.Function):
-    """XSA: each head's output y (B, T, H, d) less its part along the own value v (B, T, K, d)."""
+def exclusive_attention(y, v):
+    """XSA: each head's output y (B, T, H, d) less its part along its own value v (B, T, K, d).
 
-    @staticmethod
-    def forward(ctx, y, v):
-        norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=1e-12)
-        unit, groups = v / norm, y.unflatten(2, (v.size(2), -1))  # (B, T, K, d), (B, T, K, H/K, d)
-        along = (groups * unit[:, :, :, None]).sum(-1, keepdim=True)
-        ctx.save_for_backward(groups, unit, norm, along)
-        return torch.addcmul(groups, along, unit[:, :, :, None], value=-1).flatten(2, 3)
-
-    @staticmethod
-    def backward(ctx, grad):
-        groups, unit, norm, along = ctx.saved_tensors
-        grad, wide = grad.unflatten(2, (unit.size(2), -1)), unit[:, :, :, None]
-        dot = (grad * wide).sum(-1, keepdim=True)
-        dunit = torch.addcmul(grad * along, groups, dot).sum(3)  # with a minus sign
-        dv = torch.addcmul(dunit, (dunit * unit).sum(-1, keepdim=True), unit, value=-1) / -norm
-        return torch.addcmul(grad, dot, wide, value=-1).flatten(2, 3), dv
-
-
-class LeakySquare(torch.autograd.Function):
-    """leaky_relu(x, 0.5)^2, which needs only x for its gradient 2 leaky_relu(x, 0.25)."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return F.leaky_relu(x, 0.5).square_()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return F.leaky_relu(x, 0.25).mul_(grad).mul_(2)
-
-
-class ResidualMix(torch.autograd.Function):
-    """mix[0] * x + mix[1] * x0 per channel. x and x0 (B, T, D), mix (2, D)."""
-
-    @staticmethod
-    def forward(ctx, x, x0, mix):
-        m = mix.to(x.dtype)
-        ctx.save_for_backward(x, x0, m, mix)
-        return torch.addcmul(x * m[0], x0, m[1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, x0, m, mix = ctx.saved_tensors
-        ones = grad.new_ones(
-            1, grad.shape[:-1].numel()
-        )  # a product sums over tokens faster than a reduction
-        dmix = torch.cat([ones @ (grad * x).flatten(0, -2), ones @ (grad * x0).flatten(0, -2)]).to(
-            mix.dtype
-        )
-        return grad * m[0], grad * m[1], dmix
+    A token already carries its own value in the residual stream; what remains is what attention
+    brings from other tokens. Part of #549.
+    """
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, d)
+    unit = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
+    along = (grouped * unit).sum(-1, keepdim=True)  # (B, T, K, H/K, 1)
+    return torch.addcmul(grouped, along, unit, value=-1).flatten(2, 3)
 
 
 class Linear(Quantizable, nn.Linear):
+    """nn.Linear whose weight late QAT can round, without bias unless asked for."""
+
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x, scale=None):
-        """`scale` (outputs, 1) or a number multiplies the weight: cheaper than scaling each output."""
+        """`scale`, a number or (outputs, 1), multiplies the weight: cheaper than every output."""
         weight = self.effective_weight()
-        return F.linear(x, weight if scale is None else weight * scale, self.bias)
+        if scale is not None:
+            weight = weight * scale
+        return F.linear(x, weight, self.bias)
 
 
 class Embedding(Quantizable, nn.Embedding):
+    """nn.Embedding whose weight late QAT can round; GPT.init_weights draws it."""
+
     def __init__(self, rows, width):
-        super().__init__(
-            rows, width, _weight=torch.zeros(rows, width)
-        )  # GPT.init_weights draws them
+        super().__init__(rows, width, _weight=torch.zeros(rows, width))
 
     def forward(self, ids):
         return F.embedding(ids, self.effective_weight())
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with q/k norm, partial RoPE, query gain, value residual, XSA, per-head gate."""
+    """Grouped-query attention with everything the records found useful, each a switch of Config:
+    q/k norm, partial RoPE, a gain per query head, value residual, XSA and a gate per head."""
 
     def __init__(self, config, layer, attend):
         super().__init__()
-        self.config, self.attend = config, attend
+        self.config = config
+        self.attend = attend
         self.xsa = layer >= config.num_layers - config.xsa_last_n
-        dim, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
-        self.c_q, self.c_k, self.c_v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
+        dim = config.model_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.c_q = Linear(dim, dim)
+        self.c_k = Linear(dim, kv_dim)
+        self.c_v = Linear(dim, kv_dim)
         self.proj = Linear(dim, dim)
+        # After q/k norm the logits are bounded; the gain gives back the sharpness that costs.
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
-        self.attn_gate = (
-            Linear(dim, config.num_heads, bias=True) if config.gated_attention else None
-        )
-        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual else None
+        self.attn_gate = None
+        if config.gated_attention:
+            self.attn_gate = Linear(dim, config.num_heads, bias=True)
+        self.vr_lambda = None
+        if config.value_residual:
+            self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
 
     def forward(self, x, scale, out_scale, angles, v0, ve):
-        """x (B, T, D) normalised, before the layer's scale; v0 layer 0's values or None; ve (B, T, K*d) value
-        embedding or None; out_scale (D,) multiplies the output. Returns y, v."""
-        c, (batch, length, _) = self.config, x.shape
-        q = self.c_q(x, scale).view(batch, length, c.num_heads, c.head_dim)
-        k = self.c_k(x, scale).view(batch, length, c.num_kv_heads, c.head_dim)
-        v = self.c_v(x, scale)
-        v = (v if ve is None else v + ve.to(v.dtype)).view(
-            batch, length, c.num_kv_heads, c.head_dim
-        )
-        own = v
-        if self.vr_lambda is not None:
-            mix = self.vr_lambda.to(v.dtype)
-            v = mix[0] * (own if v0 is None else v0) + mix[1] * own
-        y = self.attend(
-            RMSNorm.apply(q, self.q_gain[:, None], *angles), RMSNorm.apply(k, None, *angles), v
-        )
+        """Output y (B, T, D) and this layer's own values (B, T, K, d).
+
+        x (B, T, D) is normalised and still without the layer's `scale` (a number); `out_scale` (D,)
+        multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
+        None in layer 0; ve (B, T, K*d) is the value embedding, or None.
+        """
+        q = self.heads(self.c_q(x, scale))  # (B, T, H, d)
+        k = self.heads(self.c_k(x, scale))  # (B, T, K, d)
+        own = self.c_v(x, scale)  # (B, T, K*d)
+        if ve is not None:
+            own = own + ve.to(own.dtype)
+        own = self.heads(own)  # (B, T, K, d)
+        v = self.mixed_values(own, v0)
+        # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
+        cos, sin = angles
+        q = RMSNorm.apply(q, self.q_gain[:, None], cos, sin)
+        k = RMSNorm.apply(k, None, cos, sin)
+        y = self.attend(q, k, v)  # (B, T, H, d)
         if self.xsa:
-            y = ExclusiveAttention.apply(y, v)  # (B, T, H, d)
+            y = exclusive_attention(y, v)
         if self.attn_gate is not None:
-            y = y * torch.sigmoid(self.attn_gate(x, scale))[..., None]
-        return self.proj(y.reshape(batch, length, c.model_dim), out_scale[:, None]), own
+            gate = torch.sigmoid(self.attn_gate(x, scale))  # (B, T, H)
+            y = y * gate.unsqueeze(-1)
+        y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
+        return y, own
+
+    def heads(self, x):
+        """(B, T, n*d) -> (B, T, n, d)."""
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+    def mixed_values(self, own, v0):
+        """Value residual: layer 0's values stay within reach (Zhou et al. 2024, 2410.17897)."""
+        if self.vr_lambda is None:
+            return own
+        first = own if v0 is None else v0  # layer 0 mixes its values with themselves
+        mix = self.vr_lambda.to(own.dtype)
+        return mix[0] * first + mix[1] * own
 
 
 class MLP(nn.Module):
+    """W2 leaky_relu(W1 x, 0.5)^2: ReLU^2 (Primer, arXiv 2109.08668), leaky as in #549."""
+
     def __init__(self, config):
         super().__init__()
         self.fc = Linear(config.model_dim, config.mlp_hidden)
         self.proj = Linear(config.mlp_hidden, config.model_dim)
 
     def forward(self, x, scale, out_scale):
-        return self.proj(LeakySquare.apply(self.fc(x, scale)), out_scale[:, None])
+        """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
+        hidden = F.leaky_relu(self.fc(x, scale), 0.5).square()  # (B, T, hidden)
+        return self.proj(hidden, out_scale[:, None])
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each on the normalised stream and scaled per channel."""
+
     def __init__(self, config, layer, attend):
         super().__init__()
         dim = config.model_dim
-        self.attn, self.mlp = Attention(config, layer, attend), MLP(config)
-        self.attn_scale, self.mlp_scale = (
-            nn.Parameter(torch.ones(dim)),
-            nn.Parameter(torch.ones(dim)),
-        )
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(dim), torch.zeros(dim)]))
+        self.attn = Attention(config, layer, attend)
+        self.mlp = MLP(config)
+        self.attn_scale = nn.Parameter(torch.ones(dim))
+        self.mlp_scale = nn.Parameter(torch.ones(dim))
+        mix = torch.stack([torch.ones(dim), torch.zeros(dim)])  # (2, D): the stream as it is
+        self.resid_mix = nn.Parameter(mix)
+        # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
         self.norm_scale = (layer + 1) ** -0.5
 
     def forward(self, x, x0, angles, v0, ve):
-        x = ResidualMix.apply(x, x0, self.resid_mix)
-        y, v = self.attn(rms_norm(x), self.norm_scale, self.attn_scale, angles, v0, ve)
+        """The stream x (B, T, D) after this block, and the attention's own values.
+
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel.
+        """
+        mix = self.resid_mix.to(x.dtype)
+        x = torch.addcmul(x * mix[0], x0, mix[1])
+        scale = self.norm_scale
+        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve)
         x = x + y
-        return x + self.mlp(rms_norm(x), self.norm_scale, self.mlp_scale), v
+        x = x + self.mlp(rms_norm(x), scale, self.mlp_scale)
+        return x, own
+
+
+def opening(gate, x):
+    """sigmoid(gate) in the type of x: how far a learned gate, stored in float32, is open."""
+    return torch.sigmoid(gate).to(x.dtype)
 
 
 class BigramHash(nn.Module):
-    """Embedding of the hashed pair (previous token, token)."""
+    """Embedding of the hashed pair (previous token, token): the cheapest possible context."""
 
     def __init__(self, config):
         super().__init__()
@@ -2115,149 +2215,212 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def rows(self, ids):
-        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1), int32; the last row first."""
-        t, last = ids.int(), self.embed.num_embeddings - 1
-        pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last
+        """Table rows (B, T): ((36313 t_i) xor (27191 t_{i-1})) mod (rows - 1), in int32.
+
+        Position 0 has no predecessor and takes the last row, which no pair can reach.
+        """
+        last = self.embed.num_embeddings - 1
+        t = ids.int()
+        own = 36313 * t[:, 1:]
+        previous = 27191 * t[:, :-1]
+        pair = torch.bitwise_xor(own, previous) % last  # (B, T - 1)
         return F.pad(pair, (1, 0), value=last)
 
     def forward(self, ids):
+        """ids (B, T) -> (B, T, D)."""
         return self.proj(self.embed(self.rows(ids))) * self.scale
 
 
 class SmearGate(nn.Module):
-    """Mix each position with its predecessor; nothing comes before position 0 or before a document's BOS."""
+    """Mix each position with its predecessor, by one gate per channel.
+
+    Nothing comes before position 0 or before a document's BOS, so that no document leaks into the
+    next one.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(config.model_dim))
 
     def forward(self, x, ids):
-        before = F.pad(x[:, :-1], (0, 0, 1, 0)) * (ids != BOS)[..., None].to(x.dtype)
-        return x + torch.sigmoid(self.gate).to(x.dtype) * (before - x)
+        """x (B, T, D) and its tokens (B, T) -> (1 - g) * x_i + g * x_{i-1}."""
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D), shifted by one position
+        inside = (ids != BOS).unsqueeze(-1)  # (B, T, 1)
+        before = before * inside.to(x.dtype)
+        return x + opening(self.gate, x) * (before - x)
 
 
 class ValueEmbedding(nn.Module):
-    """VE128: a narrow token embedding added to the values of the last layers."""
+    """VE128 (#549): a narrow token embedding that is added to the values of the last layers."""
 
     def __init__(self, config):
         super().__init__()
+        count = min(config.ve_last_n, config.num_layers)
+        self.layers = range(config.num_layers - count, config.num_layers)
         self.embed = Embedding(config.vocab_size, config.ve_dim)
         self.proj = Linear(config.ve_dim, config.num_kv_heads * config.head_dim)
         self.scale = nn.Parameter(torch.tensor(0.1))
-        self.layer_scales = nn.Parameter(torch.ones(min(config.ve_last_n, config.num_layers)))
+        self.layer_scales = nn.Parameter(torch.ones(count))
 
     def forward(self, ids):
-        """(layers, B, T, K*d)."""
-        return self.proj(self.embed(ids)) * self.scale * self.layer_scales[:, None, None, None]
+        """{layer: (B, T, K*d)} of ids (B, T)."""
+        shared = self.proj(self.embed(ids)) * self.scale  # (B, T, K*d)
+        values = shared * self.layer_scales[:, None, None, None]  # (layers, B, T, K*d)
+        return dict(zip(self.layers, values))
 
 
 class FlowRefiner(nn.Module):
-    """#1232/#1166: a small residual step in a latent space, behind a gate that starts almost closed."""
+    """#1232/#1166: a small residual step in a latent space; its gate starts almost closed."""
 
     def __init__(self, config):
         super().__init__()
-        latent, hidden = config.flow_latent_dim, config.flow_hidden_dim
-        self.down, self.up = Linear(config.model_dim, latent), Linear(latent, config.model_dim)
-        self.fc, self.proj = Linear(latent, hidden, bias=True), Linear(hidden, latent, bias=True)
+        latent = config.flow_latent_dim
+        hidden = config.flow_hidden_dim
+        self.down = Linear(config.model_dim, latent)
+        self.up = Linear(latent, config.model_dim)
+        self.fc = Linear(latent, hidden, bias=True)
+        self.proj = Linear(hidden, latent, bias=True)
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
     def forward(self, x):
-        z = self.down(x)
+        """(B, T, D) -> (B, T, D)."""
+        z = self.down(x)  # (B, T, latent)
         z = z + self.proj(F.gelu(self.fc(z)))
-        return x + torch.sigmoid(self.gate).to(x.dtype) * self.up(z)
+        return x + opening(self.gate, x) * self.up(z)
 
 
 class NativeFlowMatcher(nn.Module):
-    """#1170: a velocity field trained by flow matching, used as one gated Euler step at t = 1."""
+    """#1170: a velocity field trained by flow matching, used as one gated Euler step at t = 1.
+
+    Flow matching (Lipman et al. 2023, arXiv 2210.02747): on the straight line from noise z at t = 0
+    to a state x at t = 1, the velocity is x - z.
+    """
 
     def __init__(self, config):
         super().__init__()
-        dim, hidden = config.model_dim, config.nfm_hidden_dim
-        self.inp, self.time = Linear(dim, hidden, bias=True), Linear(dim, hidden, bias=True)
+        dim = config.model_dim
+        hidden = config.nfm_hidden_dim
+        self.inp = Linear(dim, hidden, bias=True)
+        self.time = Linear(dim, hidden, bias=True)
         self.out = Linear(hidden, dim)
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
     def tau(self, t):
-        """Time embedding (..., hidden) of t (...) in [0, 1]."""
+        """Time embedding (..., hidden) of t (...) in [0, 1], by sinusoids as for positions."""
         half = self.inp.in_features // 2
         place = torch.arange(half, device=t.device, dtype=t.dtype)
-        angle = t[..., None] * torch.exp(-math.log(10000.0) / half * place)
-        return F.gelu(self.time(torch.cat([angle.cos(), angle.sin()], -1)))
+        frequency = torch.exp(-math.log(10000.0) / half * place)  # (D/2,)
+        angle = t[..., None] * frequency  # (..., D/2)
+        sinusoids = torch.cat([angle.cos(), angle.sin()], -1)  # (..., D)
+        return F.gelu(self.time(sinusoids))
 
     def velocity(self, x, t):
-        return self.out(F.gelu(self.inp(x) + self.tau(t)))
+        """Velocity (B, T, D) at states x (B, T, D) and times t (B, T) or 0-d."""
+        hidden = F.gelu(self.inp(x) + self.tau(t))  # (B, T, hidden)
+        return self.out(hidden)
 
     def forward(self, x):
-        one = torch.ones(
-            (), device=x.device, dtype=self.gate.dtype
-        )  # tau(1) is one row for all tokens
-        return x + torch.sigmoid(self.gate).to(x.dtype) * self.velocity(x, one)
+        """One Euler step: (B, T, D) -> (B, T, D)."""
+        # A 0-d time makes tau one row for all tokens.
+        one = torch.ones((), device=x.device, dtype=self.gate.dtype)
+        return x + opening(self.gate, x) * self.velocity(x, one)
 
     def flow_loss(self, x, noise):
-        """Mean squared error of the velocity at random times; x (B, T, D) detached, noise (B, T, D + 1)."""
-        z, t = (
-            noise[..., :-1],
-            torch.special.ndtr(noise[..., -1]),
-        )  # the normal's own CDF makes t uniform
-        x_t = (1 - t[..., None]) * z + t[..., None] * x
-        return (self.velocity(x_t.to(x.dtype), t) - (x - z)).float().square().mean()
+        """Mean squared error of the velocity at random times, 0-d.
+
+        x (B, T, D) detached; noise (B, T, D + 1): z, and a last column that gives the time.
+        """
+        z = noise[..., :-1]
+        t = torch.special.ndtr(noise[..., -1])  # (B, T), uniform: the normal's own CDF
+        along = t.unsqueeze(-1)  # (B, T, 1)
+        x_t = (1 - along) * z + along * x
+        velocity = self.velocity(x_t.to(x.dtype), t)
+        error = velocity - (x - z)
+        return error.float().square().mean()
 
 
 class TTTLinear(nn.Module):
     """TTT-Linear (Sun et al. 2024, arXiv 2407.04620), trained end to end, in its dual form.
 
     The hidden state is itself a linear model f(k) = k + LN(kW + b) that takes a gradient step on
-    1/2 |LN(kW + b) - (v - k)|^2 for every token. Inside a mini-batch all gradients are taken at its start, so
-    that what token i has learnt of tokens <= i is one masked product; only the loop over mini-batches is
-    sequential.
+    1/2 |LN(kW + b) - (v - k)|^2 for every token. Inside a mini-batch all gradients are taken at its
+    start, so that what token i has learnt of tokens <= i is one masked product; only the loop over
+    mini-batches is sequential.
     """
 
     def __init__(self, config):
         super().__init__()
-        dim, heads, width = config.model_dim, config.num_heads, config.head_dim
-        self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, dim) for _ in range(4))
+        dim = config.model_dim
+        heads = config.num_heads
+        width = config.head_dim
+        self.heads = heads
+        self.mini_batch = config.e2e_ttt_mini_batch
+        self.rate = config.e2e_ttt_base_lr / width
+        self.c_q = Linear(dim, dim)
+        self.c_k = Linear(dim, dim)
+        self.c_v = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
+        # The inner model's start, one per head, and its LayerNorm.
         self.w = nn.Parameter(0.02 * torch.randn(heads, width, width))
         self.b = nn.Parameter(torch.zeros(heads, 1, width))
         self.ln_gain = nn.Parameter(torch.ones(heads, 1, width))
         self.ln_bias = nn.Parameter(torch.zeros(heads, 1, width))
         self.norm = nn.LayerNorm(dim)
         self.gate = nn.Parameter(torch.tensor(-5.0))
-        self.heads, self.mini_batch = heads, config.e2e_ttt_mini_batch
-        self.rate = config.e2e_ttt_base_lr / width
 
     def forward(self, x):
-        batch, length, dim = x.shape
-        q, k, v = (
-            c(x).view(batch, length, self.heads, -1).transpose(1, 2)
-            for c in (self.c_q, self.c_k, self.c_v)
-        )
+        """(B, T, D) -> (B, T, D)."""
+        q = self.split(self.c_q(x))  # (B, H, T, d)
+        k = self.split(self.c_k(x))
+        v = self.split(self.c_v(x))
+        # The inner state sums hundreds of steps: they are kept out of bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            # the inner steps are kept out of bfloat16
-            z = self.inner(*(t.to(self.w.dtype) for t in (q, k, v)))
-        y = self.norm(z.transpose(1, 2).reshape(batch, length, dim)).to(x.dtype)
-        return x + torch.sigmoid(self.gate).to(x.dtype) * self.proj(y)
+            z = self.inner(q, k, v)  # (B, H, T, d)
+        z = z.transpose(1, 2).flatten(2)  # (B, T, D)
+        y = self.norm(z).to(x.dtype)
+        return x + opening(self.gate, x) * self.proj(y)
+
+    def split(self, x):
+        """(B, T, D) -> (B, H, T, d) in the type of the inner model."""
+        x = x.unflatten(-1, (self.heads, -1))  # (B, T, H, d)
+        return x.transpose(1, 2).to(self.w.dtype)
 
     def inner(self, q, k, v):
         """Outputs (B, H, T, d) of the inner model while it learns along T."""
-        w, b, outputs = self.w, self.b, []
-        target = v - k - self.ln_bias
+        w = self.w  # (H, d, d), later (B, H, d, d)
+        b = self.b  # (H, 1, d), later (B, H, 1, d)
+        target = v - k - self.ln_bias  # what LN(kW + b) without its bias should be
+        outputs = []
         for low in range(0, q.size(2), self.mini_batch):
             part = slice(low, low + self.mini_batch)
-            qi, ki = q[:, :, part], k[:, :, part]
-            unit, inverse = self.layer_norm_parts(ki @ w + b)
-            g = (unit * self.ln_gain - target[:, :, part]) * self.ln_gain
-            g = inverse * (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True))
-            seen = (qi @ ki.mT + 1).tril()  # the 1 is the bias's share
-            zq, _ = self.layer_norm_parts(qi @ w + b - self.rate * (seen @ g))
-            outputs.append(qi + zq * self.ln_gain + self.ln_bias)
-            w = w - self.rate * (ki.mT @ g)
-            b = b - self.rate * g.sum(-2, keepdim=True)
+            q_part = q[:, :, part]  # (B, H, n, d)
+            k_part = k[:, :, part]
+            gradient = self.inner_gradient(k_part @ w + b, target[:, :, part])  # (B, H, n, d)
+            # Row i of W's change seen by query i is the sum over j <= i of k_j^T gradient_j; the 1
+            # is the bias's share.
+            seen = (q_part @ k_part.mT + 1).tril()  # (B, H, n, n)
+            z = q_part @ w + b - self.rate * (seen @ gradient)
+            unit, _ = self.layer_norm_parts(z)
+            outputs.append(q_part + unit * self.ln_gain + self.ln_bias)
+            w = w - self.rate * (k_part.mT @ gradient)
+            b = b - self.rate * gradient.sum(-2, keepdim=True)
         return torch.cat(outputs, 2)
+
+    def inner_gradient(self, z, target):
+        """Gradient of 1/2 |LN(z) - target|^2 with respect to z (..., d), LN's bias left out."""
+        unit, inverse = self.layer_norm_parts(z)
+        g = (unit * self.ln_gain - target) * self.ln_gain
+        # The Jacobian of a LayerNorm: take out the mean and the part along the unit vector.
+        mean = g.mean(-1, keepdim=True)
+        along = (g * unit).mean(-1, keepdim=True)
+        return inverse * (g - mean - unit * along)
 
     @staticmethod
     def layer_norm_parts(z):
+        """(z - mean) / sd and 1 / sd over the last dimension."""
         centred = z - z.mean(-1, keepdim=True)
-        inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+        variance = centred.square().mean(-1, keepdim=True)
+        inverse = torch.rsqrt(variance + 1e-6)
         return centred * inverse, inverse
 
 
@@ -2268,35 +2431,40 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = Embedding(config.vocab_size, config.model_dim)
-        self.bigram, self.smear = BigramHash(config), SmearGate(config)
-        self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
+        self.bigram = BigramHash(config)
+        self.smear = SmearGate(config)
+        layers = range(config.num_layers)
+        self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
+        # U-Net: the first half of the layers (rounded down) are encoders, the rest decoders.
         self.num_encoder_layers = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.num_encoder_layers, config.model_dim))
         self.ve = ValueEmbedding(config) if config.ve_dim else None
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
         self.nfm = NativeFlowMatcher(config) if config.nfm_enabled else None
+        # A model on the meta device has shapes and names only, which is what readers check.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
         if config.late_qat_threshold > 0:
-            for name, module in self.quantizable():
-                bits = SCHEMES[scheme_of(f"{name}.weight", module.weight.shape, config)].bits
-                if bits:
-                    module.enable_qat(bits)
+            self.enable_qat()
 
     @torch.no_grad()
     def init_weights(self):
+        """Start as REFERENCE section 4 says: what a residual branch adds is zero at first."""
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
+        # Table zero, projection orthogonal: with both zero neither would ever get a gradient.
         nn.init.zeros_(self.bigram.embed.weight)
         nn.init.orthogonal_(self.bigram.proj.weight)
         for block in self.blocks:
-            for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):
+            attn = block.attn
+            mlp = block.mlp
+            for layer in (attn.c_q, attn.c_k, attn.c_v, mlp.fc):
                 nn.init.orthogonal_(layer.weight)
-            for layer in (block.attn.proj, block.mlp.proj):
+            for layer in (attn.proj, mlp.proj):
                 nn.init.zeros_(layer.weight)
-            if block.attn.attn_gate is not None:
-                nn.init.zeros_(block.attn.attn_gate.weight)
-                nn.init.constant_(block.attn.attn_gate.bias, 4.0)
+            if attn.attn_gate is not None:
+                nn.init.zeros_(attn.attn_gate.weight)
+                nn.init.constant_(attn.attn_gate.bias, 4.0)  # sigmoid(4) = 0.98: almost open
         if self.ve is not None:
             nn.init.normal_(self.ve.embed.weight, std=0.01)
             nn.init.zeros_(self.ve.proj.weight)
@@ -2306,11 +2474,15 @@ class GPT(nn.Module):
             nn.init.zeros_(self.nfm.out.weight)
 
     def quantizable(self):
-        return [
-            (name, module)
-            for name, module in self.named_modules()
-            if isinstance(module, Quantizable)
-        ]
+        """(name, module) of every module whose weight late QAT could round."""
+        return [(n, m) for n, m in self.named_modules() if isinstance(m, Quantizable)]
+
+    def enable_qat(self):
+        """Prepare rounding of exactly the weights that the artifact stores as integers."""
+        for name, module in self.quantizable():
+            scheme = scheme_of(f"{name}.weight", module.weight.shape, self.config)
+            if SCHEMES[scheme].bits:
+                module.enable_qat(SCHEMES[scheme].bits)
 
     @torch.no_grad()
     def set_qat(self, blend):
@@ -2318,29 +2490,34 @@ class GPT(nn.Module):
         for _, module in self.quantizable():
             if module.bits:
                 module.qat_blend.fill_(blend)
-                if blend:
-                    module.qat_scale.copy_(quantize_rows(module.weight, module.bits)[1].float())
+            if module.bits and blend:
+                _, scales = quantize_rows(module.weight, module.bits)
+                module.qat_scale.copy_(scales.float())
 
     def embed(self, ids):
-        """(B, T, D) in the autocast type, after the smear gate."""
+        """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
         x = self.tok_emb(ids) + self.bigram(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         return self.smear(rms_norm(x), ids)
 
     def trunk(self, ids):
-        """Normalised states (B, T, D) before the refiners."""
-        x0 = self.embed(ids)
-        x = x0.view_as(x0)  # a compiled Function takes no tensor twice
-        angles, v0, skips = rotary(ids.size(1), self.config, ids.device), None, []
-        ve = self.ve(ids) if self.ve is not None else ()
+        """Normalised states (B, T, D) of ids (B, T), before the refiners."""
+        x = x0 = self.embed(ids)
+        angles = rotary(ids.size(1), self.config, ids.device)
+        value_embeddings = self.ve(ids) if self.ve is not None else {}
+        v0 = None  # layer 0's values
+        skips = []
         for i, block in enumerate(self.blocks):
-            if 0 <= i - self.num_encoder_layers < len(self.skip_weights):
-                x = x + self.skip_weights[i - self.num_encoder_layers].to(x.dtype) * skips.pop()
-            late = i - (len(self.blocks) - len(ve))
-            x, v = block(x, x0, angles, v0, ve[late] if late >= 0 else None)
-            v0 = v if v0 is None else v0
-            if i < self.num_encoder_layers:
+            decoder = i - self.num_encoder_layers
+            # A decoder first adds what its mirror image among the encoders left.
+            if decoder >= 0 and skips:
+                weight = self.skip_weights[decoder].to(x.dtype)
+                x = x + weight * skips.pop()
+            x, own = block(x, x0, angles, v0, value_embeddings.get(i))
+            if v0 is None:
+                v0 = own
+            if decoder < 0:
                 skips.append(x)
         return rms_norm(x)
 
@@ -2349,31 +2526,40 @@ class GPT(nn.Module):
         return self.refine(self.trunk(ids))[0]
 
     def refine(self, x):
-        """(state after all refiners, NativeFlowMatcher's input)."""
-        x = self.ttt(x) if self.ttt is not None else x
-        x = self.flow(x) if self.flow is not None else x
-        return (self.nfm(x) if self.nfm is not None else x), x
+        """States (B, T, D) after all refiners, and NativeFlowMatcher's input, for its loss."""
+        if self.ttt is not None:
+            x = self.ttt(x)
+        if self.flow is not None:
+            x = self.flow(x)
+        flow_input = x
+        if self.nfm is not None:
+            x = self.nfm(x)
+        return x, flow_input
 
     def logits(self, hidden):
-        """float32 logits (..., V) of states (..., D), softly capped."""
+        """float32 logits (..., V) of states (..., D), softly capped (Gemma 2, arXiv 2408.00118)."""
         cap = self.config.logit_softcap
+        # The division belongs to the weight: it is smaller than the logits.
         raw = F.linear(hidden, self.tok_emb.effective_weight() / cap)
-        return cap * torch.tanh(raw.float() if raw.dtype == torch.bfloat16 else raw)
+        if raw.dtype == torch.bfloat16:
+            raw = raw.float()
+        return cap * torch.tanh(raw)
 
     def forward(self, ids, targets, noise=None):
-        """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus NativeFlowMatcher's
-        weighted loss.
+        """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
+        NativeFlowMatcher's weighted loss.
 
         noise (B, T, D + 1): that loss's standard normal draws; drawn here when absent.
         """
         hidden, flow_input = self.refine(self.trunk(ids))
-        loss = F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten())
-        if self.nfm is not None and self.training and self.config.nfm_loss_weight:
+        logits = self.logits(hidden)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        weight = self.config.nfm_loss_weight
+        if self.nfm is not None and self.training and weight:
             if noise is None:
                 noise = torch.randn(*ids.shape, self.config.model_dim + 1, device=ids.device)
-            loss = loss + self.config.nfm_loss_weight * self.nfm.flow_loss(
-                flow_input.detach(), noise
-            )
+            # Detached: this loss teaches the velocity, not the trunk.
+            loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise)
         return loss
 
 
@@ -2384,14 +2570,19 @@ def build_model(config, runtime):
 
 
 def flow_noise(config, step, first, count, device):
-    """Normal draws (count, T, D + 1) of the step's sequences [first, first + count): a function
-    of seed, step and sequence alone, hence the same at any number of ranks and after a resume, or None."""
+    """Normal draws (count, T, D + 1) for the step's sequences [first, first + count), or None.
+
+    A function of seed, step and sequence alone, hence the same at any number of ranks and after a
+    resume. None where no loss would use it.
+    """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
     generator = torch.Generator(device)
-    out = torch.empty(count, config.train_seq_len, config.model_dim + 1, device=device)
+    columns = config.model_dim + 1
+    out = torch.empty(count, config.train_seq_len, columns, device=device)
     for i in range(count):
-        key = hashlib.sha256(f"{config.seed}/{step}/{first + i}".encode()).digest()
+        place = f"{config.seed}/{step}/{first + i}"
+        key = hashlib.sha256(place.encode()).digest()
         generator.manual_seed(int.from_bytes(key[:7], "little"))
         out[i].normal_(generator=generator)
     return out
@@ -3337,7 +3528,7 @@ class EvaluationJob(typing.NamedTuple):
 
 
 def evaluation_jobs(config):
-    """[EvaluationJob] of an artifact from the weakest to the strongest, which is the one to report."""
+    """[EvaluationJob] of an artifact, from the weakest to the strongest: the one to report."""
     jobs = [
         EvaluationJob("final_int6_roundtrip", config.eval_seq_len, False, "off"),
         EvaluationJob("final_int6_sliding_window", config.eval_stride, False, "off"),
@@ -3348,7 +3539,7 @@ def evaluation_jobs(config):
     if config.slot != "off":
         adapting.append(f"slot_{config.slot}")
     if adapting:
-        # What adapts, after a word on whether it may: legal_ttt, legal_ttt_slot_causal, slot_causal.
+        # What adapts, after a word on whether it may: legal_ttt, illegal_ttt_slot_published.
         if config.slot == "published":
             adapting.insert(0, "illegal")
         elif config.ttt_enabled:
@@ -3966,7 +4157,7 @@ def check_shapes(config, found):
 
 
 def check_table(config, table, data_bytes):
-    """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
+    """Raise ArtifactError unless names, shapes, schemes and sizes are the architecture's."""
     names = {entry.name for entry in table}
     if len(names) != len(table):
         raise ArtifactError("artifact: a tensor appears twice")
@@ -4044,7 +4235,7 @@ class LoadedWeights(typing.NamedTuple):
     sha256: str  # of the file
 
     def brought(self):
-        """Settings that the file brings into a run that only evaluates it; a given file is audited."""
+        """Settings that the file brings into a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
@@ -4480,7 +4671,7 @@ class Run:
             self.score()
 
     def identity(self):
-        """What two runs must agree on to share a RUN_DIR: settings, text, code and (EVAL_ONLY) file.
+        """What two runs must agree on to share a RUN_DIR: settings, text, code and scored file.
 
         An evaluation does not use the settings of training, so it does not compare them.
         """
@@ -4495,16 +4686,16 @@ class Run:
         return identity
 
     def origin(self):
-        """Shows that this user's runs on this system made something, without giving the key away."""
+        """Shows that this user's runs made something, without giving the key away."""
         key = self.runtime.user_key()
         return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
 
     def take_over_record(self):
-        """Write config.json; go on with the scores of the run that RUN_DIR holds, if it is this one."""
+        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
         path = self.path / "config.json"
         old = json.loads(path.read_text()) if path.exists() else None
-        # The evaluation of a given file is a check of it: what an earlier one found is not taken up,
-        # so it may be another one's. A training run in RUN_DIR is never overwritten.
+        # The evaluation of a given file is a check of it: what an earlier one found is not taken
+        # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
         earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
             self.check_same_run(old)
@@ -4525,7 +4716,7 @@ class Run:
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def check_same_run(self, old):
-        """Raise ConfigError when RUN_DIR holds a run of other settings, data, code or another user."""
+        """Raise ConfigError when RUN_DIR holds a run of other settings, data or code."""
         before = old.get("identity", {})
         differences = []
         for name, value in self.identity().items():
@@ -4534,8 +4725,9 @@ class Run:
                 differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
         if differences:
             raise ConfigError(
-                f"{self.path} holds a run of other settings, data or code: {'; '.join(differences)}: "
-                "use the same to resume it, set another RUN_ID, or RESUME=never to keep it aside"
+                f"{self.path} holds a run of other settings, data or code: "
+                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
+                "RESUME=never to keep it aside"
             )
         if old.get("origin") != self.origin():
             self.log(
@@ -4572,7 +4764,7 @@ class Run:
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
     def write_manifest(self):
-        """manifest.json: versions, machine and hashes, so that a score can be traced to its files."""
+        """manifest.json: versions, machine and hashes, to trace a score to its files."""
         if not self.runtime.is_main:
             return
         config = self.config
@@ -4664,12 +4856,12 @@ class Run:
         if over > 0:
             raise ArtifactError(
                 f"{self.artifact_path}: {artifact_bytes} bytes and {code_bytes} bytes of code are "
-                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the script "
-                "it was submitted with, or raise BUDGET_BYTES to look at it all the same"
+                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the "
+                "script it was submitted with, or raise BUDGET_BYTES to look at it all the same"
             )
 
     def model_of(self, path):
-        """The model with the weights of a file; one object for all scores, so that it is compiled once."""
+        """The model with the weights of a file; one object for all scores: compiled once."""
         if self.model is None:
             # Rounding in training has no place here: the weights are what they are.
             settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
@@ -4689,7 +4881,7 @@ class Run:
         audit_key = self.evaluation_key(self.artifact_path)
 
         def passed_before():
-            # A given file is audited anew each time; so is everything when the audit is what was asked.
+            # A given file is audited anew each time; so is all when the audit is what was asked.
             if config.eval_only or config.mode == "audit" or not path.exists():
                 return False
             old = json.loads(path.read_text())
@@ -4807,9 +4999,9 @@ class Run:
         return not label.startswith(("pre_quant", "float")) and not label.endswith("_roundtrip")
 
     def headline(self):
-        """Label of the score to report: the last legal one in the order of jobs, whatever its value.
+        """Label of the score to report: the last legal one in the order of jobs.
 
-        To choose the lowest of several scores after seeing them would be selection on validation text.
+        To choose the lowest after seeing them would be selection on validation text.
         """
         scores = self.results["scores"]
         legal = [
@@ -4970,7 +5162,7 @@ def report_error(runtime, code, message, shown, rank):
 
 
 def leave(runtime, code):
-    """Exit now: with several ranks, tearing down a process group whose peers may be gone can hang."""
+    """Exit now: tearing down a process group whose peers may be gone can hang."""
     # A checkpoint that is being written must be whole before the process goes.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
@@ -4997,6 +5189,7 @@ def launch_ranks(config):
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # a stopped run goes on when its command is run again
         monitor_interval=0.1,
+        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     begin = time.time()
@@ -5032,7 +5225,7 @@ def main():
         raise ConfigError(
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
-    # The file comes first, since its architecture and evaluation settings are part of the configuration.
+    # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.brought() if loaded else None)
     if arguments:

@@ -13,7 +13,7 @@ PLACE_AND_PACE = {
     "preset", "data_path", "tokenizer_path", "run_id", "run_dir", "resume", "eval_only", "mode", "audit",
     "device", "compile", "micro_batch_tokens", "warmup_steps", "train_log_every", "val_loss_every",
     "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds",
-    "code_bytes", "prompt", "sample_tokens", "temperature", "top_k"}
+    "nproc", "code_bytes", "prompt", "sample_tokens", "temperature", "top_k"}
 # REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
 NFM_7K = dict(
     preset="nfm_7k", vocab_size=1024, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0,

@@ -219,6 +219,13 @@ def directory(lab, settings):
     return [str(path.relative_to(folder)) for path in folder.rglob("train.log")]
 
 
+def ranks(lab, settings):
+    """How many processes the program would start."""
+    with mock.patch.object(train_gpt.launcher, "elastic_launch") as launch:
+        assert run_main(lab.fresh_folder() / "run", **settings).code == 0
+    return [call.args[0].max_nodes * call.args[0].nproc_per_node for call in launch.call_args_list]
+
+
 def sampled(lab, settings):
     """What MODE=sample prints."""
     result = run_main(lab.fresh_folder() / "run", **settings)
@@ -333,6 +340,7 @@ FLIPS = dict(
     eval_only=flip("nothing is trained", labels, ARTIFACT["eval_only"], iterations=1, audit=False),
     mode=flip("audit.json instead of scores.json", files, "audit", **ARTIFACT),
     audit=flip("audit.json beside scores.json", files, True, **ARTIFACT),
+    nproc=flip("the processes", ranks, 2, **ARTIFACT),
     code_bytes=flip("the bytes that are left for the model", lines("Code size: .*"), 123_456),
     prompt=flip("the text that is continued", sampled, "A list", **SAMPLE),
     sample_tokens=flip("how long the text becomes", sampled, 4, **SAMPLE),
