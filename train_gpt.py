@@ -47,6 +47,7 @@ import time
 import traceback
 import types
 import typing
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,21 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
 CODE_PATH = Path(__file__).resolve()  # its size counts towards the budget
+
+
+def printable(text, limit=None, keep=""):
+    """Text of a stranger's file as a terminal may show it: on one line, cut after `limit` characters.
+
+    Control characters could clear the screen, rename the window or hide what an error says; they
+    are escaped, but for those in `keep`.
+    """
+    text = str(text)
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}…"
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 class GolfError(Exception):
@@ -148,9 +164,9 @@ class Config:
         3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16
     )
     rope_dims: int = arch_option(16, "rotated dimensions per head", 0, 512)
-    rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1)
+    rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
-    logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
+    logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
     bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table", 2, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
@@ -162,7 +178,7 @@ class Config:
     # Architecture: the refiners between the trunk and the logits, each off or on by itself.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
     e2e_ttt_mini_batch: int = arch_option(16, "tokens per inner step of TTT-Linear", 1, 1024)
-    e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0)
+    e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0, 1e3)
     flow_enabled: bool = arch_option(False, "FlowRefiner after the trunk")
     flow_latent_dim: int = arch_option(64, "latent width of FlowRefiner", 1, 4096)
     flow_hidden_dim: int = arch_option(256, "hidden width of FlowRefiner", 1, 4096)
@@ -222,26 +238,26 @@ class Config:
     dtype: str = eval_option(
         "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
     )
-    eval_seq_len: int = eval_option(1024, "window of every evaluation", 2)
-    eval_stride: int = eval_option(64, "stride of the sliding window", 1)
-    eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1)
+    eval_seq_len: int = eval_option(1024, "window of every evaluation", 2, 1 << 17)
+    eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
+    eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1, 4096)
 
     # Evaluation: what adapts to text that has been scored already.
     ttt_enabled: bool = eval_option(True, "legal score-first test-time training")
-    ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0)
+    ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0, 100)
     ttt_momentum: float = eval_option(0.9, "SGD momentum", 0, 1)
-    ttt_epochs: int = eval_option(10, "epochs over each scored chunk", 1)
-    ttt_chunk_tokens: int = eval_option(32768, "tokens per chunk", 1)
-    ttt_batch_seqs: int = eval_option(32, "sequences per SGD step, all ranks together", 1)
-    ttt_freeze_blocks: int = eval_option(2, "first blocks that stay frozen", 0)
-    ttt_grad_clip: float = eval_option(1.0, "clip of the SGD gradient norm, 0 = off", 0)
+    ttt_epochs: int = eval_option(10, "epochs over each scored chunk", 1, 100)
+    ttt_chunk_tokens: int = eval_option(32768, "tokens per chunk", 1, 1 << 26)
+    ttt_batch_seqs: int = eval_option(32, "sequences per SGD step, all ranks together", 1, 4096)
+    ttt_freeze_blocks: int = eval_option(2, "first blocks that stay frozen", 0, 64)
+    ttt_grad_clip: float = eval_option(1.0, "clip of the SGD gradient norm, 0 = off", 0, 1e6)
     slot: str = eval_option(
         "off",
         "per-window shift of the hidden state; published is illegal",
         choices=("off", "causal", "published"),
     )
-    slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0)
-    slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1)
+    slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0, 100)
+    slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1, 100)
 
     # Where a run reads and writes. Nothing from here on changes a result.
     data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
@@ -566,6 +582,10 @@ def check_value(field, value):
         raise ConfigError(f"{name}={value!r}: expected one of {choices}")
 
 
+MAX_PASSES = 1024
+MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
+
+
 def check_fit(config):
     """Settings that only make sense together. Raises ConfigError with their names and values."""
 
@@ -603,11 +623,21 @@ def check_fit(config):
     expected = "not one sequence fits: raise the first"
     require(fits, "micro_batch_tokens train_seq_len", expected)
 
+    # What an artifact asks for must fit a machine: a batch of windows, as float32 activations.
+    windows = max(config.eval_batch_seqs, config.ttt_batch_seqs)
+    numbers = windows * config.eval_seq_len * config.model_dim
+    expected = f"a batch of windows has {numbers} activations, use at most {MAX_ACTIVATIONS}"
+    names = "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim"
+    require(numbers <= MAX_ACTIVATIONS, names, expected)
+
     # Windows of an evaluation.
     overlap = config.eval_stride < config.eval_seq_len
     gapless = config.eval_stride <= config.eval_seq_len
     expected = "targets between the windows would never be scored: lower the first"
     require(gapless, "eval_stride eval_seq_len", expected)
+    passes = config.eval_seq_len / config.eval_stride  # of every token through the model
+    expected = f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}"
+    require(passes <= MAX_PASSES, "eval_seq_len eval_stride", expected)
     require_multiple("ttt_chunk_tokens", "eval_seq_len")
     expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
     require(config.slot == "off" or overlap, "slot eval_stride eval_seq_len", expected)
@@ -781,6 +811,7 @@ def write_json(path, value):
 
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
+MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
 
 
 def save_tensors(path, state):
@@ -795,12 +826,18 @@ def save_tensors(path, state):
     return len(archive) + CHECKSUM_BYTES
 
 
-def load_tensors(path):
+def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
     """What save_tensors wrote, on the CPU, without running its code.
 
-    Raises ArtifactError if the file is damaged or not one of ours.
+    Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
     """
     try:
+        size = os.path.getsize(path)
+        if size > max_bytes:  # looked at before reading: a sparse file may claim any size
+            raise ArtifactError(
+                f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
+                "name another file"
+            )
         blob = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(
@@ -815,11 +852,24 @@ def load_tensors(path):
             "name another file"
         )
     try:
+        check_archive(archive)
         # weights_only refuses pickled code: a checkpoint may come from a stranger.
         return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a stranger's file may hold anything
+        reason = printable(str(error).partition("\n")[0], 200)
         raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
+
+
+def check_archive(archive):
+    """Raise ValueError unless a torch.save archive, a zip file, has its entries as they are.
+
+    Compressed or overlapping entries of a small file could fill any memory; torch.save makes none.
+    """
+    entries = zipfile.ZipFile(io.BytesIO(archive)).infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its entries are compressed")
+    if sum(entry.file_size for entry in entries) > len(archive):
+        raise ValueError("its entries are larger than the file")
 
 
 def private_copy(tree):
@@ -1149,6 +1199,7 @@ class Runtime:
         """One line on rank 0's terminal and in train.log."""
         if not self.is_main:
             return
+        line = printable(line)  # it may quote a file's text
         if self.on_line:
             print(CLEAR_LINE, end="")
         print(line, flush=True)
@@ -1160,7 +1211,7 @@ class Runtime:
         if file is None:
             return
         try:
-            file.write(f"{line}\n".encode())
+            file.write(f"{printable(line)}\n".encode())
         except OSError as error:
             # A full disk costs the line, not the run.
             warning = f"warning: {file.name} cannot be written ({error.strerror})"
@@ -4297,7 +4348,7 @@ def read_header(blob):
     except ArtifactError:
         raise
     except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
-        what = f"{type(error).__name__}: {ascii(str(error)[:200])}"
+        what = f"{type(error).__name__}: {printable(error, 200)}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
     return Payload(config, tokenizer_sha256, table, raw, end)
 
@@ -4325,6 +4376,9 @@ def check_table(config, table, data_bytes):
     names = {entry.name for entry in table}
     if len(names) != len(table):
         raise ArtifactError("artifact: a tensor appears twice")
+    # 16.0 and True equal integers, but are no sizes of an array.
+    if any(type(size) is not int for entry in table for size in entry.shape):
+        raise ArtifactError("artifact: a shape holds something else than integers")
     try:
         check_shapes(config, {entry.name: entry.shape for entry in table})
     except ArtifactError as error:
@@ -4431,8 +4485,11 @@ def load_float_weights(path):
             f"{path}: does not start like an artifact: damaged, or of another submission: "
             "copy it again, or name another file"
         )
-    saved = load_tensors(path)
+    # float32 weights, and what is said about them.
+    saved = load_tensors(path, 4 * MAX_PARAMETERS + MAX_HEADER_BYTES)
     try:
+        if not isinstance(saved, dict):  # a bare tensor would answer to indices, too
+            raise TypeError(f"a {type(saved).__name__} instead of a dictionary")
         config = Config(**saved["config"])
         state = saved["state_dict"]
         for name, tensor in state.items():
@@ -4443,7 +4500,7 @@ def load_float_weights(path):
     except Exception as error:  # a stranger's file may hold anything, escape sequences included
         raise ArtifactError(
             f"{path}: not the final weights of a run ({type(error).__name__}: "
-            f"{ascii(str(error)[:200])}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
+            f"{printable(error, 200)}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
         ) from None
 
 
@@ -5274,7 +5331,7 @@ def sample(config, runtime, loaded):
         text = tokenizer.decode(text_ids)
         # A character of several bytes is a replacement mark until its last byte is there.
         if runtime.is_main and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
+            print(printable(text[len(shown) :], keep="\n\t"), end="", flush=True)
             shown = text
     if runtime.is_main:
         print()
@@ -5293,7 +5350,7 @@ def reported_errors(runtime):
         report_stop(runtime, stop)
         leave(runtime, stop.code)
     except GolfError as error:
-        report_error(runtime, error.code, str(error), f"error: {error}", rank)
+        report_error(runtime, error.code, str(error), f"error: {printable(error)}", rank)
         leave(runtime, error.code)
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
@@ -5318,7 +5375,7 @@ def report_error(runtime, code, message, shown, rank):
     """`message` to the log and the events, `shown` with its rank to the terminal."""
     runtime.event("error", code=code, message=message)
     runtime.append(runtime.log_file, f"error: {message}")
-    lines = [f"{rank}{line}" for line in shown.splitlines()]
+    lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -5409,5 +5466,5 @@ if __name__ == "__main__":
     try:
         main()
     except GolfError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(error.code)
