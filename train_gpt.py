@@ -3625,6 +3625,27 @@ def evaluation_jobs(config):
 # (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
 # run is the uninterrupted one bit for bit.
 # ==================================================================================================
+class HostCopy:
+    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
+
+    float(tensor) would wait for everything that the device was given so far. This copy is queued
+    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
+    immediate.
+    """
+
+    def __init__(self, tensor):
+        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
+        self.arrived = None
+        if tensor.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.value)
+
+
 class StepFacts(typing.NamedTuple):
     """What all ranks agree on in every step."""
 
@@ -3632,6 +3653,86 @@ class StepFacts(typing.NamedTuple):
     stop: bool  # some rank was told to stop
     save: bool  # a checkpoint is due by the clock
     seconds: float  # since the last step, by rank 0's clock
+
+
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,  # SXM, which calls itself "H100 80GB HBM3"
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(name):
+    """Dense bfloat16 FLOP/s of the device `name`, None where the table has no honest answer."""
+    if "MIG" in name:  # a slice of a GPU
+        return None
+    for part, flops in PEAK_FLOPS.items():
+        if part in name:
+            return flops
+    return None
+
+
+def flops_per_token(model):
+    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L D T.
+
+    N counts the parameters that multiply every token: not the tables that are only looked up, but
+    the token embedding, which is also the head. L layers attend over T tokens at width D. The formula
+    of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no discount for the
+    causal half, so that shares of the peak compare with those of others.
+    """
+    config = model.config
+    multiplied = sum(param.numel() for param in model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name != "tok_emb":
+            multiplied -= module.weight.numel()
+    attention = config.num_layers * config.model_dim * config.train_seq_len
+    return 6 * multiplied + 12 * attention
+
+
+class StepTimer:
+    """Where training's time goes, by this rank's own clock; part of the checkpoint.
+
+    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead and
+    waits once a step, for the loss: "forward_backward" then holds whatever the device still had to
+    do, the optimisers' kernels of the step before included, while "data" and "optimiser" are what
+    the host itself needs to prepare and to launch. Their growth is what starves the device.
+    """
+
+    PARTS = ("data", "forward_backward", "optimiser", "validation")
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self.steps = []  # seconds of every step, as all ranks agreed on
+
+    @contextlib.contextmanager
+    def part(self, name):
+        begin = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - begin
+
+    def recent(self, count):
+        """Mean seconds of the last `count` steps."""
+        last = self.steps[-count:]
+        return sum(last) / len(last)
+
+    def milliseconds(self, percentile):
+        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
+        return 1000 * float(np.percentile(self.steps, percentile))
+
+    def state_dict(self):
+        steps = torch.tensor(self.steps, dtype=torch.float64)
+        return dict(seconds=dict(self.seconds), steps=steps)
+
+    def load_state_dict(self, state):
+        self.seconds = dict(state["seconds"])
+        self.steps = state["steps"].tolist()
 
 
 class Trainer:
@@ -3654,6 +3755,8 @@ class Trainer:
         self.step = 0  # steps done
         self.seconds = 0.0  # of training: without start, warm-up and validation
         self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.timer = StepTimer()
+        self.logged_step = 0  # of the last log line in this process
         self.stopped_early = False  # by the wallclock cap
         self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
@@ -3744,10 +3847,12 @@ class Trainer:
         # Before the optimisers: a loss that is not finite must not reach the weights.
         if not math.isfinite(facts.loss):
             self.diverged(facts.loss)
-        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-        self.average.update(self.step, scale)
+        with self.timer.part("optimiser"):
+            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+            self.average.update(self.step, scale)
         self.step += 1
         self.seconds += facts.seconds
+        self.timer.steps.append(facts.seconds)
         self.report(facts.loss, scale)
         if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(wait=True)
@@ -3791,39 +3896,54 @@ class Trainer:
         length = config.train_seq_len
         first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
         last = first + self.seqs_per_rank
-        # One token more than there are inputs: the last target.
-        span = stream.take(config.train_batch_tokens, first * length, last * length)
+        with self.timer.part("data"):
+            # One token more than there are inputs: the last target.
+            span = stream.take(config.train_batch_tokens, first * length, last * length)
         self.model.zero_grad()
         self.model.train()
         total = 0.0
         for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
             high = low + self.micro_batch_seqs
-            tokens = self.runtime.to_device(span[low * length : high * length + 1])
-            noise = flow_noise(
-                config, step, first + low, self.micro_batch_seqs, self.runtime.device
-            )
-            total = total + self.loss_and_gradients(tokens, noise)
-        return float(total)
+            with self.timer.part("data"):
+                tokens = self.runtime.to_device(span[low * length : high * length + 1])
+                noise = flow_noise(
+                    config, step, first + low, self.micro_batch_seqs, self.runtime.device
+                )
+            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
+                loss = self.micro_batch_loss(tokens, noise)
+                total = total + loss.detach()
+                if high == self.seqs_per_rank:
+                    on_host = HostCopy(
+                        total
+                    )  # before the last backward, which it need not wait for
+                loss.backward()
+        with self.timer.part("forward_backward"):
+            # The step's one synchronisation. On CUDA the last backward is still running behind it,
+            # long enough to hide the agreement of the ranks and the optimisers' launches.
+            return on_host.read()
 
-    def loss_and_gradients(self, tokens, noise):
-        """Accumulate a micro-batch's gradients; returns its share of the mean loss (0-d)."""
+    def micro_batch_loss(self, tokens, noise):
+        """Share of the step's mean loss (0-d) of `tokens` (B * T + 1,)."""
         length = self.config.train_seq_len
-        shares = self.accumulation_steps * self.comm.world
         ids = tokens[:-1].view(-1, length)  # (B, T)
         targets = tokens[1:].view(-1, length)  # (B, T): each token's successor
+        with self.runtime.autocast():
+            # Divided here, so that sums over micro-batches and ranks are means.
+            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
+
+    @contextlib.contextmanager
+    def naming_a_smaller_batch(self):
+        """Out of memory becomes a ResourceError that names the setting to change."""
         try:
-            with self.runtime.autocast():
-                # Divided here, so that sums over micro-batches and ranks are means.
-                loss = self.loss(ids, targets, noise) / shares
-            loss.backward()
+            yield
         except OUT_OF_MEMORY:
+            length = self.config.train_seq_len
             smaller = max(self.micro_batch_seqs * length // 2, length)
             raise ResourceError(
                 "out of memory in training with MICRO_BATCH_TOKENS="
                 f"{self.config.micro_batch_tokens}: run the same command with "
                 f"MICRO_BATCH_TOKENS={smaller}"
             ) from None
-        return loss.detach()
 
     def clock(self):
         milliseconds = 1000 * self.seconds
@@ -3837,25 +3957,63 @@ class Trainer:
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
         # The first steps show whether a run is sound at all.
         logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
+        # The pace since the last line, where a node that slows down shows at once.
+        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
+        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
         if logged:
-            self.runtime.log(f"{text} {self.clock()}")
-            self.runtime.event(
-                "step",
-                step=step,
-                train_loss=loss,
-                train_time_ms=1000 * self.seconds,
-                lr_scale=scale,
-            )
+            self.runtime.log(f"{text} {self.clock()} {pace}")
+            self.logged_step = step
+        # Every step's, so that the curve that is drawn of them can be smoothed.
+        self.runtime.event(
+            "step",
+            step=step,
+            train_loss=loss,
+            train_time_ms=1000 * self.seconds,
+            lr_scale=scale,
+        )
         # By the mean of the whole run: steadier than the last step's time.
         eta = (config.iterations - step) * self.seconds / step
-        self.runtime.progress(f"{text} eta:{eta:.0f}s")
+        self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
+
+    def report_throughput(self):
+        """Two lines at the end: the pace with its share of the device's peak, and where time went."""
+        timer = self.timer
+        if not timer.steps:
+            return
+        median = timer.milliseconds(50)
+        tokens = self.config.train_batch_tokens * len(timer.steps)
+        tokens_per_second = tokens / max(1e-9, self.seconds)
+        device = device_name(self.runtime.device)
+        peak = peak_flops(device)
+        share = None
+        described = f"unknown (no bfloat16 peak is listed for {device})"
+        if peak is not None:
+            flops = flops_per_token(self.model) * tokens_per_second
+            share = flops / (peak * self.comm.world)
+            described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
+        self.runtime.log(
+            f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
+            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+        )
+        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
+        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
+        self.runtime.event(
+            "throughput",
+            tokens_per_s=tokens_per_second,
+            step_median_ms=median,
+            step_p95_ms=timer.milliseconds(95),
+            peak_share=share,
+            flops_per_token=flops_per_token(self.model),
+            seconds_in=timer.seconds,
+        )
 
     def validate(self):
         """Validate the raw weights by non-overlapping windows; this is no training time."""
         config = self.config
         begin = time.monotonic()
         try:
-            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+            with self.timer.part("validation"):
+                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
         except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
@@ -3881,6 +4039,7 @@ class Trainer:
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())
+        timing = self.timer.state_dict()
         generator = np.random.default_rng(0)
         tokens = generator.integers(0, config.vocab_size, config.train_batch_tokens + 1)
         # A stand-in for TrainStream: the real position must not move.
@@ -3889,6 +4048,7 @@ class Trainer:
             self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
             reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
+        self.timer.load_state_dict(timing)
         self.runtime.log(
             f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
         )
@@ -3916,6 +4076,7 @@ class Trainer:
         if self.runtime.is_main:
             state.update(self.identity)
             state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
+            state.update(timing=self.timer.state_dict())
             self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
         self.checkpoints.saved_at = time.monotonic()
         if wait:
@@ -3941,6 +4102,8 @@ class Trainer:
         # With step, clock and position the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
+        self.timer.load_state_dict(state["timing"])
+        self.logged_step = step
         self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
@@ -3980,6 +4143,7 @@ def train(config, runtime, val, path):
     trainer = Trainer(config, runtime, val)
     trainer.announce()
     trainer.run()
+    trainer.report_throughput()
     exported = trainer.export()
     allocated, reserved = runtime.peak_mib()
     runtime.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
@@ -4231,6 +4395,9 @@ def check_table(config, table, data_bytes):
     names = {entry.name for entry in table}
     if len(names) != len(table):
         raise ArtifactError("artifact: a tensor appears twice")
+    # 16.0 and True equal integers, but are no sizes of an array.
+    if any(type(size) is not int for entry in table for size in entry.shape):
+        raise ArtifactError("artifact: a shape holds something else than integers")
     try:
         check_shapes(config, {entry.name: entry.shape for entry in table})
     except ArtifactError as error:
