@@ -47,6 +47,7 @@ import time
 import traceback
 import types
 import typing
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,21 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
 CODE_PATH = Path(__file__).resolve()  # its size counts towards the budget
+
+
+def printable(text, limit=None, keep=""):
+    """Text of a stranger's file as a terminal may show it: on one line, cut after `limit` characters.
+
+    Control characters could clear the screen, rename the window or hide what an error says; they
+    are escaped, but for those in `keep`.
+    """
+    text = str(text)
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}…"
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 class GolfError(Exception):
@@ -148,9 +164,9 @@ class Config:
         3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16
     )
     rope_dims: int = arch_option(16, "rotated dimensions per head", 0, 512)
-    rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1)
+    rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
-    logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
+    logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
     bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table", 2, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
@@ -162,7 +178,7 @@ class Config:
     # Architecture: the refiners between the trunk and the logits, each off or on by itself.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
     e2e_ttt_mini_batch: int = arch_option(16, "tokens per inner step of TTT-Linear", 1, 1024)
-    e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0)
+    e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0, 1e3)
     flow_enabled: bool = arch_option(False, "FlowRefiner after the trunk")
     flow_latent_dim: int = arch_option(64, "latent width of FlowRefiner", 1, 4096)
     flow_hidden_dim: int = arch_option(256, "hidden width of FlowRefiner", 1, 4096)
@@ -222,31 +238,34 @@ class Config:
     dtype: str = eval_option(
         "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
     )
-    eval_seq_len: int = eval_option(1024, "window of every evaluation", 2)
-    eval_stride: int = eval_option(64, "stride of the sliding window", 1)
-    eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1)
+    eval_seq_len: int = eval_option(1024, "window of every evaluation", 2, 1 << 17)
+    eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
+    eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1, 4096)
 
     # Evaluation: what adapts to text that has been scored already.
     ttt_enabled: bool = eval_option(True, "legal score-first test-time training")
-    ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0)
+    ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0, 100)
     ttt_momentum: float = eval_option(0.9, "SGD momentum", 0, 1)
-    ttt_epochs: int = eval_option(10, "epochs over each scored chunk", 1)
-    ttt_chunk_tokens: int = eval_option(32768, "tokens per chunk", 1)
-    ttt_batch_seqs: int = eval_option(32, "sequences per SGD step, all ranks together", 1)
-    ttt_freeze_blocks: int = eval_option(2, "first blocks that stay frozen", 0)
-    ttt_grad_clip: float = eval_option(1.0, "clip of the SGD gradient norm, 0 = off", 0)
+    ttt_epochs: int = eval_option(10, "epochs over each scored chunk", 1, 100)
+    ttt_chunk_tokens: int = eval_option(32768, "tokens per chunk", 1, 1 << 26)
+    ttt_batch_seqs: int = eval_option(32, "sequences per SGD step, all ranks together", 1, 4096)
+    ttt_freeze_blocks: int = eval_option(2, "first blocks that stay frozen", 0, 64)
+    ttt_grad_clip: float = eval_option(1.0, "clip of the SGD gradient norm, 0 = off", 0, 1e6)
     slot: str = eval_option(
         "off",
         "per-window shift of the hidden state; published is illegal",
         choices=("off", "causal", "published"),
     )
-    slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0)
-    slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1)
+    slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0, 100)
+    slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1, 100)
 
     # Where a run reads and writes. Nothing from here on changes a result.
     data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
+    )
+    val_sha256: str = run_option(
+        "", "SHA-256 that the validation tokens must have; a canonical split is certain with it"
     )
     run_id: str = run_option("", "name of the run; default {preset}_seed{seed} and the SLURM job")
     run_dir: str = run_option("", "directory of the run; default runs/$RUN_ID")
@@ -585,6 +604,10 @@ def check_value(field, value):
         raise ConfigError(f"{name}={value!r}: expected one of {choices}")
 
 
+MAX_PASSES = 1024
+MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
+
+
 def check_fit(config):
     """Settings that only make sense together. Raises ConfigError with their names and values."""
 
@@ -600,6 +623,8 @@ def check_fit(config):
         require(holds, f"{first} {second}", expected)
 
     require(config.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}")
+    is_digest = re.fullmatch(r"([0-9a-f]{64})?", config.val_sha256)
+    require(is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
     known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     require(known_device, "device", "expected auto, cpu, cuda or cuda:N")
 
@@ -622,11 +647,21 @@ def check_fit(config):
     expected = "not one sequence fits: raise the first"
     require(fits, "micro_batch_tokens train_seq_len", expected)
 
+    # What an artifact asks for must fit a machine: a batch of windows, as float32 activations.
+    windows = max(config.eval_batch_seqs, config.ttt_batch_seqs)
+    numbers = windows * config.eval_seq_len * config.model_dim
+    expected = f"a batch of windows has {numbers} activations, use at most {MAX_ACTIVATIONS}"
+    names = "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim"
+    require(numbers <= MAX_ACTIVATIONS, names, expected)
+
     # Windows of an evaluation.
     overlap = config.eval_stride < config.eval_seq_len
     gapless = config.eval_stride <= config.eval_seq_len
     expected = "targets between the windows would never be scored: lower the first"
     require(gapless, "eval_stride eval_seq_len", expected)
+    passes = config.eval_seq_len / config.eval_stride  # of every token through the model
+    expected = f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}"
+    require(passes <= MAX_PASSES, "eval_seq_len eval_stride", expected)
     require_multiple("ttt_chunk_tokens", "eval_seq_len")
     expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
     require(config.slot == "off" or overlap, "slot eval_stride eval_seq_len", expected)
@@ -800,6 +835,7 @@ def write_json(path, value):
 
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
+MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
 
 
 def save_tensors(path, state):
@@ -814,12 +850,18 @@ def save_tensors(path, state):
     return len(archive) + CHECKSUM_BYTES
 
 
-def load_tensors(path):
+def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
     """What save_tensors wrote, on the CPU, without running its code.
 
-    Raises ArtifactError if the file is damaged or not one of ours.
+    Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
     """
     try:
+        size = os.path.getsize(path)
+        if size > max_bytes:  # looked at before reading: a sparse file may claim any size
+            raise ArtifactError(
+                f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
+                "name another file"
+            )
         blob = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(
@@ -834,11 +876,24 @@ def load_tensors(path):
             "name another file"
         )
     try:
+        check_archive(archive)
         # weights_only refuses pickled code: a checkpoint may come from a stranger.
         return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a stranger's file may hold anything
+        reason = printable(str(error).partition("\n")[0], 200)
         raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
+
+
+def check_archive(archive):
+    """Raise ValueError unless a torch.save archive, a zip file, has its entries as they are.
+
+    Compressed or overlapping entries of a small file could fill any memory; torch.save makes none.
+    """
+    entries = zipfile.ZipFile(io.BytesIO(archive)).infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its entries are compressed")
+    if sum(entry.file_size for entry in entries) > len(archive):
+        raise ValueError("its entries are larger than the file")
 
 
 def private_copy(tree):
@@ -1170,6 +1225,7 @@ class Runtime:
         """One line on rank 0's terminal and in train.log."""
         if not self.is_main:
             return
+        line = printable(line)  # it may quote a file's text
         if self.on_line:
             print(CLEAR_LINE, end="")
         print(line, flush=True)
@@ -1181,7 +1237,7 @@ class Runtime:
         if file is None:
             return
         try:
-            file.write(f"{line}\n".encode())
+            file.write(f"{printable(line)}\n".encode())
         except OSError as error:
             # A full disk costs the line, not the run.
             warning = f"warning: {file.name} cannot be written ({error.strerror})"
@@ -1316,8 +1372,9 @@ SHARD_VERSION = 1
 SHARD_HEADER = 256  # int32 words before the tokens
 HEADER_BYTES = 4 * SHARD_HEADER
 
-# The challenge's validation split, in tokens of its 1,024-piece tokenizer and in bytes of text.
-CANONICAL_TARGETS = 62_021_632
+# The challenge's validation split: targets by the number of the tokenizer's pieces, and bytes of
+# text, which vary a little with what the tokenizers normalise.
+CANONICAL_TARGETS = {1024: 62_021_632, 8192: 40_540_160}
 CANONICAL_BYTES = (151_020_000, 151_080_000)
 
 
@@ -1512,9 +1569,12 @@ class TokenBytes:
 
 
 class ValidationSet:
-    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split."""
+    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split.
 
-    def __init__(self, tokens, token_bytes):
+    Raises DataError if `expected_sha256` is given and not that of the tokens.
+    """
+
+    def __init__(self, tokens, token_bytes, expected_sha256=""):
         self.tokens = tokens  # (n + 1,) uint16
         self.num_targets = len(tokens) - 1
         self.token_bytes = token_bytes
@@ -1525,22 +1585,31 @@ class ValidationSet:
             blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
-        self.scope = "canonical" if self.is_canonical(total) else "proxy"
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        if expected_sha256 and sha256 != expected_sha256:
+            raise DataError(
+                f"the validation tokens have SHA-256 {sha256}, expected VAL_SHA256="
+                f"{expected_sha256}: restore the split, or unset VAL_SHA256"
+            )
+        self.scope = self.scope_of(total, is_certain=bool(expected_sha256))
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
             val_bytes=total,
             val_documents=int((tokens == BOS).sum()),
             bytes_per_token=total / self.num_targets,
-            val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+            val_sha256=sha256,
             scope=self.scope,
         )
 
-    def is_canonical(self, total_bytes):
-        """Whether this is the challenge's own split, so that scores compare with published ones."""
+    def scope_of(self, total_bytes, is_certain):
+        """What scores on this split compare with: published ones, or only others on the same data."""
+        targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
         low, high = CANONICAL_BYTES
-        right_tokens = self.token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS
-        return right_tokens and low <= total_bytes <= high
+        if self.num_targets != targets or not low <= total_bytes <= high:
+            return "proxy"
+        # Other text can be made to have the same counts.
+        return "canonical" if is_certain else "canonical-by-counts"
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -1559,7 +1628,8 @@ class ValidationSet:
             )
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
-        return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
+        scored = tokens[: windows * config.eval_seq_len + 1]
+        return cls(scored, token_bytes, config.val_sha256)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
@@ -3789,6 +3859,27 @@ def evaluation_jobs(config):
 # (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
 # run is the uninterrupted one bit for bit.
 # ==================================================================================================
+class HostCopy:
+    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
+
+    float(tensor) would wait for everything that the device was given so far. This copy is queued
+    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
+    immediate.
+    """
+
+    def __init__(self, tensor):
+        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
+        self.arrived = None
+        if tensor.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.value)
+
+
 class StepFacts(typing.NamedTuple):
     """What all ranks agree on in every step."""
 
@@ -3796,6 +3887,86 @@ class StepFacts(typing.NamedTuple):
     stop: bool  # some rank was told to stop
     save: bool  # a checkpoint is due by the clock
     seconds: float  # since the last step, by rank 0's clock
+
+
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,  # SXM, which calls itself "H100 80GB HBM3"
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(name):
+    """Dense bfloat16 FLOP/s of the device `name`, None where the table has no honest answer."""
+    if "MIG" in name:  # a slice of a GPU
+        return None
+    for part, flops in PEAK_FLOPS.items():
+        if part in name:
+            return flops
+    return None
+
+
+def flops_per_token(model):
+    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L D T.
+
+    N counts the parameters that multiply every token: not the tables that are only looked up, but
+    the token embedding, which is also the head. L layers attend over T tokens at width D. The formula
+    of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no discount for the
+    causal half, so that shares of the peak compare with those of others.
+    """
+    config = model.config
+    multiplied = sum(param.numel() for param in model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name != "tok_emb":
+            multiplied -= module.weight.numel()
+    attention = config.num_layers * config.model_dim * config.train_seq_len
+    return 6 * multiplied + 12 * attention
+
+
+class StepTimer:
+    """Where training's time goes, by this rank's own clock; part of the checkpoint.
+
+    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead and
+    waits once a step, for the loss: "forward_backward" then holds whatever the device still had to
+    do, the optimisers' kernels of the step before included, while "data" and "optimiser" are what
+    the host itself needs to prepare and to launch. Their growth is what starves the device.
+    """
+
+    PARTS = ("data", "forward_backward", "optimiser", "validation")
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self.steps = []  # seconds of every step, as all ranks agreed on
+
+    @contextlib.contextmanager
+    def part(self, name):
+        begin = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - begin
+
+    def recent(self, count):
+        """Mean seconds of the last `count` steps."""
+        last = self.steps[-count:]
+        return sum(last) / len(last)
+
+    def milliseconds(self, percentile):
+        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
+        return 1000 * float(np.percentile(self.steps, percentile))
+
+    def state_dict(self):
+        steps = torch.tensor(self.steps, dtype=torch.float64)
+        return dict(seconds=dict(self.seconds), steps=steps)
+
+    def load_state_dict(self, state):
+        self.seconds = dict(state["seconds"])
+        self.steps = state["steps"].tolist()
 
 
 class Trainer:
@@ -3818,6 +3989,8 @@ class Trainer:
         self.step = 0  # steps done
         self.seconds = 0.0  # of training: without start, warm-up and validation
         self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.timer = StepTimer()
+        self.logged_step = 0  # of the last log line in this process
         self.stopped_early = False  # by the wallclock cap
         self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
@@ -3908,10 +4081,12 @@ class Trainer:
         # Before the optimisers: a loss that is not finite must not reach the weights.
         if not math.isfinite(facts.loss):
             self.diverged(facts.loss)
-        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-        self.average.update(self.step, scale)
+        with self.timer.part("optimiser"):
+            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+            self.average.update(self.step, scale)
         self.step += 1
         self.seconds += facts.seconds
+        self.timer.steps.append(facts.seconds)
         self.report(facts.loss, scale)
         if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(wait=True)
@@ -3955,39 +4130,54 @@ class Trainer:
         length = config.train_seq_len
         first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
         last = first + self.seqs_per_rank
-        # One token more than there are inputs: the last target.
-        span = stream.take(config.train_batch_tokens, first * length, last * length)
+        with self.timer.part("data"):
+            # One token more than there are inputs: the last target.
+            span = stream.take(config.train_batch_tokens, first * length, last * length)
         self.model.zero_grad()
         self.model.train()
         total = 0.0
         for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
             high = low + self.micro_batch_seqs
-            tokens = self.runtime.to_device(span[low * length : high * length + 1])
-            noise = flow_noise(
-                config, step, first + low, self.micro_batch_seqs, self.runtime.device
-            )
-            total = total + self.loss_and_gradients(tokens, noise)
-        return float(total)
+            with self.timer.part("data"):
+                tokens = self.runtime.to_device(span[low * length : high * length + 1])
+                noise = flow_noise(
+                    config, step, first + low, self.micro_batch_seqs, self.runtime.device
+                )
+            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
+                loss = self.micro_batch_loss(tokens, noise)
+                total = total + loss.detach()
+                if high == self.seqs_per_rank:
+                    on_host = HostCopy(
+                        total
+                    )  # before the last backward, which it need not wait for
+                loss.backward()
+        with self.timer.part("forward_backward"):
+            # The step's one synchronisation. On CUDA the last backward is still running behind it,
+            # long enough to hide the agreement of the ranks and the optimisers' launches.
+            return on_host.read()
 
-    def loss_and_gradients(self, tokens, noise):
-        """Accumulate a micro-batch's gradients; returns its share of the mean loss (0-d)."""
+    def micro_batch_loss(self, tokens, noise):
+        """Share of the step's mean loss (0-d) of `tokens` (B * T + 1,)."""
         length = self.config.train_seq_len
-        shares = self.accumulation_steps * self.comm.world
         ids = tokens[:-1].view(-1, length)  # (B, T)
         targets = tokens[1:].view(-1, length)  # (B, T): each token's successor
+        with self.runtime.autocast():
+            # Divided here, so that sums over micro-batches and ranks are means.
+            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
+
+    @contextlib.contextmanager
+    def naming_a_smaller_batch(self):
+        """Out of memory becomes a ResourceError that names the setting to change."""
         try:
-            with self.runtime.autocast():
-                # Divided here, so that sums over micro-batches and ranks are means.
-                loss = self.loss(ids, targets, noise) / shares
-            loss.backward()
+            yield
         except OUT_OF_MEMORY:
+            length = self.config.train_seq_len
             smaller = max(self.micro_batch_seqs * length // 2, length)
             raise ResourceError(
                 "out of memory in training with MICRO_BATCH_TOKENS="
                 f"{self.config.micro_batch_tokens}: run the same command with "
                 f"MICRO_BATCH_TOKENS={smaller}"
             ) from None
-        return loss.detach()
 
     def clock(self):
         milliseconds = 1000 * self.seconds
@@ -4001,25 +4191,63 @@ class Trainer:
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
         # The first steps show whether a run is sound at all.
         logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
+        # The pace since the last line, where a node that slows down shows at once.
+        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
+        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
         if logged:
-            self.runtime.log(f"{text} {self.clock()}")
-            self.runtime.event(
-                "step",
-                step=step,
-                train_loss=loss,
-                train_time_ms=1000 * self.seconds,
-                lr_scale=scale,
-            )
+            self.runtime.log(f"{text} {self.clock()} {pace}")
+            self.logged_step = step
+        # Every step's, so that the curve that is drawn of them can be smoothed.
+        self.runtime.event(
+            "step",
+            step=step,
+            train_loss=loss,
+            train_time_ms=1000 * self.seconds,
+            lr_scale=scale,
+        )
         # By the mean of the whole run: steadier than the last step's time.
         eta = (config.iterations - step) * self.seconds / step
-        self.runtime.progress(f"{text} eta:{eta:.0f}s")
+        self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
+
+    def report_throughput(self):
+        """Two lines at the end: the pace with its share of the device's peak, and where time went."""
+        timer = self.timer
+        if not timer.steps:
+            return
+        median = timer.milliseconds(50)
+        tokens = self.config.train_batch_tokens * len(timer.steps)
+        tokens_per_second = tokens / max(1e-9, self.seconds)
+        device = device_name(self.runtime.device)
+        peak = peak_flops(device)
+        share = None
+        described = f"unknown (no bfloat16 peak is listed for {device})"
+        if peak is not None:
+            flops = flops_per_token(self.model) * tokens_per_second
+            share = flops / (peak * self.comm.world)
+            described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
+        self.runtime.log(
+            f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
+            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+        )
+        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
+        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
+        self.runtime.event(
+            "throughput",
+            tokens_per_s=tokens_per_second,
+            step_median_ms=median,
+            step_p95_ms=timer.milliseconds(95),
+            peak_share=share,
+            flops_per_token=flops_per_token(self.model),
+            seconds_in=timer.seconds,
+        )
 
     def validate(self):
         """Validate the raw weights by non-overlapping windows; this is no training time."""
         config = self.config
         begin = time.monotonic()
         try:
-            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+            with self.timer.part("validation"):
+                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
         except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
@@ -4045,6 +4273,7 @@ class Trainer:
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())
+        timing = self.timer.state_dict()
         generator = np.random.default_rng(0)
         tokens = generator.integers(0, config.vocab_size, config.train_batch_tokens + 1)
         # A stand-in for TrainStream: the real position must not move.
@@ -4053,6 +4282,7 @@ class Trainer:
             self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
             reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
+        self.timer.load_state_dict(timing)
         self.runtime.log(
             f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
         )
@@ -4080,6 +4310,7 @@ class Trainer:
         if self.runtime.is_main:
             state.update(self.identity)
             state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
+            state.update(timing=self.timer.state_dict())
             self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
         self.checkpoints.saved_at = time.monotonic()
         if wait:
@@ -4105,6 +4336,8 @@ class Trainer:
         # With step, clock and position the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
+        self.timer.load_state_dict(state["timing"])
+        self.logged_step = step
         self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
@@ -4144,6 +4377,7 @@ def train(config, runtime, val, path):
     trainer = Trainer(config, runtime, val)
     trainer.announce()
     trainer.run()
+    trainer.report_throughput()
     exported = trainer.export()
     allocated, reserved = runtime.peak_mib()
     runtime.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
@@ -4367,7 +4601,7 @@ def read_header(blob):
     except ArtifactError:
         raise
     except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
-        what = f"{type(error).__name__}: {ascii(str(error)[:200])}"
+        what = f"{type(error).__name__}: {printable(error, 200)}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
     return Payload(config, tokenizer_sha256, table, raw, end)
 
@@ -4395,6 +4629,9 @@ def check_table(config, table, data_bytes):
     names = {entry.name for entry in table}
     if len(names) != len(table):
         raise ArtifactError("artifact: a tensor appears twice")
+    # 16.0 and True equal integers, but are no sizes of an array.
+    if any(type(size) is not int for entry in table for size in entry.shape):
+        raise ArtifactError("artifact: a shape holds something else than integers")
     try:
         check_shapes(config, {entry.name: entry.shape for entry in table})
     except ArtifactError as error:
@@ -4501,8 +4738,11 @@ def load_float_weights(path):
             f"{path}: does not start like an artifact: damaged, or of another submission: "
             "copy it again, or name another file"
         )
-    saved = load_tensors(path)
+    # float32 weights, and what is said about them.
+    saved = load_tensors(path, 4 * MAX_PARAMETERS + MAX_HEADER_BYTES)
     try:
+        if not isinstance(saved, dict):  # a bare tensor would answer to indices, too
+            raise TypeError(f"a {type(saved).__name__} instead of a dictionary")
         config = Config(**saved["config"])
         state = saved["state_dict"]
         for name, tensor in state.items():
@@ -4513,7 +4753,7 @@ def load_float_weights(path):
     except Exception as error:  # a stranger's file may hold anything, escape sequences included
         raise ArtifactError(
             f"{path}: not the final weights of a run ({type(error).__name__}: "
-            f"{ascii(str(error)[:200])}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
+            f"{printable(error, 200)}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
         ) from None
 
 
@@ -4957,7 +5197,8 @@ class Run:
         if differences:
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or RESUME=never to keep it aside"
+                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
+                "RESUME=never to keep it aside"
             )
         if old.get("origin") != self.origin():
             self.log(
@@ -5355,7 +5596,7 @@ def sample(config, runtime, loaded):
         text = tokenizer.decode(text_ids)
         # A character of several bytes is a replacement mark until its last byte is there.
         if runtime.is_main and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
+            print(printable(text[len(shown) :], keep="\n\t"), end="", flush=True)
             shown = text
     if runtime.is_main:
         print()
@@ -5374,7 +5615,7 @@ def reported_errors(runtime):
         report_stop(runtime, stop)
         leave(runtime, stop.code)
     except GolfError as error:
-        report_error(runtime, error.code, str(error), f"error: {error}", rank)
+        report_error(runtime, error.code, str(error), f"error: {printable(error)}", rank)
         leave(runtime, error.code)
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
@@ -5399,7 +5640,7 @@ def report_error(runtime, code, message, shown, rank):
     """`message` to the log and the events, `shown` with its rank to the terminal."""
     runtime.event("error", code=code, message=message)
     runtime.append(runtime.log_file, f"error: {message}")
-    lines = [f"{rank}{line}" for line in shown.splitlines()]
+    lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -5431,6 +5672,7 @@ def launch_ranks(config):
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # a stopped run goes on when its command is run again
         monitor_interval=0.1,
+        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     begin = time.time()
@@ -5489,5 +5731,5 @@ if __name__ == "__main__":
     try:
         main()
     except GolfError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(error.code)

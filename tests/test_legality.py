@@ -374,7 +374,7 @@ def test_a_score_of_published_slot_is_marked_illegal_everywhere(run_main, tiny_d
     data.mkdir()
     shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", data)
     (data / "fineweb_train_000000.bin").mkdir()
-    out = run_main(slot="published", ttt_enabled=0, data_path=data)
+    out = run_main(slot="published", ttt_enabled=0, data_path=data, audit=0)
     output = capsys.readouterr().out.splitlines()
     lines = [line for line in output if line.startswith("illegal_slot_published") and "val_bpb" in line]
     assert len(lines) == 2 and all(line.endswith(" legality:illegal") for line in lines)
