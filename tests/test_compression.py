@@ -12,11 +12,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train_gpt
 import zstandard
-from conftest import ROOT, environment, tiny_config
+from helpers import ROOT, environment, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import train_gpt
 from train_gpt import ArtifactError
 
 # One block, every kind of tensor, under 5,000 weights: a file of it is opened in a few milliseconds.
@@ -884,24 +885,6 @@ def test_the_script_evaluates_no_text_as_code():
         assert not [call for call in found if call not in ("model.eval", "self.model.eval", "torch.compile", "re.compile")]
 
 
-class Malicious:
-    """torch.save writes whatever __reduce__ asks for; a plain torch.load would call it."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
-
-
-def test_a_float_checkpoint_that_carries_code_is_refused_and_does_not_run_it(tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "final_model.pt"
-    train_gpt.save_tensors(path, dict(config={}, state_dict={"x": Malicious(marker)}))
-    with pytest.raises(ArtifactError):
-        train_gpt.load_weights(path)
-    assert not marker.exists()
-
-
 def test_float_weights_come_back_bit_for_bit(tmp_path):
     config = tiny_config(**SMALL)
     state, path = random_state(config), tmp_path / "final_model.pt"
@@ -909,18 +892,6 @@ def test_float_weights_come_back_bit_for_bit(tmp_path):
     loaded = train_gpt.load_weights(path)
     assert loaded.config.as_dict("arch", "eval") == config.as_dict("arch", "eval")
     assert_same(loaded.state_dict, state)
-
-
-@pytest.mark.parametrize("place", [0, 0.3, 0.7, 1])
-def test_a_damaged_or_truncated_float_checkpoint_is_refused(tmp_path, place):
-    path = tmp_path / "final_model.pt"
-    train_gpt.save_tensors(path, dict(config={}, state_dict={"x": torch.ones(100)}))
-    blob = path.read_bytes()
-    for damaged in (blob[:int(place * len(blob))], flipped(blob, [(place, 3)])):
-        if damaged != blob:
-            path.write_bytes(damaged)
-            with pytest.raises(ArtifactError):
-                train_gpt.load_weights(path)
 
 
 def test_what_is_no_weights_file_is_refused_by_name(tmp_path):

@@ -1,11 +1,10 @@
 """Where settings come from, what is refused, what the hash covers, and what an artifact brings with it."""
 import dataclasses
-import sys
 
 import pytest
+from helpers import run_main, tiny_config
 
 import train_gpt
-from conftest import tiny_config
 from train_gpt import PRESETS, Config, ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -15,33 +14,6 @@ PLACE_AND_PACE = {
     "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds",
     "nproc", "code_bytes", "prompt", "sample_tokens", "temperature", "top_k"}
 # REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
-NFM_7K = dict(
-    preset="nfm_7k", vocab_size=1024, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0,
-    rope_dims=16, rope_base=10000.0, logit_softcap=30.0, bigram_vocab_size=4096, bigram_dim=128, ve_dim=0,
-    xsa_last_n=11, gated_attention=True, value_residual=True, e2e_ttt_enabled=False, flow_enabled=False,
-    nfm_enabled=True, nfm_hidden_dim=256, nfm_loss_weight=0.1, iterations=7000, train_batch_tokens=786_432,
-    train_seq_len=2048, warmdown_iters=2800, warmdown_shape="linear", max_wallclock_seconds=0.0,
-    embed_lr=0.035, scalar_lr=0.025, matrix_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500, muon_ns_steps=5, muon_wd=0.04, adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
-    grad_clip_norm=0.3, qk_gain_init=1.5, embed_init_std=0.005, flow_init_scale=0.01, ema_decay=0.997,
-    swa_enabled=False, late_qat_threshold=0.0, block_bits=6, embed_bits=8, compressor="zstd", zstd_level=16,
-    budget_bytes=16_000_000, eval_seq_len=1024, eval_stride=64, ttt_enabled=True, ttt_lr=0.002,
-    ttt_momentum=0.9, ttt_epochs=10, ttt_chunk_tokens=32_768, ttt_batch_seqs=32, ttt_freeze_blocks=2,
-    ttt_grad_clip=1.0, slot="off", slot_lr=0.003, slot_steps=5, micro_batch_tokens=98_304, warmup_steps=20,
-    data_path="./data/datasets/fineweb10B_sp1024", tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model")
-
-
-def call_main(monkeypatch, capsys, argument, **environ):
-    """What main() prints with one argument and nothing but `environ` in the environment."""
-    for name in FIELDS:
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", argument])
-    train_gpt.main()
-    return capsys.readouterr().out
-
-
 def other_value(name):
     """A Config that differs from the defaults in this field alone, and is allowed."""
     field, value = FIELDS[name], getattr(Config(), name)
@@ -62,11 +34,6 @@ def other_value(name):
             except ConfigError:
                 continue
     raise AssertionError(f"no other value of {name} is allowed: {candidates}")
-
-
-def test_the_defaults_are_the_published_submission():
-    assert {name: getattr(Config(), name) for name in NFM_7K} == NFM_7K
-    assert PRESETS["nfm_7k"] == {}
 
 
 def test_an_empty_environment_gives_the_defaults():
@@ -151,6 +118,9 @@ def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(name, text)
     (dict(EVAL_STRIDE="1025"), ["EVAL_STRIDE=1025", "EVAL_SEQ_LEN=1024"]),
     (dict(TTT_CHUNK_TOKENS="32769"), ["TTT_CHUNK_TOKENS=32769", "EVAL_SEQ_LEN=1024"]),
     (dict(TTT_FREEZE_BLOCKS="12"), ["TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11"]),
+    (dict(VE_DIM="8", NUM_LAYERS="2", VE_LAST_N="3", TTT_FREEZE_BLOCKS="0"), ["VE_LAST_N=3", "NUM_LAYERS=2"]),
+    (dict(SLOT="causal", EVAL_STRIDE="1024"), ["SLOT='causal'", "EVAL_STRIDE=1024"]),
+    (dict(SLOT="published", EVAL_STRIDE="1024"), ["SLOT='published'", "EVAL_STRIDE=1024"]),
     (dict(DEVICE="gpu"), ["DEVICE='gpu'", "auto, cpu, cuda or cuda:N"]),
     (dict(PRESET="nfm7k"), ["PRESET='nfm7k'", *PRESETS])])
 def test_settings_that_do_not_fit_together_are_named_with_their_values(settings, named):
@@ -183,9 +153,9 @@ def test_the_variables_of_ordinary_machines_are_no_near_misses():
     assert Config.from_env(dict.fromkeys(names, "1")) == Config.from_env({})
 
 
-def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypatch, capsys):
+def test_help_lists_every_variable_with_its_meaning_default_and_presets(tmp_path):
     """Even where the environment is wrong: help is for those who are stuck."""
-    text = call_main(monkeypatch, capsys, "--help", PRESET="no such preset")
+    text = run_main(cwd=tmp_path, arguments=["--help"], preset="no such preset").out
     entries = {}
     variables, published = text.split("Variables", 1)[1].split("\n\nPublished names", 1)
     assert all(f"\n  {name}\n" in published for name in train_gpt.PUBLISHED)
@@ -207,10 +177,9 @@ def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypa
     assert all(preset in entries["PRESET"] for preset in PRESETS)
 
 
-def test_printing_the_configuration_gives_an_environment_that_resolves_to_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_printing_the_configuration_gives_an_environment_that_resolves_to_it(tmp_path):
     environ = dict(PRESET="slot_11l", SEED="7", NFM_ENABLED="1", MATRIX_LR="1e-3", SLURM_JOB_ID="12")
-    text = call_main(monkeypatch, capsys, "--print-config", **environ)
+    text = run_main(cwd=tmp_path, arguments=["--print-config"], **environ).out
     printed = dict(line.split("=", 1) for line in text.splitlines())
     assert list(printed) == [name.upper() for name in FIELDS]
     assert Config.from_env(printed) == Config.from_env(environ)

@@ -11,12 +11,21 @@ import textwrap
 
 import numpy as np
 import pytest
+from helpers import ROOT, VOCAB, environment, tiny_config, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import ROOT, VOCAB, environment, tiny_config, train_tokenizer
-from train_gpt import BOS, ConfigError, DataError, TokenBytes, TrainStream, ValidationSet, read_shard, write_shard
+from train_gpt import (
+    BOS,
+    ConfigError,
+    DataError,
+    TokenBytes,
+    TrainStream,
+    ValidationSet,
+    read_shard,
+    write_shard,
+)
 
 PROPERTY = dict(deadline=None, derandomize=True, database=None)
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]

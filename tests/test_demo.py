@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import TINY, launch, read_json
-from test_presets import run_main
+from helpers import TINY, launch, read_json, run_main
 
 import train_gpt
 from train_gpt import Config

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import bench
 import pytest
 import torch
+from helpers import AT_WRITE, ROOT, TINY, at_step, events, launch, outcome, read_json, tiny_config
+
 import train_gpt
-from conftest import ROOT, TINY, events, launch, read_json, tiny_config
-from test_resume import AT_WRITE, at_step, children, copy_run, outcome, unscored  # noqa: F401
 
 LAB = f"""
 import dataclasses, json, os, sys
@@ -210,14 +210,14 @@ def two(children):
     run_dir = children.new("two")
     group = children.start(run_dir, ranks=2, patch=at_step(6, "os.kill(os.getpid(), 15)"))
     assert group.wait() == [75, 75], group.stderr()
-    finished = copy_run(children, run_dir)
+    finished = children.copy(run_dir)
     children.finish(finished, ranks=2)
     return run_dir, finished
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks):
-    run_dir = copy_run(children, two[0])
+    run_dir = children.copy(two[0])
     output = children.finish(run_dir, ranks).stdout()
     assert "resumed_from:" in output and f"world_size:{ranks} " in output
     weights, expected = (train_gpt.load_tensors(folder / "final_model.pt")["state_dict"]
@@ -231,7 +231,7 @@ def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks
 
 def test_an_evaluation_saved_at_two_ranks_is_scored_the_same_at_one(children, two):
     """No target may be scored twice or lost, whether the saved state is used or not."""
-    run_dir = unscored(children, two[1])
+    run_dir = children.unscored(two[1])
     group = children.start(run_dir, ranks=2, patch=AT_WRITE, at="eval_legal_ttt 5 hold")
     assert group.until(Path(f"{run_dir}.held").exists)
     group.kill()

@@ -9,13 +9,22 @@ import time
 
 import pytest
 import torch
-import train_gpt
-from conftest import events, launch, read_json, tiny_config
-from test_resume import (at_step, children, copy_run, json_lines, kill_tree, log_of, outcome,  # noqa: F401
-                         steps_of, stopped, torchrun, whole)
+from helpers import (
+    at_step,
+    events,
+    json_lines,
+    kill_tree,
+    launch,
+    log_of,
+    newest,
+    outcome,
+    read_json,
+    steps_of,
+    tiny_config,
+    torchrun,
+)
 
-def newest(run_dir):
-    return sorted((run_dir / "checkpoint").glob("step_*.pt"))[-1]
+import train_gpt
 
 
 def check_message(group, *parts):
@@ -39,7 +48,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
 
 def test_a_run_goes_on_when_checkpoints_cannot_be_written(children, stopped, whole):
     """Half a checkpoint fits: every save fails, all smaller files can be written."""
-    run_dir = copy_run(children, stopped[0])
+    run_dir = children.copy(stopped[0])
     old = {path.name: path.read_bytes() for path in (run_dir / "checkpoint").glob("step_*.pt")}
     group = children.finish(run_dir, patch=LIMIT.format(limit=len(old[newest(run_dir).name]) // 2))
     assert re.search(r"warning: checkpoint not saved: .*step_\d+\.pt.*free space", group.stdout())
@@ -50,7 +59,7 @@ def test_a_run_goes_on_when_checkpoints_cannot_be_written(children, stopped, who
 
 
 def test_a_stop_that_cannot_be_saved_is_an_error_and_the_old_checkpoint_is_intact(children, stopped):
-    run_dir = copy_run(children, stopped[0])
+    run_dir = children.copy(stopped[0])
     old = newest(run_dir).read_bytes()
     stop = at_step(9, "os.kill(os.getpid(), 15)")
     patch = LIMIT.format(limit=len(old) // 2) + stop
@@ -247,53 +256,6 @@ train_gpt.GPT.forward = greedy"""
     assert "step:1/12" in train.stdout()
 
 
-def evaluation_parts(runtime, tiny_data):
-    """(model, stream, config, runtime) of a tiny model with random weights."""
-    config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path))
-    made = runtime(config)
-    model = train_gpt.build_model(config, made)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(0.02 * torch.randn_like(param))
-    stream = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
-    return model, stream, config, made
-
-
-def greedy(function, most, argument=0):
-    """`function`, out of memory for more than `most` sequences."""
-    def limited(*arguments):
-        if len(arguments[argument]) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return function(*arguments)
-    return limited
-
-
-def test_out_of_memory_in_evaluation_halves_the_batch_and_scores_the_same(runtime, tiny_data, monkeypatch):
-    parts = evaluation_parts(runtime, tiny_data)
-    expected = train_gpt.evaluate(*parts)
-    monkeypatch.setattr(parts[0], "hidden", greedy(parts[0].hidden, 1))
-    found = train_gpt.evaluate(*parts)
-    assert found.tokens == expected.tokens and found.bytes == expected.bytes
-    assert found.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
-    log = log_of(parts[3].dir)
-    assert "halved to 2 windows" in log and "halved to 1 windows" in log and log.count("out_of_memory") == 2
-
-
-def test_out_of_memory_in_test_time_training_takes_the_same_steps(runtime, tiny_data, monkeypatch):
-    parts = evaluation_parts(runtime, tiny_data)
-    expected = train_gpt.evaluate(*parts, ttt=True)
-    monkeypatch.setattr(parts[0], "forward", greedy(parts[0].forward, 1))
-    found = train_gpt.evaluate(*parts, ttt=True)
-    assert found.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
-
-
-def test_out_of_memory_with_one_window_is_a_clear_error(runtime, tiny_data, monkeypatch):
-    parts = evaluation_parts(runtime, tiny_data)
-    monkeypatch.setattr(parts[0], "hidden", greedy(parts[0].hidden, 0))
-    with pytest.raises(train_gpt.ResourceError, match="EVAL_SEQ_LEN"):
-        train_gpt.evaluate(*parts)
-
-
 # Numbers ----------------------------------------------------------------------------------------------------
 def check_diverged(group, run_dir):
     check_message(group, "loss is nan", "learning rate")
@@ -341,12 +303,6 @@ def test_a_second_run_in_the_same_directory_refuses_and_the_first_goes_on(childr
     open(f"{run_dir}.go", "w").close()
     assert first.wait() == [0], first.stderr()
     assert outcome(run_dir) == outcome(whole)
-
-
-def test_a_directory_that_cannot_be_written_is_refused(children, tmp_path):
-    (tmp_path / "file").touch()
-    group = children.finish(tmp_path / "file" / "run", code=2)
-    check_message(group, "RUN_DIR=", "writable")
 
 
 # Time and threads -------------------------------------------------------------------------------------------

@@ -1,17 +1,27 @@
 """Legality: the audit passes what is legal and catches each violation; one artifact has one score."""
 import json
-import os
 import shutil
-import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    CHUNK,
+    EVERY_PART,
+    ROOT,
+    SEQ,
+    events,
+    launch,
+    random_model,
+    read_json,
+    run_main,
+    same,
+    tiny_config,
+    weights,
+)
+
 import train_gpt
-from conftest import ROOT, environment, events, launch, read_json, tiny_config
-from test_evaluation import CHUNK, EVERY_PART, SEQ, case, random_model, same, weights  # noqa: F401
 
 MODES = {
     "sliding": dict(ttt_enabled=False), "ttt": dict(ttt_enabled=True),
@@ -32,7 +42,7 @@ def failed(case, model=None):
 # What is legal passes
 # ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
-def test_a_legal_evaluation_passes_every_check(case, mode):  # noqa: F811
+def test_a_legal_evaluation_passes_every_check(case, mode):
     case = case(3 * CHUNK, ttt_lr=0.05, **MODES[mode])
     model = case.model()
     before = weights(model)
@@ -47,11 +57,11 @@ def test_a_legal_evaluation_passes_every_check(case, mode):  # noqa: F811
 @pytest.mark.parametrize("changes", [
     dict(dtype="bfloat16"), EVERY_PART, dict(eval_stride=SEQ), dict(eval_batch_seqs=1),
     dict(eval_stride=37, eval_batch_seqs=3, ttt_freeze_blocks=0, ttt_epochs=2)], ids=lambda c: "-".join(c))
-def test_other_shapes_and_every_part_of_the_model_pass_too(case, changes):  # noqa: F811
+def test_other_shapes_and_every_part_of_the_model_pass_too(case, changes):
     assert failed(case(3 * CHUNK, **changes)) == set()
 
 
-def test_a_stream_shorter_than_the_audits_slice_passes(case):  # noqa: F811
+def test_a_stream_shorter_than_the_audits_slice_passes(case):
     assert failed(case(SEQ)) == set()
 
 
@@ -211,7 +221,7 @@ PURE = (no_reset_at_bos, unnormalised_head, slightly_unnormalised_head, train_on
 
 
 @pytest.mark.parametrize("violation, check", VIOLATIONS, ids=[row[0].__name__ for row in VIOLATIONS])
-def test_a_violation_is_caught_by_the_check_meant_for_it(case, monkeypatch, violation, check):  # noqa: F811
+def test_a_violation_is_caught_by_the_check_meant_for_it(case, monkeypatch, violation, check):
     case = case(3 * CHUNK, ttt_lr=0.05)
     model = case.model()
     violation(monkeypatch)
@@ -220,7 +230,7 @@ def test_a_violation_is_caught_by_the_check_meant_for_it(case, monkeypatch, viol
 
 
 @pytest.mark.parametrize("violation", PURE, ids=[violation.__name__ for violation in PURE])
-def test_a_violation_fails_no_check_of_what_still_holds(case, monkeypatch, violation):  # noqa: F811
+def test_a_violation_fails_no_check_of_what_still_holds(case, monkeypatch, violation):
     """A check that failed with every violation would tell a reviewer nothing."""
     case = case(3 * CHUNK, ttt_lr=0.05)
     model = case.model()
@@ -229,7 +239,7 @@ def test_a_violation_fails_no_check_of_what_still_holds(case, monkeypatch, viola
 
 
 @pytest.mark.parametrize("ttt", [False, True])
-def test_published_slot_fails_the_causality_check(case, ttt):  # noqa: F811
+def test_published_slot_fails_the_causality_check(case, ttt):
     case = case(3 * CHUNK, slot="published", ttt_enabled=ttt)
     assert "C1 future_flip" in failed(case)
 
@@ -324,58 +334,36 @@ def test_the_manifest_comes_before_any_result_and_is_written(reviewed, tiny_data
     assert manifest["data"] == dict(train_shards=0, **stream.fingerprint)
 
 
-def test_the_size_gate_counts_the_scripts_bytes_on_disk(trained):
-    folder, output = trained
-    code = (folder.parent / "train_gpt.py").stat().st_size
-    model = (folder / "final_model.int6.ptz").stat().st_size
-    for line in (f"Code size: {code} bytes", f"Serialized model int6+zstd: {model} bytes",
-                 f"Total submission size int6+zstd: {code + model} bytes",
-                 f"headroom: {16_000_000 - code - model} bytes"):
-        assert line in output.splitlines()
-
-
-def test_an_illegal_configuration_ends_with_exit_code_6_and_its_report(trained, tiny_data, tmp_path):
-    settings = dict(eval_only=trained[0] / "final_model.int6.ptz", data_path=tiny_data.data_path, audit=1,
-                    slot="published", tokenizer_path=tiny_data.tokenizer_path, run_dir=tmp_path / "out",
-                    device="cpu")
-    done = launch(settings, tmp_path)
-    assert done.returncode == 6 and "legality C1 future_flip FAIL" in done.stdout
-    assert "C1 future_flip" in done.stderr and "Traceback" not in done.stderr
-    report = read_json(tmp_path / "out" / "audit.json")
+def test_an_illegal_configuration_ends_with_exit_code_6_and_its_report(score_artifact, tmp_path):
+    done = score_artifact(slot="published")
+    assert done.code == 6 and "legality C1 future_flip FAIL" in done.out
+    assert "C1 future_flip" in done.err and "Traceback" not in done.err
+    report = read_json(done.dir / "audit.json")
     assert report["passed"] is False
     assert "C1 future_flip" in {check["name"] for check in report["checks"] if not check["passed"]}
-    assert exact_lines(done.stdout) == []  # no score of an evaluation that failed its audit
-    assert [event["code"] for event in events(tmp_path / "out", "error")] == [6]
+    assert exact_lines(done.out) == []  # no score of an evaluation that failed its audit
+    assert [event["code"] for event in events(done.dir, "error")] == [6]
 
 
 @pytest.fixture
-def run_main(monkeypatch, tmp_path, trained, tiny_data):
-    """call(**settings): main() in this process on the trained artifact; its signal handlers are undone."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+def score_artifact(tmp_path, trained, tiny_data):
+    """call(**settings) -> Finished of main() on the trained artifact."""
+    artifact = trained[0] / "final_model.int6.ptz"
 
     def call(**settings):
-        fixed = dict(eval_only=trained[0] / "final_model.int6.ptz", data_path=tiny_data.data_path,
-                     tokenizer_path=tiny_data.tokenizer_path, run_dir=tmp_path / "out", device="cpu")
-        for name in os.environ:
-            monkeypatch.delenv(name)
-        for name, value in environment(**{**fixed, **settings}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-        train_gpt.main()
-        return tmp_path / "out"
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        fixed = dict(tiny_data.paths, eval_only=artifact, device="cpu")
+        return run_main(tmp_path / "out", **{**fixed, **settings})
+    return call
 
 
-def test_a_score_of_published_slot_is_marked_illegal_everywhere(run_main, tiny_data, tmp_path, capsys):
+def test_a_score_of_published_slot_is_marked_illegal_everywhere(score_artifact, tiny_data, tmp_path):
     """Also: evaluation asks nothing of training shards that cannot be read."""
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", data)
     (data / "fineweb_train_000000.bin").mkdir()
-    out = run_main(slot="published", ttt_enabled=0, data_path=data, audit=0)
-    output = capsys.readouterr().out.splitlines()
+    found = score_artifact(slot="published", ttt_enabled=0, data_path=data, audit=0)
+    out, output = found.dir, found.lines
     lines = [line for line in output if line.startswith("illegal_slot_published") and "val_bpb" in line]
     assert len(lines) == 2 and all(line.endswith(" legality:illegal") for line in lines)
     scores = read_json(out / "scores.json")["scores"]
@@ -384,10 +372,10 @@ def test_a_score_of_published_slot_is_marked_illegal_everywhere(run_main, tiny_d
     assert [event["legal"] for event in events(out, "score")] == [True, True, False]
 
 
-def test_the_audit_alone_scores_nothing(run_main, capsys):
-    out = run_main(mode="audit")
-    assert read_json(out / "audit.json")["passed"] is True
-    assert exact_lines(capsys.readouterr().out) == [] and not (out / "scores.json").exists()
+def test_the_audit_alone_scores_nothing(score_artifact):
+    found = score_artifact(mode="audit")
+    assert read_json(found.dir / "audit.json")["passed"] is True
+    assert exact_lines(found.out) == [] and not (found.dir / "scores.json").exists()
 
 
 def test_the_training_run_scores_the_file_it_wrote(tiny_data, runtime, monkeypatch, tmp_path):

@@ -7,9 +7,9 @@ import time
 import types
 
 import pytest
+from helpers import ROOT, events, read_json, run_main
+
 import train_gpt
-from conftest import ROOT, events, read_json
-from test_presets import run_main
 from train_gpt import Config
 
 INTEGER, MS, AVERAGE = r"\d+", r"\d+ms", r"\d+\.\d\dms"

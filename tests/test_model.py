@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_near, count, random_batch, randomised, tiny_config
 
 import train_gpt
-from conftest import tiny_config
 
 BOS = train_gpt.BOS
 REFINERS = {
@@ -20,42 +20,10 @@ REFINERS = {
 }
 
 
-@pytest.fixture
-def double():
-    """float64 everywhere, angles of the rotary embedding included."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@torch.no_grad()
-def randomised(model):
-    """Every parameter away from its initial value: a start at zero or one would hide what it multiplies."""
-    for param in model.parameters():
-        noise = torch.randn_like(param)
-        param.copy_(noise / param.size(-1) ** 0.5 if param.dim() > 1 else param + 0.3 * noise)
-    return model
-
-
 def preset_model(name, **changes):
     """The preset at full size, without memory."""
     with torch.device("meta"):
         return train_gpt.GPT(train_gpt.Config(**{**train_gpt.PRESETS[name], "preset": name, **changes}))
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def assert_near(mine, expected, atol, rtol, name):
-    torch.testing.assert_close(mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
-
-
-def batch(config, length=21, rows=2):
-    """ids and targets (rows, length); documents begin inside the rows."""
-    ids = torch.randint(BOS + 1, config.vocab_size, (rows, length + 1))
-    ids[0, 0] = ids[:, length // 3] = ids[1, length // 2] = BOS
-    return ids[:, :-1], ids[:, 1:]
 
 
 # ------------------------------------------------------------------------------------------- parameter counts
@@ -134,7 +102,7 @@ def test_the_state_dict_has_the_documented_names():
 def test_a_fresh_model_of_full_size_knows_nothing(preset):
     config = train_gpt.Config(**{**train_gpt.PRESETS[preset], "preset": preset})
     model = train_gpt.GPT(config).eval()
-    ids, targets = batch(config, 96)
+    ids, targets = random_batch(config, 96)
     with torch.no_grad():
         assert model(ids, targets).item() == pytest.approx(math.log(1024), abs=0.05)
 
@@ -144,13 +112,13 @@ def test_a_fresh_small_model_knows_nothing(refiner):
     config = tiny_config(**REFINERS[refiner])
     model = train_gpt.GPT(config).eval()
     with torch.no_grad():
-        assert model(*batch(config)).item() == pytest.approx(math.log(config.vocab_size), abs=0.05)
+        assert model(*random_batch(config)).item() == pytest.approx(math.log(config.vocab_size), abs=0.05)
 
 
 def test_the_training_loss_of_a_fresh_model_is_cross_entropy_plus_the_flow_term():
     config = tiny_config(nfm_loss_weight=0.3)
     model = train_gpt.GPT(config).train()
-    ids, targets = batch(config)
+    ids, targets = random_batch(config)
     noise = torch.randn(*ids.shape, config.model_dim + 1)
     with torch.no_grad():
         flow = (model.hidden(ids) - noise[..., :-1]).square().mean()  # a fresh velocity is 0
@@ -294,7 +262,7 @@ VARIANTS = {
 def test_loss_logits_and_gradients_equal_the_plain_reference(variant, double):
     config = tiny_config(**{**TRUNK, **VARIANTS[variant]})
     model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention))
-    ids, targets = batch(config, 13)
+    ids, targets = random_batch(config, 13)
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     expected = reference_logits(config, weights, ids)
     expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
@@ -325,7 +293,7 @@ def test_the_bigram_hash_wraps_around_like_32_bit_integers(double):
 def test_forward_is_the_cross_entropy_of_logits_of_hidden():
     config = tiny_config()
     model = randomised(train_gpt.GPT(config)).eval()
-    ids, targets = batch(config)
+    ids, targets = random_batch(config)
     with torch.no_grad():
         by_hand = F.cross_entropy(model.logits(model.hidden(ids)).flatten(0, 1), targets.flatten())
         assert torch.equal(model(ids, targets), by_hand)
@@ -335,7 +303,7 @@ def test_forward_is_the_cross_entropy_of_logits_of_hidden():
 def test_bfloat16_autocast_stays_close_to_float32_with_float32_logits(attend):
     config = tiny_config(**REFINERS["all"])
     model = randomised(train_gpt.GPT(config, attend)).eval()
-    ids, targets = batch(config, 60)
+    ids, targets = random_batch(config, 60)
     exact = gradients(model, ids, targets)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = gradients(model, ids, targets)
@@ -360,7 +328,7 @@ def gradients(model, ids, targets, noise=None, loss=None):
 def test_outputs_before_a_changed_token_stay_bit_identical(refiner, attend):
     config = tiny_config(**REFINERS[refiner])
     model = randomised(train_gpt.GPT(config, attend)).eval()
-    ids, _ = batch(config, 37)
+    ids, _ = random_batch(config, 37)
     with torch.no_grad():
         before = model.logits(model.hidden(ids))
         for t in (0, 1, 15, 16, 17, 30, 36):  # around and inside TTT-Linear's mini-batches of 16
@@ -375,7 +343,7 @@ def test_outputs_before_a_changed_token_stay_bit_identical(refiner, attend):
 def test_causality_holds_under_bfloat16_autocast():
     config = tiny_config(**REFINERS["all"])
     model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention)).eval()
-    ids, _ = batch(config, 37)
+    ids, _ = random_batch(config, 37)
     changed = ids.clone()
     changed[:, 20:] = ids[:, 20:].flip(1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -386,7 +354,7 @@ def test_causality_holds_under_bfloat16_autocast():
 def test_outputs_do_not_depend_on_the_sequence_length_in_use(refiner, double):
     config = tiny_config(**REFINERS[refiner])
     model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention)).eval()
-    ids, _ = batch(config, 50)
+    ids, _ = random_batch(config, 50)
     with torch.no_grad():
         long = model.hidden(ids)
         for length in (1, 2, 16, 33):
@@ -474,7 +442,7 @@ def assert_compiled_equals_eager(refiner, backend, tolerance, num_layers=2):
     config = tiny_config(num_layers=num_layers, xsa_last_n=1, ve_last_n=1, e2e_ttt_mini_batch=8,
                          **REFINERS[refiner])
     model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention)).train()
-    ids, targets = batch(config, 20)
+    ids, targets = random_batch(config, 20)
     noise = torch.randn(*ids.shape, config.model_dim + 1)
     expected = gradients(model, ids, targets, noise)
     torch._dynamo.reset()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT, environment, launch, read_json
+from helpers import ROOT, environment, launch, read_json
 
 sys.path.insert(0, str(ROOT / "slurm"))
 

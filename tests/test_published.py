@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import tiny_config
+from helpers import tiny_config
 
 import train_gpt
 from train_gpt import PUBLISHED, ConfigError

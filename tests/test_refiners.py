@@ -4,38 +4,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_near, random_batch, randomised, tiny_config
 
 import train_gpt
-from conftest import tiny_config
 
 BOS = train_gpt.BOS
-
-
-@pytest.fixture
-def double():
-    """float64 everywhere, constants made inside the model included."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@torch.no_grad()
-def randomised(module):
-    """Every parameter away from its initial value, gates half open."""
-    for param in module.parameters():
-        noise = torch.randn_like(param)
-        param.copy_(noise / param.size(-1) ** 0.5 if param.dim() > 1 else 0.5 * noise)
-    return module
 
 
 def build(**changes):
     config = tiny_config(**changes)
     return config, randomised(train_gpt.GPT(config, train_gpt.cpu_attention))
-
-
-def batch(config, length=21, rows=2):
-    ids = torch.randint(BOS + 1, config.vocab_size, (rows, length + 1))
-    return ids[:, :-1], ids[:, 1:]
 
 
 def without(refiner, model, config_changes):
@@ -44,10 +22,6 @@ def without(refiner, model, config_changes):
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in state if not name.startswith(f"{refiner}.")})
     return plain
-
-
-def assert_near(mine, expected, atol, rtol, name):
-    torch.testing.assert_close(mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
 
 
 def gelu(x):
@@ -66,7 +40,7 @@ def velocity(w, x, t):
 
 def test_the_flow_matcher_takes_one_gated_euler_step_at_time_one(double):
     config, model = build()
-    ids, _ = batch(config)
+    ids, _ = random_batch(config)
     x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
     expected = x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0))
     torch.testing.assert_close(model.hidden(ids), expected, atol=1e-10, rtol=1e-10)
@@ -76,7 +50,7 @@ def test_the_flow_matcher_takes_one_gated_euler_step_at_time_one(double):
 @pytest.mark.parametrize("weight", [0.1, 0.7])
 def test_training_adds_the_weighted_flow_matching_loss(weight, double):
     config, model = build(nfm_loss_weight=weight)
-    ids, targets = batch(config)
+    ids, targets = random_batch(config)
     noise = torch.randn(*ids.shape, config.model_dim + 1)
     x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
     z, normal = noise[..., :-1], noise[..., -1]
@@ -94,7 +68,7 @@ def test_the_flow_loss_sends_no_gradient_into_the_trunk():
     for weight in (0.0, 0.5):
         torch.manual_seed(0)
         config, model = build(nfm_loss_weight=weight)
-        ids, targets = batch(config)
+        ids, targets = random_batch(config)
         model.train()(ids, targets, torch.randn(*ids.shape, config.model_dim + 1)).backward()
         gradients[weight] = {name: p.grad for name, p in model.named_parameters()}
     for name, gradient in gradients[0.0].items():
@@ -106,7 +80,7 @@ def test_the_flow_loss_sends_no_gradient_into_the_trunk():
 
 def test_a_training_forward_without_given_noise_draws_its_own():
     config, model = build()
-    ids, targets = batch(config)
+    ids, targets = random_batch(config)
     with torch.no_grad():
         first, second = model.train()(ids, targets), model(ids, targets)
     assert first != second
@@ -116,7 +90,7 @@ def test_the_time_embedding_of_time_one_is_computed_for_one_row():
     config, model = build()
     rows = []
     model.nfm.time.register_forward_hook(lambda module, inputs, y: rows.append(y.numel() // y.size(-1)))
-    model.eval().hidden(batch(config)[0])
+    model.eval().hidden(random_batch(config)[0])
     assert rows in ([], [1])  # [] where it was computed before
 
 
@@ -174,7 +148,7 @@ def flow_refiner(w, x):
 
 def test_the_flow_refiner_follows_its_formula(double):
     config, model = build(**FLOW)
-    ids, _ = batch(config)
+    ids, _ = random_batch(config)
     x = without("flow", model, dict(nfm_enabled=False)).hidden(ids)
     expected = flow_refiner(model.state_dict(), x)
     torch.testing.assert_close(model.hidden(ids), expected, atol=1e-10, rtol=1e-10)
@@ -329,7 +303,7 @@ def test_a_fresh_gate_is_almost_closed():
 
 def test_refiners_follow_in_the_order_ttt_flow_nfm(double):
     config, model = build(**{**FLOW, "nfm_enabled": True, "e2e_ttt_enabled": True})
-    ids, _ = batch(config, 20)
+    ids, _ = random_batch(config, 20)
     w = model.state_dict()
     plain = without("ttt", model, {**FLOW, "nfm_enabled": True})
     plain = without("nfm", without("flow", plain, {}), dict(nfm_enabled=False))
@@ -376,7 +350,7 @@ def loss_and_gradients(model, ids, targets, noise):
 
 def qat_case(**changes):
     config, model = build(**{**QAT, **changes})
-    ids, targets = batch(config, 12)
+    ids, targets = random_batch(config, 12)
     return config, model.train(), (ids, targets, torch.randn(*ids.shape, config.model_dim + 1))
 
 
@@ -476,7 +450,7 @@ def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(scale, o
     val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     trainer = train_gpt.Trainer(config, runtime(config), val)
     model = randomised(trainer.model).train()
-    ids, targets = batch(config, 12)
+    ids, targets = random_batch(config, 12)
     case = (ids, targets, torch.randn(*ids.shape, config.model_dim + 1))
     with torch.no_grad():
         raw = model(*case)

@@ -13,13 +13,21 @@ import time
 
 import pytest
 import torch
+from helpers import contents, events, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import events, tiny_config
-from train_gpt import ArtifactError, Comm, ConfigError, ResourceError, Runtime
-from train_gpt import load_tensors, save_tensors, write_atomic
+from train_gpt import (
+    ArtifactError,
+    Comm,
+    ConfigError,
+    ResourceError,
+    Runtime,
+    load_tensors,
+    save_tensors,
+    write_atomic,
+)
 
 
 @contextlib.contextmanager
@@ -199,12 +207,6 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
 
 
 # The run directory
-
-def contents(folder):
-    """{relative path: bytes} of the files below."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
 
 @pytest.fixture
 def config(tmp_path):

@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, environment, tiny_config
+from helpers import ROOT, environment, tiny_config
 
 import train_gpt
 from train_gpt import ArtifactError, Config, ConfigError, printable

@@ -6,8 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import events
-from test_presets import run_main
+from helpers import events, random_model, run_main
 
 import train_gpt
 from train_gpt import Config
@@ -74,16 +73,6 @@ def lab(tiny_data, tmp_path_factory):
 # --------------------------------------------------------------------------------------------------
 # Looks: each takes the lab and all settings and returns something that can be compared
 # --------------------------------------------------------------------------------------------------
-def shaken(config):
-    """A model none of whose weights is at a special starting value, the same for the same shapes."""
-    torch.manual_seed(3)
-    model = train_gpt.GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
 def digest(state):
     return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items()}
 
@@ -106,7 +95,7 @@ def parameters(lab, settings):
 
 def logits(lab, settings):
     """The model's output on fixed tokens with fixed weights."""
-    model = shaken(Config(**settings)).eval()
+    model = random_model(Config(**settings), spread=0.3).eval()
     ids = torch.randint(2, 384, (2, 64), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         return digest({"logits": model.logits(model.hidden(ids))})
@@ -124,20 +113,20 @@ def trained(lab, settings):
 def packed(lab, settings):
     """The artifact's bytes, of weights that are large enough to be quantised."""
     config = Config(**settings)
-    return hashlib.sha256(train_gpt.pack_artifact(config, shaken(config).state_dict())).hexdigest()
+    return hashlib.sha256(train_gpt.pack_artifact(config, random_model(config, spread=0.3).state_dict())).hexdigest()
 
 
 def dropped_to_int5(lab, settings):
     config = Config(**settings)
     try:
-        return train_gpt.fit_budget(config, shaken(config).state_dict(), 0)[1]
+        return train_gpt.fit_budget(config, random_model(config, spread=0.3).state_dict(), 0)[1]
     except train_gpt.ArtifactError as error:
         return str(error)
 
 
 def score(lab, settings, **options):
     config, runtime, val = open_run(lab, settings)
-    result = train_gpt.evaluate(shaken(config), val, config, runtime, **options)
+    result = train_gpt.evaluate(random_model(config, spread=0.3), val, config, runtime, **options)
     runtime.close()
     return result.val_loss, result.tokens
 
@@ -160,7 +149,7 @@ def slot_score(lab, settings):
 def batches(lab, settings):
     """Windows in each batch that reaches the model."""
     config, runtime, val = open_run(lab, settings)
-    model, sizes = shaken(config), []
+    model, sizes = random_model(config, spread=0.3), []
     hidden = model.hidden
     model.hidden = lambda ids: (sizes.append(len(ids)), hidden(ids))[1]
     train_gpt.evaluate(model, val, config, runtime)
@@ -394,18 +383,6 @@ def test_without_a_flip_nothing_changes(look, lab):
     before = lab.before(row.look, row.given)
     lab.forget()
     assert row.look(lab, lab.settings(**row.given)) == before
-
-
-@pytest.mark.parametrize("changes, names", [
-    (dict(ve_dim=8, num_layers=2, ve_last_n=3), ("VE_LAST_N", "NUM_LAYERS")),
-    (dict(slot="causal", eval_seq_len=64, eval_stride=64), ("SLOT", "EVAL_STRIDE")),
-    (dict(slot="published", eval_seq_len=64, eval_stride=64), ("SLOT", "EVAL_STRIDE")),
-    (dict(compressor="gzip"), ("COMPRESSOR", "zstd", "lzma"))])
-def test_a_setting_that_could_not_act_is_refused(changes, names, lab):
-    """A value embedding of missing layers; SLOT where no window knows a score; no such compressor."""
-    with pytest.raises(train_gpt.ConfigError) as error:
-        Config(**{**lab.base, **changes})
-    assert all(name in str(error.value) for name in names)
 
 
 def test_what_is_off_refuses_nothing(lab):
