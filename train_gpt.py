@@ -2087,7 +2087,7 @@ NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
 class RMSNorm(torch.autograd.Function):
     """RMSNorm over the last dimension, times an optional gain, then an optional rotation.
 
-    x (..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None. The arithmetic inside is
+    x (B, ..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None. The arithmetic inside is
     float32 (or wider) on every device; the result has x's type.
 
     Written out because the composed operations pass over memory so often that on a CPU they cost
@@ -2097,33 +2097,48 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide, copy=True)
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        mean_square = norm.square() / x.size(-1)  # (..., 1)
-        inverse = torch.rsqrt(mean_square + NORM_EPS)  # 1 / rms
-        scale = inverse if gain is None else inverse * gain
-        y.mul_(scale)
-        if cos is not None:
-            rotate_(y, cos, sin)
-        ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
-        return y.to(x.dtype)
+        y = torch.empty_like(x)
+        inverse = x.new_empty(*x.shape[:-1], 1, dtype=wide)  # 1 / rms
+        for part in batch_parts(x):
+            value = x[part].to(wide, copy=True)
+            norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+            mean_square = norm.square() / x.size(-1)
+            inverse[part] = torch.rsqrt(mean_square + NORM_EPS)
+            value.mul_(inverse[part] if gain is None else inverse[part] * gain)
+            if cos is not None:
+                rotate_(value, cos, sin)
+            y[part] = value
+        ctx.save_for_backward(x, inverse, gain, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, inverse, scale, gain, cos, sin = ctx.saved_tensors
-        dx = grad.to(inverse.dtype, copy=True)
-        x_wide = x.to(inverse.dtype)
-        if cos is not None:
-            rotate_(dx, cos, -sin)  # the transposed rotation
-        dot = (dx * x_wide).sum(-1, keepdim=True)  # (..., 1)
-        dgain = None
-        if gain is not None:
-            dgain = (dot * inverse).sum((0, 1)).to(gain.dtype)
-        # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
-        along = dot * scale * inverse.square()
-        dx.mul_(scale)
-        dx.addcmul_(x_wide, along, value=-1 / x.size(-1))
-        return dx.to(x.dtype), dgain, None, None
+        x, inverse, gain, cos, sin = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dgain = None if gain is None else torch.zeros_like(gain)
+        for part in batch_parts(x):
+            value = x[part].to(inverse.dtype)
+            slope = grad[part].to(inverse.dtype, copy=True)
+            if cos is not None:
+                rotate_(slope, cos, -sin)  # the transposed rotation
+            dot = (slope * value).sum(-1, keepdim=True)  # (b, ..., 1)
+            scale = inverse[part]
+            if gain is not None:
+                dgain += (dot * scale).sum((0, 1))
+                scale = scale * gain
+            # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
+            along = dot * scale * inverse[part].square()
+            slope.mul_(scale)
+            dx[part] = slope.addcmul_(value, along, value=-1 / x.size(-1))
+        return dx, dgain, None, None
+
+
+def batch_parts(x):
+    """Slices of the batch: one sequence at a time on a CPU, whose cache then holds its float32
+    copies; all of it on a GPU, or where the compiler fuses the passes anyway."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(x.size(0))]
 
 
 def rms_norm(x):
@@ -2131,11 +2146,15 @@ def rms_norm(x):
     return RMSNorm.apply(x)
 
 
-def rotary(length, config, device):
-    """cos, sin (T, 1, rope_dims/2), the same whatever length is in use."""
-    even = torch.arange(0, config.rope_dims, 2, device=device)
+def rotary_tables(config):
+    """cos, sin (T, 1, rope_dims/2) for the longest sequence of training or evaluation.
+
+    Angles do not depend on the length in use, so a shorter sequence takes the first rows.
+    """
+    length = max(config.train_seq_len, config.eval_seq_len)
+    even = torch.arange(0, config.rope_dims, 2)
     frequency = config.rope_base ** (-even / config.rope_dims)  # (rope_dims/2,)
-    position = torch.arange(length, device=device)[:, None, None]  # (T, 1, 1)
+    position = torch.arange(length)[:, None, None]  # (T, 1, 1)
     angle = position * frequency
     return angle.cos(), angle.sin()
 
@@ -2163,10 +2182,15 @@ def exclusive_attention(y, v):
     A token already carries its own value in the residual stream; what remains is what attention
     brings from other tokens. Part of #549.
     """
+    # Sums accumulate in float32, which CUDA's autocast would carry on into the output, unlike the
+    # CPU's: hence the casts by hand.
+    wide = torch.promote_types(y.dtype, torch.float32)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, d)
-    unit = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
-    along = (grouped * unit).sum(-1, keepdim=True)  # (B, T, K, H/K, 1)
-    return torch.addcmul(grouped, along, unit, value=-1).flatten(2, 3)
+    v = v.unsqueeze(3)  # (B, T, K, 1, d)
+    square = (v * v).sum(-1, keepdim=True).to(wide)  # (B, T, K, 1, 1)
+    dot = (grouped * v).sum(-1, keepdim=True).to(wide)  # (B, T, K, H/K, 1)
+    along = (dot / square.clamp(min=1e-24)).to(y.dtype)
+    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
 
 
 class Linear(Quantizable, nn.Linear):
@@ -2224,11 +2248,11 @@ class Attention(nn.Module):
         multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
         None in layer 0; ve (B, T, K*d) is the value embedding, or None.
         """
-        q = self.heads(self.c_q(x, scale))  # (B, T, H, d)
-        k = self.heads(self.c_k(x, scale))  # (B, T, K, d)
-        own = self.c_v(x, scale)  # (B, T, K*d)
+        q, k, own, gate = self.project(x, scale)  # (B, T, ...) each
         if ve is not None:
             own = own + ve.to(own.dtype)
+        q = self.heads(q)  # (B, T, H, d)
+        k = self.heads(k)  # (B, T, K, d)
         own = self.heads(own)  # (B, T, K, d)
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
@@ -2238,11 +2262,28 @@ class Attention(nn.Module):
         y = self.attend(q, k, v)  # (B, T, H, d)
         if self.xsa:
             y = exclusive_attention(y, v)
-        if self.attn_gate is not None:
-            gate = torch.sigmoid(self.attn_gate(x, scale))  # (B, T, H)
-            y = y * gate.unsqueeze(-1)
+        if gate is not None:
+            y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
         return y, own
+
+    def project(self, x, scale):
+        """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
+
+        Four small products would each read x and leave the device half idle: the weights are put
+        together and one product does it. They stay separate parameters, since the optimiser and the
+        artifact treat each matrix on its own.
+        """
+        layers = [self.c_q, self.c_k, self.c_v]
+        if self.attn_gate is not None:
+            layers.append(self.attn_gate)
+        weight = torch.cat([layer.effective_weight() for layer in layers])
+        outputs = F.linear(x, weight * scale)
+        outputs = outputs.split([layer.out_features for layer in layers], -1)
+        if self.attn_gate is None:
+            return *outputs, None
+        q, k, v, gate = outputs
+        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
 
     def heads(self, x):
         """(B, T, n*d) -> (B, T, n, d)."""
@@ -2542,6 +2583,11 @@ class GPT(nn.Module):
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
         self.nfm = NativeFlowMatcher(config) if config.nfm_enabled else None
+        # Looked up instead of computed: inside a compiled graph the trigonometry would run again in
+        # every kernel that rotates, forward and backward.
+        cos, sin = rotary_tables(config)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
         # A model on the meta device has shapes and names only, which is what readers check.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
@@ -2604,7 +2650,9 @@ class GPT(nn.Module):
     def trunk(self, ids):
         """Normalised states (B, T, D) of ids (B, T), before the refiners."""
         x = x0 = self.embed(ids)
-        angles = rotary(ids.size(1), self.config, ids.device)
+        length = ids.size(1)
+        assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
+        angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
         value_embeddings = self.ve(ids) if self.ve is not None else {}
         v0 = None  # layer 0's values
         skips = []
@@ -2613,7 +2661,7 @@ class GPT(nn.Module):
             # A decoder first adds what its mirror image among the encoders left.
             if decoder >= 0 and skips:
                 weight = self.skip_weights[decoder].to(x.dtype)
-                x = x + weight * skips.pop()
+                x = torch.addcmul(x, weight, skips.pop())
             x, own = block(x, x0, angles, v0, value_embeddings.get(i))
             if v0 is None:
                 v0 = own
