@@ -283,6 +283,25 @@ class Config:
     audit: bool = run_option(
         False, "prove the four legality conditions before scoring; on for EVAL_ONLY and the demo"
     )
+    audit_seed: int = run_option(
+        0,
+        "seed of the audit's and the spot checks' places; 0 = from what is checked",
+        0,
+        2**31 - 1,
+    )
+    spot_checks: float = run_option(
+        0.01, "share of scoring rounds repeated on other later tokens, which must agree", 0, 1
+    )
+    scores_file: str = run_option(
+        "",
+        "write the nll of every target here (little-endian float32, nats, in order); {label} becomes "
+        "the score's name",
+    )
+    ttt_cuda_graph: str = run_option(
+        "auto",
+        "replay test-time training as a CUDA graph; auto = with several ranks",
+        choices=("auto", "0", "1"),
+    )
     nproc: int = run_option(
         0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
     )
@@ -1134,6 +1153,8 @@ class Runtime:
     """
 
     def __init__(self, config, environ):
+        # Before CUDA starts: with it cuBLAS gives the same bits every time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
@@ -1255,11 +1276,20 @@ class Runtime:
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def compiled(self, function):
+    def compiled(self, function, options=None):
         """The function, compiled where this run compiles: one graph, fixed shapes."""
         if not self.compiling:
             return function
-        return torch.compile(function, dynamic=False, fullgraph=True)
+        return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+    def cuda_graphs(self, wish):
+        """Whether to replay a compiled function as a CUDA graph; `wish` is auto, 0 or 1.
+
+        With several ranks a step is so small that launching its kernels takes longer than running
+        them.
+        """
+        possible = self.compiling and self.device.type == "cuda"
+        return possible and (wish == "1" or (wish == "auto" and self.comm.world > 1))
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
@@ -2163,7 +2193,7 @@ NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
 class RMSNorm(torch.autograd.Function):
     """RMSNorm over the last dimension, times an optional gain, then an optional rotation.
 
-    x (..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None. The arithmetic inside is
+    x (B, ..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None. The arithmetic inside is
     float32 (or wider) on every device; the result has x's type.
 
     Written out because the composed operations pass over memory so often that on a CPU they cost
@@ -2173,33 +2203,48 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide, copy=True)
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        mean_square = norm.square() / x.size(-1)  # (..., 1)
-        inverse = torch.rsqrt(mean_square + NORM_EPS)  # 1 / rms
-        scale = inverse if gain is None else inverse * gain
-        y.mul_(scale)
-        if cos is not None:
-            rotate_(y, cos, sin)
-        ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
-        return y.to(x.dtype)
+        y = torch.empty_like(x)
+        inverse = x.new_empty(*x.shape[:-1], 1, dtype=wide)  # 1 / rms
+        for part in batch_parts(x):
+            value = x[part].to(wide, copy=True)
+            norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+            mean_square = norm.square() / x.size(-1)
+            inverse[part] = torch.rsqrt(mean_square + NORM_EPS)
+            value.mul_(inverse[part] if gain is None else inverse[part] * gain)
+            if cos is not None:
+                rotate_(value, cos, sin)
+            y[part] = value
+        ctx.save_for_backward(x, inverse, gain, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, inverse, scale, gain, cos, sin = ctx.saved_tensors
-        dx = grad.to(inverse.dtype, copy=True)
-        x_wide = x.to(inverse.dtype)
-        if cos is not None:
-            rotate_(dx, cos, -sin)  # the transposed rotation
-        dot = (dx * x_wide).sum(-1, keepdim=True)  # (..., 1)
-        dgain = None
-        if gain is not None:
-            dgain = (dot * inverse).sum((0, 1)).to(gain.dtype)
-        # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
-        along = dot * scale * inverse.square()
-        dx.mul_(scale)
-        dx.addcmul_(x_wide, along, value=-1 / x.size(-1))
-        return dx.to(x.dtype), dgain, None, None
+        x, inverse, gain, cos, sin = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dgain = None if gain is None else torch.zeros_like(gain)
+        for part in batch_parts(x):
+            value = x[part].to(inverse.dtype)
+            slope = grad[part].to(inverse.dtype, copy=True)
+            if cos is not None:
+                rotate_(slope, cos, -sin)  # the transposed rotation
+            dot = (slope * value).sum(-1, keepdim=True)  # (b, ..., 1)
+            scale = inverse[part]
+            if gain is not None:
+                dgain += (dot * scale).sum((0, 1))
+                scale = scale * gain
+            # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
+            along = dot * scale * inverse[part].square()
+            slope.mul_(scale)
+            dx[part] = slope.addcmul_(value, along, value=-1 / x.size(-1))
+        return dx, dgain, None, None
+
+
+def batch_parts(x):
+    """Slices of the batch: one sequence at a time on a CPU, whose cache then holds its float32
+    copies; all of it on a GPU, or where the compiler fuses the passes anyway."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(x.size(0))]
 
 
 def rms_norm(x):
@@ -2207,11 +2252,15 @@ def rms_norm(x):
     return RMSNorm.apply(x)
 
 
-def rotary(length, config, device):
-    """cos, sin (T, 1, rope_dims/2), the same whatever length is in use."""
-    even = torch.arange(0, config.rope_dims, 2, device=device)
+def rotary_tables(config):
+    """cos, sin (T, 1, rope_dims/2) for the longest sequence of training or evaluation.
+
+    Angles do not depend on the length in use, so a shorter sequence takes the first rows.
+    """
+    length = max(config.train_seq_len, config.eval_seq_len)
+    even = torch.arange(0, config.rope_dims, 2)
     frequency = config.rope_base ** (-even / config.rope_dims)  # (rope_dims/2,)
-    position = torch.arange(length, device=device)[:, None, None]  # (T, 1, 1)
+    position = torch.arange(length)[:, None, None]  # (T, 1, 1)
     angle = position * frequency
     return angle.cos(), angle.sin()
 
@@ -2239,10 +2288,15 @@ def exclusive_attention(y, v):
     A token already carries its own value in the residual stream; what remains is what attention
     brings from other tokens. Part of #549.
     """
+    # Sums accumulate in float32, which CUDA's autocast would carry on into the output, unlike the
+    # CPU's: hence the casts by hand.
+    wide = torch.promote_types(y.dtype, torch.float32)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, d)
-    unit = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
-    along = (grouped * unit).sum(-1, keepdim=True)  # (B, T, K, H/K, 1)
-    return torch.addcmul(grouped, along, unit, value=-1).flatten(2, 3)
+    v = v.unsqueeze(3)  # (B, T, K, 1, d)
+    square = (v * v).sum(-1, keepdim=True).to(wide)  # (B, T, K, 1, 1)
+    dot = (grouped * v).sum(-1, keepdim=True).to(wide)  # (B, T, K, H/K, 1)
+    along = (dot / square.clamp(min=1e-24)).to(y.dtype)
+    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
 
 
 class Linear(Quantizable, nn.Linear):
@@ -2300,11 +2354,11 @@ class Attention(nn.Module):
         multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
         None in layer 0; ve (B, T, K*d) is the value embedding, or None.
         """
-        q = self.heads(self.c_q(x, scale))  # (B, T, H, d)
-        k = self.heads(self.c_k(x, scale))  # (B, T, K, d)
-        own = self.c_v(x, scale)  # (B, T, K*d)
+        q, k, own, gate = self.project(x, scale)  # (B, T, ...) each
         if ve is not None:
             own = own + ve.to(own.dtype)
+        q = self.heads(q)  # (B, T, H, d)
+        k = self.heads(k)  # (B, T, K, d)
         own = self.heads(own)  # (B, T, K, d)
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
@@ -2314,11 +2368,28 @@ class Attention(nn.Module):
         y = self.attend(q, k, v)  # (B, T, H, d)
         if self.xsa:
             y = exclusive_attention(y, v)
-        if self.attn_gate is not None:
-            gate = torch.sigmoid(self.attn_gate(x, scale))  # (B, T, H)
-            y = y * gate.unsqueeze(-1)
+        if gate is not None:
+            y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
         return y, own
+
+    def project(self, x, scale):
+        """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
+
+        Four small products would each read x and leave the device half idle: the weights are put
+        together and one product does it. They stay separate parameters, since the optimiser and the
+        artifact treat each matrix on its own.
+        """
+        layers = [self.c_q, self.c_k, self.c_v]
+        if self.attn_gate is not None:
+            layers.append(self.attn_gate)
+        weight = torch.cat([layer.effective_weight() for layer in layers])
+        outputs = F.linear(x, weight * scale)
+        outputs = outputs.split([layer.out_features for layer in layers], -1)
+        if self.attn_gate is None:
+            return *outputs, None
+        q, k, v, gate = outputs
+        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
 
     def heads(self, x):
         """(B, T, n*d) -> (B, T, n, d)."""
@@ -2618,6 +2689,11 @@ class GPT(nn.Module):
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
         self.nfm = NativeFlowMatcher(config) if config.nfm_enabled else None
+        # Looked up instead of computed: inside a compiled graph the trigonometry would run again in
+        # every kernel that rotates, forward and backward.
+        cos, sin = rotary_tables(config)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
         # A model on the meta device has shapes and names only, which is what readers check.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
@@ -2680,7 +2756,9 @@ class GPT(nn.Module):
     def trunk(self, ids):
         """Normalised states (B, T, D) of ids (B, T), before the refiners."""
         x = x0 = self.embed(ids)
-        angles = rotary(ids.size(1), self.config, ids.device)
+        length = ids.size(1)
+        assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
+        angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
         value_embeddings = self.ve(ids) if self.ve is not None else {}
         v0 = None  # layer 0's values
         skips = []
@@ -2689,7 +2767,7 @@ class GPT(nn.Module):
             # A decoder first adds what its mirror image among the encoders left.
             if decoder >= 0 and skips:
                 weight = self.skip_weights[decoder].to(x.dtype)
-                x = x + weight * skips.pop()
+                x = torch.addcmul(x, weight, skips.pop())
             x, own = block(x, x0, angles, v0, value_embeddings.get(i))
             if v0 is None:
                 v0 = own
@@ -3153,6 +3231,8 @@ class WeightAverage:
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 LOGITS_ROWS = 8192  # positions whose (V,) logits exist at the same time
 LOG_SECONDS = 15  # between two lines of progress in the log
+# The same inputs give the same bits: no reduction is tuned by the clock.
+DETERMINISTIC = {"deterministic": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3166,6 +3246,19 @@ class Score:
     bytes: int
     seconds: float  # over all processes that worked on it, one after another
     legal: bool
+    spot_checks: int = 0  # rounds of scoring that were repeated on other later tokens
+
+
+class ScoredTwiceError(LegalityError):
+    """C4: a target came twice or out of order."""
+
+
+class TrainedAheadError(LegalityError):
+    """C3: test-time training was about to use a target that is not scored yet."""
+
+
+class LookedAheadError(LegalityError):
+    """C1: a score depends on its own token or on a later one."""
 
 
 def bits_per_byte(nats, num_bytes):
@@ -3264,10 +3357,7 @@ def log_probs(logits):
 
 
 class Meter:
-    """float64 sums of nll and bytes on this rank, and the targets that they hold.
-
-    Raises LegalityError for a target that comes twice or out of order.
-    """
+    """float64 sums of nll and bytes on this rank, and the targets that they hold."""
 
     def __init__(self, num_targets, device):
         # The sum stays on the device: to read it makes the host wait.
@@ -3277,37 +3367,34 @@ class Meter:
         self.last = 0  # end of the last span that was added
         self.coverage = np.zeros(num_targets, np.uint8)  # how often each target was scored
 
-    def add(self, first, end, nll, num_bytes):
-        """Add targets [first, end) with their summed nll (0-d float64)."""
-        if first < self.last or self.coverage[first:end].any():
-            raise LegalityError(
-                f"targets {first}…{end} come after {self.last}: out of order or twice"
-            )
-        self.coverage[first:end] = 1
+    def add(self, windows, nll, num_bytes):
+        """Add the scored targets of `windows` with their summed nll (0-d float64).
+
+        Raises ScoredTwiceError for a target that comes twice or out of order.
+        """
+        for _, first, end in windows:
+            if first < self.last or self.coverage[first:end].any():
+                raise ScoredTwiceError(
+                    f"targets {first}…{end} come after {self.last}: out of order or twice"
+                )
+            self.coverage[first:end] = 1
+            self.tokens += end - first
+            self.last = end
         self.nll += nll
-        self.tokens += end - first
         self.bytes += num_bytes
-        self.last = end
 
     def row(self):
         """The sums as plain numbers, for a collective or a saved state."""
         return [float(self.nll), self.tokens, self.bytes, self.last]
 
     def restore(self, rows, coverage, comm):
-        """Take up a saved state: rows (ranks then, 4) as of row(), coverage (num_targets,)."""
-        if len(rows) == comm.world:
-            nll, tokens, num_bytes, _ = rows[comm.rank]
-        elif comm.rank == 0:
-            # Saved by another number of ranks: rank 0 goes on with the sum of all,
-            nll, tokens, num_bytes, _ = rows.sum(0)
-        else:
-            # and the others begin with nothing.
-            nll, tokens, num_bytes = 0.0, 0, 0
+        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of all ranks."""
+        nll, tokens, num_bytes, _ = rows[comm.rank]
         self.nll.fill_(nll)
         self.tokens = int(tokens)
         self.bytes = int(num_bytes)
         self.last = int(rows[:, 3].max())
-        # The coverage is that of all ranks together, so that only one of them may keep it.
+        # Only one rank may keep what is that of all together.
         self.coverage = coverage if comm.rank == 0 else np.zeros_like(coverage)
 
 
@@ -3335,10 +3422,52 @@ def evaluation_mode(model, freeze_blocks):
         model.train(training)
 
 
+@contextlib.contextmanager
+def deterministic_algorithms():
+    """Inside, the same inputs give the same bits on a GPU too.
+
+    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
+    was set before is set again afterwards: training has no need of it.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written; to fill it would cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def other_tokens(tokens, vocab_size, random):
+    """Tokens (n,) of the same type, each different from the one that it replaces."""
+    # A shift by 1 to V - 1 modulo V never gives the same token again.
+    shift = random.integers(1, vocab_size, len(tokens))
+    return ((tokens + shift) % vocab_size).astype(tokens.dtype)
+
+
+def equal_part(windows, size):
+    """The first windows, up to `size`, as far as they score the same number of targets.
+
+    Only the first and the last window of a stream score another number than the stride.
+    """
+    part = windows[:1]
+    count = windows[0].end - windows[0].first
+    for window in windows[1:size]:
+        if window.end - window.first != count:
+            break
+        part.append(window)
+    return part
+
+
 class Batch(typing.NamedTuple):
-    """Windows that go through the model together."""
+    """Windows that go through the model together and score equally many targets each."""
 
     windows: list  # of Window, (n,)
+    count: int  # targets that each window scores, its last ones
     ids: torch.Tensor  # (B, T); B > n where the last window is repeated to fill a compiled shape
     targets: torch.Tensor  # (B, T)
 
@@ -3375,25 +3504,23 @@ def slot_shift(model, hidden, batch, config, slot):
 
 @torch.no_grad()
 def scored_nll(model, hidden, batch, observer):
-    """nll (n,) of a batch's scored targets, window after window; only these get logits.
+    """nll (n * count,) of a batch's scored targets, window after window; only these get logits.
 
-    hidden (B, T, D); `observer` is shown the targets' indices, log-probabilities and nll.
+    hidden (B, T, D), or its last positions; `observer` is shown the targets' indices,
+    log-probabilities and nll.
     """
-    length = hidden.size(1)
-    rows = []  # scored positions in the flattened batch (B * T,)
-    indices = []  # their targets in the stream
-    for i, (start, first, end) in enumerate(batch.windows):
-        rows.append(np.arange(i * length + first - start, i * length + end - start))
-        indices.append(np.arange(first, end))
-    rows = np.concatenate(rows)
-    indices = np.concatenate(indices)
+    # Rows that only fill a compiled shape are left out.
+    n = len(batch.windows)
+    states = hidden[:n, -batch.count :].flatten(0, 1)  # (n * count, D)
+    tokens = batch.targets[:n, -batch.count :].flatten()  # (n * count,)
+    indices = np.concatenate([np.arange(first, end) for _, first, end in batch.windows])
     out = []
-    for low in range(0, len(rows), LOGITS_ROWS):
-        part = torch.from_numpy(rows[low : low + LOGITS_ROWS]).to(hidden.device)
-        logps = log_probs(model.logits(hidden.flatten(0, 1)[part]))  # (n, V)
-        entries = logps.gather(1, batch.targets.flatten()[part, None])  # (n, 1)
+    for low in range(0, len(tokens), LOGITS_ROWS):
+        part = slice(low, low + LOGITS_ROWS)
+        logps = log_probs(model.logits(states[part]))  # (rows, V)
+        entries = logps.gather(1, tokens[part, None])  # (rows, 1)
         nll = -entries[:, 0]
-        observer.scored(indices[low : low + LOGITS_ROWS], logps, nll)
+        observer.scored(indices[part], logps, nll)
         out.append(nll)
     return torch.cat(out)
 
@@ -3411,12 +3538,71 @@ class Observer:
         """Called after each work item, on every rank."""
 
 
+class ScoresFile(Observer):
+    """What SCORES_FILE shows a reviewer: the nll of every target (n,), in nats, as it was counted."""
+
+    def __init__(self, num_targets):
+        self.nll = torch.zeros(num_targets)
+
+    def scored(self, targets, logps, nll):
+        self.nll[targets] = nll.float().cpu()
+
+    def write(self, path, runtime):
+        """Write all ranks' values as little-endian float32, in the order of the targets."""
+        if runtime.comm.world > 1:
+            dist.all_reduce(self.nll)  # a target is scored on one rank and zero on all others
+        if runtime.is_main:
+            write_atomic(path, [self.nll.numpy().astype("<f4").tobytes()])
+
+
+class SpotCheck(Observer):
+    """What one round of scoring shows of the targets up to `place`, which may see no later token."""
+
+    def __init__(self, place, low, high, observer):
+        self.place = place
+        self.low = low  # first target of the round
+        self.observer = observer  # is shown the same
+        self.nll = np.zeros(high - low, np.float32)  # of targets before `place`
+        self.logps = None  # (V,) of target `place`: of its distribution, not only of its own token
+
+    def scored(self, targets, logps, nll):
+        self.observer.scored(targets, logps, nll)
+        before = targets < self.place
+        self.nll[targets[before] - self.low] = nll.float().cpu().numpy()[before]
+        if self.place in targets:
+            row = int(np.flatnonzero(targets == self.place)[0])
+            self.logps = logps[row].float().cpu().numpy()
+
+    def equals(self, other):
+        """Bit for bit; damaged weights may give NaN, which is an error of another kind."""
+        same_nll = np.array_equal(self.nll, other.nll, equal_nan=True)
+        return same_nll and np.array_equal(self.logps, other.logps, equal_nan=True)
+
+
+def draw_rounds(work, share, seed):
+    """Cursors of the ScoreRounds to check: about `share` of them, at least one if share is not 0."""
+    rounds = [cursor for cursor, item in enumerate(work) if isinstance(item, ScoreRound)]
+    if not share or not rounds:
+        return set()
+    count = max(1, round(share * len(rounds)))
+    random = np.random.default_rng(seed)
+    return set(random.choice(rounds, count, replace=False).tolist())
+
+
+def check_seed(config, text):
+    """AUDIT_SEED, or a seed that follows from what is checked: nobody can choose it beforehand."""
+    if config.audit_seed:
+        return config.audit_seed
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
 class Evaluation:
     """One pass over a validation stream.
 
     `ttt` trains on scored chunks (score-first test-time training), `slot` shifts hidden states.
     `checkpoints`, if given, keeps the state (cursor, sums, coverage, adapted weights, momentum);
-    only an evaluation of the same `identity`, settings and text goes on from it.
+    only an evaluation of the same `identity`, settings and text goes on from it. `spot_checks` is the
+    share of rounds that are scored again with other tokens after a random position.
     """
 
     def __init__(
@@ -3432,6 +3618,7 @@ class Evaluation:
         checkpoints=None,
         identity="",
         label="",
+        spot_checks=0.0,
     ):
         self.model = model
         self.stream = stream
@@ -3443,19 +3630,32 @@ class Evaluation:
         self.observer = observer or Observer()
         self.checkpoints = checkpoints
         self.label = label
-        text = stream.fingerprint["val_sha256"]
         # What must agree before a saved state is taken up.
-        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world}"
+        text = stream.fingerprint["val_sha256"]
+        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world} ranks"
+        if ttt:
+            # Threads split the sums of gradients, and so do ranks.
+            self.identity += f"/{torch.get_num_threads()} threads"
+        # The text lies on the device: a batch is gathered there from a list of positions.
+        tokens = torch.from_numpy(stream.tokens.astype(np.int32))  # (num_targets + 1,)
+        self.tokens = tokens.to(runtime.device)
         # The plan is the same list on every rank, so that collectives meet.
         self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
         per_round = config.eval_batch_seqs * self.comm.world
         self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
+        self.spot_seed = check_seed(config, self.identity)
+        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
         self.meter = Meter(stream.num_targets, runtime.device)
-        self.hidden = runtime.compiled(model.hidden)
-        self.loss = runtime.compiled(model)
+        self.hidden = runtime.compiled(model.hidden, DETERMINISTIC)
+        self.loss = runtime.compiled(model, DETERMINISTIC)
+        self.step_loss = self.loss  # of a whole test-time training step
+        if runtime.cuda_graphs(config.ttt_cuda_graph):
+            self.step_loss = runtime.compiled(model, {**DETERMINISTIC, "triton.cudagraphs": True})
         self.sgd = None  # the optimiser of test-time training
         self.batch_limit = None  # windows per batch that fit, once more did not
         self.cursor = 0  # the next work item
+        self.scored_until = 0  # all targets before this one are scored, on all ranks
+        self.spots_done = 0  # rounds that were checked and agreed
         self.seconds = 0.0  # spent so far, by earlier processes too
 
     def run(self, last_target=None):
@@ -3468,6 +3668,10 @@ class Evaluation:
             # As if this process had done all of it.
             self.started = time.monotonic() - self.seconds
             self.shown = self.logged = self.started
+            if self.spots:
+                self.runtime.log(
+                    f"spot_checks {self.label} rounds:{len(self.spots)} audit_seed:{self.spot_seed}"
+                )
             while self.cursor < len(self.work):
                 item = self.work[self.cursor]
                 if last_target is not None and self.begins_beyond(last_target, item):
@@ -3475,6 +3679,7 @@ class Evaluation:
                 self.observer.before_item(self, item)
                 if isinstance(item, ScoreRound):
                     self.score(item)
+                    self.scored_until = self.windows[item.high - 1].end
                 else:
                     self.train(item)
                 self.observer.after_item(self, item)
@@ -3545,65 +3750,137 @@ class Evaluation:
         size = self.config.eval_batch_seqs
         low = item.low + self.comm.rank * size
         share = self.windows[low : min(low + size, item.high)]
+        if self.cursor in self.spots:
+            self.spots_done += 1  # on all ranks, each of which checks its own share
+        if not share:
+            return  # the last round of a chunk may not reach this rank
+        if self.cursor in self.spots:
+            nll = self.spot_checked_nll(share)
+        else:
+            nll = self.summed_nll(share, self.observer)
+        num_bytes = 0
+        for _, first, end in share:
+            num_bytes += int(self.stream.bytes[first:end].sum(dtype=np.int64))
+        self.meter.add(share, nll, num_bytes)
 
-        def in_parts(part):
-            sums = []
-            for i in range(0, len(share), part):
-                sums += self.window_sums(share[i : i + part], part)
-            return sums
+    def summed_nll(self, windows, observer):
+        """Summed nll (0-d float64) of the scored targets of `windows`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        left = list(windows)
 
-        for (_, first, end), nll in zip(share, self.halving(in_parts, size)):
-            num_bytes = int(self.stream.bytes[first:end].sum(dtype=np.int64))
-            self.meter.add(first, end, nll, num_bytes)
+        def next_batch(size):
+            part = equal_part(left, size)
+            return len(part), self.batch_nll(part, size, observer)
+
+        while left:
+            # Batch by batch, so that nothing is shown to the observer twice.
+            done, nll = self.halving(next_batch, self.config.eval_batch_seqs)
+            total += nll.double().sum()  # in float64: 62 million summands
+            left = left[done:]
+        return total
 
     @torch.no_grad()
-    def window_sums(self, windows, size):
-        """Summed nll (0-d float64) of each window, from one forward pass of up to `size` rows."""
+    def batch_nll(self, windows, size, observer):
+        """nll of the windows' scored targets, from one forward pass of up to `size` rows."""
         starts = [window.start for window in windows]
         if self.runtime.compiling:
             # One compiled shape: the last window fills the rows that are missing.
             starts += starts[-1:] * (size - len(starts))
         length = windows[0].end - windows[0].start  # all windows of a stream are equally long
-        batch = Batch(windows, *self.rows(starts, length))
+        count = windows[0].end - windows[0].first
+        batch = Batch(windows, count, *self.rows(starts, length))
         with self.runtime.autocast():
             hidden = self.hidden(batch.ids)  # (B, T, D)
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
-            nll = scored_nll(self.model, hidden, batch, self.observer)
-        # In float64: 62 million summands.
-        by_window = nll.split([end - first for _, first, end in windows])
-        return [part.double().sum() for part in by_window]
+            return scored_nll(self.model, hidden, batch, observer)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""
-        spans = [self.stream.tokens[at : at + length + 1] for at in starts]
-        tokens = self.runtime.to_device(np.stack(spans))  # (n, length + 1)
-        return tokens[:, :-1], tokens[:, 1:]
+        at = self.runtime.to_device(starts)  # (n,)
+        spans = self.tokens.unfold(0, length + 1, 1)  # a view: every span of the text
+        rows = spans[at].long()  # (n, length + 1)
+        return rows[:, :-1], rows[:, 1:]
+
+    def spot_checked_nll(self, share):
+        """summed_nll of a share, which is then scored again on other tokens from some target on.
+
+        Raises LookedAheadError unless all that came before is the same, bit for bit.
+        """
+        low = share[0].first
+        high = share[-1].end
+        random = np.random.default_rng([self.spot_seed, self.cursor])
+        place = int(random.integers(low, high))
+        counted = SpotCheck(place, low, high, self.observer)
+        nll = self.summed_nll(share, counted)
+        again = SpotCheck(place, low, high, Observer())
+        # Target `place` is token place + 1. Replaced is all that this round's windows hold from
+        # there on, and a window's length more.
+        with self.replaced_tokens(place + 1, high + self.config.eval_seq_len, random):
+            self.summed_nll(share, again)
+        if not counted.equals(again):
+            raise LookedAheadError(
+                f"{self.label}: scores of targets {low}…{place} change with tokens that come "
+                f"after them (item {self.cursor}, AUDIT_SEED={self.spot_seed})"
+            )
+        return nll
+
+    @contextlib.contextmanager
+    def replaced_tokens(self, low, high, random):
+        """Inside, tokens [low, high) of the text are others, on the host and on the device."""
+        before = self.stream.tokens[low:high].copy()
+        self.put_tokens(low, other_tokens(before, self.config.vocab_size, random))
+        try:
+            yield
+        finally:
+            self.put_tokens(low, before)
+
+    def put_tokens(self, low, tokens):
+        high = low + len(tokens)
+        self.stream.tokens[low:high] = tokens
+        self.tokens[low:high] = torch.from_numpy(tokens.astype(np.int32))
 
     def train(self, item):
-        """One SGD step on rows of a chunk; all of its targets are scored."""
+        """One SGD step on rows of a chunk. Raises TrainedAheadError unless all of it is scored."""
         length = self.config.eval_seq_len
-        starts = [item.first + row * length for row in range(item.row_low, item.row_high)]
-        starts = starts[self.comm.rank :: self.comm.world]  # this rank's rows, perhaps none
+        end = item.first + item.row_high * length
+        if end > self.scored_until:
+            raise TrainedAheadError(
+                f"targets up to {end} were to be trained on, but only those before "
+                f"{self.scored_until} are scored"
+            )
+        rows = range(item.row_low, item.row_high)
+        starts = [item.first + row * length for row in rows]
+        mine = starts[self.comm.rank :: self.comm.world]  # perhaps none
         params = self.sgd.param_groups[0]["params"]
 
         def accumulate(part):
             # Anew: after an out-of-memory error some gradients are there already.
             for param in params:
-                param.grad = torch.zeros_like(param)
-            for i in range(0, len(starts), part):
-                ids, targets = self.rows(starts[i : i + part], length)
+                param.grad = None
+            # A CUDA graph's gradients are gone with its next replay: it takes all rows or none.
+            loss_of = self.step_loss if part >= len(mine) else self.loss
+            for i in range(0, len(mine), part):
+                ids, targets = self.rows(mine[i : i + part], length)
                 with self.runtime.autocast():
-                    loss = self.loss(ids, targets)
-                share = len(ids) / (item.row_high - item.row_low)  # of the step's mean
+                    loss = loss_of(ids, targets)
+                share = len(ids) / len(rows)  # of the step's mean
                 (loss * share).backward()
 
-        self.halving(accumulate, max(1, len(starts)))
-        # A rank without a row adds zeros. The sum is clipped, not each rank's part of it.
-        self.comm.sum_gradients([p.grad for p in params])
+        with deterministic_algorithms():
+            self.halving(accumulate, max(1, len(mine)))
+            self.sgd_step(params, item.rate)
+
+    def sgd_step(self, params, rate):
+        """Step on the gradients of all ranks together, clipped by the norm of their sum."""
+        if self.comm.world > 1:
+            for param in params:
+                if param.grad is None:  # a rank without a row adds zeros
+                    param.grad = torch.zeros_like(param)
+            self.comm.sum_gradients([param.grad for param in params])
         if self.config.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, self.config.ttt_grad_clip)
-        self.sgd.param_groups[0]["lr"] = item.rate  # momentum lives on from chunk to chunk
+        self.sgd.param_groups[0]["lr"] = rate  # momentum lives on from chunk to chunk
         self.sgd.step()
 
     def result(self, complete):
@@ -3627,6 +3904,7 @@ class Evaluation:
             bytes=int(num_bytes),
             seconds=time.monotonic() - self.started,
             legal=self.slot != "published",
+            spot_checks=self.spots_done,
         )
 
     def all_coverage(self):
@@ -3641,11 +3919,13 @@ class Evaluation:
 
         With `wait`, raises ResourceError if it cannot be written.
         """
-        # Sums and coverage of all ranks: another number of ranks may go on from it.
+        # Sums of every rank, each of which goes on with its own.
         state = dict(
             identity=self.identity,
             cursor=self.cursor,
             seconds=self.seconds,
+            scored_until=self.scored_until,
+            spots_done=self.spots_done,
             rows=torch.from_numpy(self.comm.gather_rows(self.meter.row())),
             coverage=torch.from_numpy(np.packbits(self.all_coverage())),
         )
@@ -3679,6 +3959,8 @@ class Evaluation:
         self.meter.restore(state["rows"].numpy(), coverage, self.comm)
         self.cursor = state["cursor"]
         self.seconds = state["seconds"]
+        self.scored_until = state["scored_until"]
+        self.spots_done = state["spots_done"]
         if self.ttt:
             self.model.load_state_dict(state["model"])
             self.sgd.load_state_dict(state["sgd"])
@@ -5256,11 +5538,19 @@ class Run:
         """Every score that is configured and missing, from the files that were written."""
         config = self.config
         for job in self.jobs():
-            if self.already_done(job.label, lambda job=job: job.label in self.results["scores"]):
+            scored = self.already_done(
+                job.label, lambda job=job: job.label in self.results["scores"]
+            )
+            if scored and not config.scores_file:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
             name = f"eval_{job.label}"
             checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
+            scores_file = None
+            if config.scores_file:
+                # It needs every target of one pass, so no earlier part of one is taken up.
+                checkpoints = None
+                scores_file = ScoresFile(self.val.num_targets)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
                 self.model_of(path),
@@ -5271,10 +5561,14 @@ class Run:
                 ttt=job.ttt,
                 slot=job.slot,
                 label=job.label,
+                observer=scores_file,
                 checkpoints=checkpoints,
                 identity=self.evaluation_key(path) + "/" + self.origin(),
+                spot_checks=config.spot_checks,
             )
             self.record(score, job)
+            if scores_file is not None:
+                scores_file.write(config.scores_file.replace("{label}", job.label), self.runtime)
         if self.runtime.is_main:
             self.write_results(finished=True)
             self.summarise()
@@ -5300,7 +5594,7 @@ class Run:
         milliseconds = 1000 * score.seconds
         log(
             f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
-            f"eval_time:{milliseconds:.0f}ms{mark}"
+            f"eval_time:{milliseconds:.0f}ms spot_checks:{score.spot_checks}{mark}"
         )
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")

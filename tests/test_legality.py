@@ -135,8 +135,8 @@ def count_less(patch):
     """The sum does not hold what was observed."""
     original = train_gpt.Meter.add
 
-    def add(self, first, end, nll, num_bytes):
-        original(self, first, end, 0.9 * nll, num_bytes)
+    def add(self, windows, nll, num_bytes):
+        original(self, windows, 0.9 * nll, num_bytes)
     patch.setattr(train_gpt.Meter, "add", add)
 
 
@@ -172,20 +172,22 @@ def tail_twice(patch):
 def tail_twice_with_a_meter_that_counts(patch):
     tail_twice(patch)
 
-    def add(self, first, end, nll, num_bytes):
-        self.coverage[first:end] += 1
-        self.nll += nll
-        self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
+    def add(self, windows, nll, num_bytes):
+        for _, first, end in windows:
+            self.coverage[first:end] += 1
+            self.tokens, self.last = self.tokens + end - first, end
+        self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
     patch.setattr(train_gpt.Meter, "add", add)
 
 
 def tail_twice_with_a_meter_that_hides_it(patch):
     tail_twice(patch)
 
-    def add(self, first, end, nll, num_bytes):
-        self.coverage[first:end] = 1
-        self.nll += nll
-        self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
+    def add(self, windows, nll, num_bytes):
+        for _, first, end in windows:
+            self.coverage[first:end] = 1
+            self.tokens, self.last = self.tokens + end - first, end
+        self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
     patch.setattr(train_gpt.Meter, "add", add)
 
 

@@ -168,6 +168,13 @@ def batches(lab, settings):
     return sizes
 
 
+def cuda_graphs(lab, settings):
+    """Whether one rank on a GPU would replay its test-time training as a graph."""
+    config, runtime, _ = open_run(lab, {**settings, "compile": "1"})
+    with mock.patch.object(runtime, "device", torch.device("cuda")):
+        return runtime.cuda_graphs(config.ttt_cuda_graph)
+
+
 def compilations(lab, settings):
     """Calls of torch.compile during an evaluation."""
     with mock.patch.object(torch, "compile", side_effect=lambda function, **_: function) as compiler:
@@ -342,6 +349,10 @@ FLIPS = dict(
     eval_only=flip("nothing is trained", labels, ARTIFACT["eval_only"], iterations=1, audit=False),
     mode=flip("audit.json instead of scores.json", files, "audit", **ARTIFACT),
     audit=flip("audit.json beside scores.json", files, True, **ARTIFACT),
+    audit_seed=flip("the seed that is logged", lines("spot_checks .*"), 7, **ARTIFACT),
+    spot_checks=flip("the number of checked rounds", lines("spot_checks .*"), 0.5, **ARTIFACT),
+    scores_file=flip("the file", files, "run/{label}.f32", **ARTIFACT),
+    ttt_cuda_graph=flip("a single rank's graph", cuda_graphs, "1"),
     nproc=flip("the processes", ranks, 2, **ARTIFACT),
     code_bytes=flip("the bytes that are left for the model", lines("Code size: .*"), 123_456),
     prompt=flip("the text that is continued", sampled, "A list", **SAMPLE),
