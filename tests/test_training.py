@@ -295,7 +295,7 @@ def recorded_run(made, monkeypatch, steps=5):
 @pytest.mark.parametrize("settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)])
 def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, trainer, monkeypatch):
     """Five steps, a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is step 4's."""
-    made = trainer(iterations=5, warmdown_iters=4, **settings)
+    made = trainer(iterations=5, warmdown_iters=4, ema_full_steps=1, **settings)
     history = recorded_run(made, monkeypatch)
     exported = made.export()["state_dict"]
     moved = 0
