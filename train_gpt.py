@@ -3490,6 +3490,8 @@ class Evaluation:
         per_round = config.eval_batch_seqs * self.comm.world
         self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
         self.spot_seed = check_seed(config, self.identity)
+        if slot == "published":
+            spot_checks = 0.0  # known to be illegal, and marked so
         self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
         self.meter = Meter(stream.num_targets, runtime.device)
         self.hidden = runtime.compiled(model.hidden, DETERMINISTIC)
@@ -5440,7 +5442,7 @@ class Run:
         milliseconds = 1000 * score.seconds
         log(
             f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
-            f"eval_time:{milliseconds:.0f}ms spot_checks:{score.spot_checks}{mark}"
+            f"eval_time:{milliseconds:.0f}ms{mark}"
         )
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")
@@ -5451,6 +5453,7 @@ class Run:
             bytes=score.bytes,
             eval_time_s=score.seconds,
             legal=score.legal,
+            spot_checks=score.spot_checks,
             audited=self.audited and self.is_submission(name),
         )
         self.runtime.event("score", label=name, scope=self.val.scope, **entry)
@@ -5510,7 +5513,7 @@ class Run:
         for label, score in results["scores"].items():
             log(
                 f"result {label} val_bpb:{score['val_bpb']:.8f} legal:{self.legality_of(label)} "
-                f"score_scope:{self.val.scope}"
+                f"spot_checks:{score['spot_checks']} score_scope:{self.val.scope}"
             )
         if self.config.preset == "demo":
             self.log_baselines()
