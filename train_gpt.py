@@ -5512,8 +5512,9 @@ class Run:
         results = self.results
         for label, score in results["scores"].items():
             log(
-                f"result {label} val_bpb:{score['val_bpb']:.8f} legal:{self.legality_of(label)} "
-                f"spot_checks:{score['spot_checks']} score_scope:{self.val.scope}"
+                f"result {label} val_bpb:{score['val_bpb']:.8f} "
+                f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
+                f"score_scope:{self.val.scope}"
             )
         if self.config.preset == "demo":
             self.log_baselines()
