@@ -68,7 +68,7 @@ CODE_PATH = Path(__file__).resolve()  # its size counts towards the budget
 
 
 def printable(text, limit=None, keep=""):
-    """Text of a stranger's file as a terminal may show it: on one line, cut after `limit` characters.
+    """Text of a stranger's file as a terminal may show it: one line, of `limit` characters at most.
 
     Control characters could clear the screen, rename the window or hide what an error says; they
     are escaped, but for those in `keep`.
@@ -294,8 +294,8 @@ class Config:
     )
     scores_file: str = run_option(
         "",
-        "write the nll of every target here (little-endian float32, nats, in order); {label} becomes "
-        "the score's name",
+        "write the nll of every target here (little-endian float32, nats, in order); {label} "
+        "becomes the score's name",
     )
     ttt_cuda_graph: str = run_option(
         "auto",
@@ -610,63 +610,78 @@ MAX_PASSES = 1024
 MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
 
 
+def require(config, holds, names, expected):
+    """Raise ConfigError with the settings of these names unless `holds`."""
+    if not holds:
+        settings = [f"{name.upper()}={getattr(config, name)!r}" for name in names.split()]
+        raise ConfigError(f"{' and '.join(settings)}: {expected}")
+
+
+def require_multiple(config, first, second):
+    """Half of the rules are of this form."""
+    holds = getattr(config, first) % getattr(config, second) == 0
+    expected = "the first is no multiple of the second: change one of them"
+    require(config, holds, f"{first} {second}", expected)
+
+
 def check_fit(config):
     """Settings that only make sense together. Raises ConfigError with their names and values."""
-
-    def require(holds, names, expected):
-        if not holds:
-            settings = [f"{name.upper()}={getattr(config, name)!r}" for name in names.split()]
-            raise ConfigError(f"{' and '.join(settings)}: {expected}")
-
-    # Half of the rules are of this form.
-    def require_multiple(first, second):
-        holds = getattr(config, first) % getattr(config, second) == 0
-        expected = "the first is no multiple of the second: change one of them"
-        require(holds, f"{first} {second}", expected)
-
-    require(config.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}")
+    presets = ", ".join(PRESETS)
+    require(config, config.preset in PRESETS, "preset", f"expected one of {presets}")
     is_digest = re.fullmatch(r"([0-9a-f]{64})?", config.val_sha256)
-    require(is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
+    require(config, is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
     known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
-    require(known_device, "device", "expected auto, cpu, cuda or cuda:N")
+    require(config, known_device, "device", "expected auto, cpu, cuda or cuda:N")
+    check_model_fit(config)
+    check_batch_fit(config)
+    check_window_fit(config)
 
-    # Shapes of the model.
-    require_multiple("model_dim", "num_heads")
-    require_multiple("num_heads", "num_kv_heads")
-    even = config.rope_dims % 2 == 0  # rotation turns pairs of dimensions
+
+def check_model_fit(config):
+    """Shapes of the model."""
+    require_multiple(config, "model_dim", "num_heads")
+    require_multiple(config, "num_heads", "num_kv_heads")
+    # Rotation turns pairs of dimensions.
+    fits = config.rope_dims % 2 == 0 and config.rope_dims <= config.head_dim
     expected = f"use an even number up to MODEL_DIM/NUM_HEADS = {config.head_dim}"
-    require(even and config.rope_dims <= config.head_dim, "rope_dims", expected)
-    require(config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
-    layers = config.num_layers
-    fits = config.ttt_freeze_blocks <= layers
-    require(fits, "ttt_freeze_blocks num_layers", "lower the first")
-    fits = config.ve_dim == 0 or config.ve_last_n <= layers
-    require(fits, "ve_last_n num_layers", "lower the first")
+    require(config, fits, "rope_dims", expected)
+    require(config, config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
+    fits = config.ttt_freeze_blocks <= config.num_layers
+    require(config, fits, "ttt_freeze_blocks num_layers", "lower the first")
+    # What is off may have any size.
+    fits = config.ve_dim == 0 or config.ve_last_n <= config.num_layers
+    require(config, fits, "ve_last_n num_layers", "lower the first")
 
-    # Batches are whole sequences.
-    require_multiple("train_batch_tokens", "train_seq_len")
+
+def check_batch_fit(config):
+    """Batches are whole sequences, and small enough for a machine."""
+    require_multiple(config, "train_batch_tokens", "train_seq_len")
     fits = config.micro_batch_tokens >= config.train_seq_len
     expected = "not one sequence fits: raise the first"
-    require(fits, "micro_batch_tokens train_seq_len", expected)
-
-    # What an artifact asks for must fit a machine: a batch of windows, as float32 activations.
+    require(config, fits, "micro_batch_tokens train_seq_len", expected)
+    # An artifact says what its windows are: it must not ask for any amount of memory.
     windows = max(config.eval_batch_seqs, config.ttt_batch_seqs)
     numbers = windows * config.eval_seq_len * config.model_dim
     expected = f"a batch of windows has {numbers} activations, use at most {MAX_ACTIVATIONS}"
     names = "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim"
-    require(numbers <= MAX_ACTIVATIONS, names, expected)
+    require(config, numbers <= MAX_ACTIVATIONS, names, expected)
 
-    # Windows of an evaluation.
-    overlap = config.eval_stride < config.eval_seq_len
-    gapless = config.eval_stride <= config.eval_seq_len
+
+def check_window_fit(config):
+    """Windows of an evaluation."""
+    fits = config.eval_stride <= config.eval_seq_len
     expected = "targets between the windows would never be scored: lower the first"
-    require(gapless, "eval_stride eval_seq_len", expected)
+    require(config, fits, "eval_stride eval_seq_len", expected)
+    # Nor must an artifact ask for any amount of time.
     passes = config.eval_seq_len / config.eval_stride  # of every token through the model
     expected = f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}"
-    require(passes <= MAX_PASSES, "eval_seq_len eval_stride", expected)
-    require_multiple("ttt_chunk_tokens", "eval_seq_len")
+    require(config, passes <= MAX_PASSES, "eval_seq_len eval_stride", expected)
+    require_multiple(config, "ttt_chunk_tokens", "eval_seq_len")
+    # SLOT is fitted on what earlier windows scored, so windows must overlap.
+    overlap = config.eval_stride < config.eval_seq_len
     expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
-    require(config.slot == "off" or overlap, "slot eval_stride eval_seq_len", expected)
+    fits = config.slot == "off" or overlap
+    require(config, fits, "slot eval_stride eval_seq_len", expected)
 
 
 # The trunk alone, which #1170 compares its NativeFlowMatcher with.
@@ -1369,9 +1384,9 @@ def keep_large_blocks():
 
 # ==================================================================================================
 # Data
-# The challenge's own shard format, read through memory maps. The tokens of a step are one
-# contiguous span whatever the number of ranks, so a position is one integer; bytes are counted once
-# for the whole validation stream.
+# The challenge's own shard format, read as it lies on the disk. The tokens of a step are the same
+# whatever the number of ranks, so a position is one integer; bytes are counted once for the whole
+# validation stream.
 # ==================================================================================================
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -1545,8 +1560,9 @@ class ShuffledStream(TrainStream):
             self.begin_pass(self.pass_number + 1, self.first + len(self.order))
         index = int(self.order[number - self.first])
         shard = int(np.searchsorted(self.counted, index, side="right"))
-        before = int(self.counted[shard - 1]) if shard else 0
-        return Place(shard, int(self.phases[shard]) + (index - before) * self.seq_len)
+        if shard > 0:
+            index -= int(self.counted[shard - 1])  # now its index in the shard
+        return Place(shard, int(self.phases[shard]) + index * self.seq_len)
 
     def rows(self, span, low, high, seq_len):
         """Sequences (n, T + 1) of tokens [low, high) of the next span, then advance by `span`."""
@@ -1709,7 +1725,7 @@ class ValidationSet:
         )
 
     def scope_of(self, total_bytes, is_certain):
-        """What scores on this split compare with: published ones, or only others on the same data."""
+        """What scores on this split compare with: published ones, or others on the same data."""
         targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
         low, high = CANONICAL_BYTES
         if self.num_targets != targets or not low <= total_bytes <= high:
