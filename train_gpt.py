@@ -2798,7 +2798,8 @@ class Run:
         f, differs = self.val.fingerprint, config.differences()
         if self.runtime.is_main:
             run = dict(preset=config.preset, hash=config.hash(), val_sha256=f["val_sha256"],
-                       config=config.as_dict(), differs=differs)
+                       config=config.as_dict(), differs=differs,
+                       kinds={kind: list(config.as_dict(kind)) for kind in ("arch", "train", "eval", "run")})
             if path.exists():
                 self.take_up(json.loads(path.read_text()), run)
             write_json(path, run)
