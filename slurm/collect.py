@@ -49,7 +49,6 @@ from groups import (  # noqa: E402
     check_same_data,
     group_runs,
     load_runs,
-    operational_settings,
     settings_table,
 )
 from runs import (  # noqa: E402
@@ -494,10 +493,6 @@ def rest_of_page(runs):
     rows = [{"run": run.name, "seed": cell(run.seed), "status": run.status, "what happened": run.note}
             for run in runs if not run.finished]
     remarks = [f"{run.name}: {remark}" for run in runs for remark in dict.fromkeys(run.remarks)]
-    logs = [run for run in runs if run.whole_config and not run.kinds]
-    if logs and len(operational_settings(runs)) == 1:
-        remarks.append("logs alone do not say which settings are operational: only the number of iterations and "
-                       "parameters was compared")
     return {"remarks": remarks, "unfinished": markdown(rows) if rows else "None."}
 
 
@@ -515,8 +510,9 @@ def data_text(run, stage):
     if ratio is None:
         return f"Scored on {scope}. No line prints a loss beside val_bpb, so the bytes could not be checked."
     parts.append(f"{ratio:.4f} bytes per token")
+    precision = "" if run.whole_config else " to 0.1 %"
     return (
-        f"Scored on {scope} ({', '.join(parts)}). Every score implies these bytes: "
+        f"Scored on {scope} ({', '.join(parts)}). Every score implies these bytes{precision}: "
         "tokens · val_loss / (ln 2 · val_bpb) was checked line by line."
     )
 

@@ -12,6 +12,7 @@ import math
 import pandas
 from runs import HEADLINE_ORDER, RunDataProblem, UsageProblem, read_path
 
+IDENTITY = {"seed", "run_id", "run_dir"}  # settings that tell runs of one configuration apart
 ABSENT = "(absent)"  # a setting that a run does not have
 
 # Scripts of the field count the bytes of a token a little differently in their evaluations (first tokens,
@@ -51,12 +52,12 @@ def load_runs(paths):
 
 def merge_evaluation(owner, run):
     """Give the training run `owner` the scores and the audit of the evaluation `run` of its artifact."""
-    for stage in owner.scores.keys() & run.scores.keys():
-        theirs, ours = run.scores[stage].val_bpb, owner.scores[stage].val_bpb
-        if abs(theirs - ours) > 1e-6:
+    for stage in [stage for stage in owner.scores if stage in run.scores]:
+        theirs, ours = run.scores[stage], owner.scores[stage]
+        if abs(theirs.val_bpb - ours.val_bpb) > 1e-6:
             raise UsageProblem(
-                f"{run.path}: {stage} val_bpb is {theirs:.8f}, in {owner.path} {ours:.8f} for the same "
-                "artifact; expected one score. Leave one out."
+                f"{run.path}: {theirs.label} val_bpb is {theirs.val_bpb:.8f}, in {owner.path} "
+                f"{ours.val_bpb:.8f} for the same artifact; expected one score. Leave one out."
             )
     if run.scores.keys() - owner.scores.keys():
         # An evaluation may choose the settings of kind "eval" anew.
@@ -82,7 +83,10 @@ def check_scores(run):
                 f"{run.path}: {stage} ({score.label}) has val_loss {score.val_loss}, val_bpb "
                 f"{score.val_bpb}; expected positive numbers. Repeat the run."
             )
-    measured = [score for score in run.scores.values() if score.val_loss is not None]
+    measured = [
+        score for score in run.scores.values()
+        if score.val_loss is not None and score not in run.validations
+    ]
     if not measured:
         return
     slack = 0.0
@@ -120,20 +124,14 @@ def other_bytes(run, score, source, expected):
     )
 
 
-def operational_settings(runs):
-    """Settings in which the runs of one configuration may differ: where and how, not what (kind "run")."""
-    return {"seed"}.union(*(run.kinds.get("run", ()) for run in runs))
-
-
 def compared_settings(runs):
-    """One {name: value} per run, of the settings that make a configuration."""
-    operational = operational_settings(runs)
-    if len(operational) > 1 or not any(run.whole_config for run in runs):
-        return [{name: value for name, value in run.settings.items() if name not in operational}
-                for run in runs]
-    # Logs alone: they do not say which settings are operational, only how long and how large a run was.
-    return [{name: run.settings[name] for name in ("iterations", "model_params") if name in run.settings}
-            for run in runs]
+    """One {name: value} per run, of the settings that make a configuration.
+
+    Runs of one configuration may differ in what tells them apart and in where and how they were carried out
+    (kind "run" in config.json). Logs do not tell the kinds: among logs alone everything else counts.
+    """
+    operational = IDENTITY.union(*(run.kinds.get("run", ()) for run in runs))
+    return [{name: value for name, value in run.settings.items() if name not in operational} for run in runs]
 
 
 def settings_table(runs):

@@ -330,6 +330,11 @@ def read_run_dir(path):
     with reading(path / "config.json"):
         written = read_json(path / "config.json")
         apply_config(run, written["config"])
+        if written and "kinds" not in written:
+            raise RunDataProblem(
+                f"{path / 'config.json'}: no 'kinds' of the settings; expected a folder of this train_gpt.py. "
+                "Run its command again: a finished run rewrites the file and computes nothing."
+            )
         run.kinds = {kind: list(names) for kind, names in written["kinds"].items()}
     with reading(path / "manifest.json"):
         apply_manifest(run, read_json(path / "manifest.json"))
@@ -438,7 +443,7 @@ def explain(run, events):
 
 def compare_with_log(run, log):
     """RunDataProblem if train.log, where it is complete, reports other scores than scores.json."""
-    for stage in run.scores.keys() & log.scores.keys():
+    for stage in [stage for stage in run.scores if stage in log.scores]:
         written, logged = run.scores[stage], log.scores[stage]
         for name in ("val_loss", "val_bpb"):
             value, printed = getattr(written, name), getattr(logged, name)
@@ -499,13 +504,15 @@ class LogReader:
         self.end_line(line)
 
     def read_torn(self, line):
-        """A score whose loss and bpb have equally many decimals was not cut; all else may be."""
+        """A line that may be cut: a score counts if its loss and bpb have equally many decimals."""
         pair = logs.find_pair(line)
         if pair is None:
             self.end_line(line)
             return
-        ends_here = line.endswith(pair.bpb)
-        whole = not ends_here or logs.decimals_of(pair.bpb) == logs.decimals_of(pair.loss or "")
+        if pair.loss is None:
+            whole = pair.bpb not in line.split()[-1]  # something follows it
+        else:
+            whole = logs.decimals_of(pair.bpb) == logs.decimals_of(pair.loss)
         if whole and not logs.STEP.match(line) and self.score_line(line, timed=False):
             self.lines += 1
 
@@ -525,9 +532,6 @@ class LogReader:
         elif line.startswith("manifest:"):
             with contextlib.suppress(ValueError, AttributeError):  # cut short
                 apply_manifest(run, json.loads(line.partition(":")[2]))
-        elif line.startswith("config_kinds:"):
-            with contextlib.suppress(ValueError, AttributeError):
-                run.kinds = {**json.loads(line.partition(":")[2])}
         else:
             self.ended |= line.startswith("run_finished")
             return line.startswith("run_finished")
