@@ -1,4 +1,5 @@
-"""Turn the runs of one configuration into a results table, a plot, a significance test and a submission.json.
+"""Turn the runs of one configuration into a results table, a plot, a significance test and a
+submission.json.
 
     python slurm/collect.py runs/nfm_7k_seed*                               # table and the three files
     python slurm/collect.py runs/nfm_7k_seed* --baseline 1.12135,0.0009,3   # Welch's test against a record
@@ -7,19 +8,22 @@
     python slurm/collect.py train_seed42.log train_seed1337.log             # plain logs do as well
     python slurm/collect.py records/some_folder                             # and so does a folder of logs
 
-A run is a directory written by train_gpt.py (config.json, manifest.json, metrics.jsonl, scores.json) or a
-plain log, of train_gpt.py or of another script of the field, with or without that script's source in it. Runs
-with EVAL_ONLY add their scores to the training run whose artifact they scored, if both are given. Only
-finished runs are averaged; unfinished and failed ones are listed.
+A run is a directory written by train_gpt.py (config.json, manifest.json, metrics.jsonl,
+scores.json) or a plain log, of train_gpt.py or of another script of the field, with or without
+that script's source in it. Runs with EVAL_ONLY add their scores to the training run whose artifact
+they scored, if both are given. Only finished runs are averaged; unfinished and failed ones are
+listed.
 
-The headline is the strongest evaluation that all runs share and that is legal, in a fixed order: TTT + SLOT,
-TTT, SLOT, a last evaluation of another name, sliding, roundtrip. It is never chosen by its number. Float
-weights are no submission. A log cannot prove that its evaluation is legal: that takes the code.
+The headline is the strongest evaluation that all runs share and that is legal, in a fixed order:
+TTT + SLOT, TTT, SLOT, a last evaluation of another name, sliding, roundtrip. It is never chosen by
+its number. Float weights are no submission. A log cannot prove that its evaluation is legal: that
+takes the code.
 
-Units: val_loss in nats per token, val_bpb in bits per byte, eval_time_s and train_time_s in seconds,
-step_avg_ms in milliseconds, standard deviations with ddof 1.
+Units: val_loss in nats per token, val_bpb in bits per byte, eval_time_s and train_time_s in
+seconds, step_avg_ms in milliseconds, standard deviations with ddof 1.
 
-Exit codes: 0 done; 1 --check found differences; 2 wrong use, or runs that must not be mixed; 3 bad run data.
+Exit codes: 0 done; 1 --check found differences; 2 wrong use, or runs that must not be mixed; 3 bad
+run data.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ from scipy import stats  # noqa: E402
 BUDGET_BYTES = 16_000_000
 TIME_LIMIT_S = 600.0
 SIGNIFICANT_P = 0.01
-# --- Statistics ----------------------------------------------------------------------------------------
+# --- Statistics ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -89,7 +93,9 @@ class Sample:
 
 
 def sample_of(runs, stage, name="val_bpb"):
-    """The Sample of one score over runs that all have it; repetitions of a seed count once, by their mean."""
+    """The Sample of one score over runs that all have it; repetitions of a seed count once, by
+    their mean.
+    """
     seeds = {}
     for run in runs:
         key = run.name if run.seed is None else run.seed
@@ -106,7 +112,8 @@ def bytes_per_token(run, stage):
 
 
 def choose_headline(group, wanted=None):
-    """The stage of the score a submission is judged by: of the packed model, present and legal in every run.
+    """The stage of the score a submission is judged by: of the packed model, present and legal in
+    every run.
 
     `wanted` is a stage or the label of a score. UsageProblem if there is none.
     """
@@ -119,7 +126,8 @@ def choose_headline(group, wanted=None):
     labels = [group[0].scores[stage].label for stage in shared]
     expected = ", ".join([*available, *labels]) or "(none)"
     raise UsageProblem(
-        f"--headline {wanted or '(default)'}: no legal score of the artifact that all runs share; expected one "
+        f"--headline {wanted or '(default)'}: no legal score of the artifact that all runs share; "
+        "expected one "
         f"of {expected}. Score every run the same way."
     )
 
@@ -143,17 +151,25 @@ def welch(ours, baseline, threshold):
     for name, sample in (("the runs", ours), ("the baseline's", baseline)):
         if sample.n < 2 or sample.sd is None:
             raise UsageProblem(
-                f"Welch's test needs a standard deviation, {name} have {sample.n} run(s); expected at least 2 "
+                f"Welch's test needs a standard deviation, {name} have {sample.n} run(s); "
+                "expected at least 2 "
                 "seeds. Pass more runs, or leave out --baseline."
             )
     if ours.sd == baseline.sd == 0:
         raise UsageProblem(
-            "Welch's test needs some spread, and both standard deviations are 0; check that the runs are not "
+            "Welch's test needs some spread, and both standard deviations are 0; check that the "
+            "runs are not "
             "copies"
         )
     t, p = stats.ttest_ind_from_stats(
-        ours.mean + threshold, ours.sd, ours.n, baseline.mean, baseline.sd, baseline.n,
-        equal_var=False, alternative="less",
+        ours.mean + threshold,
+        ours.sd,
+        ours.n,
+        baseline.mean,
+        baseline.sd,
+        baseline.n,
+        equal_var=False,
+        alternative="less",
     )
     # Welch-Satterthwaite: degrees of freedom of a sum of two variances of means.
     a, b = ours.sd**2 / ours.n, baseline.sd**2 / baseline.n
@@ -164,7 +180,8 @@ def welch(ours, baseline, threshold):
 def read_baseline(sources, stage, finished):
     """The baseline's Sample of val_bpb: MEAN,SD,N, a submission.json, or run directories and logs.
 
-    Errors: UsageProblem for a missing file or numbers out of range; RunDataProblem for unusable content.
+    Errors: UsageProblem for a missing file or numbers out of range; RunDataProblem for unusable
+    content.
     """
     if len(sources) == 1 and not Path(sources[0]).exists():
         return baseline_from_numbers(sources[0])
@@ -173,7 +190,9 @@ def read_baseline(sources, stage, finished):
     runs = load_runs([Path(source) for source in sources])
     for run in runs:
         if not run.finished:
-            raise UsageProblem(f"--baseline {run.path}: {run.status} ({run.note}); finish or leave it out")
+            raise UsageProblem(
+                f"--baseline {run.path}: {run.status} ({run.note}); finish or leave it out"
+            )
     (group,) = group_runs(runs, ablation=False)
     check_same_data(finished + runs)
     shared = all(stage in run.scores for run in group)
@@ -188,7 +207,8 @@ def baseline_from_numbers(text):
         if 0 < sample.mean < math.inf and 0 <= sample.sd < math.inf:
             return sample
     raise UsageProblem(
-        f"--baseline {text}: neither a file nor MEAN,SD,N; expected a submission.json, a run, or mean, sd (bpb) "
+        f"--baseline {text}: neither a file nor MEAN,SD,N; expected a submission.json, a run, or "
+        "mean, sd (bpb) "
         "and number of runs: 1.1213,0.0009,3"
     )
 
@@ -204,7 +224,8 @@ def baseline_from_submission(path):
         return Sample(float(data["val_bpb"]), None if sd is None else float(sd), n)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunDataProblem(
-            f"--baseline {path}: no usable scores ({error!r}); expected seed_results of at least two seeds, or "
+            f"--baseline {path}: no usable scores ({error!r}); expected seed_results of at least "
+            "two seeds, or "
             "val_bpb, val_bpb_std and seeds"
         ) from None
 
@@ -214,24 +235,30 @@ def significance_of(args, group, stage):
     if not args.baseline:
         return None, ""
     ours, baseline = sample_of(group, stage), read_baseline(args.baseline, stage, group)
-    # One nat per token is 1 / (ln 2 * bytes per token) bits per byte, by the bytes per token of these runs.
+    # One nat per token is 1 / (ln 2 * bytes per token) bits per byte, by the bytes per token of
+    # these runs.
     ratio = bytes_per_token(group[0], stage)
     if ratio is None and args.threshold_bpb is None:
-        raise UsageProblem("--threshold-nats needs bytes per token, and no line has val_loss and val_bpb; "
-                           "expected both, or --threshold-bpb")
+        raise UsageProblem(
+            "--threshold-nats needs bytes per token, and no line has val_loss and val_bpb; "
+            "expected both, or --threshold-bpb"
+        )
     bits_per_nat = 1 / (math.log(2) * ratio) if ratio else math.nan
     bpb = args.threshold_nats * bits_per_nat if args.threshold_bpb is None else args.threshold_bpb
     t, df, p = welch(ours, baseline, bpb)
     verdict = "significant" if p < SIGNIFICANT_P else "NOT significant"
     return p, (
-        f"## Significance\n\nBaseline {baseline} bpb, n = {baseline.n} ({', '.join(args.baseline)}). "
-        f"Improvement {baseline.mean - ours.mean:.5f} bpb; asked for: more than {bpb / bits_per_nat:.5f} nats "
-        f"per token = {bpb:.5f} bpb.\n\nWelch's one-sided t test: t = {t:.4f}, df = {df:.3f}, p = {p:.3g}; "
+        f"## Significance\n\nBaseline {baseline} bpb, n = {baseline.n} "
+        f"({', '.join(args.baseline)}). "
+        f"Improvement {baseline.mean - ours.mean:.5f} bpb; asked for: more than "
+        f"{bpb / bits_per_nat:.5f} nats "
+        f"per token = {bpb:.5f} bpb.\n\nWelch's one-sided t test: t = {t:.4f}, df = {df:.3f}, p = "
+        f"{p:.3g}; "
         f"{verdict} at p < {SIGNIFICANT_P}."
     )
 
 
-# --- submission.json -----------------------------------------------------------------------------------
+# --- submission.json -----------------------------------------------------------------------------
 
 ANY_TEXT = "some text"  # what --check expects of the author's fields
 AUTHOR_FIELDS = ("author", "github_id", "name", "blurb", "date", "track")
@@ -239,7 +266,9 @@ AUTHOR_FIELDS = ("author", "github_id", "name", "blurb", "date", "track")
 
 def common_value(group, name):
     """The value all runs share, several joined by '; ', None if no run states one."""
-    values = dict.fromkeys(str(getattr(run, name)) for run in group if getattr(run, name) is not None)
+    values = dict.fromkeys(
+        str(getattr(run, name)) for run in group if getattr(run, name) is not None
+    )
     return "; ".join(values) or None
 
 
@@ -284,7 +313,9 @@ def compliance(group, stage, p):
 
 
 def seed_results(group, stage):
-    """{seed: result} of submission.json; a log's name stands for a seed that is unknown or not alone."""
+    """{seed: result} of submission.json; a log's name stands for a seed that is unknown or not
+    alone.
+    """
     seeds = [run.seed for run in group]
     results = {}
     for run in group:
@@ -303,7 +334,9 @@ def seed_results(group, stage):
 
 
 def build_submission(args, group, stage, p):
-    """The submission as a dict; val_loss and val_bpb are the headline, val_bpb_std is over the seeds."""
+    """The submission as a dict; val_loss and val_bpb are the headline, val_bpb_std is over the
+    seeds.
+    """
     bpbs, preset = sample_of(group, stage), common_value(group, "preset") or group[0].name
     judged = judged_runs(group)
     return {
@@ -329,8 +362,9 @@ def build_submission(args, group, stage, p):
 
 
 def differences(found, expected, where=""):
-    """One line per place that differs. Claims and seeds that the runs do not know are differences, other
-    additional fields are not."""
+    """One line per place that differs. Claims and seeds that the runs do not know are differences,
+    other additional fields are not.
+    """
     if not isinstance(expected, dict) or not isinstance(found, dict):
         return [] if agree(found, expected, where) else [f"{where}: {found}, expected {expected}"]
     lines = []
@@ -338,16 +372,21 @@ def differences(found, expected, where=""):
         place = f"{where}.{name}" if where else name
         if name in found:
             lines += differences(found[name], value, place)
-        # A claim need not be made; files of others name neither label nor scope, which then means canonical.
+        # A claim need not be made; files of others name neither label nor scope, which then means
+        # canonical.
         elif where != "compliance" and name != "score_label" and value != "canonical":
             lines.append(f"{place}: missing, expected {value}")
     if where in ("compliance", "seed_results"):
-        lines += [f"{where}.{name}: not backed by these runs" for name in found if name not in expected]
+        lines += [
+            f"{where}.{name}: not backed by these runs" for name in found if name not in expected
+        ]
     return lines
 
 
 def agree(found, expected, where):
-    """True if a value of the file is what the runs say, a number at its decimals (of a score at least 4)."""
+    """True if a value of the file is what the runs say, a number at its decimals (of a score at
+    least 4).
+    """
     if expected is ANY_TEXT:
         return isinstance(found, str) and bool(found.strip())
     if where in ("hardware", "pytorch_version") and expected is None:
@@ -362,7 +401,7 @@ def agree(found, expected, where):
     return abs(float(Decimal(found)) - expected) <= 0.5000001 * 10.0**-decimals
 
 
-# --- results.md ----------------------------------------------------------------------------------------
+# --- results.md ----------------------------------------------------------------------------------
 
 SUBMISSION_PAGE = """\
 # {{ submission.name }}
@@ -435,7 +474,9 @@ def markdown(rows):
 
 
 def score_columns(runs):
-    """The stages that any of the runs has, weakest first, illegal ones behind their legal namesakes."""
+    """The stages that any of the runs has, weakest first, illegal ones behind their legal
+    namesakes.
+    """
     order = [name for stage in STAGES for name in (stage, f"{stage} (illegal)")]
     return [stage for stage in order if any(stage in run.scores for run in runs)]
 
@@ -453,7 +494,11 @@ def seed_table(group, headline):
     """The table of seeds with its mean ± sd row; bpb in the score columns."""
     columns, rows = score_columns(group), []
     for run in group:
-        row = {"seed": cell(run.seed), "steps": cell(run.steps), "ms/step": cell(run.step_avg_ms, "{:.2f}")}
+        row = {
+            "seed": cell(run.seed),
+            "steps": cell(run.steps),
+            "ms/step": cell(run.step_avg_ms, "{:.2f}"),
+        }
         for stage in columns:
             row[stage] = cell(run.scores[stage].val_bpb, "{:.5f}") if stage in run.scores else "-"
         row["artifact bytes"] = size_cell(run.artifact_bytes)
@@ -472,7 +517,8 @@ def size_cell(size):
 
 
 def ablation_table(groups):
-    """The matrix: one row per configuration, its differing settings, then val_bpb per evaluation."""
+    """The matrix: one row per configuration, its differing settings, then val_bpb per evaluation.
+    """
     finished = [run for group in groups for run in group]
     settings, columns = settings_table(finished), score_columns(finished)
     for stage in (FLOAT, ROUNDTRIP):  # the weakest scores only where there is no other
@@ -490,8 +536,11 @@ def ablation_table(groups):
 
 def rest_of_page(runs):
     """What the ends of both pages show: remarks, and the runs that are no part of any number."""
-    rows = [{"run": run.name, "seed": cell(run.seed), "status": run.status, "what happened": run.note}
-            for run in runs if not run.finished]
+    rows = [
+        {"run": run.name, "seed": cell(run.seed), "status": run.status, "what happened": run.note}
+        for run in runs
+        if not run.finished
+    ]
     remarks = [f"{run.name}: {remark}" for run in runs for remark in dict.fromkeys(run.remarks)]
     return {"remarks": remarks, "unfinished": markdown(rows) if rows else "None."}
 
@@ -523,22 +572,36 @@ def submission_text(submission, runs, group, stage, significance):
     headline, basis = sample, f", {sample.n} seed(s)"
     if judged is not group:
         headline = sample_of(judged, stage)
-        basis = (f", seed {judged[0].seed}: the run that its folder keeps as train.log; mean of "
-                 f"{sample.n} seed(s) {sample}")
-    return PAGES.get_template("submission").render(
-        submission=submission, headline=headline, stage=stage, basis=basis,
-        data=data_text(group[0], stage), seeds=seed_table(group, stage), significance=significance,
-        **rest_of_page(runs),
-    ).rstrip() + "\n"
+        basis = (
+            f", seed {judged[0].seed}: the run that its folder keeps as train.log; mean of "
+            f"{sample.n} seed(s) {sample}"
+        )
+    return (
+        PAGES.get_template("submission")
+        .render(
+            submission=submission,
+            headline=headline,
+            stage=stage,
+            basis=basis,
+            data=data_text(group[0], stage),
+            seeds=seed_table(group, stage),
+            significance=significance,
+            **rest_of_page(runs),
+        )
+        .rstrip()
+        + "\n"
+    )
 
 
-# --- curves.png ----------------------------------------------------------------------------------------
+# --- curves.png ----------------------------------------------------------------------------------
 
 
 def curve_names(runs, ablation):
     """One legend entry per run: its seed, in an ablation what tells its configuration apart."""
     if not ablation:
-        return [f"seed {cell(run.seed)}" + ("" if run.finished else f" ({run.status})") for run in runs]
+        return [
+            f"seed {cell(run.seed)}" + ("" if run.finished else f" ({run.status})") for run in runs
+        ]
     with_settings = [run for run in runs if run.settings]
     entries = iter(settings_table(with_settings).to_dict("records")) if with_settings else iter(())
     names = []
@@ -568,8 +631,17 @@ def draw_training(axis, runs, names):
         smooth = running_mean(run.train_curve)
         raw = pandas.Series(dict(run.train_curve), dtype=float)
         axis.scatter(raw.index, raw, s=4, color=colour, alpha=0.25, linewidths=0, zorder=1)
-        axis.plot(smooth.index, smooth, "-" if run.finished else "--", label=name, linewidth=1.3, color=colour)
-    axis.set(title="training loss (running mean, steps behind it)", ylabel="train_loss (nats per token)")
+        axis.plot(
+            smooth.index,
+            smooth,
+            "-" if run.finished else "--",
+            label=name,
+            linewidth=1.3,
+            color=colour,
+        )
+    axis.set(
+        title="training loss (running mean, steps behind it)", ylabel="train_loss (nats per token)"
+    )
     limit_height(axis, [run.train_curve for run in runs])
 
 
@@ -577,14 +649,23 @@ def draw_validation(axis, runs, names):
     """The validations during training, a marker each."""
     for run, name, colour in zip(runs, names, colours_of(names)):
         points = pandas.Series(dict(run.val_curve), dtype=float)
-        axis.plot(points.index, points, "-" if run.finished else "--", label=name, linewidth=1.0, marker="o",
-                  markersize=5, color=colour)
+        axis.plot(
+            points.index,
+            points,
+            "-" if run.finished else "--",
+            label=name,
+            linewidth=1.0,
+            marker="o",
+            markersize=5,
+            color=colour,
+        )
     axis.set(title="validation during training", ylabel="val_bpb (bits per byte)")
     limit_height(axis, [run.val_curve for run in runs])
 
 
 def limit_height(axis, curves):
-    """Show the last 95 % of the steps in full: the first 5 % would flatten everything after them."""
+    """Show the last 95 % of the steps in full: the first 5 % would flatten everything after them.
+    """
     points = [(step, value) for curve in curves for step, value in curve if math.isfinite(value)]
     if points:
         start = 0.05 * max(step for step, _ in points)
@@ -605,7 +686,9 @@ def draw_curves(runs, title, ablation):
     ends = [run.last_step for run in runs if run.last_step is not None]
     if starts and ends:
         for axis in axes:
-            axis.axvspan(min(starts), max(ends), color="0.5", alpha=0.15, label="warmdown", zorder=0)
+            axis.axvspan(
+                min(starts), max(ends), color="0.5", alpha=0.15, label="warmdown", zorder=0
+            )
     figure.suptitle(title)
     handles, labels = axes[0].get_legend_handles_labels()
     entries = dict(zip(labels, handles))  # one per name
@@ -617,11 +700,13 @@ def draw_curves(runs, title, ablation):
     return buffer.getvalue()
 
 
-# --- Command line --------------------------------------------------------------------------------------
+# --- Command line --------------------------------------------------------------------------------
 
 
 def write_files(directory, contents):
-    """Write {name: bytes} into a directory, by a scratch folder and renames: no file is ever half there."""
+    """Write {name: bytes} into a directory, by a scratch folder and renames: no file is ever half
+    there.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".collect.", dir=directory) as scratch:
@@ -630,7 +715,9 @@ def write_files(directory, contents):
             for name in contents:
                 os.replace(Path(scratch, name), directory / name)
     except OSError as error:
-        raise UsageProblem(f"--out {directory}: {error.strerror}; expected a directory to write to") from None
+        raise UsageProblem(
+            f"--out {directory}: {error.strerror}; expected a directory to write to"
+        ) from None
 
 
 def number_from_0(text):
@@ -649,27 +736,59 @@ def iso_date(text):
 def build_parser():
     """The parser of the command line; --help shows the module's docstring."""
     summary, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(prog="collect.py", description=summary, epilog=details,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="collect.py",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run directory or log file, one per seed")
-    add("--out", type=Path, default=Path("."), metavar="DIR",
-        help="where submission.json, results.md and curves.png go (default: here)")
-    add("--ablation", action="store_true",
-        help="allow several configurations: matrix of differing settings, no submission.json")
-    add("--check", type=Path, metavar="FILE",
-        help="compare a submission.json with the runs, number by number; writes nothing")
-    add("--headline", metavar="SCORE",
-        help=f"score to submit, by stage or label (default: first of {', '.join(HEADLINE_ORDER)})")
+    add(
+        "--out",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="where submission.json, results.md and curves.png go (default: here)",
+    )
+    add(
+        "--ablation",
+        action="store_true",
+        help="allow several configurations: matrix of differing settings, no submission.json",
+    )
+    add(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="compare a submission.json with the runs, number by number; writes nothing",
+    )
+    add(
+        "--headline",
+        metavar="SCORE",
+        help=f"score to submit, by stage or label (default: first of {', '.join(HEADLINE_ORDER)})",
+    )
     test = parser.add_argument_group("significance")
-    test.add_argument("--baseline", action="append", metavar="FILE|MEAN,SD,N",
-                      help="what to beat: a submission.json, or val_bpb as mean,sd,runs; run directories and "
-                           "logs one by one, repeating the option")
+    test.add_argument(
+        "--baseline",
+        action="append",
+        metavar="FILE|MEAN,SD,N",
+        help="what to beat: a submission.json, or val_bpb as mean,sd,runs; run directories and "
+        "logs one by one, repeating the option",
+    )
     threshold = test.add_mutually_exclusive_group()
-    threshold.add_argument("--threshold-nats", type=number_from_0, default=0.005, metavar="X",
-                           help="improvement to prove, in nats per token (default 0.005)")
-    threshold.add_argument("--threshold-bpb", type=number_from_0, metavar="X",
-                           help="the same in bits per byte (default: converted by the runs' bytes per token)")
+    threshold.add_argument(
+        "--threshold-nats",
+        type=number_from_0,
+        default=0.005,
+        metavar="X",
+        help="improvement to prove, in nats per token (default 0.005)",
+    )
+    threshold.add_argument(
+        "--threshold-bpb",
+        type=number_from_0,
+        metavar="X",
+        help="the same in bits per byte (default: converted by the runs' bytes per token)",
+    )
     add = parser.add_argument_group("author's fields of submission.json").add_argument
     add("--author", default="anonymous", help="default: anonymous")
     add("--github-id", help="default: the author")
@@ -684,22 +803,39 @@ def collect_ablation(args, runs):
     """Write and print the matrix over configurations."""
     for name in ("check", "baseline", "headline"):
         if getattr(args, name):
-            raise UsageProblem(f"--{name} is for one configuration; leave out either it or --ablation")
+            raise UsageProblem(
+                f"--{name} is for one configuration; leave out either it or --ablation"
+            )
     groups = group_runs(runs, ablation=True)
     first = groups[0][0]
-    text = PAGES.get_template("ablation").render(
-        data=data_text(first, next(iter(first.scores))), matrix=ablation_table(groups), **rest_of_page(runs)
-    ).rstrip() + "\n"
-    write_files(args.out, {"results.md": text.encode(), "curves.png": draw_curves(runs, "Ablation", True)})
+    text = (
+        PAGES.get_template("ablation")
+        .render(
+            data=data_text(first, next(iter(first.scores))),
+            matrix=ablation_table(groups),
+            **rest_of_page(runs),
+        )
+        .rstrip()
+        + "\n"
+    )
+    write_files(
+        args.out, {"results.md": text.encode(), "curves.png": draw_curves(runs, "Ablation", True)}
+    )
     sys.stdout.write(text)
     return 0
 
 
 def check_submission(path, submission):
-    """Print the differences between a submission.json and what the runs say; returns the exit code."""
+    """Print the differences between a submission.json and what the runs say; returns the exit
+    code.
+    """
     if not path.exists():
-        raise UsageProblem(f"--check {path}: no such file; leave out --check to write a submission.json")
-    found = read_json(path, parse_float=Decimal, parse_constant=Decimal)  # Decimals keep what was written
+        raise UsageProblem(
+            f"--check {path}: no such file; leave out --check to write a submission.json"
+        )
+    found = read_json(
+        path, parse_float=Decimal, parse_constant=Decimal
+    )  # Decimals keep what was written
     lines = differences(found, submission | dict.fromkeys(AUTHOR_FIELDS, ANY_TEXT))
     sys.stderr.writelines(f"{path}: {line}\n" for line in lines)
     if lines:
@@ -717,12 +853,20 @@ def collect_submission(args, runs):
     if args.check:
         return check_submission(args.check, submission)
     if len(group) == 1:
-        sys.stderr.write(f"collect.py: note: one finished run ({group[0].path}): val_bpb_std is null; it "
-                         "takes at least 2 seeds\n")
+        sys.stderr.write(
+            f"collect.py: note: one finished run ({group[0].path}): val_bpb_std is null; it "
+            "takes at least 2 seeds\n"
+        )
     text = submission_text(submission, runs, group, stage, significance)
     as_json = json.dumps(submission, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_files(args.out, {"submission.json": as_json.encode(), "results.md": text.encode(),
-                           "curves.png": draw_curves(runs, submission["name"], False)})
+    write_files(
+        args.out,
+        {
+            "submission.json": as_json.encode(),
+            "results.md": text.encode(),
+            "curves.png": draw_curves(runs, submission["name"], False),
+        },
+    )
     sys.stdout.write(text)
     return 0
 
@@ -737,7 +881,9 @@ def main(arguments=None):
         sys.stderr.write(f"collect.py: error: {error}\n")
         return error.exit_code
     except OSError as error:
-        sys.stderr.write(f"collect.py: error: {error.filename}: {error.strerror}; expected a readable file\n")
+        sys.stderr.write(
+            f"collect.py: error: {error.filename}: {error.strerror}; expected a readable file\n"
+        )
         return RunDataProblem.exit_code
 
 

@@ -1,8 +1,8 @@
 """Which runs go together: what must hold before anything is averaged.
 
-load_runs() reads the runs and gives the scores of evaluations to the runs they evaluated; group_runs() makes
-groups of one configuration, data set and seed each. Both raise UsageProblem for runs that must not be mixed
-and RunDataProblem for numbers that contradict each other.
+load_runs() reads the runs and gives the scores of evaluations to the runs they evaluated;
+group_runs() makes groups of one configuration, data set and seed each. Both raise UsageProblem for
+runs that must not be mixed and RunDataProblem for numbers that contradict each other.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from runs import HEADLINE_ORDER, RunDataProblem, UsageProblem, read_path
 IDENTITY = {"seed", "run_id", "run_dir"}  # settings that tell runs of one configuration apart
 ABSENT = "(absent)"  # a setting that a run does not have
 
-# Scripts of the field count the bytes of a token a little differently in their evaluations (first tokens,
-# cut tails); another text, or a part of it, shows by more than this share.
+# Scripts of the field count the bytes of a token a little differently in their evaluations (first
+# tokens, cut tails); another text, or a part of it, shows by more than this share.
 BYTES_SLACK = 1e-3
 # Bytes of the challenge's validation split (50,000 documents), whatever the tokenizer.
 CANONICAL_BYTES = 151_080_000
-# Logs in one folder should be seeds of one configuration. Repetitions of one seed differ by up to 0.0015 bits
-# per byte in the field, seeds by less than 0.005; ablations lie further apart.
+# Logs in one folder should be seeds of one configuration. Repetitions of one seed differ by up to
+# 0.0015 bits per byte in the field, seeds by less than 0.005; ablations lie further apart.
 SAME_SEED_BPB = 0.003
 FOLDER_BPB = 0.02
 
 
 def load_runs(paths):
-    """The Runs at the paths, finished EVAL_ONLY runs having given their scores to the training runs.
+    """The Runs at the paths, finished EVAL_ONLY runs having given their scores to the training
+    runs.
 
-    Only evaluations stay as they are. UsageProblem for an evaluation among training runs that scored the
-    artifact of none of them, or scored it differently.
+    Only evaluations stay as they are. UsageProblem for an evaluation among training runs that
+    scored the artifact of none of them, or scored it differently.
     """
     runs = [run for path in paths for run in read_path(path)]
     for run in runs:
@@ -51,7 +52,9 @@ def load_runs(paths):
 
 
 def merge_evaluation(owner, run):
-    """Give the training run `owner` the scores and the audit of the evaluation `run` of its artifact."""
+    """Give the training run `owner` the scores and the audit of the evaluation `run` of its
+    artifact.
+    """
     for stage in [stage for stage in owner.scores if stage in run.scores]:
         theirs, ours = run.scores[stage], owner.scores[stage]
         if abs(theirs.val_bpb - ours.val_bpb) > 1e-6:
@@ -71,8 +74,8 @@ def merge_evaluation(owner, run):
 def check_scores(run):
     """RunDataProblem unless a finished run has finite scores that imply the same bytes.
 
-    tokens * val_loss / (ln 2 * val_bpb) is the number of bytes behind a score, whatever the model is: every
-    evaluation has to imply the same number, and the data's own.
+    tokens * val_loss / (ln 2 * val_bpb) is the number of bytes behind a score, whatever the model
+    is: every evaluation has to imply the same number, and the data's own.
     """
     if not run.scores:
         raise RunDataProblem(f"{run.path}: finished without a score; score the run again")
@@ -84,7 +87,8 @@ def check_scores(run):
                 f"{score.val_bpb}; expected positive numbers. Repeat the run."
             )
     measured = [
-        score for score in run.scores.values()
+        score
+        for score in run.scores.values()
         if score.val_loss is not None and score not in run.validations
     ]
     if not measured:
@@ -106,8 +110,8 @@ def check_scores(run):
 def training_validations(run, expected):
     """The validations of the training loop that have to be of the same text as the final scores.
 
-    Some scripts validate on a part of the text while they train. Then nothing but the size of the canonical
-    text tells whether the final evaluation is of all of it.
+    Some scripts validate on a part of the text while they train. Then nothing but the size of the
+    canonical text tells whether the final evaluation is of all of it.
     """
     whole = run.tokens and abs(run.tokens * expected / CANONICAL_BYTES - 1) < BYTES_SLACK
     usable = [each for each in run.validations if each.val_loss > 0 and each.val_bpb > 0]
@@ -119,7 +123,8 @@ def other_bytes(run, score, source, expected):
     tokens, unit = (run.tokens, "bytes") if run.tokens else (1, "bytes per token")
     return (
         f"{run.path}: {score.label} implies {tokens * score.bytes_per_token:,.4f} {unit}, {source} "
-        f"{tokens * expected:,.4f}; expected the same (tokens * val_loss / (ln 2 * val_bpb)). One of them is "
+        f"{tokens * expected:,.4f}; expected the same (tokens * val_loss / (ln 2 * val_bpb)). One "
+        "of them is "
         "wrong or scored a part of the text: score the run again."
     )
 
@@ -127,15 +132,21 @@ def other_bytes(run, score, source, expected):
 def compared_settings(runs):
     """One {name: value} per run, of the settings that make a configuration.
 
-    Runs of one configuration may differ in what tells them apart and in where and how they were carried out
-    (kind "run" in config.json). Logs do not tell the kinds: among logs alone everything else counts.
+    Runs of one configuration may differ in what tells them apart and in where and how they were
+    carried out (kind "run" in config.json). Logs do not tell the kinds: among logs alone
+    everything else counts.
     """
     operational = IDENTITY.union(*(run.kinds.get("run", ()) for run in runs))
-    return [{name: value for name, value in run.settings.items() if name not in operational} for run in runs]
+    return [
+        {name: value for name, value in run.settings.items() if name not in operational}
+        for run in runs
+    ]
 
 
 def settings_table(runs):
-    """A frame of the settings that differ: a row per run, a column per setting, in the order they are in."""
+    """A frame of the settings that differ: a row per run, a column per setting, in the order they
+    are in.
+    """
     settings = compared_settings(runs)
     names = list(dict.fromkeys(name for each in settings for name in each))
     complete = {name for run, each in zip(runs, settings) if run.whole_config for name in each}
@@ -144,8 +155,11 @@ def settings_table(runs):
 
     def differs(name):
         # A script of the field logs few settings: what is absent there is unknown, not different.
-        known = [value for run, value in zip(runs, frame[name])
-                 if value != ABSENT or (run.whole_config and name in complete)]
+        known = [
+            value
+            for run, value in zip(runs, frame[name])
+            if value != ABSENT or (run.whole_config and name in complete)
+        ]
         return len(set(known)) > 1
 
     return frame[[name for name in names if differs(name)]]
@@ -165,7 +179,8 @@ def check_one_configuration(runs):
         lines.append(f"  ... and {len(table.columns) - 8} more")
     raise UsageProblem(
         "the runs have different configurations; expected the same in all but the seed:\n"
-        + "\n".join(lines) + "\nPass the runs of one configuration, or use --ablation."
+        + "\n".join(lines)
+        + "\nPass the runs of one configuration, or use --ablation."
     )
 
 
@@ -180,12 +195,14 @@ def check_same_data(runs):
         if len(values) > 1:
             shown = ", ".join(f"{value} ({run})" for value, run in values.items())
             raise UsageProblem(
-                f"the runs differ in the {what} of the validation data: {shown}; expected one data set"
+                f"the runs differ in the {what} of the validation data: {shown}; expected one "
+                "data set"
             )
 
 
 def unfinish_cut_logs(runs):
-    """Logs of the field do not say what was to be scored: one that lacks what others have was cut."""
+    """Logs of the field do not say what was to be scored: one that lacks what others have was cut.
+    """
     scored = {stage for run in runs if run.finished for stage in run.packed_scores}
     for run in runs:
         missing = [stage for stage in HEADLINE_ORDER if stage in scored - set(run.scores)]
@@ -197,8 +214,8 @@ def unfinish_cut_logs(runs):
 def group_runs(runs, ablation):
     """The finished runs as lists of one configuration each, in the order given.
 
-    Errors: UsageProblem for mixed configurations (unless `ablation`), mixed data or two runs of one seed;
-    RunDataProblem if no run is finished.
+    Errors: UsageProblem for mixed configurations (unless `ablation`), mixed data or two runs of
+    one seed; RunDataProblem if no run is finished.
     """
     if not ablation:
         check_one_configuration([run for run in runs if run.settings and not run.eval_only] or runs)
@@ -233,21 +250,27 @@ def check_seeds(group):
         if run.folder is None or run.folder != other.folder or run.whole_config:
             hint = ", or add the training runs that know the seeds" if run.eval_only else ""
             raise UsageProblem(
-                f"two runs of seed {run.seed}: {other.path} and {run.path}; expected one, or the mean would "
+                f"two runs of seed {run.seed}: {other.path} and {run.path}; expected one, or the "
+                "mean would "
                 f"count it twice. Leave one out{hint}."
             )
-        run.remarks.append(f"a repetition of {other.name}, seed {run.seed}: a seed counts once, by its mean")
+        run.remarks.append(
+            f"a repetition of {other.name}, seed {run.seed}: a seed counts once, by its mean"
+        )
         check_close([other, run], SAME_SEED_BPB, f"two logs of seed {run.seed}")
     check_close([run for run in group if run.folder], FOLDER_BPB, "the logs of a folder")
 
 
 def check_close(runs, limit, what):
-    """UsageProblem if the runs' strongest scores lie further apart than those of one configuration do."""
+    """UsageProblem if the runs' strongest scores lie further apart than those of one configuration
+    do.
+    """
     best = [next(iter(run.packed_scores.values()), None) for run in runs]
     bpbs = [score.val_bpb for score in best if score]
     if bpbs and max(bpbs) - min(bpbs) > limit:
         names = ", ".join(f"{run.name} {score.val_bpb}" for run, score in zip(runs, best) if score)
         raise UsageProblem(
-            f"{what} differ by {max(bpbs) - min(bpbs):.4f} bits per byte, more than {limit}: {names}; expected "
+            f"{what} differ by {max(bpbs) - min(bpbs):.4f} bits per byte, more than {limit}: "
+            f"{names}; expected "
             "runs of one configuration. Pass those that belong together, one by one."
         )

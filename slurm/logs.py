@@ -1,7 +1,8 @@
 """The shapes of the lines of a training log, of train_gpt.py or of any other script of the field.
 
-Nothing here knows what a run is: runs.py puts together what these patterns find. A line is read by its shape
-(a label, val_loss, val_bpb, a time; a key, a size in bytes), not by a list of the names that scripts use.
+Nothing here knows what a run is: runs.py puts together what these patterns find. A line is read by
+its shape (a label, val_loss, val_bpb, a time; a key, a size in bytes), not by a list of the names
+that scripts use.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import ast
 import re
 from typing import NamedTuple
 
-# A log may hold the source of the script that wrote it; that is cut out first, because a docstring may
-# quote a real line. A log may also end anywhere: a number at its very end counts only if it is whole.
+# A log may hold the source of the script that wrote it; that is cut out first, because a docstring
+# may quote a real line. A log may also end anywhere: a number at its very end counts only if it is
+# whole.
 
 PYTHON_START = re.compile(
     r"(#!|import \w|from [\w.]+ import|def \w|class \w|@\w|\"\"\"|'''|if __name__)"
@@ -44,7 +46,8 @@ def source_length(lines):
             continue
         except (ValueError, RecursionError, MemoryError):
             return 0
-        # "seed:42" and "config:x=1" right behind the source are valid annotations: they are log lines.
+        # "seed:42" and "config:x=1" right behind the source are valid annotations: they are log
+        # lines.
         while body and isinstance(body[-1], ast.AnnAssign):
             body.pop()
         return body[-1].end_lineno if body else 0
@@ -95,7 +98,9 @@ SCOPE = re.compile(r"score_scope:(canonical|proxy)")
 CONFIG = re.compile(r"config:(?P<name>\w+)=(?P<value>.*?)( \*)?")
 AUDIT = re.compile(r"audit (pass|FAIL) \d+ checks .*")
 ADAPTING = re.compile(r"\s*\w*?(ttt|slot)", re.I)
-ERROR = re.compile(r"(error: |stopped signal:|Traceback|[\w.]*(Error|Exception|Interrupt)\b).*", re.S)
+ERROR = re.compile(
+    r"(error: |stopped signal:|Traceback|[\w.]*(Error|Exception|Interrupt)\b).*", re.S
+)
 KILLED = re.compile(r"TIME LIMIT|CANCELLED AT|Killed\b|out of memory", re.I)
 
 
@@ -140,7 +145,8 @@ def decimals_of(number):
 
 
 def label_of(head):
-    """The name of an evaluation: the words in front of its first number, without pairs and marks."""
+    """The name of an evaluation: the words in front of its first number, without pairs and marks.
+    """
     words = PAIR.sub(" ", head)
     label = " ".join(re.findall(r"[A-Za-z][\w:-]*", words)).rstrip(":-")
     return re.sub(r"_exact\b", "", label)

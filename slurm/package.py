@@ -5,16 +5,16 @@
         --tokenizer-path ./data/tokenizers/demo_1024_bpe.model
     python slurm/package.py runs/a --out submission -- --author Ada --name "My model"     # for collect.py
 
-The first run's artifact goes into the folder; all runs go into submission.json, their logs beside it. Then
-the folder's own train_gpt.py scores the folder's own artifact (EVAL_ONLY, AUDIT=1) in an environment that has
-nothing but PATH, HOME and where the data are, and every score must agree with the run's in all eight digits.
-The folder gets its name only after that; on any error nothing is left. The budget of 16,000,000 bytes is
-decimal and covers code + model.
+The first run's artifact goes into the folder; all runs go into submission.json, their logs beside
+it. Then the folder's own train_gpt.py scores the folder's own artifact (EVAL_ONLY, AUDIT=1) in an
+environment that has nothing but PATH, HOME and where the data are, and every score must agree with
+the run's in all eight digits. The folder gets its name only after that; on any error nothing is
+left. The budget of 16,000,000 bytes is decimal and covers code + model.
 
---packed writes train_gpt.py as a self-extracting script: its source without comments, layout and the
-docstrings of functions and classes (python-minifier), compressed (LZMA), in text (base85). The module's
-docstring stays, since --help prints it. The syntax tree of what is unpacked equals the input's but for those
-docstrings; this is checked on every script that is written.
+--packed writes train_gpt.py as a self-extracting script: its source without comments, layout and
+the docstrings of functions and classes (python-minifier), compressed (LZMA), in text (base85). The
+module's docstring stays, since --help prints it. The syntax tree of what is unpacked equals the
+input's but for those docstrings; this is checked on every script that is written.
 
 Exit codes: 0 done, 1 the proof failed, 2 wrong use or unusable runs, 4 over budget.
 """
@@ -53,10 +53,11 @@ class PackageError(Exception):
         self.code = code
 
 
-# --- The packed script -----------------------------------------------------------------------------------
+# --- The packed script ---------------------------------------------------------------------------
 
-# Everything python-minifier can do beyond layout is off: it would save 2 kB of 16 MB, and the syntax tree
-# could no longer be compared. Names stay, so a traceback of a packed script can be read.
+# Everything python-minifier can do beyond layout is off: it would save 2 kB of 16 MB, and the
+# syntax tree could no longer be compared. Names stay, so a traceback of a packed script can be
+# read.
 LAYOUT_ONLY = dict(
     remove_literal_statements=True,
     remove_annotations=False,
@@ -73,10 +74,11 @@ LAYOUT_ONLY = dict(
     constant_folding=False,
     remove_dead_branches=False,
 )
-# Plain LZMA: its header is 13 bytes, and what it holds is checked by the syntax tree, not by a checksum.
+# Plain LZMA: its header is 13 bytes, and what it holds is checked by the syntax tree, not by a
+# checksum.
 COMPRESSION = dict(format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-# The text runs in the module's own namespace under its own name, and nothing else is left there; the line
-# cache gets it, for tracebacks, inspect and torch.compile.
+# The text runs in the module's own namespace under its own name, and nothing else is left there;
+# the line cache gets it, for tracebacks, inspect and torch.compile.
 STUB = """\
 # Unpacks itself; see slurm/package.py.
 def run(data="{data}"):
@@ -116,17 +118,23 @@ def minify(source):
 
 
 def pack(source):
-    """A self-extracting script (bytes) of a program (str); PackageError if it would not be the same."""
+    """A self-extracting script (bytes) of a program (str); PackageError if it would not be the
+    same.
+    """
     data = base64.b85encode(lzma.compress(minify(source).encode(), **COMPRESSION))
     packed = STUB.format(data=data.decode()).encode()
     with contextlib.suppress(SyntaxError):
         if shape_of(unpack(packed)) == shape_of(source):
             return packed
-    raise PackageError("the packed script does not unpack to its source: this is a defect of package.py")
+    raise PackageError(
+        "the packed script does not unpack to its source: this is a defect of package.py"
+    )
 
 
 def unpack(packed):
-    """The source inside a packed script (bytes), found without running it. ValueError if it is not packed."""
+    """The source inside a packed script (bytes), found without running it. ValueError if it is not
+    packed.
+    """
     start = STUB.partition("{data}")[0].encode()
     if not packed.startswith(start):
         raise ValueError("not a script packed by package.py")
@@ -134,7 +142,7 @@ def unpack(packed):
     return lzma.decompress(base64.b85decode(data.value)).decode()
 
 
-# --- Runs ------------------------------------------------------------------------------------------------
+# --- Runs ----------------------------------------------------------------------------------------
 
 
 def sha256(path):
@@ -142,7 +150,8 @@ def sha256(path):
 
 
 def load_run(path):
-    """The finished Run of a folder. PackageError, with one message, for what cannot be submitted."""
+    """The finished Run of a folder. PackageError, with one message, for what cannot be submitted.
+    """
     if not path.is_dir():
         raise PackageError(f"{path} is no folder of a run")
     try:
@@ -150,13 +159,17 @@ def load_run(path):
     except RunDataProblem as problem:
         raise PackageError(str(problem)) from None
     if not run.finished:
-        raise PackageError(f"{path} has not finished: run its command again to go on, then package it")
+        raise PackageError(
+            f"{path} has not finished: run its command again to go on, then package it"
+        )
     for name in ("manifest.json", "train.log", ARTIFACT_NAME):
         if not (path / name).is_file():
             raise PackageError(f"{path / name} is missing: without it there is nothing to submit")
     check_scores(run)
     if sha256(path / ARTIFACT_NAME) != run.artifact_sha256:
-        raise PackageError(f"{path / ARTIFACT_NAME} is not what the run wrote: manifest.json has another sha256")
+        raise PackageError(
+            f"{path / ARTIFACT_NAME} is not what the run wrote: manifest.json has another sha256"
+        )
     run.artifact_bytes = (path / ARTIFACT_NAME).stat().st_size
     return run
 
@@ -174,11 +187,15 @@ def check_scores(run):
     for label, score in scores.items():
         values = [score.get("val_loss"), score.get("val_bpb")]
         if not all(math.isfinite(value) for value in values):
-            raise PackageError(f"{run.path}/scores.json: {label} is {values}: expected finite scores")
+            raise PackageError(
+                f"{run.path}/scores.json: {label} is {values}: expected finite scores"
+            )
 
 
 def data_path(run, name, given):
-    """The absolute path of a data setting: the option, else the run's, from here or the repository."""
+    """The absolute path of a data setting: the option, else the run's, from here or the
+    repository.
+    """
     used = run.config.get(name, "")
     places = [Path(given)] if given else [Path.cwd() / used, REPOSITORY / used]
     for place in places:
@@ -188,7 +205,8 @@ def data_path(run, name, given):
 
 
 def load_runs(paths):
-    """All runs, each of another seed. What they may differ in otherwise is collect.py's to judge."""
+    """All runs, each of another seed. What they may differ in otherwise is collect.py's to judge.
+    """
     runs = [load_run(path) for path in paths]
     seeds = [run.seed for run in runs]
     for run in runs:
@@ -197,10 +215,13 @@ def load_runs(paths):
     return runs
 
 
-# --- The folder ----------------------------------------------------------------------------------------
+# --- The folder ----------------------------------------------------------------------------------
+
 
 def write_code(args, folder, runs):
-    """Write train_gpt.py and return its size; PackageError when it and an artifact exceed the budget."""
+    """Write train_gpt.py and return its size; PackageError when it and an artifact exceed the
+    budget.
+    """
     try:
         source = args.script.read_text(encoding="utf-8")
         code = pack(source) if args.packed else args.script.read_bytes()
@@ -208,7 +229,10 @@ def write_code(args, folder, runs):
         raise PackageError(f"--script {args.script}: {error}") from None
     used = {run.code_sha256 for run in runs}
     if used != {sha256(args.script)}:
-        say(f"note: {args.script} has changed since the runs (or they differ): the logs are of other code")
+        say(
+            f"note: {args.script} has changed since the runs (or they differ): the logs are of "
+            "other code"
+        )
     for run in runs:
         total = len(code) + run.artifact_bytes
         if total > BUDGET_BYTES:
@@ -216,16 +240,25 @@ def write_code(args, folder, runs):
                 with_separators,
                 (len(code), run.artifact_bytes, total, total - BUDGET_BYTES, BUDGET_BYTES),
             )
-            raise PackageError(f"{run.path}: code {code_size} + model {model} = {both} bytes, "
-                               f"{over} over the budget of {budget}", 4)
+            raise PackageError(
+                f"{run.path}: code {code_size} + model {model} = {both} bytes, "
+                f"{over} over the budget of {budget}",
+                4,
+            )
     (folder / "train_gpt.py").write_bytes(code)
     return len(code)
 
 
 def collect(args, folder, runs):
     """submission.json, curves.png and the text of results.md, by collect.py."""
-    command = [sys.executable, str(Path(__file__).with_name("collect.py")), *(str(run.path) for run in runs),
-               "--out", str(folder), *args.collect]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("collect.py")),
+        *(str(run.path) for run in runs),
+        "--out",
+        str(folder),
+        *args.collect,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(done.stderr)
     if done.returncode:
@@ -237,7 +270,9 @@ def collect(args, folder, runs):
 
 
 def count_bytes(folder, code_bytes, runs):
-    """Put the folder's own sizes into submission.json: collect.py knows only the sizes at training time."""
+    """Put the folder's own sizes into submission.json: collect.py knows only the sizes at training
+    time.
+    """
     path = folder / "submission.json"
     submission = read_json(path)
     total = code_bytes + max(run.artifact_bytes for run in runs)
@@ -285,10 +320,13 @@ def write_readme(folder, results, code_bytes, packed, run):
     (folder / "README.md").write_text(results.rstrip() + "\n" + tail)
 
 
-# --- The proof -----------------------------------------------------------------------------------------
+# --- The proof -----------------------------------------------------------------------------------
+
 
 def proof_environment(args, run, run_dir):
-    """All that the proof may know: where programs and data are, and what decides the last digits of a sum."""
+    """All that the proof may know: where programs and data are, and what decides the last digits
+    of a sum.
+    """
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return {
         **kept,
@@ -304,19 +342,26 @@ def proof_environment(args, run, run_dir):
 
 
 def prove(args, folder, run):
-    """Score the folder with its own script. Returns lines to report; PackageError if a score differs."""
+    """Score the folder with its own script. Returns lines to report; PackageError if a score
+    differs.
+    """
     world, torchrun = run.world_size, []
     if world > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     with tempfile.TemporaryDirectory(prefix="golf_proof_") as scratch:
         run_dir = Path(scratch) / "run"
         environment = proof_environment(args, run, run_dir)
-        say(f"proof: the folder scores its artifact in a clean environment, with {world} process(es) and "
-            f"{environment['OMP_NUM_THREADS']} thread(s) like the run")
+        say(
+            f"proof: the folder scores its artifact in a clean environment, with {world} "
+            "process(es) and "
+            f"{environment['OMP_NUM_THREADS']} thread(s) like the run"
+        )
         command = [sys.executable, *torchrun, "train_gpt.py"]
         code = subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr).returncode
         if code:
-            raise PackageError(f"the folder's train_gpt.py ended with exit code {code}: see above", 1)
+            raise PackageError(
+                f"the folder's train_gpt.py ended with exit code {code}: see above", 1
+            )
         shutil.copyfile(run_dir / "train.log", folder / "verify.log")
         return compare(run, read_json(run_dir / "scores.json"), args.tolerance)
 
@@ -327,7 +372,9 @@ def digits(score):
 
 
 def compare(run, proof, tolerance):
-    """One line per score of the run; PackageError if the proof differs in eight digits or `tolerance` bpb."""
+    """One line per score of the run; PackageError if the proof differs in eight digits or
+    `tolerance` bpb.
+    """
     lines, wrong = [], []
     for label, score in packed_scores(run.raw_scores).items():
         claimed, found = digits(score), proof.get("scores", {}).get(label)
@@ -344,12 +391,19 @@ def compare(run, proof, tolerance):
         else:
             wrong.append(f"{label}: the run has {claimed}, the folder {proved}")
     if wrong:
-        hint = "" if tolerance else "; on another device than the run's, --tolerance allows a difference"
-        raise PackageError("the folder does not score what the run claims: " + "; ".join(wrong) + hint, 1)
+        hint = (
+            ""
+            if tolerance
+            else "; on another device than the run's, --tolerance allows a difference"
+        )
+        raise PackageError(
+            "the folder does not score what the run claims: " + "; ".join(wrong) + hint, 1
+        )
     return lines
 
 
-# --- main ----------------------------------------------------------------------------------------------
+# --- main ----------------------------------------------------------------------------------------
+
 
 def say(line):
     print(f"package.py: {line}", file=sys.stderr, flush=True)
@@ -366,32 +420,53 @@ def parse(arguments):
     """Our own arguments, with those behind a lone -- kept for collect.py as `collect`."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Arguments behind -- go to collect.py: --author, --github-id, --name, --blurb, --track, ...")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Arguments behind -- go to collect.py: --author, --github-id, --name, --blurb, --track, ...",
+    )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="finished runs; the first one is shipped")
-    add("--out", type=Path, required=True, metavar="DIR", help="the folder to build; must not exist")
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="finished runs; the first one is shipped",
+    )
+    add(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to build; must not exist"
+    )
     add("--packed", action="store_true", help="write train_gpt.py as a self-extracting script")
-    add("--script", type=Path, default=REPOSITORY / "train_gpt.py", help="default: the repository's")
+    add(
+        "--script", type=Path, default=REPOSITORY / "train_gpt.py", help="default: the repository's"
+    )
     add("--data-path", metavar="DIR", help="shards for the proof (default: the run's)")
     add("--tokenizer-path", metavar="FILE", help="tokenizer for the proof (default: the run's)")
-    add("--tolerance", type=bits, default=0.0, metavar="BPB",
-        help="allowed difference of val_bpb, for a proof on another device (default: none, 8 digits)")
+    add(
+        "--tolerance",
+        type=bits,
+        default=0.0,
+        metavar="BPB",
+        help="allowed difference of val_bpb, for a proof on another device (default: none, 8 digits)",
+    )
     args = parser.parse_args(arguments[:split])
-    args.collect = arguments[split + 1:]
+    args.collect = arguments[split + 1 :]
     return args
 
 
 @contextlib.contextmanager
 def building(out):
-    """A folder beside `out` that gets its name if all went well, and is removed in all other cases."""
+    """A folder beside `out` that gets its name if all went well, and is removed in all other
+    cases.
+    """
     if out.exists() or out.is_symlink():
         raise PackageError(f"--out {out} exists: name a new folder, or remove it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise PackageError(f"--out {out}: {error.strerror}: name a folder where you may write") from None
+        raise PackageError(
+            f"--out {out}: {error.strerror}: name a folder where you may write"
+        ) from None
     try:
         yield folder
         folder.chmod(0o755)
@@ -423,14 +498,18 @@ def sizes_of(args, code_bytes, model_bytes):
     lines.append(("model", model_bytes))
     total = code_bytes + model_bytes
     report = [f"{name}: {with_separators(size)} bytes" for name, size in lines]
-    report.append(f"code + model: {with_separators(total)} of {with_separators(BUDGET_BYTES)} bytes")
+    report.append(
+        f"code + model: {with_separators(total)} of {with_separators(BUDGET_BYTES)} bytes"
+    )
     report.append(f"headroom: {with_separators(BUDGET_BYTES - total)} bytes")
     return report
 
 
 def main(arguments=None):
     args = parse(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # building() then cleans up
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # building() then cleans up
     try:
         print("\n".join(build(args)))
     except PackageError as error:

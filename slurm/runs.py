@@ -4,9 +4,9 @@
     read_path("train_seed42.log")       a plain log, of train_gpt.py or of another script of the field
     read_path("records/some_folder")    a folder of plain logs, one run per log
 
-A plain log is read by the shape of its lines (a label, val_loss, val_bpb, a time), not by a list of names.
-Units: val_loss in nats per token, val_bpb in bits per byte, sizes in bytes, times in seconds except
-step_avg_ms. Nothing here prints or writes.
+A plain log is read by the shape of its lines (a label, val_loss, val_bpb, a time), not by a list
+of names. Units: val_loss in nats per token, val_bpb in bits per byte, sizes in bytes, times in
+seconds except step_avg_ms. Nothing here prints or writes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def with_separators(number):
     return f"{number:,}".replace(",", "\u202f")
 
 
-# --- Stages -------------------------------------------------------------------------------------------
+# --- Stages --------------------------------------------------------------------------------------
 # What a score was measured on and how. The order is fixed, weakest first, so that nobody picks the
-# headline after seeing the scores. Every script names its evaluations differently; the words of a name
-# tell the stage all the same.
+# headline after seeing the scores. Every script names its evaluations differently; the words of a
+# name tell the stage all the same.
 
 FLOAT = "float weights"
 ROUNDTRIP = "roundtrip"
@@ -66,7 +66,8 @@ SLIDING_WORDS = re.compile(r"slid|\bstride|overlap")
 def stage_of(label, packed=True):
     """The stage that a label's words name.
 
-    `packed` decides where they name none: whether the model had been packed when the line was printed.
+    `packed` decides where they name none: whether the model had been packed when the line was
+    printed.
     """
     words = re.sub(r"[\W_]+", " ", label).strip().lower()
     if UNPACKED_WORDS.search(words):
@@ -86,7 +87,7 @@ def stage_of(label, packed=True):
     return ROUNDTRIP if named_packed else LAST
 
 
-# --- The record -----------------------------------------------------------------------------------------
+# --- The record ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -140,7 +141,9 @@ class Run:
     preset: str | None = None
     config: dict = field(default_factory=dict)  # as the source spells the values
     settings: dict = field(default_factory=dict)  # {field: value as text}
-    kinds: dict = field(default_factory=dict)  # {"arch" | "train" | "eval" | "run": names of settings}
+    kinds: dict = field(
+        default_factory=dict
+    )  # {"arch" | "train" | "eval" | "run": names of settings}
     whole_config: bool = False  # settings holds every field: the run is one of train_gpt.py
     iterations: int | None = None
     steps: int | None = None
@@ -162,7 +165,9 @@ class Run:
     audit_passed: bool | None = None
     eval_only: bool = False  # scored an artifact, trained nothing
     warmdown_start: int | None = None
-    scores: dict[str, Score] = field(default_factory=dict)  # by stage, " (illegal)" appended where so
+    scores: dict[str, Score] = field(
+        default_factory=dict
+    )  # by stage, " (illegal)" appended where so
     raw_scores: dict = field(default_factory=dict)  # scores.json as it stands, by label
     validations: list[Score] = field(default_factory=list)  # of the training loop, from logs
     train_curve: list[tuple[int, float]] = field(default_factory=list)  # (step, nats per token)
@@ -236,7 +241,8 @@ def apply_manifest(run, manifest):
 
 
 def replay(run, events):
-    """Rebuild the curves from the events "start", "step" and "val"; KeyError, ValueError if damaged.
+    """Rebuild the curves from the events "start", "step" and "val"; KeyError, ValueError if
+    damaged.
 
     A resumed run goes through some steps again, and their last visit counts.
     """
@@ -265,7 +271,7 @@ def replay(run, events):
         run.warmdown_start = step
 
 
-# --- Run folders: JSON files, read strictly ----------------------------------------------------------
+# --- Run folders: JSON files, read strictly ------------------------------------------------------
 # Only the torn line of a killed run is forgiven.
 
 
@@ -332,7 +338,8 @@ def read_run_dir(path):
         apply_config(run, written["config"])
         if written and "kinds" not in written:
             raise RunDataProblem(
-                f"{path / 'config.json'}: no 'kinds' of the settings; expected a folder of this train_gpt.py. "
+                f"{path / 'config.json'}: no 'kinds' of the settings; expected a folder of this "
+                "train_gpt.py. "
                 "Run its command again: a finished run rewrites the file and computes nothing."
             )
         run.kinds = {kind: list(names) for kind, names in written["kinds"].items()}
@@ -393,7 +400,8 @@ def score_of_entry(label, entry):
 
 
 def check_coverage(run, label, entry):
-    """RunDataProblem if an evaluation counted other tokens or bytes than the validation data has."""
+    """RunDataProblem if an evaluation counted other tokens or bytes than the validation data has.
+    """
     for name in ("tokens", "bytes"):
         scored, expected = entry.get(name), getattr(run, name)
         if None not in (scored, expected) and scored != expected:
@@ -454,7 +462,7 @@ def compare_with_log(run, log):
                 )
 
 
-# --- Plain logs --------- --------------------------------------------------------------------------
+# --- Plain logs --------- ------------------------------------------------------------------------
 
 
 class NotALog(RunDataProblem):
@@ -598,7 +606,10 @@ class LogReader:
 
     def clock(self, line):
         """The training time so far, from any line that tells it."""
-        seconds, average = logs.seconds_in(logs.TRAIN_TIME, line), logs.seconds_in(logs.STEP_AVG, line)
+        seconds, average = (
+            logs.seconds_in(logs.TRAIN_TIME, line),
+            logs.seconds_in(logs.STEP_AVG, line),
+        )
         if seconds is not None:
             self.run.train_time_s = seconds
         if average is not None:
@@ -607,12 +618,14 @@ class LogReader:
             self.run.steps = int(found[1])
 
     def validation(self, pair, step):
-        """Keep a validation of the training loop as a Score, to check its bytes and for the table."""
+        """Keep a validation of the training loop as a Score, to check its bytes and for the table.
+        """
         if pair.loss is None:
             return
         decimals = logs.decimals_of(pair.bpb)
-        score = Score(f"validation at step {step}", float(pair.loss), float(pair.bpb),
-                      decimals=decimals)
+        score = Score(
+            f"validation at step {step}", float(pair.loss), float(pair.bpb), decimals=decimals
+        )
         self.run.validations.append(score)
 
     def score_line(self, line, timed=True):
@@ -626,18 +639,23 @@ class LogReader:
         seconds = logs.seconds_in(logs.EVAL_TIME, line) if timed else None
         illegal = "illegal" in label or "legality:illegal" in line
         loss = None if pair.loss is None else float(pair.loss)
-        score = Score(label, loss, float(pair.bpb), seconds, not illegal, logs.decimals_of(pair.bpb))
+        score = Score(
+            label, loss, float(pair.bpb), seconds, not illegal, logs.decimals_of(pair.bpb)
+        )
         self.file(score, pair.repeated)
         self.error = ""
         return True
 
     def file(self, score, repeated):
-        """Add a score to the run, unless it repeats a stronger one or is only printed beside one."""
+        """Add a score to the run, unless it repeats a stronger one or is only printed beside one.
+        """
         run = self.run
         plain = score.label.removesuffix(f" {repeated}") if repeated else ""
         if plain and any(known.label == plain for known in run.scores.values()):
-            remark = (f"{plain} prints a '{repeated} val_bpb' beside its own val_bpb; the plain "
-                      "val_bpb is taken as its result")
+            remark = (
+                f"{plain} prints a '{repeated} val_bpb' beside its own val_bpb; the plain "
+                "val_bpb is taken as its result"
+            )
             if remark not in run.remarks:
                 run.remarks.append(remark)
             return
@@ -646,7 +664,9 @@ class LogReader:
         # A copy of a stronger score under the name that the challenge's own parser looks for.
         if any(name in run.scores and run.scores[name].agrees(score) for name in stronger):
             return
-        if stage == SLIDING:  # an evaluation without a telling name counts only after the sliding one
+        if (
+            stage == SLIDING
+        ):  # an evaluation without a telling name counts only after the sliding one
             run.scores.pop(LAST, None)
         add_score(run, score, stage)
         self.adapting = False
@@ -655,7 +675,9 @@ class LogReader:
         """How a log goes on after its last score: an error, or an evaluation that never ends."""
         if logs.ERROR.match(line) or logs.KILLED.search(line):
             self.error = line
-        if logs.ADAPTING.match(line) and not re.search(r"disabled|skip|false|off\b|[:=]\s*0\b", line, re.I):
+        if logs.ADAPTING.match(line) and not re.search(
+            r"disabled|skip|false|off\b|[:=]\s*0\b", line, re.I
+        ):
             self.adapting = True
 
     def finish(self):
@@ -677,7 +699,9 @@ class LogReader:
         self.find_status()
 
     def find_seed(self):
-        """The seed by the log and by the file's name. A script may print a default that is not used."""
+        """The seed by the log and by the file's name. A script may print a default that is not
+        used.
+        """
         run, seeds = self.run, sorted(set(self.seeds))
         if len(seeds) > 1:
             raise RunDataProblem(
@@ -714,8 +738,10 @@ class LogReader:
         reason = self.error or "the log ends early"
         if not run.packed_scores and run.validations:
             last = run.validations[-1]
-            reason += (f": no evaluation of the packed model; {last.label}, float weights, was "
-                       f"val_bpb {last.val_bpb}")
+            reason += (
+                f": no evaluation of the packed model; {last.label}, float weights, was "
+                f"val_bpb {last.val_bpb}"
+            )
         if cut:
             reason = f"test-time training or SLOT began, but no line tells its score; {reason}"
         run.note = f"{reason} ({run.progress()})"
@@ -730,17 +756,16 @@ def read_log(path):
     return LogReader(path).read(logs.without_source(text.splitlines()), torn)
 
 
-# --- What a path holds ----------------------------------------------------------------------------------
+# --- What a path holds ---------------------------------------------------------------------------
 
 LOG_SUFFIXES = {".log", ".txt", ".out"}
 
 
 def read_path(path):
-    """The Runs at a path: a run folder, a log, or a folder of logs. UsageProblem if there is none."""
+    """The Runs at a path: a run folder, a log, or a folder of logs. UsageProblem if there is none.
+    """
     if not path.exists():
-        raise UsageProblem(
-            f"{path}: no such file or directory; expected a run directory or a log"
-        )
+        raise UsageProblem(f"{path}: no such file or directory; expected a run directory or a log")
     if not path.is_dir():
         return [read_log(path)]
     if (path / "config.json").exists() or (path / "metrics.jsonl").exists():
@@ -778,8 +803,11 @@ def read_log_folder(path):
 def log_files(path):
     """The files of a folder that may be logs; those of its subfolders if it holds none itself."""
     for pattern in ("*", "*/*"):
-        files = [file for file in sorted(path.glob(pattern))
-                 if file.is_file() and file.suffix in LOG_SUFFIXES]
+        files = [
+            file
+            for file in sorted(path.glob(pattern))
+            if file.is_file() and file.suffix in LOG_SUFFIXES
+        ]
         if files:
             return files
     return []
@@ -789,8 +817,14 @@ def without_copies(runs):
     """The runs without those that are a copy of another: same seed, same scores."""
     kept = []
     for run in sorted(runs, key=lambda run: run.path.stem == "train"):
-        twin = next((other for other in kept if run.scores and run.seed == other.seed
-                     and run.scores == other.scores), None)
+        twin = next(
+            (
+                other
+                for other in kept
+                if run.scores and run.seed == other.seed and run.scores == other.scores
+            ),
+            None,
+        )
         if twin is None:
             kept.append(run)
         else:

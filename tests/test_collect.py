@@ -19,7 +19,7 @@ def no_picture(request, monkeypatch):
         monkeypatch.setattr(collect, "draw_curves", lambda runs, title, ablation: b"picture")
 
 
-# --- tables and files ---------------------------------------------------------------------------------------
+# --- tables and files ----------------------------------------------------------------------------
 
 
 def test_mean_and_standard_deviation_are_those_computed_by_hand(tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_an_output_directory_that_cannot_be_made_is_one_message(tmp_path, capsys
     assert_refused(run_collect(capsys, make_run(tmp_path), "--out", blocked), 2, "--out", blocked)
 
 
-# --- headline and compliance --------------------------------------------------------------------------------
+# --- headline and compliance ---------------------------------------------------------------------
 
 
 def test_an_illegal_score_is_shown_but_never_becomes_the_headline(tmp_path, capsys):
@@ -173,7 +173,7 @@ def test_an_audit_of_some_of_the_seeds_is_no_passed_audit(tmp_path, capsys):
     assert submission_of(tmp_path, capsys, both)["compliance"]["audit_passed"] is True
 
 
-# --- significance -------------------------------------------------------------------------------------------
+# --- significance --------------------------------------------------------------------------------
 
 
 def test_welch_equals_the_closed_form_for_two_degrees_of_freedom():
@@ -277,7 +277,7 @@ def test_a_baseline_on_other_data_is_refused(tmp_path, capsys):
     assert_refused(run_collect(capsys, *three_runs(tmp_path), *options), 2, "validation data")
 
 
-# --- ablation -----------------------------------------------------------------------------------------------
+# --- ablation ------------------------------------------------------------------------------------
 
 
 def test_ablation_has_one_row_per_configuration_and_one_column_per_evaluation(tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_ablation_goes_with_no_option_for_one_configuration(tmp_path, capsys, op
     assert_refused(run_collect(capsys, make_run(tmp_path), "--ablation", *option), 2, option[0])
 
 
-# --- checking an existing submission.json -------------------------------------------------------------------
+# --- checking an existing submission.json --------------------------------------------------------
 
 
 def numbers_in(data, path=()):
@@ -415,7 +415,7 @@ def test_check_writes_nothing(tmp_path, capsys, monkeypatch):
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-# --- command line -------------------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 
 def test_help_explains_every_option_and_the_exit_codes(capsys):

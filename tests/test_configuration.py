@@ -22,7 +22,7 @@ NFM_7K = dict(
     nfm_enabled=True, nfm_hidden_dim=256, nfm_loss_weight=0.1, iterations=7000, train_batch_tokens=786_432,
     train_seq_len=2048, warmdown_iters=2800, warmdown_shape="linear", max_wallclock_seconds=0.0,
     embed_lr=0.035, scalar_lr=0.025, matrix_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500, muon_ns_steps=5, weight_decay=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
+    muon_momentum_warmup_steps=1500, muon_ns_steps=5, muon_wd=0.04, adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
     grad_clip_norm=0.3, qk_gain_init=1.5, embed_init_std=0.005, flow_init_scale=0.01, ema_decay=0.997,
     swa_enabled=False, late_qat_threshold=0.0, block_bits=6, embed_bits=8, compressor="zstd", zstd_level=16,
     budget_bytes=16_000_000, eval_seq_len=1024, eval_stride=64, ttt_enabled=True, ttt_lr=0.002,
@@ -188,7 +188,9 @@ def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypa
     """Even where the environment is wrong: help is for those who are stuck."""
     text = call_main(monkeypatch, capsys, "--help", PRESET="no such preset")
     entries = {}
-    for line in text.split("Variables", 1)[1].splitlines()[1:]:
+    variables, published = text.split("Variables", 1)[1].split("\n\nPublished names", 1)
+    assert all(f"\n  {name}\n" in published for name in train_gpt.PUBLISHED)
+    for line in variables.splitlines()[1:]:
         if not line.startswith("   "):
             name = line.strip().split("=")[0]
             entries[name] = line

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from conftest import ROOT, VOCAB, environment, tiny_config, train_tokenizer
-from train_gpt import BOS, DataError, TokenBytes, TrainStream, ValStream, read_shard, write_shard
+from train_gpt import BOS, DataError, TokenBytes, TrainStream, ValidationSet, read_shard, write_shard
 
 PROPERTY = dict(deadline=None, derandomize=True, database=None)
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
@@ -349,7 +349,7 @@ def val_config(folder, **changes):
 @pytest.mark.parametrize("tokens,targets", [(65, 64), (66, 64), (128, 64), (129, 128), (200, 192)])
 def test_the_validation_stream_is_trimmed_to_whole_windows(tmp_path, tokens, targets):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.arange(tokens) % 300)
-    stream = ValStream.load(val_config(tmp_path, eval_seq_len=64), OneByte())
+    stream = ValidationSet.load(val_config(tmp_path, eval_seq_len=64), OneByte())
     assert stream.num_targets == len(stream.bytes) == targets and len(stream.tokens) == targets + 1
     assert stream.tokens.tolist() == [i % 300 for i in range(targets + 1)]
 
@@ -358,13 +358,13 @@ def test_the_validation_stream_joins_its_shards_in_order(tmp_path):
     for name, tokens in (("000001", range(40, 90)), ("000000", range(40)), ("000002", range(90, 129))):
         write_shard(tmp_path / f"fineweb_val_{name}.bin", np.array(tokens))
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(10))
-    assert ValStream.load(val_config(tmp_path), OneByte()).tokens.tolist() == list(range(129))
+    assert ValidationSet.load(val_config(tmp_path), OneByte()).tokens.tolist() == list(range(129))
 
 
 def test_each_target_gets_the_bytes_of_its_own_pair(tiny_data, monkeypatch):
     config = val_config(tiny_data.data_path, tokenizer_path=str(tiny_data.tokenizer_path))
     token_bytes = TokenBytes(tiny_data.tokenizer_path)
-    stream = ValStream.load(config, token_bytes)
+    stream = ValidationSet.load(config, token_bytes)
     pairs = [int(token_bytes.count([a], [b])[0]) for a, b in zip(stream.tokens[:-1], stream.tokens[1:])]
     assert stream.bytes.tolist() == pairs
 
@@ -377,14 +377,14 @@ def test_bytes_do_not_depend_on_where_the_stream_is_cut_into_parts():
             return (np.asarray(before, np.int64) * 7 + after).astype(np.uint16)
 
     tokens = (np.arange((1 << 21) + 5) % 1000).astype(np.uint16)
-    stream = ValStream(tokens, Pairs())
+    stream = ValidationSet(tokens, Pairs())
     assert np.array_equal(stream.bytes, Pairs().count(tokens[:-1], tokens[1:]))
 
 
 def test_the_fingerprint_tells_tokens_bytes_documents_and_sha256(tmp_path):
     ids = np.array([BOS, 5, 6, BOS, 7] * 13)
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
-    stream = ValStream.load(val_config(tmp_path, eval_seq_len=32), OneByte(total=96))
+    stream = ValidationSet.load(val_config(tmp_path, eval_seq_len=32), OneByte(total=96))
     assert stream.fingerprint == dict(
         val_tokens=65, val_targets=64, val_bytes=96, val_documents=26, bytes_per_token=1.5, scope="proxy",
         val_sha256=hashlib.sha256(ids.astype("<u2").tobytes()).hexdigest())
@@ -400,7 +400,7 @@ def test_only_the_known_counts_make_a_split_canonical(monkeypatch, targets, tota
     monkeypatch.setattr(train_gpt, "CANONICAL_BYTES", (2000, 4000))
     token_bytes = OneByte(total)
     token_bytes.vocab_size = vocab
-    stream = ValStream(np.zeros(targets + 1, np.uint16), token_bytes)
+    stream = ValidationSet(np.zeros(targets + 1, np.uint16), token_bytes)
     assert stream.scope == stream.fingerprint["scope"] == scope
 
 
@@ -413,7 +413,7 @@ def test_the_known_counts_are_those_of_the_official_split():
 def test_validation_data_shorter_than_a_window_are_refused(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.zeros(64))
     with pytest.raises(DataError, match=f"{tmp_path}: 64 validation tokens .* EVAL_SEQ_LEN=64"):
-        ValStream.load(val_config(tmp_path), OneByte())
+        ValidationSet.load(val_config(tmp_path), OneByte())
 
 
 def test_loading_checks_the_bytes_against_the_text(tiny_data, monkeypatch):
@@ -423,7 +423,7 @@ def test_loading_checks_the_bytes_against_the_text(tiny_data, monkeypatch):
     monkeypatch.setattr(token_bytes, "count", lambda before, after: right(token_bytes, before, after) +
                         (np.asarray(after) % 50 == 0))
     with pytest.raises(DataError, match="bytes per token are wrong"):
-        ValStream.load(config, token_bytes)
+        ValidationSet.load(config, token_bytes)
 
 
 # The demo corpus
@@ -468,7 +468,7 @@ def test_a_file_that_cannot_be_parsed_has_no_english(tmp_path, content):
 def small_demo(tmp_path, monkeypatch):
     """(config, build) of a demo whose corpus is small: build() returns its log."""
     texts = [text[:4000] for text in TOPICS]
-    monkeypatch.setattr(train_gpt, "demo_texts", lambda: (texts[:50], texts[50:60]))
+    monkeypatch.setattr(train_gpt, "demo_texts", lambda: train_gpt.DemoTexts(texts[:50], texts[50:60]))
 
     def build(folder="demo", **changes):
         config = tiny_config(data_path=str(tmp_path / folder / "data"),
@@ -500,7 +500,7 @@ def test_the_demo_data_are_ordinary_shards_of_documents_that_decode_to_the_corpu
         assert starts[0] == 0 and len(starts) == len(texts)
         documents = [model.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
         assert documents == [model.decode(model.encode(text)) for text in texts]
-    ValStream.load(config, token_bytes)
+    ValidationSet.load(config, token_bytes)
     assert lines and all(line.startswith("demo_data: ") for line in lines)
 
 

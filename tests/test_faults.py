@@ -255,7 +255,7 @@ def evaluation_parts(runtime, tiny_data):
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.02 * torch.randn_like(param))
-    stream = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+    stream = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     return model, stream, config, made
 
 

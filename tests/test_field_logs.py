@@ -42,7 +42,7 @@ def headline(run):
     return stage, run.scores[stage].val_bpb
 
 
-# --- shapes of a final evaluation ---------------------------------------------------------------------------
+# --- shapes of a final evaluation ----------------------------------------------------------------
 
 TAILS = {
     "rounded and exact lines": (
@@ -155,7 +155,7 @@ def test_two_different_scores_of_one_kind_are_remarked(tmp_path):
     assert any("more than once: sliding_64 1.12" in remark for remark in run.remarks)
 
 
-# --- training, sizes, seeds ---------------------------------------------------------------------------------
+# --- training, sizes, seeds ----------------------------------------------------------------------
 
 
 def test_steps_without_the_word_step_and_minutes_are_read(tmp_path):
@@ -193,7 +193,7 @@ def test_the_seed_comes_from_the_log_or_its_name_and_the_name_wins(tmp_path, lin
     assert any("name says seed 0, its lines say 1337" in each for each in run.remarks) == (seed == 0)
 
 
-# --- logs that have no result -------------------------------------------------------------------------------
+# --- logs that have no result --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tail, words", [
@@ -256,7 +256,7 @@ def test_ends_of_lines_of_other_systems_and_of_progress_bars_are_read(tmp_path):
     assert headline(load_run(path)) == ("roundtrip", 1.15)
 
 
-# --- folders of logs ----------------------------------------------------------------------------------------
+# --- folders of logs -----------------------------------------------------------------------------
 
 
 def write_log(folder, name, bpb, seed=42, label="quantized_sliding_window"):
@@ -339,7 +339,7 @@ def test_logs_of_models_of_different_size_are_refused(tmp_path, capsys):
     assert_refused(run_collect(capsys, tmp_path / "logs"), 2, "model_params: 1000000 (train_seed1.log)")
 
 
-# --- the field's own logs -----------------------------------------------------------------------------------
+# --- the field's own logs ------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not FIELD_LOGS.is_dir(), reason=f"{FIELD_LOGS} is not here")

@@ -82,8 +82,9 @@ def train_first(patch):
 
     def plan(windows, targets, config, per_round, ttt):
         def chunk_and_kind(item):
-            first = windows[item[1]][1] if item[0] == "score" else item[1]
-            return first // config.ttt_chunk_tokens, item[0] == "score"
+            is_score = isinstance(item, train_gpt.ScoreRound)
+            first = windows[item.low].first if is_score else item.first
+            return first // config.ttt_chunk_tokens, is_score
         return sorted(original(windows, targets, config, per_round, ttt), key=chunk_and_kind)
     patch.setattr(train_gpt, "plan_work", plan)
 
@@ -94,15 +95,16 @@ def train_on_the_next_chunk(patch):
     def plan(windows, targets, config, per_round, ttt):
         work = original(windows, targets, config, per_round, ttt)
         chunk = config.ttt_chunk_tokens
-        return [("train", item[1] + chunk, *item[2:]) if item[0] == "train" else item for item in work]
+        return [item._replace(first=item.first + chunk) if isinstance(item, train_gpt.TrainStep) else item
+                for item in work]
     patch.setattr(train_gpt, "plan_work", plan)
 
 
 def train_on_other_tokens_than_planned(patch):
     original = train_gpt.Evaluation.train
 
-    def train(self, first, *rest):
-        original(self, first + CHUNK, *rest)
+    def train(self, item):
+        original(self, item._replace(first=item.first + CHUNK))
     patch.setattr(train_gpt.Evaluation, "train", train)
 
 
@@ -162,8 +164,8 @@ def tail_twice(patch):
 
     def plan(*args):
         windows = original(*args)
-        start, first, end = windows[-1]
-        return [*windows[:-1], (start, max(start, first - 8), end)]
+        start, first, _ = windows[-1]
+        return [*windows[:-1], windows[-1]._replace(first=max(start, first - 8))]
     patch.setattr(train_gpt, "plan_windows", plan)
 
 
@@ -316,7 +318,7 @@ def test_the_manifest_comes_before_any_result_and_is_written(reviewed, tiny_data
     assert manifest["torch"] == torch.__version__ and manifest["numpy"] == np.__version__
     assert manifest["device"] == "cpu" and manifest["world_size"] == 1 and len(manifest["config_hash"]) == 16
     token_bytes = train_gpt.TokenBytes(tiny_data.tokenizer_path)
-    stream = train_gpt.ValStream.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
+    stream = train_gpt.ValidationSet.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
     assert manifest["data"] == dict(train_shards=0, **stream.fingerprint)
 
 

@@ -62,7 +62,7 @@ def muon_step(weight, grad, buffer, lr, momentum, decay, steps):
 @pytest.mark.parametrize("ns_steps", [1, 5])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps):
-    config, model, muon, adamw = build(weight_decay=decay, muon_ns_steps=ns_steps, matrix_lr=0.07)
+    config, model, muon, adamw = build(muon_wd=decay, muon_ns_steps=ns_steps, matrix_lr=0.07)
     expected = {n: p for n, p in weights(model).items() if is_block_matrix(n)}
     buffers = {name: torch.zeros_like(p) for name, p in expected.items()}
     for number, momentum in enumerate((0.85, 0.9, 0.95, 0.95)):
@@ -104,7 +104,7 @@ def test_an_update_is_nearly_orthogonal_with_the_singular_vectors_of_the_gradien
 
 
 def test_a_gradient_of_zeros_gives_a_finite_update():
-    config, model, muon, adamw = build(weight_decay=0.0)
+    config, model, muon, adamw = build(muon_wd=0.0, adam_wd=0.0)
     before = weights(model)
     give_gradients(model, 0, size=0.0)
     step(config, muon, adamw)
@@ -141,7 +141,7 @@ def test_saved_momentum_is_a_copy():
 
 # ------------------------------------------------------------------------------------------------------ AdamW
 def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
-    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, weight_decay=0.1, beta1=0.8, beta2=0.9,
+    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, adam_wd=0.1, beta1=0.8, beta2=0.9,
                                        adam_eps=1e-6, **EVERYTHING)
     expected = {n: p.double() for n, p in weights(model).items() if not is_block_matrix(n)}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -233,7 +233,7 @@ def test_gradients_are_clipped_by_their_global_norm(size, clip, clipped):
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
-    config, model, muon, adamw = build(weight_decay=0.0)
+    config, model, muon, adamw = build(muon_wd=0.0, adam_wd=0.0)
     give_gradients(model, 0)
     model.smear.gate.grad = None
     before = weights(model)
@@ -303,7 +303,7 @@ def trainer(tiny_data, runtime):
     def make(**changes):
         config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
                              **{"num_layers": 1, "xsa_last_n": 1, **changes})
-        val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+        val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
         return train_gpt.Trainer(config, runtime(config), val)
     return make
 
@@ -311,7 +311,7 @@ def trainer(tiny_data, runtime):
 def test_the_scale_reaches_every_rate(trainer):
     made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
     made.step = 5
-    made.set_rates(0.5)
+    made.set_lrs(0.5)
     assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (0.015, [0.02, 0.01])
     assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
 
@@ -399,7 +399,7 @@ def recorded_run(made, monkeypatch, steps=5):
         original(*arguments)
         history.append(weights(made.model))
     monkeypatch.setattr(train_gpt, "reduce_clip_step", recording)
-    made.mark = made.checkpointed = train_gpt.time.monotonic()
+    made.step_started = train_gpt.time.monotonic()
     for _ in range(steps):
         made.one_step()
     return history
@@ -462,7 +462,7 @@ def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, traine
     assert with_warm_up(made, monkeypatch) == 3
     assert same(train_gpt.private_copy(made.training_state()), before)
     assert made.stream.position == position
-    assert (made.step, made.early) == (trained, False)
+    assert (made.step, made.stopped_early) == (trained, False)
 
 
 def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_path):

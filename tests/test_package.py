@@ -11,14 +11,14 @@ import time
 import traceback
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from conftest import ROOT, environment, launch, read_json
 
+pytest.importorskip("python_minifier", reason="pip install -r slurm/requirements.txt")
 sys.path.insert(0, str(ROOT / "slurm"))
 
 import package  # noqa: E402
+import runs  # noqa: E402
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
 
@@ -75,6 +75,14 @@ def packed_train_gpt():
     return package.pack(SOURCE)
 
 
+@pytest.fixture(scope="module")
+def packed_folder(packed_train_gpt, tmp_path_factory):
+    """A folder with the packed train_gpt.py."""
+    folder = tmp_path_factory.mktemp("packed_script")
+    (folder / "train_gpt.py").write_bytes(packed_train_gpt)
+    return folder
+
+
 def tree(source):
     """The syntax tree of a program as text, but for the docstrings of its functions and classes."""
     parsed = ast.parse(source)
@@ -105,9 +113,8 @@ def test_only_comments_and_the_docstrings_of_functions_and_classes_are_dropped()
     assert "goes" not in kept.lower() and "All there is" not in kept and "comment" not in kept
 
 
-def test_the_packed_script_of_today_is_under_30_000_bytes(packed_train_gpt):
-    over = len(packed_train_gpt) - 29_999
-    assert over <= 0, f"{over} bytes too many: take about {4 * over} characters of code out of train_gpt.py"
+def test_packing_a_script_saves_most_of_its_bytes(packed_train_gpt):
+    assert len(packed_train_gpt) < 0.35 * len(SOURCE.encode())
 
 
 def test_packing_is_deterministic():
@@ -121,16 +128,20 @@ def test_a_packed_script_carries_all_bytes_and_characters(tmp_path):
     assert shown.stdout.strip() == ascii("".join(map(chr, range(0x250)))), shown.stderr
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(st.characters(max_codepoint=127), max_size=200) | st.text("ab", max_size=400))
-def test_the_coder_gives_back_any_text_in_bytes_that_a_string_may_hold(text):
-    data = package.encode(text)
-    assert package.CODEC["read"](data.decode("latin-1"), len(text)) == text
-    assert not set(data) & set(b"\0\n\r'\\")
+def test_a_packed_script_is_plain_ascii_text(packed_train_gpt):
+    assert packed_train_gpt.isascii() and packed_train_gpt.decode().count("\n") == 7
 
 
-def test_the_coder_spends_little_on_what_repeats():
-    assert len(package.encode("def f(x):\n return x\n" * 200)) < 60
+def test_names_beyond_ascii_survive():
+    source = "größe = 3\nprint(größe)\n"
+    assert package.unpack(package.pack(source)) == "größe=3\nprint(größe)"
+
+
+def test_statements_that_do_nothing_but_fill_a_body_survive():
+    source = "class Empty:\n    ...\n\n\ndef nothing():\n    pass\n\n\ndef three():\n    4\n    return 3\n"
+    names = {}
+    exec(package.unpack(package.pack(source)), names)
+    assert names["nothing"]() is None and names["three"]() == 3 and names["Empty"]
 
 
 def test_a_script_that_is_not_packed_is_not_unpacked():
@@ -165,12 +176,27 @@ def test_the_packed_script_runs_as_a_script_under_its_own_name(tmp_path):
     assert shown.stdout == f"{script} Module docstring: stays. True b'\\xff\\x00'\n", shown.stderr
 
 
-def test_the_packed_train_gpt_explains_itself_like_the_readable_one(packed_train_gpt, tmp_path):
-    (tmp_path / "train_gpt.py").write_bytes(packed_train_gpt)
-    readable, packed = (launch({}, tmp_path, script=folder / "train_gpt.py", arguments=["--help"])
-                        for folder in (ROOT, tmp_path))
+def test_the_packed_train_gpt_explains_itself_like_the_readable_one(packed_folder):
+    readable, packed = (launch({}, packed_folder, script=folder / "train_gpt.py", arguments=["--help"])
+                        for folder in (ROOT, packed_folder))
     assert packed.returncode == 0 and len(packed.stdout) > 2000
     assert packed.stdout == readable.stdout
+
+
+def seconds_to_load(folder):
+    """CPU seconds of a process that imports torch first, and then only what is in train_gpt.py."""
+    code = ("import sys, time; sys.path.insert(0, '.'); import torch, numpy, sentencepiece, zstandard; "
+            "start = time.process_time(); import train_gpt; print(time.process_time() - start)")
+    shown = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, env=environment(), capture_output=True,
+                           text=True, check=True)
+    return float(shown.stdout)
+
+
+def test_unpacking_costs_less_than_three_tenths_of_a_second(packed_folder, tmp_path):
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    plain = min(seconds_to_load(tmp_path) for _ in range(2))
+    packed = min(seconds_to_load(packed_folder) for _ in range(2))
+    assert packed - plain < 0.3, f"{packed:.2f} s packed, {plain:.2f} s plain"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -234,9 +260,11 @@ def test_a_packed_folder_is_built_and_proves_its_scores(trained, tmp_path, capfd
     for label, score in read_json(trained / "scores.json")["scores"].items():
         line = f"proved {label} val_bpb:{score['val_bpb']:.8f} val_loss:{score['val_loss']:.8f}\n"
         assert (line in report) == (label != "pre_quant")
-    readable = (ROOT / "train_gpt.py").stat().st_size
-    assert f"readable code: {readable} bytes\npacked code: {code} bytes\nmodel: {model} bytes\n" in report
-    assert f"headroom: {16_000_000 - code - model} bytes" in report
+    readable, packed, model_size, headroom = (
+        runs.with_separators(size)
+        for size in ((ROOT / "train_gpt.py").stat().st_size, code, model, 16_000_000 - code - model))
+    assert f"readable code: {readable} bytes\npacked code: {packed} bytes\nmodel: {model_size} bytes\n" in report
+    assert f"headroom: {headroom} bytes" in report
     assert "legality C1 future_flip pass" in (out / "verify.log").read_text()
 
 
@@ -277,10 +305,10 @@ def test_a_difference_in_the_eighth_digit_is_refused(trained, tmp_path, capfd):
 ], ids=["missing", "fewer tokens", "NaN"])
 def test_a_proof_without_the_whole_score_is_refused(spoil, trained):
     scores = read_json(trained / "scores.json")
-    assert len(package.compare(package.Run(trained), scores, tolerance=0.0)) == 3
+    assert len(package.compare(package.load_run(trained), scores, tolerance=0.0)) == 3
     spoil(scores)
     with pytest.raises(package.PackageError, match="claims: legal_ttt: the run has") as refused:
-        package.compare(package.Run(trained), scores, tolerance=0.0)
+        package.compare(package.load_run(trained), scores, tolerance=0.0)
     assert refused.value.code == 1
 
 
@@ -295,7 +323,8 @@ def test_a_folder_over_the_budget_is_refused_by_how_much(trained, tmp_path, monk
     total = (trained / "final_model.int6.ptz").stat().st_size + (ROOT / "train_gpt.py").stat().st_size
     monkeypatch.setattr(package, "BUDGET_BYTES", total - 1)
     assert packaged(trained, "--out", tmp_path / "out") == 4
-    assert f"= {total} bytes, 1 over the budget of {total - 1}" in capfd.readouterr().err
+    both, budget = runs.with_separators(total), runs.with_separators(total - 1)
+    assert f"= {both} bytes, 1 over the budget of {budget}" in capfd.readouterr().err
     assert entries(tmp_path) == []
 
 
@@ -331,14 +360,14 @@ def spoil_score(path, value):
 
 @pytest.mark.parametrize("spoil, message", [
     (shutil.rmtree, "is no folder of a run"),
-    (lambda run: (run / "scores.json").unlink(), "a finished run's folder?"),
-    (lambda run: cut(run / "scores.json"), "is no complete JSON file"),
-    (lambda run: (run / "scores.json").write_text("[]"), "holds no JSON object"),
+    (lambda run: (run / "scores.json").unlink(), "has not finished"),
+    (lambda run: cut(run / "scores.json"), "scores.json: not readable as JSON"),
+    (lambda run: (run / "scores.json").write_text("[]"), "scores.json: not readable as JSON"),
     (lambda run: edit(run / "scores.json", finished=False), "has not finished"),
     (lambda run: edit(run / "scores.json", scores={}), "has no score of the artifact"),
     (lambda run: spoil_score(run / "scores.json", float("nan")), "legal_ttt is ["),
-    (lambda run: spoil_score(run / "scores.json", None), "expected finite scores"),
-    (lambda run: (run / "manifest.json").unlink(), "manifest.json: No such file"),
+    (lambda run: spoil_score(run / "scores.json", None), "scores.json: not readable as JSON"),
+    (lambda run: (run / "manifest.json").unlink(), "manifest.json is missing"),
     (lambda run: (run / "train.log").unlink(), "train.log is missing"),
     (lambda run: (run / "final_model.int6.ptz").unlink(), "final_model.int6.ptz is missing"),
     (lambda run: (run / "final_model.int6.ptz").write_bytes(b"other"), "is not what the run wrote"),
@@ -349,6 +378,12 @@ def test_an_unusable_run_gets_one_message(spoil, message, run_dir, tmp_path, cap
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and error.startswith("package.py: error: ") and message in error
     assert not any(name.startswith((".out", "out")) for name in entries(tmp_path))
+
+
+def test_a_real_run_tells_the_kind_of_every_setting_once(trained):
+    written = read_json(trained / "config.json")
+    assert sorted(name for names in written["kinds"].values() for name in names) == sorted(written["config"])
+    assert {"seed"} <= set(written["kinds"]["train"]) and {"run_dir", "device"} <= set(written["kinds"]["run"])
 
 
 def test_two_runs_of_one_seed_are_refused(trained, run_dir, tmp_path, capfd):

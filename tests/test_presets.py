@@ -69,7 +69,7 @@ COMMON = dict(
     e2e_ttt_mini_batch=16, e2e_ttt_base_lr=1.0,
     train_batch_tokens=786_432, train_seq_len=2048, micro_batch_tokens=98_304, warmup_steps=20,
     matrix_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500,
-    muon_ns_steps=5, embed_lr=0.035, scalar_lr=0.025, beta1=0.9, beta2=0.95, adam_eps=1e-8, weight_decay=0.04,
+    muon_ns_steps=5, embed_lr=0.035, scalar_lr=0.025, beta1=0.9, beta2=0.95, adam_eps=1e-8, muon_wd=0.04, adam_wd=0.04,
     grad_clip_norm=0.3,
     ema_decay=0.997, swa_every=50, swa_start_scale=0.2,
     block_bits=6, zstd_level=16, lzma_preset=6, budget_bytes=16_000_000,

@@ -473,12 +473,12 @@ def test_a_compiled_model_sees_the_switch_without_compiling_again():
 def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(scale, on, tiny_data, runtime):
     paths = dict(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path))
     config = tiny_config(**{**QAT, **paths, "num_layers": 1, "ve_dim": 0})
-    val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     trainer = train_gpt.Trainer(config, runtime(config), val)
     model = randomised(trainer.model).train()
     ids, targets = batch(config, 12)
     case = (ids, targets, torch.randn(*ids.shape, config.model_dim + 1))
     with torch.no_grad():
         raw = model(*case)
-        trainer.set_rates(scale)
+        trainer.set_lrs(scale)
         assert (model(*case) != raw) == on

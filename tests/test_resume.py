@@ -579,7 +579,7 @@ def test_a_time_limit_stops_in_time_and_a_rerun_finishes(children, whole, variab
 
 def test_slurms_end_time_is_a_time_limit_and_the_nearer_one_counts(runtime):
     made = runtime(tiny_config(time_limit_seconds=1000.0), SLURM_JOB_END_TIME=str(int(time.time()) + 500))
-    assert 490 < made.time_limit <= 500 and not made.wants_stop(400) and made.wants_stop(460)
+    assert 490 < made.time_limit <= 500 and not made.stop.wanted(400) and made.stop.wanted(460)
 
 
 def test_packing_is_not_begun_when_it_could_not_end(children, whole):
@@ -595,7 +595,7 @@ def test_packing_is_not_begun_when_it_could_not_end(children, whole):
 def test_the_first_real_signal_after_a_time_limit_does_not_break_off_the_saving(runtime, monkeypatch):
     """SLURM's warning and torchrun's SIGTERM come while a time limit's save is under way."""
     made = runtime(tiny_config(time_limit_seconds=1e-9))
-    assert made.wants_stop()
+    assert made.stop.wanted()
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
     made.on_signal(signal.SIGTERM, None)

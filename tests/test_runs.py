@@ -18,7 +18,7 @@ def no_picture(monkeypatch):
     monkeypatch.setattr(collect, "draw_curves", lambda runs, title, ablation: b"picture")
 
 
-# --- plain logs ---------------------------------------------------------------------------------------------
+# --- plain logs ----------------------------------------------------------------------------------
 
 
 def test_a_log_and_its_run_directory_give_the_same_scores(tmp_path):
@@ -171,7 +171,7 @@ def test_a_log_without_a_seed_is_read_and_said_to_have_none(tmp_path, capsys):
     assert submission["seeds"] == [] and list(submission["seed_results"]) == ["train"]
 
 
-# --- scores that imply their bytes --------------------------------------------------------------------------
+# --- scores that imply their bytes ---------------------------------------------------------------
 
 
 def test_a_score_line_that_implies_other_bytes_is_refused(tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_a_nan_score_in_a_log_is_refused(tmp_path, capsys):
     assert_refused(run_collect(capsys, path), 3, path, SLIDING, "nan")
 
 
-# --- which runs go together ---------------------------------------------------------------------------------
+# --- which runs go together ----------------------------------------------------------------------
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path, capsys):
@@ -282,7 +282,7 @@ def test_settings_are_compared_by_value_and_not_by_spelling():
     assert run_records.as_text(0.1) != run_records.as_text(0.15)
 
 
-# --- unfinished, failed and damaged -------------------------------------------------------------------------
+# --- unfinished, failed and damaged --------------------------------------------------------------
 
 
 def test_unfinished_runs_are_listed_and_not_averaged(tmp_path, capsys):
@@ -384,7 +384,7 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path, capsys):
     assert_refused(run_collect(capsys, tmp_path / "nothing"), 2, tmp_path / "nothing", "no such file")
 
 
-# --- evaluations of an artifact -----------------------------------------------------------------------------
+# --- evaluations of an artifact ------------------------------------------------------------------
 
 
 def make_pair(tmp_path, seed, sliding, ttt, sha=None):

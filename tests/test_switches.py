@@ -90,7 +90,7 @@ def digest(state):
 
 def open_run(lab, settings):
     config = Config(**{**settings, "run_dir": str(lab.fresh_folder() / "run")})
-    val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     return config, train_gpt.Runtime(config, {}), val
 
 
@@ -284,7 +284,8 @@ FLIPS = dict(
     muon_momentum_warmup_start=flip("the momentum before", trained, 0.5, muon_momentum_warmup_steps=2),
     muon_momentum_warmup_steps=flip("the momentum in between", trained, 2),
     muon_ns_steps=flip("how orthogonal an update is", trained, 2),
-    weight_decay=flip("the shrinking of weights", trained, 0.0),
+    muon_wd=flip("the shrinking of the blocks' matrices", trained, 0.0),
+    adam_wd=flip("the shrinking of the rest", trained, 0.0),
     beta1=flip("AdamW's first moment", trained, 0.5),
     beta2=flip("AdamW's second moment", trained, 0.5),
     adam_eps=flip("AdamW's divisor", trained, 1e-2),
