@@ -201,8 +201,7 @@ def check_same_data(runs):
 
 
 def unfinish_cut_logs(runs):
-    """Logs of the field do not say what was to be scored: one that lacks what others have was cut.
-    """
+    """Logs of the field do not say what was to be scored: one that lacks what others have was cut."""
     scored = {stage for run in runs if run.finished for stage in run.packed_scores}
     for run in runs:
         missing = [stage for stage in HEADLINE_ORDER if stage in scored - set(run.scores)]

@@ -145,8 +145,7 @@ def decimals_of(number):
 
 
 def label_of(head):
-    """The name of an evaluation: the words in front of its first number, without pairs and marks.
-    """
+    """The name of an evaluation: the words in front of its first number, without pairs and marks."""
     words = PAIR.sub(" ", head)
     label = " ".join(re.findall(r"[A-Za-z][\w:-]*", words)).rstrip(":-")
     return re.sub(r"_exact\b", "", label)

@@ -150,8 +150,7 @@ def sha256(path):
 
 
 def load_run(path):
-    """The finished Run of a folder. PackageError, with one message, for what cannot be submitted.
-    """
+    """The finished Run of a folder. PackageError, with one message, for what cannot be submitted."""
     if not path.is_dir():
         raise PackageError(f"{path} is no folder of a run")
     try:
@@ -205,8 +204,7 @@ def data_path(run, name, given):
 
 
 def load_runs(paths):
-    """All runs, each of another seed. What they may differ in otherwise is collect.py's to judge.
-    """
+    """All runs, each of another seed. What they may differ in otherwise is collect.py's to judge."""
     runs = [load_run(path) for path in paths]
     seeds = [run.seed for run in runs]
     for run in runs:

@@ -1,8 +1,8 @@
 """One record of a run, whatever it was read from; collect.py and package.py share it.
 
-    read_path("runs/nfm_7k_seed42")     a run folder of train_gpt.py: its JSON files, read strictly
-    read_path("train_seed42.log")       a plain log, of train_gpt.py or of another script of the field
-    read_path("records/some_folder")    a folder of plain logs, one run per log
+    read_path("runs/nfm_7k_seed42")    a run folder of train_gpt.py: its JSON files, read strictly
+    read_path("train_seed42.log")      a plain log, of train_gpt.py or of another script of the field
+    read_path("records/some_folder")   a folder of plain logs, one run per log
 
 A plain log is read by the shape of its lines (a label, val_loss, val_bpb, a time), not by a list
 of names. Units: val_loss in nats per token, val_bpb in bits per byte, sizes in bytes, times in
@@ -55,7 +55,7 @@ STAGES = (FLOAT, ROUNDTRIP, SLIDING, LAST, SLOT, TTT, TTT_SLOT)
 # Scores of the packed model, strongest first. Float weights are no submission.
 HEADLINE_ORDER = tuple(reversed(STAGES[1:]))
 
-UNPACKED_WORDS = re.compile(r"\b(pre|un|non|before) ?quant|\bno quant")
+UNPACKED_WORDS = re.compile(r"\b(pre|un|non|before) ?quant|\bno quant|^float ")
 PACKED_WORDS = re.compile(r"quant|round ?trip|gptq|compressed|packed|\bint ?\d|\bq\d")
 FLOAT_WORDS = re.compile(r"\b(ema|swa|float\d*|fp\d+|bf16|raw|master)\b")
 TTT_WORDS = re.compile(r"(?<!pre )(?<!no )(?<!before )\bttt|test time train")
@@ -342,7 +342,7 @@ def read_run_dir(path):
                 "train_gpt.py. "
                 "Run its command again: a finished run rewrites the file and computes nothing."
             )
-        run.kinds = {kind: list(names) for kind, names in written["kinds"].items()}
+        run.kinds = names_by_kind(written["kinds"])
     with reading(path / "manifest.json"):
         apply_manifest(run, read_json(path / "manifest.json"))
     with reading(path / "metrics.jsonl"):
@@ -355,6 +355,16 @@ def read_run_dir(path):
     elif (path / "train.log").exists():
         compare_with_log(run, read_log(path / "train.log"))
     return run
+
+
+def names_by_kind(kinds):
+    """{kind: names} of what config.json says: a kind per name, or the names per kind."""
+    if not all(isinstance(kind, str) for kind in kinds.values()):
+        return {kind: list(names) for kind, names in kinds.items()}
+    grouped = {}
+    for name, kind in kinds.items():
+        grouped.setdefault(kind, []).append(name)
+    return grouped
 
 
 def read_begun_dir(path, events):
@@ -400,8 +410,7 @@ def score_of_entry(label, entry):
 
 
 def check_coverage(run, label, entry):
-    """RunDataProblem if an evaluation counted other tokens or bytes than the validation data has.
-    """
+    """RunDataProblem if an evaluation counted other tokens or bytes than the validation data has."""
     for name in ("tokens", "bytes"):
         scored, expected = entry.get(name), getattr(run, name)
         if None not in (scored, expected) and scored != expected:
@@ -618,8 +627,7 @@ class LogReader:
             self.run.steps = int(found[1])
 
     def validation(self, pair, step):
-        """Keep a validation of the training loop as a Score, to check its bytes and for the table.
-        """
+        """Keep a validation of the training loop as a Score, to check its bytes and for the table."""
         if pair.loss is None:
             return
         decimals = logs.decimals_of(pair.bpb)
@@ -647,8 +655,7 @@ class LogReader:
         return True
 
     def file(self, score, repeated):
-        """Add a score to the run, unless it repeats a stronger one or is only printed beside one.
-        """
+        """Add a score to the run, unless it repeats a stronger one or is only printed beside one."""
         run = self.run
         plain = score.label.removesuffix(f" {repeated}") if repeated else ""
         if plain and any(known.label == plain for known in run.scores.values()):
@@ -762,8 +769,7 @@ LOG_SUFFIXES = {".log", ".txt", ".out"}
 
 
 def read_path(path):
-    """The Runs at a path: a run folder, a log, or a folder of logs. UsageProblem if there is none.
-    """
+    """The Runs at a path: a run folder, a log, or a folder of logs. UsageProblem if there is none."""
     if not path.exists():
         raise UsageProblem(f"{path}: no such file or directory; expected a run directory or a log")
     if not path.is_dir():

@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "slurm"))
 
 import collect  # noqa: E402
+import curves  # noqa: E402, F401
 import groups  # noqa: E402
-import logs  # noqa: E402
-import runs as run_records  # noqa: E402
+import logs  # noqa: E402, F401
+import runs as run_records  # noqa: E402, F401
+import significance  # noqa: E402, F401
 
 TOKENS, BYTES = 100_000, 243_590  # 2.4359 bytes per token, as the canonical split
 ROUNDTRIP, SLIDING = "final_int6_roundtrip", "final_int6_sliding_window"

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from runs_helpers import (
-    BYTES, DATA, ROUNDTRIP, SLIDING, TOKENS, assert_refused, bpbs_around, by_label, collect, groups, load_run,
-    log_lines, loss_of, make_log, make_run, run_collect, run_records, submission_of, three_runs, write_json,
+    BYTES, DATA, ROUNDTRIP, SLIDING, TOKENS, assert_refused, bpbs_around, by_label, collect, curves, groups, load_run,
+    log_lines, loss_of, make_log, make_run, run_collect, run_records, significance, submission_of, three_runs, write_json,
 )
 
 
@@ -61,8 +61,8 @@ def test_table_of_seeds_shows_every_evaluation_and_the_means(tmp_path, capsys):
 
 def test_curves_are_a_picture_with_both_panels_and_the_warmdown(tmp_path, capsys, monkeypatch):
     figures = []
-    close = collect.plt.close
-    monkeypatch.setattr(collect.plt, "close", lambda figure: (figures.append(figure), close(figure)))
+    close = curves.plt.close
+    monkeypatch.setattr(curves.plt, "close", lambda figure: (figures.append(figure), close(figure)))
     submission_of(tmp_path, capsys, three_runs(tmp_path))
     assert (tmp_path / "out" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (figure,) = figures
@@ -76,7 +76,7 @@ def test_curves_are_a_picture_with_both_panels_and_the_warmdown(tmp_path, capsys
 
 def test_picture_of_an_ablation_has_one_legend_entry_per_configuration(tmp_path, capsys, monkeypatch):
     figures = []
-    monkeypatch.setattr(collect.plt, "close", figures.append)
+    monkeypatch.setattr(curves.plt, "close", figures.append)
     runs = [make_run(tmp_path, seed, name=f"{weight}_{seed}", config={"nfm_loss_weight": weight})
             for weight in (0.05, 0.1) for seed in (1, 2)]
     assert run_collect(capsys, *runs, "--ablation", "--out", tmp_path / "out")[0] == 0
@@ -125,7 +125,7 @@ def test_a_legal_name_with_an_illegal_mark_is_illegal(tmp_path):
     path.write_text(re.sub(r"(?m)^(legal_ttt.*)$", r"\1 legality:illegal", path.read_text()))
     run = load_run(path)
     assert not run.scores["TTT (illegal)"].legal and run.scores["sliding"].legal
-    assert collect.choose_headline([run], None) == "sliding"
+    assert significance.choose_headline([run], None) == "sliding"
 
 
 @pytest.mark.parametrize("label", ["illegal_slot_published", "pre_quant", "nonsense"])
@@ -178,8 +178,8 @@ def test_an_audit_of_some_of_the_seeds_is_no_passed_audit(tmp_path, capsys):
 
 def test_welch_equals_the_closed_form_for_two_degrees_of_freedom():
     # Two samples of two runs with the same sd have df = 2, where F(t) = 1/2 + t / (2 sqrt(2 + t²)).
-    ours, base = collect.Sample(1.110, 0.002, 2), collect.Sample(1.120, 0.002, 2)
-    t, df, p = collect.welch(ours, base, 0.003)
+    ours, base = significance.Sample(1.110, 0.002, 2), significance.Sample(1.120, 0.002, 2)
+    t, df, p = significance.welch(ours, base, 0.003)
     expected_t = (1.113 - 1.120) / math.sqrt(2 * 0.002**2 / 2)
     assert (t, df) == (pytest.approx(expected_t), pytest.approx(2))
     assert p == pytest.approx(0.5 + expected_t / (2 * math.sqrt(2 + expected_t**2)), rel=1e-9)
@@ -187,7 +187,7 @@ def test_welch_equals_the_closed_form_for_two_degrees_of_freedom():
 
 def test_welch_does_not_pool_the_variances():
     # A baseline without spread adds nothing to the error: df = 3 - 1 = 2, pooling would give 3 + 10 - 2.
-    t, df, p = collect.welch(collect.Sample(1.11, 0.003, 3), collect.Sample(1.12, 0.0, 10), 0.0)
+    t, df, p = significance.welch(significance.Sample(1.11, 0.003, 3), significance.Sample(1.12, 0.0, 10), 0.0)
     expected_t = -0.01 / (0.003 / math.sqrt(3))
     assert (t, df) == (pytest.approx(expected_t), pytest.approx(2))
     assert p == pytest.approx(0.5 + expected_t / (2 * math.sqrt(2 + expected_t**2)), rel=1e-9)
@@ -197,19 +197,19 @@ def test_welch_does_not_pool_the_variances():
                                          (4.604095, 0.005)])
 def test_welch_equals_the_printed_t_table_at_four_degrees_of_freedom(critical, p):
     sd = 0.0015
-    ours, base = collect.Sample(1.11, sd, 3), collect.Sample(1.11 + critical * sd * math.sqrt(2 / 3), sd, 3)
-    assert collect.welch(ours, base, 0.0)[1:] == (pytest.approx(4), pytest.approx(p, rel=1e-5))
+    ours, base = significance.Sample(1.11, sd, 3), significance.Sample(1.11 + critical * sd * math.sqrt(2 / 3), sd, 3)
+    assert significance.welch(ours, base, 0.0)[1:] == (pytest.approx(4), pytest.approx(p, rel=1e-5))
 
 
 def test_welch_degrees_of_freedom_are_welchs_when_the_spreads_differ():
     # a = 0.003²/3 = 3e-6, b = 0.001²/5 = 2e-7: df = (3.2e-6)² / (9e-12/2 + 4e-14/4) = 1.024e-11 / 4.51e-12
-    _, df, _ = collect.welch(collect.Sample(1.1, 0.003, 3), collect.Sample(1.2, 0.001, 5), 0.0)
+    _, df, _ = significance.welch(significance.Sample(1.1, 0.003, 3), significance.Sample(1.2, 0.001, 5), 0.0)
     assert df == pytest.approx(1.024e-11 / 4.51e-12)
 
 
 def test_a_worse_mean_is_never_significant():
-    better, worse = collect.Sample(1.10, 0.001, 3), collect.Sample(1.12, 0.001, 3)
-    assert collect.welch(better, worse, 0.0)[2] < 0.01 < 0.99 < collect.welch(worse, better, 0.0)[2]
+    better, worse = significance.Sample(1.10, 0.001, 3), significance.Sample(1.12, 0.001, 3)
+    assert significance.welch(better, worse, 0.0)[2] < 0.01 < 0.99 < significance.welch(worse, better, 0.0)[2]
 
 
 def test_the_default_threshold_is_five_millinats_in_the_runs_own_bytes_per_token(tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from runs_helpers import (
-    ROOT, assert_refused, collect, load_run, logs, loss_of, run_collect, run_records, submission_of,
+    ROOT, assert_refused, collect, load_run, logs, loss_of, run_collect, run_records, significance, submission_of,
 )
 
 FIELD_LOGS = ROOT.parent / "shared" / "field_logs"
@@ -38,7 +38,7 @@ def read(tmp_path, text, name="train.log"):
 
 def headline(run):
     """(stage, val_bpb) of what collect.py would choose."""
-    stage = collect.choose_headline([run])
+    stage = significance.choose_headline([run])
     return stage, run.scores[stage].val_bpb
 
 
@@ -360,7 +360,7 @@ def test_published_logs_give_the_published_headline_or_are_named(tmp_path, capsy
 
 
 @pytest.mark.parametrize("label, stage", [
-    ("pre_quant", "float weights"), ("final_int6_roundtrip", "roundtrip"), ("float_roundtrip", "roundtrip"),
+    ("pre_quant", "float weights"), ("final_int6_roundtrip", "roundtrip"), ("float_roundtrip", "float weights"), ("float_legal_ttt", "float weights"),
     ("final_int6_sliding_window", "sliding"), ("slot_causal", "SLOT"), ("legal_ttt", "TTT"),
     ("legal_ttt_slot_causal", "TTT + SLOT"), ("illegal_ttt_slot_published", "TTT + SLOT"),
 ])

@@ -260,6 +260,15 @@ def test_logs_alone_do_not_tell_which_settings_are_operational_so_all_count(tmp_
     assert submission_of(tmp_path, capsys, [first, second, directory])["seeds"] == [1, 2, 3]
 
 
+def test_kinds_may_be_told_per_setting_or_per_kind(tmp_path):
+    path = make_run(tmp_path)
+    kinds = load_run(path).kinds
+    written = json.loads((path / "config.json").read_text())
+    written["kinds"] = {name: kind for kind, names in kinds.items() for name in names}
+    write_json(path / "config.json", written)
+    assert load_run(path).kinds == kinds and "run_dir" in kinds["run"]
+
+
 def test_a_run_folder_without_the_kinds_of_its_settings_is_refused(tmp_path, capsys):
     path = make_run(tmp_path)
     written = json.loads((path / "config.json").read_text())
