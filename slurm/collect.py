@@ -6,7 +6,7 @@ submission.json.
     python slurm/collect.py runs/nfm_7k_seed* --check submission.json     # is every number theirs?
     python slurm/collect.py runs/ablation_* --ablation --out results      # matrix of settings
     python slurm/collect.py train_seed42.log train_seed1337.log           # plain logs do as well
-    python slurm/collect.py records/some_folder                           # and so do folders of logs
+    python slurm/collect.py records/some_folder                           # and folders of logs
 
 A run is a directory written by train_gpt.py (config.json, manifest.json, metrics.jsonl,
 scores.json) or a plain log, of train_gpt.py or of another script of the field, with or without
@@ -61,6 +61,7 @@ AUTHOR_FIELDS = ("author", "github_id", "name", "blurb", "date", "track")
 
 def common_value(group, name):
     """The value all runs share, several joined by '; ', None if no run states one."""
+    # In the order of the runs, each value once
     values = dict.fromkeys(
         str(getattr(run, name)) for run in group if getattr(run, name) is not None
     )
@@ -86,11 +87,14 @@ def within(values, limit):
 
 def compliance(group, stage, p):
     """{claim: bool} with the claims that these runs measured, and no others."""
+    # A claim is made only if every run measured it
     audits = [run.audit_passed for run in group]
     codes = [run.code_sha256 for run in group]
+    # One failed audit is a failed audit, whatever is unknown of the others
     passed = None if None in audits else True
     if False in audits:
         passed = False
+    # One run is always of one code: that is nothing to claim
     same_code = None
     if None not in codes and len(codes) > 1:
         same_code = len(set(codes)) == 1
@@ -115,6 +119,7 @@ def seed_results(group, stage):
     results = {}
     for run in group:
         score = run.scores[stage]
+        # Repetitions of a seed keep apart by the names of their logs
         alone = run.seed is not None and seeds.count(run.seed) == 1
         results[str(run.seed) if alone else run.path.stem] = {
             "val_bpb": round(score.val_bpb, 8),
@@ -133,6 +138,7 @@ def build_submission(args, group, stage, p):
     seeds.
     """
     bpbs, preset = sample_of(group, stage), common_value(group, "preset") or group[0].name
+    # The sizes are of the same runs as the score
     judged = judged_runs(group)
     return {
         "author": args.author,
@@ -162,6 +168,7 @@ def differences(found, expected, where=""):
     """
     if not isinstance(expected, dict) or not isinstance(found, dict):
         return [] if agree(found, expected, where) else [f"{where}: {found}, expected {expected}"]
+    # Both are objects: go down
     lines = []
     for name, value in expected.items():
         place = f"{where}.{name}" if where else name
@@ -171,6 +178,7 @@ def differences(found, expected, where=""):
         # canonical.
         elif where != "compliance" and name != "score_label" and value != "canonical":
             lines.append(f"{place}: missing, expected {value}")
+    # What the file says beyond the runs
     if where in ("compliance", "seed_results"):
         lines += [
             f"{where}.{name}: not backed by these runs" for name in found if name not in expected
@@ -192,6 +200,7 @@ def agree(found, expected, where):
         return found == expected
     if not isinstance(found, (int, Decimal)) or not Decimal(found).is_finite():
         return False
+    # A file may round; one that rounds to nothing would agree with everything
     decimals = max(-Decimal(found).as_tuple().exponent, 4 if "val_" in where else 1)
     return abs(float(Decimal(found)) - expected) <= 0.5000001 * 10.0**-decimals
 
@@ -205,6 +214,7 @@ def write_files(directory, contents):
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # In the same directory, or a rename would copy
         with tempfile.TemporaryDirectory(prefix=".collect.", dir=directory) as scratch:
             for name, data in contents.items():
                 Path(scratch, name).write_bytes(data)
@@ -218,6 +228,7 @@ def write_files(directory, contents):
 
 def number_from_0(text):
     """An argument that has to be a finite number of at least 0."""
+    # argparse makes a message of the ValueError
     value = float(text)
     if not 0 <= value < math.inf:
         raise ValueError
@@ -239,7 +250,13 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run directory or log file, one per seed")
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run directory or log, one per seed, or a folder of logs",
+    )
     add(
         "--out",
         type=Path,
@@ -258,20 +275,28 @@ def build_parser():
         metavar="FILE",
         help="compare a submission.json with the runs, number by number; writes nothing",
     )
+    order = ", ".join(HEADLINE_ORDER)
     add(
         "--headline",
         metavar="SCORE",
-        help=f"score to submit, by stage or label (default: first of {', '.join(HEADLINE_ORDER)})",
+        help=f"score to submit, by stage or label (default: first of {order})",
     )
-    test = parser.add_argument_group("significance")
-    test.add_argument(
+    add_test_options(parser.add_argument_group("significance"))
+    add_author_options(parser.add_argument_group("author's fields of submission.json"))
+    return parser
+
+
+def add_test_options(group):
+    """Options of the significance test."""
+    group.add_argument(
         "--baseline",
         action="append",
         metavar="FILE|MEAN,SD,N",
         help="what to beat: a submission.json, or val_bpb as mean,sd,runs; run directories and "
         "logs one by one, repeating the option",
     )
-    threshold = test.add_mutually_exclusive_group()
+    # The challenge states its threshold in nats, its scores in bits: one of the two at a time.
+    threshold = group.add_mutually_exclusive_group()
     threshold.add_argument(
         "--threshold-nats",
         type=number_from_0,
@@ -285,14 +310,17 @@ def build_parser():
         metavar="X",
         help="the same in bits per byte (default: converted by the runs' bytes per token)",
     )
-    add = parser.add_argument_group("author's fields of submission.json").add_argument
+
+
+def add_author_options(group):
+    """Options for what no run can tell."""
+    add = group.add_argument
     add("--author", default="anonymous", help="default: anonymous")
     add("--github-id", help="default: the author")
     add("--name", help="default: the preset")
     add("--blurb", help="one sentence (default: preset, score and number of seeds)")
     add("--track", default="non-record-16mb", help="default: non-record-16mb")
     add("--date", type=iso_date, metavar="YYYY-MM-DD", help="default: today in UTC")
-    return parser
 
 
 def collect_ablation(args, runs):
@@ -335,6 +363,7 @@ def collect_submission(args, runs):
     stage = choose_headline(group, args.headline)
     p, significance = significance_of(args, group, stage)
     submission = build_submission(args, group, stage, p)
+    # Nothing is drawn or written for a check
     if args.check:
         return check_submission(args.check, submission)
     if len(group) == 1:
@@ -343,6 +372,7 @@ def collect_submission(args, runs):
             "takes at least 2 seeds\n"
         )
     text = submission_text(submission, runs, group, stage, significance)
+    # allow_nan=False: NaN is no JSON, and no result either
     as_json = json.dumps(submission, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_files(
         args.out,

@@ -39,6 +39,7 @@ def load_runs(paths):
             check_scores(run)
     if all(run.eval_only for run in runs):
         return runs
+    # An evaluation belongs to the run whose artifact it names by its checksum
     owners = {run.artifact_sha256: run for run in runs if run.finished and not run.eval_only}
     for run in runs:
         if run.finished and run.eval_only:
@@ -66,7 +67,9 @@ def merge_evaluation(owner, run):
         # An evaluation may choose the settings of kind "eval" anew.
         for name in run.kinds.get("eval", ()):
             owner.settings[name] = run.settings[name]
+    # Both have been compared, so it does not matter whose score stays
     owner.scores = {**run.scores, **owner.scores}
+    # One failed audit of an artifact is a failed audit
     audits = {owner.audit_passed, run.audit_passed} - {None}
     owner.audit_passed = all(audits) if audits else None
 
@@ -80,12 +83,14 @@ def check_scores(run):
     if not run.scores:
         raise RunDataProblem(f"{run.path}: finished without a score; score the run again")
     for stage, score in run.scores.items():
+        # A line may print val_bpb alone
         loss = 1.0 if score.val_loss is None else score.val_loss
         if not (0 < loss < math.inf and 0 < score.val_bpb < math.inf):
             raise RunDataProblem(
                 f"{run.path}: {stage} ({score.label}) has val_loss {score.val_loss}, val_bpb "
                 f"{score.val_bpb}; expected positive numbers. Repeat the run."
             )
+    # The last validation may stand for the float weights; it is judged with its likes below
     measured = [
         score
         for score in run.scores.values()
@@ -113,6 +118,7 @@ def training_validations(run, expected):
     Some scripts validate on a part of the text while they train. Then nothing but the size of the
     canonical text tells whether the final evaluation is of all of it.
     """
+    # tokens * bytes per token is the size of the text, and that is known for the canonical one
     whole = run.tokens and abs(run.tokens * expected / CANONICAL_BYTES - 1) < BYTES_SLACK
     usable = [each for each in run.validations if each.val_loss > 0 and each.val_bpb > 0]
     return [] if whole else usable
@@ -120,6 +126,7 @@ def training_validations(run, expected):
 
 def other_bytes(run, score, source, expected):
     """The message for a score that is of another text than the rest."""
+    # In bytes of the whole text where its tokens are known: those can be looked up
     tokens, unit = (run.tokens, "bytes") if run.tokens else (1, "bytes per token")
     return (
         f"{run.path}: {score.label} implies {tokens * score.bytes_per_token:,.4f} {unit}, {source} "
@@ -136,6 +143,7 @@ def compared_settings(runs):
     carried out (kind "run" in config.json). Logs do not tell the kinds: among logs alone
     everything else counts.
     """
+    # What one run folder tells is true for the logs beside it as well
     operational = IDENTITY.union(*(run.kinds.get("run", ()) for run in runs))
     return [
         {name: value for name, value in run.settings.items() if name not in operational}
@@ -148,7 +156,9 @@ def settings_table(runs):
     are in.
     """
     settings = compared_settings(runs)
+    # In the order of the configuration, so that related settings stand together
     names = list(dict.fromkeys(name for each in settings for name in each))
+    # Settings that a run of train_gpt.py must have: there absence is a difference
     complete = {name for run, each in zip(runs, settings) if run.whole_config for name in each}
     rows = [{name: each.get(name, ABSENT) for name in names} for each in settings]
     frame = pandas.DataFrame(rows, columns=names, dtype=object)
@@ -170,6 +180,7 @@ def check_one_configuration(runs):
     table = settings_table(runs)
     if table.empty or not len(table.columns):
         return
+    # The preset first, though it is no difference of its own: it explains the others
     shown = {"preset": [run.preset for run in runs], **table.iloc[:, :8].to_dict("list")}
     lines = []
     for name, values in shown.items():
@@ -201,7 +212,8 @@ def check_same_data(runs):
 
 
 def unfinish_cut_logs(runs):
-    """Logs of the field do not say what was to be scored: one that lacks what others have was cut."""
+    """A log does not say what was to be scored: one that lacks what others have was cut."""
+    # A run of train_gpt.py says itself when it is finished
     scored = {stage for run in runs if run.finished for stage in run.packed_scores}
     for run in runs:
         missing = [stage for stage in HEADLINE_ORDER if stage in scored - set(run.scores)]
@@ -228,6 +240,7 @@ def group_runs(runs, ablation):
         )
     check_same_data(finished)
     groups = {}
+    # Runs with the same differing settings are one configuration
     for run, values in zip(finished, settings_table(finished).itertuples(index=False, name=None)):
         groups.setdefault(values, []).append(run)
     if not groups:  # no setting differs
@@ -239,6 +252,7 @@ def group_runs(runs, ablation):
 
 def check_seeds(group):
     """UsageProblem for two runs of one seed, unless they are repetitions in one folder of logs."""
+    # Copies in a folder were left out when it was read: what is the same here is a repetition
     seen = {}
     for run in group:
         if run.seed is None:
@@ -264,6 +278,7 @@ def check_close(runs, limit, what):
     """UsageProblem if the runs' strongest scores lie further apart than those of one configuration
     do.
     """
+    # The strongest score: packed_scores is in the order of the headline
     best = [next(iter(run.packed_scores.values()), None) for run in runs]
     bpbs = [score.val_bpb for score in best if score]
     if bpbs and max(bpbs) - min(bpbs) > limit:

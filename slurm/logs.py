@@ -82,8 +82,9 @@ PAIR = re.compile(r"\w+[:=]\s*\S*\d\S*")  # a key with a number, like stride:64
 COUNTER = re.compile(r"\b\d+\s*/\s*\d+\b|\b\d+(\.\d+)?\s?%")
 # Words that mark a number as progress, or as one of another run that this one is compared with.
 NO_RESULT = re.compile(
-    r"\b(running|progress|chunk|batch|so far|partial|eta|baseline|target|goal|best|previous|reference"
-    r"|record|sota|delta|gain|improve\w*|mean|average|avg|std|expected|published|threshold)\b"
+    r"\b(running|progress|chunk|batch|so far|partial|eta|baseline|target|goal|best|previous"
+    r"|reference|record|sota|delta|gain|improve\w*|mean|average|avg|std|expected"
+    r"|published|threshold)\b"
 )
 SIZE = re.compile(r"(?P<what>[^:=|]*?)\s*[:=]\s*(?P<size>\d[\d,_]*)\s*bytes\b", re.I)
 SEED_LINE = re.compile(r"(?:random_|global_|train_)?seed\s*[:=]\s*(\d+)", re.I)
@@ -92,7 +93,8 @@ SEED_NAME = re.compile(r"(?:seed|(?<![a-z0-9])s)[_-]?(\d+)", re.I)
 PARAMS = re.compile(r"(?<!\w)model_params\s*[:=]\s*(\d+)", re.I)
 VAL_TOKENS = re.compile(r"(?:val[_ ]tokens\s*[:=]|val_loader\S*\s.*\btokens:)\s*(\d+)\b", re.I)
 FINGERPRINT = re.compile(
-    r"data_fingerprint tokens:\d+ targets:(\d+) bytes:(\d+) .*sha256:(\w+) score_scope:(canonical|proxy)"
+    r"data_fingerprint tokens:\d+ targets:(\d+) bytes:(\d+) .*"
+    r"sha256:(\w+) score_scope:(canonical|proxy)"
 )
 SCOPE = re.compile(r"score_scope:(canonical|proxy)")
 CONFIG = re.compile(r"config:(?P<name>\w+)=(?P<value>.*?)( \*)?")
@@ -107,6 +109,7 @@ KILLED = re.compile(r"TIME LIMIT|CANCELLED AT|Killed\b|out of memory", re.I)
 def seconds_in(pattern, line):
     """The time that a pattern with a number and a unit finds in a line, in seconds, else None."""
     found = pattern.search(line)
+    # A time without a unit is no time: it may be a count
     if not found:
         return None
     unit = found[2].lower()
@@ -126,6 +129,7 @@ def find_pair(line):
     """The Pair of a line, None if it prints no val_bpb. A bare `bpb` counts only beside a loss."""
     loss = VAL_LOSS.search(line)
     bpb = VAL_BPB.search(line)
+    # A bare "bpb" is what progress lines print
     if loss and not bpb:
         bpb = BARE_BPB.search(line)
     if not bpb:
@@ -134,6 +138,7 @@ def find_pair(line):
         return Pair(line[: bpb.start()], None, bpb[1], "")
     first, second = sorted((loss, bpb), key=re.Match.start)
     head, between = line[: first.start()], line[first.end() : second.start()]
+    # The same word in front of both keys, and another one before it
     word = re.search(r"([A-Za-z]\w*)\s+$", between)
     repeated = word[1] if word and re.search(rf"\w\W+{word[1]}\s+$", head) else ""
     return Pair(head, loss[1], bpb[1], repeated)
@@ -145,7 +150,7 @@ def decimals_of(number):
 
 
 def label_of(head):
-    """The name of an evaluation: the words in front of its first number, without pairs and marks."""
+    """The name of an evaluation: the words in front of its first number, without key=number."""
     words = PAIR.sub(" ", head)
     label = " ".join(re.findall(r"[A-Za-z][\w:-]*", words)).rstrip(":-")
     return re.sub(r"_exact\b", "", label)
@@ -154,5 +159,6 @@ def label_of(head):
 def is_progress(line, label):
     """True if a line tells how far something has come, or quotes a number to compare with."""
     words = re.sub(r"[\W_]+", " ", label).lower()
+    # 1893/1893 is done, 1271/1893 is on its way
     counters = re.findall(r"\b(\d+)\s*/\s*(\d+)\b", line)
     return bool(NO_RESULT.search(words)) or any(done != total for done, total in counters)

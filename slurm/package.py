@@ -1,9 +1,12 @@
 """Build the submission folder of one or more runs, and prove that it scores what it claims.
 
     python slurm/package.py runs/nfm_7k_seed42 runs/nfm_7k_seed1337 --out submission --packed
-    python slurm/package.py runs/demo_seed42 --out submission --data-path ./data/datasets/demo_sp1024 \\
+    python slurm/package.py runs/demo_seed42 --out submission \\
+        --data-path ./data/datasets/demo_sp1024 \\
         --tokenizer-path ./data/tokenizers/demo_1024_bpe.model
-    python slurm/package.py runs/a --out submission -- --author Ada --name "My model"     # for collect.py
+    python slurm/package.py runs/a --out submission -- --author Ada --name "My model"
+
+What follows a lone -- goes to collect.py.
 
 The first run's artifact goes into the folder; all runs go into submission.json, their logs beside
 it. Then the folder's own train_gpt.py scores the folder's own artifact (EVAL_ONLY, AUDIT=1) in an
@@ -26,6 +29,8 @@ import ast
 import base64
 import contextlib
 import hashlib
+import io
+import itertools
 import json
 import lzma
 import math
@@ -35,6 +40,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tokenize
 from pathlib import Path
 
 import python_minifier
@@ -48,6 +54,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 class PackageError(Exception):
     """What keeps the folder from being built; `code` is the exit code."""
 
+    # 2 unless said otherwise: most of what keeps a folder from being built is wrong use
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
@@ -100,8 +107,10 @@ def shape_of(source):
 
     The module's docstring counts: the program can print it.
     """
+    # Annotations and defaults stay in: dataclasses and NamedTuples read them at run time
     tree = ast.parse(source)
     docstring = ast.get_docstring(tree, clean=False)
+    # python-minifier puts a 0 where a body would be empty: that is a literal as well
     for node in ast.walk(tree):
         for name in ("body", "orelse", "finalbody"):
             statements = getattr(node, name, None)
@@ -110,9 +119,56 @@ def shape_of(source):
     return repr(docstring) + ast.dump(tree)
 
 
+def outer_fstrings(source):
+    """The positions (begin, end), in characters, of the f-strings that stand in no other one."""
+    strings = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.JoinedStr)]
+    inner = {id(child) for node in strings for child in ast.walk(node) if child is not node}
+    lines = source.splitlines(keepends=True)
+
+    def position(row, column):
+        # The tree counts columns in bytes
+        within = len(lines[row - 1].encode()[:column].decode())
+        return sum(map(len, lines[: row - 1])) + within
+
+    spans = []
+    for node in strings:
+        if id(node) not in inner:
+            begin = position(node.lineno, node.col_offset)
+            spans.append((begin, position(node.end_lineno, node.end_col_offset)))
+    return sorted(spans)
+
+
+def on_one_line(literal):
+    """A literal of several pieces without the comments and line breaks between them."""
+    text = f"({literal})"
+    starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    for token in reversed(tokens):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            begin = starts[token.start[0] - 1] + token.start[1]
+            text = f"{text[:begin]} {text[begin + len(token.string) :]}"
+    return text[1:].rstrip()[:-1]
+
+
+def with_fstrings_of(source, text):
+    """The minified `text` with its f-strings as they stand in the source.
+
+    Since Python 3.12 an f-string may hold its own quotes (PEP 701), and there python-minifier and
+    ast.unparse make use of it: Python 3.10 could not read the result.
+    """
+    pairs = list(zip(outer_fstrings(text), outer_fstrings(source)))
+    # From the end, so that the positions in front stay what they are
+    for (begin, end), (first, last) in reversed(pairs):
+        text = text[:begin] + on_one_line(source[first:last]) + text[end:]
+    return text
+
+
 def minify(source):
     """The same program without comments, layout and inner docstrings."""
+    # It drops every literal statement, so the one that the program may print is put back
     text = python_minifier.minify(source, **LAYOUT_ONLY)
+    if sys.version_info >= (3, 12):
+        text = with_fstrings_of(source, text)
     docstring = ast.get_docstring(ast.parse(source), clean=False)
     return text if docstring is None else f"{docstring!r}\n{text}"
 
@@ -121,8 +177,10 @@ def pack(source):
     """A self-extracting script (bytes) of a program (str); PackageError if it would not be the
     same.
     """
+    # Base85 has neither quotes nor backslashes: it can stand in a string as it is
     data = base64.b85encode(lzma.compress(minify(source).encode(), **COMPRESSION))
     packed = STUB.format(data=data.decode()).encode()
+    # Look at what was written, not at what was meant to be
     with contextlib.suppress(SyntaxError):
         if shape_of(unpack(packed)) == shape_of(source):
             return packed
@@ -138,6 +196,7 @@ def unpack(packed):
     start = STUB.partition("{data}")[0].encode()
     if not packed.startswith(start):
         raise ValueError("not a script packed by package.py")
+    # The payload is the default of the only argument of run()
     (data,) = ast.parse(packed).body[0].args.defaults
     return lzma.decompress(base64.b85decode(data.value)).decode()
 
@@ -150,7 +209,8 @@ def sha256(path):
 
 
 def load_run(path):
-    """The finished Run of a folder. PackageError, with one message, for what cannot be submitted."""
+    """The finished Run of a folder; PackageError, one message, for what cannot be submitted."""
+    # Cheap checks first; the artifact is hashed last
     if not path.is_dir():
         raise PackageError(f"{path} is no folder of a run")
     try:
@@ -169,6 +229,7 @@ def load_run(path):
         raise PackageError(
             f"{path / ARTIFACT_NAME} is not what the run wrote: manifest.json has another sha256"
         )
+    # The file that is shipped counts, whatever scores.json says
     run.artifact_bytes = (path / ARTIFACT_NAME).stat().st_size
     return run
 
@@ -183,6 +244,7 @@ def check_scores(run):
     scores = packed_scores(run.raw_scores)
     if not scores:
         raise PackageError(f"{run.path}/scores.json has no score of the artifact")
+    # JSON of Python may hold NaN and Infinity
     for label, score in scores.items():
         values = [score.get("val_loss"), score.get("val_bpb")]
         if not all(math.isfinite(value) for value in values):
@@ -196,6 +258,7 @@ def data_path(run, name, given):
     repository.
     """
     used = run.config.get(name, "")
+    # A run may have been started from anywhere; its paths are as its user wrote them
     places = [Path(given)] if given else [Path.cwd() / used, REPOSITORY / used]
     for place in places:
         if place.exists():
@@ -204,7 +267,7 @@ def data_path(run, name, given):
 
 
 def load_runs(paths):
-    """All runs, each of another seed. What they may differ in otherwise is collect.py's to judge."""
+    """All runs, each of another seed; what else may differ is collect.py's to judge."""
     runs = [load_run(path) for path in paths]
     seeds = [run.seed for run in runs]
     for run in runs:
@@ -217,20 +280,20 @@ def load_runs(paths):
 
 
 def write_code(args, folder, runs):
-    """Write train_gpt.py and return its size; PackageError when it and an artifact exceed the
-    budget.
-    """
+    """Write train_gpt.py and return its size; PackageError if code + model exceed the budget."""
     try:
         source = args.script.read_text(encoding="utf-8")
         code = pack(source) if args.packed else args.script.read_bytes()
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise PackageError(f"--script {args.script}: {error}") from None
+    # Not an error: a comment may have been added since, and the proof runs this script
     used = {run.code_sha256 for run in runs}
     if used != {sha256(args.script)}:
         say(
             f"note: {args.script} has changed since the runs (or they differ): the logs are of "
             "other code"
         )
+    # Every seed has to fit, not only the one that is shipped
     for run in runs:
         total = len(code) + run.artifact_bytes
         if total > BUDGET_BYTES:
@@ -257,10 +320,12 @@ def collect(args, folder, runs):
         str(folder),
         *args.collect,
     ]
+    # A process of its own: matplotlib and scipy stay out of this one
     done = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(done.stderr)
     if done.returncode:
         raise PackageError(f"collect.py refused the runs (exit code {done.returncode}): see above")
+    # Its text becomes the head of README.md
     results = folder / "results.md"
     text = results.read_text()
     results.unlink()
@@ -273,6 +338,7 @@ def count_bytes(folder, code_bytes, runs):
     """
     path = folder / "submission.json"
     submission = read_json(path)
+    # The largest model counts, as in collect.py
     total = code_bytes + max(run.artifact_bytes for run in runs)
     submission.update(bytes_code=code_bytes, bytes_total=total)
     if "artifact_under_16mb" in submission.get("compliance", {}):
@@ -282,6 +348,7 @@ def count_bytes(folder, code_bytes, runs):
 
 def write_logs(folder, runs):
     """The first run's log as train.log; with several runs the logs of all seeds beside it."""
+    # The challenge wants a train.log, whatever else there is
     shutil.copyfile(runs[0].path / "train.log", folder / "train.log")
     if len(runs) == 1:
         return
@@ -325,6 +392,7 @@ def proof_environment(args, run, run_dir):
     """All that the proof may know: where programs and data are, and what decides the last digits
     of a sum.
     """
+    # Without HOME some libraries write their caches into the folder
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return {
         **kept,
@@ -343,10 +411,12 @@ def prove(args, folder, run):
     """Score the folder with its own script. Returns lines to report; PackageError if a score
     differs.
     """
+    # The sum of a score is rounded by ranks and threads: the proof uses the run's
     world, torchrun = run.world_size, []
     if world > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     with tempfile.TemporaryDirectory(prefix="golf_proof_") as scratch:
+        # The folder itself must stay as it will be shipped
         run_dir = Path(scratch) / "run"
         environment = proof_environment(args, run, run_dir)
         say(
@@ -380,7 +450,9 @@ def compare(run, proof, tolerance):
             wrong.append(f"{label}: the run has {claimed}, the folder no such score")
             continue
         proved = digits(found)
+        # The same digits of another text would be an accident
         same_text = found["tokens"] == score["tokens"] and found["bytes"] == score["bytes"]
+        # Another device rounds otherwise; the digits are then compared as numbers
         near = tolerance > 0 and abs(found["val_bpb"] - score["val_bpb"]) <= tolerance
         if proved == claimed and same_text:
             lines.append(f"proved {label} {proved}")
@@ -416,11 +488,12 @@ def bits(text):
 
 def parse(arguments):
     """Our own arguments, with those behind a lone -- kept for collect.py as `collect`."""
+    # argparse would take a lone -- for itself
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Arguments behind -- go to collect.py: --author, --github-id, --name, --blurb, --track, ...",
+        epilog="Arguments behind -- go to collect.py: --author, --github-id, --name, --blurb, ...",
     )
     add = parser.add_argument
     add(
@@ -444,7 +517,7 @@ def parse(arguments):
         type=bits,
         default=0.0,
         metavar="BPB",
-        help="allowed difference of val_bpb, for a proof on another device (default: none, 8 digits)",
+        help="allowed difference of val_bpb, for a proof on another device (default: none)",
     )
     args = parser.parse_args(arguments[:split])
     args.collect = arguments[split + 1 :]
@@ -456,6 +529,7 @@ def building(out):
     """A folder beside `out` that gets its name if all went well, and is removed in all other
     cases.
     """
+    # Never into something that is there, not even an empty folder or a dangling link
     if out.exists() or out.is_symlink():
         raise PackageError(f"--out {out} exists: name a new folder, or remove it first")
     try:
@@ -467,21 +541,24 @@ def building(out):
         ) from None
     try:
         yield folder
+        # mkdtemp makes it private
         folder.chmod(0o755)
         folder.rename(out)
     finally:
+        # After the rename there is nothing left to remove
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(args):
     """Build and prove the folder; returns the report."""
     runs = load_runs(args.runs)
+    # Cheap steps first: the proof takes as long as an evaluation
     with building(args.out) as folder:
         code_bytes = write_code(args, folder, runs)
         results = collect(args, folder, runs)
         count_bytes(folder, code_bytes, runs)
         write_logs(folder, runs)
-        shutil.copyfile(runs[0].artifact, folder / ARTIFACT_NAME)
+        shutil.copyfile(runs[0].path / ARTIFACT_NAME, folder / ARTIFACT_NAME)
         shutil.copyfile(REPOSITORY / "requirements.txt", folder / "requirements.txt")
         write_readme(folder, results, code_bytes, args.packed, runs[0])
         proved = prove(args, folder, runs[0])
@@ -490,6 +567,7 @@ def build(args):
 
 def sizes_of(args, code_bytes, model_bytes):
     """Lines on what the folder weighs, in bytes."""
+    # Readable and packed side by side: what packing is worth
     lines = [("readable code", args.script.stat().st_size)]
     if args.packed:
         lines.append(("packed code", code_bytes))

@@ -73,6 +73,7 @@ def cell(value, form="{}"):
 
 def markdown(rows):
     """A Markdown table of {column: text} rows."""
+    # As text: pandas would print 1.1 for 1.10000
     frame = pandas.DataFrame(rows, dtype=str)
     frame = frame.replace({r"\|": r"\\|", "\n": " "}, regex=True)
     return frame.to_markdown(index=False, disable_numparse=True)
@@ -82,6 +83,7 @@ def score_columns(runs):
     """The stages that any of the runs has, weakest first, illegal ones behind their legal
     namesakes.
     """
+    # An illegal score is shown, so that nobody wonders where it went
     order = [name for stage in STAGES for name in (stage, f"{stage} (illegal)")]
     return [stage for stage in order if any(stage in run.scores for run in runs)]
 
@@ -91,6 +93,7 @@ def mean_cell(runs, stage):
     scored = [run for run in runs if stage in run.scores]
     if not scored:
         return "-"
+    # A mean over some of the runs must not look like one over all
     part = f" ({len(scored)} of {len(runs)})" if len(scored) < len(runs) else ""
     return f"{sample_of(scored, stage)}{part}"
 
@@ -111,6 +114,7 @@ def seed_table(group, headline):
         row["train s"] = cell(run.train_time_s, "{:.1f}")
         row["eval s"] = cell(run.scores[headline].eval_time_s, "{:.1f}")
         rows.append(row)
+    # Means of the scores only: nobody compares the mean of sizes
     means = dict.fromkeys(rows[0], "")
     means["seed"] = "mean ± sd" if len(group) > 1 else "mean"
     means.update({stage: mean_cell(group, stage) for stage in columns})
@@ -122,12 +126,14 @@ def size_cell(size):
 
 
 def ablation_table(groups):
-    """The matrix: one row per configuration, its differing settings, then val_bpb per evaluation."""
+    """The matrix: a row per configuration, its differing settings, then val_bpb per stage."""
     finished = [run for group in groups for run in group]
     settings, columns = settings_table(finished), score_columns(finished)
+    # A matrix is read across
     for stage in (FLOAT, ROUNDTRIP):  # the weakest scores only where there is no other
         if len(columns) > 1 and stage in columns:
             columns.remove(stage)
+    # The settings table has a row per run; the first of a group stands for it
     rows, first = [], 0
     for group in groups:
         row = {"preset": cell(group[0].preset), **settings.iloc[first].to_dict()}
@@ -145,6 +151,7 @@ def rest_of_page(runs):
         for run in runs
         if not run.finished
     ]
+    # A remark may be made for each of several lines
     remarks = [f"{run.name}: {remark}" for run in runs for remark in dict.fromkeys(run.remarks)]
     return {"remarks": remarks, "unfinished": markdown(rows) if rows else "None."}
 
@@ -159,6 +166,7 @@ def data_text(run, stage):
     parts = []
     if run.tokens and run.bytes:
         parts = [f"{with_separators(run.tokens)} targets", f"{with_separators(run.bytes)} bytes"]
+    # A log that prints only val_bpb says nothing of its bytes
     ratio = bytes_per_token(run, stage)
     if ratio is None:
         return (
@@ -166,6 +174,7 @@ def data_text(run, stage):
             "checked."
         )
     parts.append(f"{ratio:.4f} bytes per token")
+    # train_gpt.py counts every evaluation the same way, other scripts do not
     precision = "" if run.whole_config else " to 0.1 %"
     return (
         f"Scored on {scope} ({', '.join(parts)}). Every score implies these bytes{precision}: "
@@ -176,6 +185,7 @@ def data_text(run, stage):
 def submission_text(submission, runs, group, stage, significance):
     """results.md for runs of one configuration."""
     sample, judged = sample_of(group, stage), judged_runs(group)
+    # The mean, unless the folder says which run was submitted
     headline, basis = sample, f", {sample.n} seed(s)"
     if judged is not group:
         headline = sample_of(judged, stage)

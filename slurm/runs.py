@@ -1,7 +1,7 @@
 """One record of a run, whatever it was read from; collect.py and package.py share it.
 
     read_path("runs/nfm_7k_seed42")    a run folder of train_gpt.py: its JSON files, read strictly
-    read_path("train_seed42.log")      a plain log, of train_gpt.py or of another script of the field
+    read_path("train_seed42.log")      a plain log, of train_gpt.py or another script of the field
     read_path("records/some_folder")   a folder of plain logs, one run per log
 
 A plain log is read by the shape of its lines (a label, val_loss, val_bpb, a time), not by a list
@@ -70,6 +70,7 @@ def stage_of(label, packed=True):
     printed.
     """
     words = re.sub(r"[\W_]+", " ", label).strip().lower()
+    # "pre-quantization" holds the word "quantization": the negation is looked for first
     if UNPACKED_WORDS.search(words):
         return FLOAT
     with_ttt, with_slot = bool(TTT_WORDS.search(words)), bool(SLOT_WORDS.search(words))
@@ -79,6 +80,7 @@ def stage_of(label, packed=True):
         return TTT
     if with_slot:
         return SLOT
+    # Words beat the place in the log: some scripts score the float weights after packing
     named_packed = bool(PACKED_WORDS.search(words))
     if not named_packed and (FLOAT_WORDS.search(words) or not packed):
         return FLOAT
@@ -109,11 +111,13 @@ class Score:
     @property
     def rounding(self):
         """Largest relative error of bytes_per_token that the printed decimals explain."""
+        # A little more than half a unit of the last digit, on loss and bpb at once
         half_a_digit = 0.51 * 10.0**-self.decimals
         return half_a_digit * (1 / self.val_loss + 1 / self.val_bpb) + 1e-9
 
     def agrees(self, other):
         """True if both are the same numbers, up to the decimals of the coarser one."""
+        # Each may be off by half a unit of the coarser last digit
         slack = 1.02 * 10.0 ** -min(self.decimals, other.decimals)
         if abs(self.val_bpb - other.val_bpb) > slack:
             return False
@@ -203,6 +207,7 @@ def as_text(value):
     """One spelling for a setting, whether from JSON (true, [5, 6]) or from a log (True, (5, 6))."""
     if isinstance(value, (list, tuple)):
         return "(" + ", ".join(as_text(item) for item in value) + ")"
+    # Quotes, and the comma of a tuple of one
     text = re.sub(r"['\"]|,(?=\))", "", str(value).strip())
     return text[:-2] if re.fullmatch(r"-?\d+\.0", text) else text
 
@@ -231,6 +236,7 @@ def apply_manifest(run, manifest):
     run.code_bytes = manifest.get("code_bytes")
     run.world_size = manifest.get("world_size", 1)
     run.torch_threads = manifest.get("torch_threads", 1)
+    # As records write it: "8x NVIDIA H100 80GB HBM3"
     if manifest.get("device_name"):
         run.hardware = f"{run.world_size}x {manifest['device_name']}"
     data = manifest.get("data") or {}
@@ -253,6 +259,7 @@ def replay(run, events):
         if kind not in ("start", "step", "val"):
             continue
         step = int(event.get("resumed_step") or 0) if kind == "start" else int(event["step"])
+        # Going back in steps is a resume: what came after it is computed again
         if step < last:
             train = {at: value for at, value in train.items() if at <= step}
             val = {at: value for at, value in val.items() if at <= step}
@@ -320,6 +327,7 @@ def parse_event(line):
 
     Every kill may leave one line torn, with or without the next event glued to it.
     """
+    # The whole line first: a message inside an event may quote another event
     for text in (line, line[line.rfind('{"event"') :]):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             event = json.loads(text)
@@ -329,6 +337,7 @@ def parse_event(line):
 
 def read_run_dir(path):
     """The Run of a run folder; RunDataProblem if a file is missing, damaged or contradictory."""
+    # Without config.json the run never began; its events may say why
     events = read_events(path / "metrics.jsonl")
     if not (path / "config.json").exists():
         return read_begun_dir(path, events)
@@ -349,6 +358,7 @@ def read_run_dir(path):
         replay(run, events)
     with reading(path / "scores.json"):
         apply_scores(run, read_json(path / "scores.json"))
+    # Written before scores.json: an audited run need not be scored
     run.audit_passed = read_json(path / "audit.json").get("passed")
     if not run.finished:
         run.status, run.note = explain(run, events)
@@ -389,11 +399,13 @@ def apply_scores(run, data):
             f"{run.path}: scores.json is of seed {data['seed']}, config.json of {run.seed}; "
             "expected files of one run. Do not share a RUN_DIR between runs."
         )
+    # An evaluation knows nothing of the training behind its artifact
     names = ["artifact_bytes", "code_bytes", "total_bytes"]
     if not run.eval_only:
         names += ["steps", "step_avg_ms", "train_time_s"]
     for name in names:
         setattr(run, name, data.get(name, getattr(run, name)))
+    # package.py compares digits by label, so it wants them untouched
     run.raw_scores = data.get("scores", {})
     for label, entry in run.raw_scores.items():
         check_coverage(run, label, entry)
@@ -404,13 +416,14 @@ def apply_scores(run, data):
 
 def score_of_entry(label, entry):
     """The Score of an entry of scores.json; TypeError or ValueError for what is no number."""
+    # The name alone is enough to make a score illegal
     legal = bool(entry.get("legal", True)) and not label.startswith("illegal")
     loss, bpb = float(entry["val_loss"]), float(entry["val_bpb"])
     return Score(label, loss, bpb, eval_time_s=entry.get("eval_time_s"), legal=legal)
 
 
 def check_coverage(run, label, entry):
-    """RunDataProblem if an evaluation counted other tokens or bytes than the validation data has."""
+    """RunDataProblem if an evaluation counted other tokens or bytes than the data has."""
     for name in ("tokens", "bytes"):
         scored, expected = entry.get(name), getattr(run, name)
         if None not in (scored, expected) and scored != expected:
@@ -443,6 +456,7 @@ def add_score(run, score, stage=None):
 
 def explain(run, events):
     """(status, note) of a run without a finished scores.json."""
+    # The last event tells what the run was doing
     last = {"event": "none"}
     if events:
         last = events[-1]
@@ -496,6 +510,7 @@ class LogReader:
     def read(self, lines, torn):
         """The Run of all lines. `torn`: the last one does not end in a line break."""
         for number, raw in enumerate(lines, 1):
+            # What the terminal and the launcher have added is no part of the line
             line = logs.COLOUR.sub("", raw).strip()
             line = line[logs.DECORATION.match(line).end() :]
             if torn and number == len(lines):
@@ -511,9 +526,11 @@ class LogReader:
         return self.run
 
     def read_line(self, line):
+        # Lines of one meaning first: they would look like others to the patterns below
         if self.own_line(line):
             self.lines += 1
             return
+        # A fact may stand in the same line as a score, so neither excludes the other
         facts = self.fact_line(line)
         if self.step_line(line) or self.score_line(line) or facts:
             self.lines += 1
@@ -558,6 +575,7 @@ class LogReader:
     def fact_line(self, line):
         """Seed, model size, validation tokens and file sizes; True if there was one."""
         run, known = self.run, False
+        # A line of its own is a statement; a word among others may be of something else
         if found := logs.SEED_LINE.fullmatch(line):
             self.seeds.append(int(found[1]))
             known = True
@@ -576,6 +594,7 @@ class LogReader:
     def size(self, what, size):
         """File a size by its words. The last of a kind counts: float weights are printed first."""
         run = self.run
+        # "Total submission size" names the model's scheme too: the total goes first
         if "total" in what or "submission" in what:
             run.total_bytes = size
         elif "code" in what:
@@ -595,10 +614,12 @@ class LogReader:
             self.error = ""
             return True
         self.clock(line)
+        # At the start of the line: final evaluations may mention a step further on
         begin = logs.STEP.match(line)
         if not begin:
             return False
         step = begin["step"] or begin["lone_step"]
+        # Progress of a warm-up counts steps as well, but has no loss
         loss, pair = logs.TRAIN_LOSS.search(line), logs.find_pair(line)
         if not loss and not pair:
             return False
@@ -623,11 +644,12 @@ class LogReader:
             self.run.train_time_s = seconds
         if average is not None:
             self.run.step_avg_ms = 1000 * average
+        # "stopping_early ... step: 4988/20000" has the last step and the exact time
         if seconds is not None and (found := logs.LATER_STEP.search(line)):
             self.run.steps = int(found[1])
 
     def validation(self, pair, step):
-        """Keep a validation of the training loop as a Score, to check its bytes and for the table."""
+        """Keep a validation of the training loop, to check its bytes and for the table."""
         if pair.loss is None:
             return
         decimals = logs.decimals_of(pair.bpb)
@@ -645,6 +667,7 @@ class LogReader:
         if logs.is_progress(line, label):
             return False
         seconds = logs.seconds_in(logs.EVAL_TIME, line) if timed else None
+        # Both marks are of train_gpt.py; other scripts say nothing of legality
         illegal = "illegal" in label or "legality:illegal" in line
         loss = None if pair.loss is None else float(pair.loss)
         score = Score(
@@ -655,8 +678,9 @@ class LogReader:
         return True
 
     def file(self, score, repeated):
-        """Add a score to the run, unless it repeats a stronger one or is only printed beside one."""
+        """Add a score to the run, unless it repeats a stronger one or stands beside one."""
         run = self.run
+        # "<name> sliding val_loss:.. sliding val_bpb:.." behind "<name> val_loss:.. val_bpb:.."
         plain = score.label.removesuffix(f" {repeated}") if repeated else ""
         if plain and any(known.label == plain for known in run.scores.values()):
             remark = (
@@ -680,6 +704,7 @@ class LogReader:
 
     def end_line(self, line):
         """How a log goes on after its last score: an error, or an evaluation that never ends."""
+        # Kept until the run goes on: a resumed run has overcome its errors
         if logs.ERROR.match(line) or logs.KILLED.search(line):
             self.error = line
         if logs.ADAPTING.match(line) and not re.search(
@@ -692,6 +717,7 @@ class LogReader:
         run = self.run
         with reading(run.path):
             replay(run, self.events)
+        # A log of train_gpt.py holds every setting, another one next to none
         if self.config:
             apply_config(run, self.config)
             warmdown = whole_number(self.config.get("warmdown_iters"))
@@ -714,6 +740,7 @@ class LogReader:
             raise RunDataProblem(
                 f"{run.path}: holds runs of the seeds {seeds}; expected one run. Split the log."
             )
+        # Published logs of several seeds print the same default more often than not
         printed = seeds[0] if seeds else self.seed_hint
         if self.config:
             printed = run.seed
@@ -731,6 +758,7 @@ class LogReader:
     def find_status(self):
         """Whether the run came to its end: its own word, or a score that nothing was to follow."""
         run = self.run
+        # The score of these stages comes minutes after their first line
         adapted = any(stage in run.scores for stage in (SLOT, TTT, TTT_SLOT))
         cut = self.adapting and not adapted
         if self.config:
@@ -756,6 +784,7 @@ class LogReader:
 
 def read_log(path):
     """The Run of a plain log; RunDataProblem if it has no line of a log, or holds two runs."""
+    # Shells of other systems write what they capture in UTF-16
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
     text = data.decode(encoding, errors="replace")
@@ -769,9 +798,10 @@ LOG_SUFFIXES = {".log", ".txt", ".out"}
 
 
 def read_path(path):
-    """The Runs at a path: a run folder, a log, or a folder of logs. UsageProblem if there is none."""
+    """The Runs at a path: a run folder, a log, or a folder of logs; UsageProblem without one."""
     if not path.exists():
         raise UsageProblem(f"{path}: no such file or directory; expected a run directory or a log")
+    # A file is a log; a folder says by its files what it is
     if not path.is_dir():
         return [read_log(path)]
     if (path / "config.json").exists() or (path / "metrics.jsonl").exists():
@@ -781,6 +811,7 @@ def read_path(path):
 
 def read_log_folder(path):
     """The Runs of a folder's logs, copies left out; [] if it holds no log or holds run folders."""
+    # Runs to be passed one by one: their logs are not all there is of them
     if any(path.glob("*/config.json")):
         return []
     runs, left_out = [], []
@@ -808,6 +839,7 @@ def read_log_folder(path):
 
 def log_files(path):
     """The files of a folder that may be logs; those of its subfolders if it holds none itself."""
+    # Some records keep their logs in logs/
     for pattern in ("*", "*/*"):
         files = [
             file
@@ -822,6 +854,7 @@ def log_files(path):
 def without_copies(runs):
     """The runs without those that are a copy of another: same seed, same scores."""
     kept = []
+    # train.log last: of two copies the one with the seed in its name stays
     for run in sorted(runs, key=lambda run: run.path.stem == "train"):
         twin = next(
             (

@@ -25,10 +25,12 @@ class Sample:
 
     @classmethod
     def of(cls, values):
+        # ddof 1: the seeds are a sample of all seeds
         sd = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), sd, len(values))
 
     def __str__(self):
+        # Nothing stands for the spread of one run
         if self.sd is None:
             return f"{self.mean:.5f}"
         return f"{self.mean:.5f} ± {self.sd:.5f}"
@@ -38,16 +40,19 @@ def sample_of(runs, stage, name="val_bpb"):
     """The Sample of one score over runs that all have it; repetitions of a seed count once, by
     their mean.
     """
+    # A log without a seed is a sample of its own
     seeds = {}
     for run in runs:
         key = run.name if run.seed is None else run.seed
         value = getattr(run.scores[stage], name)
+        # nan, and not a smaller sample, where a run prints no loss
         seeds.setdefault(key, []).append(math.nan if value is None else value)
     return Sample.of([statistics.fmean(values) for values in seeds.values()])
 
 
 def bytes_per_token(run, stage):
     """Bytes of validation text per token, None if nothing printed tells."""
+    # Exact where the data were counted, else as exact as the printed digits
     if run.bytes and run.tokens:
         return run.bytes / run.tokens
     return run.scores[stage].bytes_per_token
@@ -59,6 +64,7 @@ def choose_headline(group, wanted=None):
 
     `wanted` is a stage or the label of a score. UsageProblem if there is none.
     """
+    # Illegal scores have stages of their own, which are not in the order
     shared = [stage for stage in HEADLINE_ORDER if all(stage in run.scores for run in group)]
     for stage in shared:
         labels = {run.scores[stage].label for run in group}
@@ -76,6 +82,7 @@ def choose_headline(group, wanted=None):
 
 def score_label(group, stage):
     """The name that the runs print for a stage, the stage's own where they differ."""
+    # Scripts of one folder may be of two versions, which name the same evaluation differently
     labels = {run.scores[stage].label for run in group}
     return labels.pop() if len(labels) == 1 else stage
 
@@ -103,6 +110,7 @@ def welch(ours, baseline, threshold):
             "runs are not "
             "copies"
         )
+    # The improvement asked for is added to our mean: then 0 is the border
     t, p = stats.ttest_ind_from_stats(
         ours.mean + threshold,
         ours.sd,
@@ -127,6 +135,7 @@ def read_baseline(sources, stage, finished):
     """
     if len(sources) == 1 and not Path(sources[0]).exists():
         return baseline_from_numbers(sources[0])
+    # A directory may not end in .json, and a submission has to
     if len(sources) == 1 and sources[0].endswith(".json"):
         return baseline_from_submission(Path(sources[0]))
     runs = load_runs([Path(source) for source in sources])
@@ -135,6 +144,7 @@ def read_baseline(sources, stage, finished):
             raise UsageProblem(
                 f"--baseline {run.path}: {run.status} ({run.note}); finish or leave it out"
             )
+    # It raises for several configurations, so there is one
     (group,) = group_runs(runs, ablation=False)
     check_same_data(finished + runs)
     shared = all(stage in run.scores for run in group)
@@ -159,6 +169,7 @@ def baseline_from_submission(path):
     """The Sample of a submission.json, from its seeds where it lists at least two."""
     data = read_json(path)
     try:
+        # The seeds themselves say more than a rounded deviation
         results = [float(entry["val_bpb"]) for entry in (data.get("seed_results") or {}).values()]
         if len(results) > 1:
             return Sample.of(results)
@@ -179,6 +190,7 @@ def significance_of(args, group, stage):
     ours, baseline = sample_of(group, stage), read_baseline(args.baseline, stage, group)
     # One nat per token is 1 / (ln 2 * bytes per token) bits per byte, by the bytes per token of
     # these runs.
+    # The threshold of the challenge is in nats per token, scores are in bits per byte
     ratio = bytes_per_token(group[0], stage)
     if ratio is None and args.threshold_bpb is None:
         raise UsageProblem(
