@@ -36,10 +36,10 @@ def seed_name(run):
 
 
 def running_mean(curve):
-    """The curve as a pandas Series by step, smoothed over a fiftieth of its points."""
+    """The curve as a pandas Series by step, smoothed over a twentieth of its points."""
     series = pandas.Series(dict(curve), dtype=float)
     # Only past steps: the mean at a step must not know what comes after it
-    return series.rolling(max(1, len(series) // 50), min_periods=1).mean()
+    return series.rolling(max(1, len(series) // 20), min_periods=1).mean()
 
 
 def colours_of(names):

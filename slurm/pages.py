@@ -176,9 +176,10 @@ def data_text(run, stage):
     parts.append(f"{ratio:.4f} bytes per token")
     # train_gpt.py counts every evaluation the same way, other scripts do not
     precision = "" if run.whole_config else " to 0.1 %"
+    doubt = "" if run.whole_config else " A log does not show whether an evaluation is legal."
     return (
         f"Scored on {scope} ({', '.join(parts)}). Every score implies these bytes{precision}: "
-        "tokens · val_loss / (ln 2 · val_bpb) was checked line by line."
+        f"tokens · val_loss / (ln 2 · val_bpb) was checked line by line.{doubt}"
     )
 
 

@@ -620,7 +620,9 @@ class LogReader:
             return False
         step = begin["step"] or begin["lone_step"]
         # Progress of a warm-up counts steps as well, but has no loss
-        loss, pair = logs.TRAIN_LOSS.search(line), logs.find_pair(line)
+        loss = logs.TRAIN_LOSS.search(line)
+        # A bare "loss" and "bpb" on a line of a step are those of the training batch
+        pair = logs.find_pair(line) if logs.VAL_BPB.search(line) else None
         if not loss and not pair:
             return False
         if begin["iterations"]:

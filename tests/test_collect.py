@@ -70,8 +70,17 @@ def test_curves_are_a_picture_with_both_panels_and_the_warmdown(tmp_path, capsys
     assert "nats per token" in loss.get_ylabel() and "bits per byte" in bpb.get_ylabel()
     assert [len(axis.get_lines()) for axis in (loss, bpb)] == [3, 3]
     assert list(loss.get_lines()[0].get_xdata()) == [20, 40, 60, 80, 100]
+    behind = [list(map(tuple, points.get_offsets())) for points in loss.collections]
+    assert behind[0] == [(20, 3.8), (40, 3.6), (60, 3.4), (80, 3.2), (100, 3.0)], "the raw points"
     shaded = loss.patches[0].get_bbox()
     assert (shaded.x0, shaded.x1) == (80, 100), "the first logged step at a lowered rate is 80"
+
+
+def test_the_running_mean_smooths_a_twentieth_of_the_steps_and_knows_no_later_one():
+    curve = [(step, float(step % 2)) for step in range(1, 101)]
+    smooth = curves.running_mean(curve)
+    assert list(smooth.index) == list(range(1, 101)) and smooth[1] == 1.0 and smooth[3] == pytest.approx(2 / 3)
+    assert smooth[5:].between(0.4, 0.6).all()
 
 
 def test_picture_of_an_ablation_has_one_legend_entry_per_configuration(tmp_path, capsys, monkeypatch):

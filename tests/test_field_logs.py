@@ -173,6 +173,18 @@ def test_steps_without_the_word_step_and_minutes_are_read(tmp_path):
     assert run.settings == {"model_params": "35943512", "iterations": "20000"}
 
 
+def test_loss_and_bpb_of_a_training_batch_are_no_validation(tmp_path):
+    line = "step    150/200  loss=5.0433  ppl= 155.0  bpb=13.2073  tok/s=2583.1K\n"
+    run = read(tmp_path, training() + line + SIZES + f"quantized {pair(1.15)}\n")
+    assert [step for step, _ in run.val_curve] == [200] and headline(run) == ("roundtrip", 1.15)
+
+
+def test_a_page_on_logs_says_that_they_do_not_prove_legality(tmp_path, capsys):
+    write_log(tmp_path / "logs", "train_seed1.log", 1.12)
+    submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert "does not show whether an evaluation is legal" in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_sizes_that_stand_in_one_line_are_told_apart(tmp_path):
     text = ("Raw model: 85587955 bytes | Code: 70969 bytes | Total: 85658924\n"
             "INT7+zlib model: 15,370,972 bytes | Total submission: 15,441,941 bytes\n")
