@@ -112,9 +112,7 @@ def compliance(group, stage, p):
 
 
 def seed_results(group, stage):
-    """{seed: result} of submission.json; a log's name stands for a seed that is unknown or not
-    alone.
-    """
+    """{seed: result}; a log's name stands for a seed that is unknown or not alone."""
     seeds = [run.seed for run in group]
     results = {}
     for run in group:
@@ -134,9 +132,7 @@ def seed_results(group, stage):
 
 
 def build_submission(args, group, stage, p):
-    """The submission as a dict; val_loss and val_bpb are the headline, val_bpb_std is over the
-    seeds.
-    """
+    """The submission as a dict; val_bpb is the headline, val_bpb_std is over the seeds."""
     bpbs, preset = sample_of(group, stage), common_value(group, "preset") or group[0].name
     # The sizes are of the same runs as the score
     judged = judged_runs(group)
@@ -163,8 +159,9 @@ def build_submission(args, group, stage, p):
 
 
 def differences(found, expected, where=""):
-    """One line per place that differs. Claims and seeds that the runs do not know are differences,
-    other additional fields are not.
+    """One line per place that differs.
+
+    Claims and seeds that the runs do not know are differences, other additional fields are not.
     """
     if not isinstance(expected, dict) or not isinstance(found, dict):
         return [] if agree(found, expected, where) else [f"{where}: {found}, expected {expected}"]
@@ -187,9 +184,7 @@ def differences(found, expected, where=""):
 
 
 def agree(found, expected, where):
-    """True if a value of the file is what the runs say, a number at its decimals (of a score at
-    least 4).
-    """
+    """True if a value is what the runs say, a number at its decimals (a score at 4 or more)."""
     if expected is ANY_TEXT:
         return isinstance(found, str) and bool(found.strip())
     if where in ("hardware", "pytorch_version") and expected is None:
@@ -209,9 +204,7 @@ def agree(found, expected, where):
 
 
 def write_files(directory, contents):
-    """Write {name: bytes} into a directory, by a scratch folder and renames: no file is ever half
-    there.
-    """
+    """Write {name: bytes} into a directory, by renames: no file is ever half there."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # In the same directory, or a rename would copy
@@ -339,9 +332,7 @@ def collect_ablation(args, runs):
 
 
 def check_submission(path, submission):
-    """Print the differences between a submission.json and what the runs say; returns the exit
-    code.
-    """
+    """Print where a submission.json differs from the runs; returns the exit code."""
     if not path.exists():
         raise UsageProblem(
             f"--check {path}: no such file; leave out --check to write a submission.json"

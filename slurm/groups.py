@@ -27,8 +27,7 @@ FOLDER_BPB = 0.02
 
 
 def load_runs(paths):
-    """The Runs at the paths, finished EVAL_ONLY runs having given their scores to the training
-    runs.
+    """The Runs at the paths; finished EVAL_ONLY runs gave their scores to the training runs.
 
     Only evaluations stay as they are. UsageProblem for an evaluation among training runs that
     scored the artifact of none of them, or scored it differently.
@@ -53,9 +52,7 @@ def load_runs(paths):
 
 
 def merge_evaluation(owner, run):
-    """Give the training run `owner` the scores and the audit of the evaluation `run` of its
-    artifact.
-    """
+    """Give `owner` the scores and the audit of `run`, an evaluation of its artifact."""
     for stage in [stage for stage in owner.scores if stage in run.scores]:
         theirs, ours = run.scores[stage], owner.scores[stage]
         if abs(theirs.val_bpb - ours.val_bpb) > 1e-6:
@@ -152,9 +149,7 @@ def compared_settings(runs):
 
 
 def settings_table(runs):
-    """A frame of the settings that differ: a row per run, a column per setting, in the order they
-    are in.
-    """
+    """A frame of the settings that differ: a row per run, a column per setting."""
     settings = compared_settings(runs)
     # In the order of the configuration, so that related settings stand together
     names = list(dict.fromkeys(name for each in settings for name in each))
@@ -277,9 +272,7 @@ def check_seeds(group):
 
 
 def check_close(runs, limit, what):
-    """UsageProblem if the runs' strongest scores lie further apart than those of one configuration
-    do.
-    """
+    """UsageProblem if the runs' strongest scores are too far apart for one configuration."""
     # The strongest score: packed_scores is in the order of the headline
     best = [next(iter(run.packed_scores.values()), None) for run in runs]
     bpbs = [score.val_bpb for score in best if score]

@@ -174,9 +174,7 @@ def minify(source):
 
 
 def pack(source):
-    """A self-extracting script (bytes) of a program (str); PackageError if it would not be the
-    same.
-    """
+    """A self-extracting script (bytes) of a program (str); PackageError if they differ."""
     # Base85 has neither quotes nor backslashes: it can stand in a string as it is
     data = base64.b85encode(lzma.compress(minify(source).encode(), **COMPRESSION))
     packed = STUB.format(data=data.decode()).encode()
@@ -190,9 +188,7 @@ def pack(source):
 
 
 def unpack(packed):
-    """The source inside a packed script (bytes), found without running it. ValueError if it is not
-    packed.
-    """
+    """The source inside a packed script (bytes), without running it; ValueError if unpacked."""
     start = STUB.partition("{data}")[0].encode()
     if not packed.startswith(start):
         raise ValueError("not a script packed by package.py")
@@ -254,9 +250,7 @@ def check_scores(run):
 
 
 def data_path(run, name, given):
-    """The absolute path of a data setting: the option, else the run's, from here or the
-    repository.
-    """
+    """The absolute path of a data setting: the option, else the run's."""
     used = run.config.get(name, "")
     # A run may have been started from anywhere; its paths are as its user wrote them
     places = [Path(given)] if given else [Path.cwd() / used, REPOSITORY / used]
@@ -333,9 +327,7 @@ def collect(args, folder, runs):
 
 
 def count_bytes(folder, code_bytes, runs):
-    """Put the folder's own sizes into submission.json: collect.py knows only the sizes at training
-    time.
-    """
+    """Put the folder's own sizes into submission.json: collect.py knows only the run's."""
     path = folder / "submission.json"
     submission = read_json(path)
     # The largest model counts, as in collect.py
@@ -389,9 +381,7 @@ def write_readme(folder, results, code_bytes, packed, run):
 
 
 def proof_environment(args, run, run_dir):
-    """All that the proof may know: where programs and data are, and what decides the last digits
-    of a sum.
-    """
+    """All that the proof may know: programs, data, and what decides the last digits of a sum."""
     # Without HOME some libraries write their caches into the folder
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return {
@@ -408,9 +398,7 @@ def proof_environment(args, run, run_dir):
 
 
 def prove(args, folder, run):
-    """Score the folder with its own script. Returns lines to report; PackageError if a score
-    differs.
-    """
+    """Score the folder with its own script; lines to report, PackageError if a score differs."""
     # The sum of a score is rounded by ranks and threads: the proof uses the run's
     world, torchrun = run.world_size, []
     if world > 1:
@@ -440,9 +428,7 @@ def digits(score):
 
 
 def compare(run, proof, tolerance):
-    """One line per score of the run; PackageError if the proof differs in eight digits or
-    `tolerance` bpb.
-    """
+    """One line per score; PackageError if one differs in eight digits or `tolerance` bpb."""
     lines, wrong = [], []
     for label, score in packed_scores(run.raw_scores).items():
         claimed, found = digits(score), proof.get("scores", {}).get(label)
@@ -526,9 +512,7 @@ def parse(arguments):
 
 @contextlib.contextmanager
 def building(out):
-    """A folder beside `out` that gets its name if all went well, and is removed in all other
-    cases.
-    """
+    """A folder beside `out` that gets its name if all went well, and is removed otherwise."""
     # Never into something that is there, not even an empty folder or a dangling link
     if out.exists() or out.is_symlink():
         raise PackageError(f"--out {out} exists: name a new folder, or remove it first")

@@ -80,9 +80,7 @@ def markdown(rows):
 
 
 def score_columns(runs):
-    """The stages that any of the runs has, weakest first, illegal ones behind their legal
-    namesakes.
-    """
+    """The stages that any run has, weakest first, illegal ones behind their namesakes."""
     # An illegal score is shown, so that nobody wonders where it went
     order = [name for stage in STAGES for name in (stage, f"{stage} (illegal)")]
     return [stage for stage in order if any(stage in run.scores for run in runs)]

@@ -734,9 +734,7 @@ class LogReader:
         self.find_status()
 
     def find_seed(self):
-        """The seed by the log and by the file's name. A script may print a default that is not
-        used.
-        """
+        """The seed by the file's name and the log, which may print a default that is not used."""
         run, seeds = self.run, sorted(set(self.seeds))
         if len(seeds) > 1:
             raise RunDataProblem(

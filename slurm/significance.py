@@ -37,9 +37,7 @@ class Sample:
 
 
 def sample_of(runs, stage, name="val_bpb"):
-    """The Sample of one score over runs that all have it; repetitions of a seed count once, by
-    their mean.
-    """
+    """The Sample of one score over the seeds of runs; repetitions count by their mean."""
     # A log without a seed is a sample of its own
     seeds = {}
     for run in runs:
@@ -59,8 +57,7 @@ def bytes_per_token(run, stage):
 
 
 def choose_headline(group, wanted=None):
-    """The stage of the score a submission is judged by: of the packed model, present and legal in
-    every run.
+    """The stage that a submission is judged by: of the packed model, legal, and in every run.
 
     `wanted` is a stage or the label of a score. UsageProblem if there is none.
     """

@@ -5,10 +5,23 @@ import math
 import re
 
 import pytest
-
 from runs_helpers import (
-    BYTES, DATA, ROUNDTRIP, SLIDING, TOKENS, assert_refused, bpbs_around, by_label, collect, curves, groups, load_run,
-    log_lines, loss_of, make_log, make_run, run_collect, run_records, significance, submission_of, three_runs, write_json,
+    DATA,
+    SLIDING,
+    assert_refused,
+    bpbs_around,
+    collect,
+    curves,
+    load_run,
+    log_lines,
+    loss_of,
+    make_log,
+    make_run,
+    run_collect,
+    significance,
+    submission_of,
+    three_runs,
+    write_json,
 )
 
 
@@ -31,16 +44,43 @@ def test_mean_and_standard_deviation_are_those_computed_by_hand(tmp_path, capsys
 
 
 def test_submission_has_the_fields_of_the_field_and_one_result_per_seed(tmp_path, capsys):
-    submission = submission_of(tmp_path, capsys, three_runs(tmp_path), "--author", "Ann",
-                               "--date", "2026-01-02")
-    for name in ("author github_id name blurb date track val_loss val_bpb val_bpb_std bytes_total bytes_code "
-                 "seeds seed_results hardware pytorch_version compliance").split():
+    submission = submission_of(
+        tmp_path, capsys, three_runs(tmp_path), "--author", "Ann", "--date", "2026-01-02"
+    )
+    for name in [
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "track",
+        "val_loss",
+        "val_bpb",
+        "val_bpb_std",
+        "bytes_total",
+        "bytes_code",
+        "seeds",
+        "seed_results",
+        "hardware",
+        "pytorch_version",
+        "compliance",
+    ]:
         assert submission[name] is not None, name
     assert submission["seed_results"]["1337"] == {
-        "val_bpb": 1.11, "val_loss": round(loss_of(1.11), 8), "artifact_bytes": 3_001_337, "steps": 100,
-        "step_avg_ms": 10.12, "train_time_s": 101.2, "eval_time_s": 30.2}
+        "val_bpb": 1.11,
+        "val_loss": round(loss_of(1.11), 8),
+        "artifact_bytes": 3_001_337,
+        "steps": 100,
+        "step_avg_ms": 10.12,
+        "train_time_s": 101.2,
+        "eval_time_s": 30.2,
+    }
     assert submission["bytes_total"] == 3_092_025, "the largest seed has to fit, not the smallest"
-    assert (submission["author"], submission["github_id"], submission["date"]) == ("Ann", "Ann", "2026-01-02")
+    assert (submission["author"], submission["github_id"], submission["date"]) == (
+        "Ann",
+        "Ann",
+        "2026-01-02",
+    )
     assert submission["score_scope"] == "proxy"
 
 
@@ -49,12 +89,32 @@ def test_table_of_seeds_shows_every_evaluation_and_the_means(tmp_path, capsys):
     assert code == 0
     header = next(line for line in out.splitlines() if line.startswith("| seed"))
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
-        "seed", "steps", "ms/step", "float weights", "roundtrip", "sliding", "TTT", "artifact bytes",
-        "total bytes", "train s", "eval s"]
+        "seed",
+        "steps",
+        "ms/step",
+        "float weights",
+        "roundtrip",
+        "sliding",
+        "TTT",
+        "artifact bytes",
+        "total bytes",
+        "train s",
+        "eval s",
+    ]
     row = next(line for line in out.splitlines() if line.startswith("| 1337"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "1337", "100", "10.12", "1.11200", "1.14000", "1.12000", "1.11000", "3\u202f001\u202f337", "3\u202f091\u202f337", "101.2",
-        "30.2"]
+        "1337",
+        "100",
+        "10.12",
+        "1.11200",
+        "1.14000",
+        "1.12000",
+        "1.11000",
+        "3\u202f001\u202f337",
+        "3\u202f091\u202f337",
+        "101.2",
+        "30.2",
+    ]
     assert "1.12000 ± 0.02646" in out and "1.13000 ± 0.02646" in out
     assert (tmp_path / "results.md").read_text() == out
 
@@ -79,15 +139,24 @@ def test_curves_are_a_picture_with_both_panels_and_the_warmdown(tmp_path, capsys
 def test_the_running_mean_smooths_a_twentieth_of_the_steps_and_knows_no_later_one():
     curve = [(step, float(step % 2)) for step in range(1, 101)]
     smooth = curves.running_mean(curve)
-    assert list(smooth.index) == list(range(1, 101)) and smooth[1] == 1.0 and smooth[3] == pytest.approx(2 / 3)
+    assert (
+        list(smooth.index) == list(range(1, 101))
+        and smooth[1] == 1.0
+        and smooth[3] == pytest.approx(2 / 3)
+    )
     assert smooth[5:].between(0.4, 0.6).all()
 
 
-def test_picture_of_an_ablation_has_one_legend_entry_per_configuration(tmp_path, capsys, monkeypatch):
+def test_picture_of_an_ablation_has_one_legend_entry_per_configuration(
+    tmp_path, capsys, monkeypatch
+):
     figures = []
     monkeypatch.setattr(curves.plt, "close", figures.append)
-    runs = [make_run(tmp_path, seed, name=f"{weight}_{seed}", config={"nfm_loss_weight": weight})
-            for weight in (0.05, 0.1) for seed in (1, 2)]
+    runs = [
+        make_run(tmp_path, seed, name=f"{weight}_{seed}", config={"nfm_loss_weight": weight})
+        for weight in (0.05, 0.1)
+        for seed in (1, 2)
+    ]
     assert run_collect(capsys, *runs, "--ablation", "--out", tmp_path / "out")[0] == 0
     texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert texts == ["nfm_loss_weight=0.05", "nfm_loss_weight=0.1", "warmdown"]
@@ -155,24 +224,42 @@ def test_runs_with_only_illegal_scores_have_no_headline(tmp_path, capsys):
 
 def test_compliance_claims_only_what_was_measured(tmp_path, capsys):
     submission = submission_of(tmp_path, capsys, [make_log(tmp_path, seed) for seed in (1, 2)])
-    assert submission["compliance"] == {"artifact_under_16mb": True, "train_under_600s": True,
-                                        "eval_under_600s": True, "three_seeds": False}
+    assert submission["compliance"] == {
+        "artifact_under_16mb": True,
+        "train_under_600s": True,
+        "eval_under_600s": True,
+        "three_seeds": False,
+    }
 
 
 def test_the_audit_lines_of_a_log_back_the_claim(tmp_path, capsys):
     path = make_log(tmp_path, ours=True)
     for result, passed in (("pass", True), ("FAIL", False)):
-        path.write_text("\n".join([*log_lines(ours=True), f"audit {result} 10 checks in 9.5 s"]) + "\n")
+        path.write_text(
+            "\n".join([*log_lines(ours=True), f"audit {result} 10 checks in 9.5 s"]) + "\n"
+        )
         assert submission_of(tmp_path, capsys, [path])["compliance"]["audit_passed"] is passed
 
 
 def test_compliance_follows_the_measurements(tmp_path, capsys):
-    bad = make_run(tmp_path, 2, audit=False, manifest={"code_sha256": "f" * 64},
-                   scores={"total_bytes": 16_000_001, "train_time_s": 600.1})
-    assert submission_of(tmp_path, capsys, [make_run(tmp_path, 1, audit=True), bad])["compliance"] == {
-        "artifact_under_16mb": False, "train_under_600s": False, "eval_under_600s": True,
-        "audit_passed": False, "same_code_all_seeds": False, "canonical_validation": False,
-        "three_seeds": False}
+    bad = make_run(
+        tmp_path,
+        2,
+        audit=False,
+        manifest={"code_sha256": "f" * 64},
+        scores={"total_bytes": 16_000_001, "train_time_s": 600.1},
+    )
+    assert submission_of(tmp_path, capsys, [make_run(tmp_path, 1, audit=True), bad])[
+        "compliance"
+    ] == {
+        "artifact_under_16mb": False,
+        "train_under_600s": False,
+        "eval_under_600s": True,
+        "audit_passed": False,
+        "same_code_all_seeds": False,
+        "canonical_validation": False,
+        "three_seeds": False,
+    }
 
 
 def test_an_audit_of_some_of_the_seeds_is_no_passed_audit(tmp_path, capsys):
@@ -195,30 +282,45 @@ def test_welch_equals_the_closed_form_for_two_degrees_of_freedom():
 
 
 def test_welch_does_not_pool_the_variances():
-    # A baseline without spread adds nothing to the error: df = 3 - 1 = 2, pooling would give 3 + 10 - 2.
-    t, df, p = significance.welch(significance.Sample(1.11, 0.003, 3), significance.Sample(1.12, 0.0, 10), 0.0)
+    # A baseline without spread adds nothing to the error: df = 3 - 1 = 2, pooling would give 3 +
+    # 10 - 2.
+    t, df, p = significance.welch(
+        significance.Sample(1.11, 0.003, 3), significance.Sample(1.12, 0.0, 10), 0.0
+    )
     expected_t = -0.01 / (0.003 / math.sqrt(3))
     assert (t, df) == (pytest.approx(expected_t), pytest.approx(2))
     assert p == pytest.approx(0.5 + expected_t / (2 * math.sqrt(2 + expected_t**2)), rel=1e-9)
 
 
-@pytest.mark.parametrize("critical, p", [(2.131847, 0.05), (2.776445, 0.025), (3.746947, 0.01),
-                                         (4.604095, 0.005)])
+@pytest.mark.parametrize(
+    "critical, p", [(2.131847, 0.05), (2.776445, 0.025), (3.746947, 0.01), (4.604095, 0.005)]
+)
 def test_welch_equals_the_printed_t_table_at_four_degrees_of_freedom(critical, p):
     sd = 0.0015
-    ours, base = significance.Sample(1.11, sd, 3), significance.Sample(1.11 + critical * sd * math.sqrt(2 / 3), sd, 3)
+    ours, base = (
+        significance.Sample(1.11, sd, 3),
+        significance.Sample(1.11 + critical * sd * math.sqrt(2 / 3), sd, 3),
+    )
     assert significance.welch(ours, base, 0.0)[1:] == (pytest.approx(4), pytest.approx(p, rel=1e-5))
 
 
 def test_welch_degrees_of_freedom_are_welchs_when_the_spreads_differ():
-    # a = 0.003²/3 = 3e-6, b = 0.001²/5 = 2e-7: df = (3.2e-6)² / (9e-12/2 + 4e-14/4) = 1.024e-11 / 4.51e-12
-    _, df, _ = significance.welch(significance.Sample(1.1, 0.003, 3), significance.Sample(1.2, 0.001, 5), 0.0)
+    # a = 0.003²/3 = 3e-6, b = 0.001²/5 = 2e-7: df = (3.2e-6)² / (9e-12/2 + 4e-14/4) = 1.024e-11 /
+    # 4.51e-12
+    _, df, _ = significance.welch(
+        significance.Sample(1.1, 0.003, 3), significance.Sample(1.2, 0.001, 5), 0.0
+    )
     assert df == pytest.approx(1.024e-11 / 4.51e-12)
 
 
 def test_a_worse_mean_is_never_significant():
     better, worse = significance.Sample(1.10, 0.001, 3), significance.Sample(1.12, 0.001, 3)
-    assert significance.welch(better, worse, 0.0)[2] < 0.01 < 0.99 < significance.welch(worse, better, 0.0)[2]
+    assert (
+        significance.welch(better, worse, 0.0)[2]
+        < 0.01
+        < 0.99
+        < significance.welch(worse, better, 0.0)[2]
+    )
 
 
 def test_the_default_threshold_is_five_millinats_in_the_runs_own_bytes_per_token(tmp_path, capsys):
@@ -226,10 +328,24 @@ def test_the_default_threshold_is_five_millinats_in_the_runs_own_bytes_per_token
     code, out, err = run_collect(capsys, *runs, "--baseline", "1.1042,0.0001,3", "--out", tmp_path)
     assert code == 0, err
     # 0.005 / (ln 2 * 2.4359) = 0.0029613; (1.1002 + 0.0029613 - 1.1042) / sqrt(2e-8 / 3) = -12.721
-    assert "0.00500 nats per token = 0.00296 bpb" in out and "t = -12.721" in out and "df = 4.000" in out
-    assert json.loads((tmp_path / "submission.json").read_text())["compliance"]["beats_baseline_p_below_0_01"]
-    _, out, _ = run_collect(capsys, *runs, "--baseline", "1.1042,0.0001,3", "--threshold-bpb", "0.004",
-                            "--out", tmp_path)
+    assert (
+        "0.00500 nats per token = 0.00296 bpb" in out
+        and "t = -12.721" in out
+        and "df = 4.000" in out
+    )
+    assert json.loads((tmp_path / "submission.json").read_text())["compliance"][
+        "beats_baseline_p_below_0_01"
+    ]
+    _, out, _ = run_collect(
+        capsys,
+        *runs,
+        "--baseline",
+        "1.1042,0.0001,3",
+        "--threshold-bpb",
+        "0.004",
+        "--out",
+        tmp_path,
+    )
     assert "0.00675 nats per token = 0.00400 bpb" in out and "NOT significant" in out
 
 
@@ -237,7 +353,9 @@ def test_baselines_as_numbers_submission_logs_and_directories_agree(tmp_path, ca
     ours = [make_run(tmp_path, seed, 1.10 + seed / 1000, name=f"ours{seed}") for seed in (1, 2, 3)]
     base_bpbs = {1: 1.20, 2: 1.21, 3: 1.22}  # sd 0.01
     logs = [make_log(tmp_path, seed, bpb, ours=True) for seed, bpb in base_bpbs.items()]
-    directories = [make_run(tmp_path, seed, bpb, name=f"base{seed}") for seed, bpb in base_bpbs.items()]
+    directories = [
+        make_run(tmp_path, seed, bpb, name=f"base{seed}") for seed, bpb in base_bpbs.items()
+    ]
     assert run_collect(capsys, *directories, "--out", tmp_path / "base")[0] == 0
     summary = tmp_path / "summary.json"
     write_json(summary, {"val_bpb": 1.21, "val_bpb_std": 0.01, "seeds": [1, 2, 3]})
@@ -251,25 +369,36 @@ def test_baselines_as_numbers_submission_logs_and_directories_agree(tmp_path, ca
     assert len(set(found)) == 1, found
 
 
-@pytest.mark.parametrize("text", ["missing.json", "1.1,0.001", "1.1,x,3", "nan,0.1,3", "1.1,-1,3",
-                                  "1.1,0.1,3,4"])
+@pytest.mark.parametrize(
+    "text", ["missing.json", "1.1,0.001", "1.1,x,3", "nan,0.1,3", "1.1,-1,3", "1.1,0.1,3,4"]
+)
 def test_a_baseline_that_is_neither_file_nor_numbers_is_refused(tmp_path, capsys, text):
     runs = three_runs(tmp_path)
-    assert_refused(run_collect(capsys, *runs, "--baseline", text, "--out", tmp_path / "out"), 2,
-                   f"--baseline {text}", "MEAN,SD,N")
+    assert_refused(
+        run_collect(capsys, *runs, "--baseline", text, "--out", tmp_path / "out"),
+        2,
+        f"--baseline {text}",
+        "MEAN,SD,N",
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_the_standard_deviation_of_a_single_run_is_refused_for_the_test(tmp_path, capsys):
     one, three = make_run(tmp_path, 7), three_runs(tmp_path)
-    assert_refused(run_collect(capsys, one, "--baseline", "1.2,0.01,3"), 2, "the runs have 1 ", "2 seeds")
-    assert_refused(run_collect(capsys, *three, "--baseline", "1.2,0.01,1"), 2, "the baseline's have 1 ")
+    assert_refused(
+        run_collect(capsys, one, "--baseline", "1.2,0.01,3"), 2, "the runs have 1 ", "2 seeds"
+    )
+    assert_refused(
+        run_collect(capsys, *three, "--baseline", "1.2,0.01,1"), 2, "the baseline's have 1 "
+    )
     assert_refused(run_collect(capsys, *three, "--baseline", one), 2, "the baseline's have 1 ")
 
 
 def test_samples_without_any_spread_are_refused_for_the_test(tmp_path, capsys):
     runs = [make_run(tmp_path, seed, 1.1) for seed in (1, 2)]
-    assert_refused(run_collect(capsys, *runs, "--baseline", "1.2,0,3"), 2, "both standard deviations are 0")
+    assert_refused(
+        run_collect(capsys, *runs, "--baseline", "1.2,0,3"), 2, "both standard deviations are 0"
+    )
 
 
 def test_a_baseline_file_without_scores_is_refused(tmp_path, capsys):
@@ -280,8 +409,12 @@ def test_a_baseline_file_without_scores_is_refused(tmp_path, capsys):
 
 
 def test_a_baseline_on_other_data_is_refused(tmp_path, capsys):
-    base = [make_run(tmp_path, seed, 1.2 + seed / 100, manifest={"data": {**DATA, "val_sha256": "e" * 64}})
-            for seed in (1, 2)]
+    base = [
+        make_run(
+            tmp_path, seed, 1.2 + seed / 100, manifest={"data": {**DATA, "val_sha256": "e" * 64}}
+        )
+        for seed in (1, 2)
+    ]
     options = [item for path in base for item in ("--baseline", path)]
     assert_refused(run_collect(capsys, *three_runs(tmp_path), *options), 2, "validation data")
 
@@ -290,10 +423,13 @@ def test_a_baseline_on_other_data_is_refused(tmp_path, capsys):
 
 
 def test_ablation_has_one_row_per_configuration_and_one_column_per_evaluation(tmp_path, capsys):
-    runs = [make_run(tmp_path, 1, 1.10, name="a1"), make_run(tmp_path, 2, 1.12, name="a2"),
-            make_run(tmp_path, 1, 1.15, name="b1", config={"nfm_loss_weight": 0.05}),
-            make_run(tmp_path, 1, 1.20, name="c1", config={"nfm_enabled": False}),
-            make_run(tmp_path, 1, 1.30, name="d1", config={"ttt_enabled": False}, bpbs={SLIDING: 1.31})]
+    runs = [
+        make_run(tmp_path, 1, 1.10, name="a1"),
+        make_run(tmp_path, 2, 1.12, name="a2"),
+        make_run(tmp_path, 1, 1.15, name="b1", config={"nfm_loss_weight": 0.05}),
+        make_run(tmp_path, 1, 1.20, name="c1", config={"nfm_enabled": False}),
+        make_run(tmp_path, 1, 1.30, name="d1", config={"ttt_enabled": False}, bpbs={SLIDING: 1.31}),
+    ]
     code, out, err = run_collect(capsys, *runs, "--ablation", "--out", tmp_path / "out")
     assert code == 0, err
     lines = [line for line in out.splitlines() if line.startswith("| ")]
@@ -305,16 +441,22 @@ def test_ablation_has_one_row_per_configuration_and_one_column_per_evaluation(tm
         ["demo", "False", "0.1", "True", "1", "1.21000", "1.20000"],
         ["demo", "True", "0.1", "False", "1", "1.31000", "-"],
     ]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "results.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "curves.png",
+        "results.md",
+    ]
 
 
 def test_two_runs_of_one_seed_are_refused_within_a_row_of_an_ablation(tmp_path, capsys):
-    runs = [make_run(tmp_path, 1, name=name) for name in "ab"] + [make_run(tmp_path, 1, name="c",
-                                                                          config={"nfm_enabled": False})]
+    runs = [make_run(tmp_path, 1, name=name) for name in "ab"] + [
+        make_run(tmp_path, 1, name="c", config={"nfm_enabled": False})
+    ]
     assert_refused(run_collect(capsys, *runs, "--ablation"), 2, "two runs of seed 1")
 
 
-@pytest.mark.parametrize("option", [["--check", "x"], ["--baseline", "1,1,2"], ["--headline", SLIDING]])
+@pytest.mark.parametrize(
+    "option", [["--check", "x"], ["--baseline", "1,1,2"], ["--headline", SLIDING]]
+)
 def test_ablation_goes_with_no_option_for_one_configuration(tmp_path, capsys, option):
     assert_refused(run_collect(capsys, make_run(tmp_path), "--ablation", *option), 2, option[0])
 
@@ -324,7 +466,13 @@ def test_ablation_goes_with_no_option_for_one_configuration(tmp_path, capsys, op
 
 def numbers_in(data, path=()):
     """Every (path, number) in nested objects and lists."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    items = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else ()
+    )
     for name, value in items:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield (*path, name), value
@@ -369,22 +517,30 @@ def test_a_number_rounded_in_the_file_agrees_but_one_cut_to_nothing_does_not(tmp
     runs = [make_run(tmp_path, 1, 1.1199066), make_run(tmp_path, 2, 1.1199068)]
     submission = submission_of(tmp_path, capsys, runs)
     assert check(tmp_path, capsys, runs, {**submission, "val_bpb": 1.11991})[0] == 0
-    assert check(tmp_path, capsys, runs, {**submission, "val_bpb": 1.11990})[0] == 0  # in JSON 1.1199
+    assert (
+        check(tmp_path, capsys, runs, {**submission, "val_bpb": 1.11990})[0] == 0
+    )  # in JSON 1.1199
     assert check(tmp_path, capsys, runs, {**submission, "val_bpb": 1.11992})[0] == 1
     assert check(tmp_path, capsys, runs, {**submission, "val_bpb": 1})[0] == 1
     assert check(tmp_path, capsys, runs, {**submission, "val_bpb": "1.11991"})[0] == 1
     assert check(tmp_path, capsys, runs, {**submission, "val_bpb": math.nan})[0] == 1
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"compliance": {"audit_passed": True}}, "compliance.audit_passed: not backed by these runs"),
-    ({"compliance": {"canonical_validation": True}}, "compliance.canonical_validation"),
-    ({"score_scope": "canonical"}, "score_scope"),
-    ({"seeds": [42, 1337]}, "seeds"),
-    ({"hardware": "8xH100"}, "hardware"),
-    ({"author": ""}, "author"),
-    ({"seed_results": {}}, "seed_results.42: missing"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (
+            {"compliance": {"audit_passed": True}},
+            "compliance.audit_passed: not backed by these runs",
+        ),
+        ({"compliance": {"canonical_validation": True}}, "compliance.canonical_validation"),
+        ({"score_scope": "canonical"}, "score_scope"),
+        ({"seeds": [42, 1337]}, "seeds"),
+        ({"hardware": "8xH100"}, "hardware"),
+        ({"author": ""}, "author"),
+        ({"seed_results": {}}, "seed_results.42: missing"),
+    ],
+)
 def test_a_claim_the_runs_do_not_back_is_a_difference(tmp_path, capsys, change, word):
     runs = three_runs(tmp_path)
     submission = submission_of(tmp_path, capsys, runs)
@@ -410,9 +566,13 @@ def test_a_missing_field_and_an_additional_seed_are_differences(tmp_path, capsys
 
 def test_check_of_a_missing_or_broken_file_is_one_message(tmp_path, capsys):
     runs = three_runs(tmp_path)
-    assert_refused(run_collect(capsys, *runs, "--check", tmp_path / "none.json"), 2, tmp_path / "none.json")
+    assert_refused(
+        run_collect(capsys, *runs, "--check", tmp_path / "none.json"), 2, tmp_path / "none.json"
+    )
     (tmp_path / "cut.json").write_text('{"author": "An')
-    assert_refused(run_collect(capsys, *runs, "--check", tmp_path / "cut.json"), 3, "cut.json", "not JSON")
+    assert_refused(
+        run_collect(capsys, *runs, "--check", tmp_path / "cut.json"), 3, "cut.json", "not JSON"
+    )
 
 
 def test_check_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -430,14 +590,28 @@ def test_check_writes_nothing(tmp_path, capsys, monkeypatch):
 def test_help_explains_every_option_and_the_exit_codes(capsys):
     code, out, _ = run_collect(capsys, "--help")
     assert code == 0
-    for word in ("--baseline", "--threshold-nats", "--threshold-bpb", "--ablation", "--check", "--out",
-                 "Exit codes"):
+    for word in (
+        "--baseline",
+        "--threshold-nats",
+        "--threshold-bpb",
+        "--ablation",
+        "--check",
+        "--out",
+        "Exit codes",
+    ):
         assert word in out
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["--nonsense"], ["x", "--date", "tomorrow"], ["x", "--threshold-nats", "-1"],
-    ["x", "--threshold-nats", "1", "--threshold-bpb", "1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--nonsense"],
+        ["x", "--date", "tomorrow"],
+        ["x", "--threshold-nats", "-1"],
+        ["x", "--threshold-nats", "1", "--threshold-bpb", "1"],
+    ],
+)
 def test_wrong_use_ends_with_exit_code_2(capsys, arguments):
     code, _, err = run_collect(capsys, *arguments)
     assert code == 2 and "usage:" in err

@@ -1,16 +1,36 @@
-"""slurm/runs.py, logs.py and groups.py: what is read from folders and logs, and which runs go together."""
+"""slurm/runs.py, logs.py and groups.py: what is read from folders and logs, and which runs go
+together.
+"""
 
 import json
 import math
 import re
 
 import pytest
-
 from runs_helpers import (
-    BYTES, DATA, ROOT, ROUNDTRIP, SLIDING, TOKENS, assert_refused, bpbs_around, by_label, collect, events_of,
-    load_run, log_lines, make_log, make_run, run_collect, run_records, score_entry, submission_of, write_events,
+    BYTES,
+    DATA,
+    ROOT,
+    ROUNDTRIP,
+    SLIDING,
+    TOKENS,
+    assert_refused,
+    bpbs_around,
+    by_label,
+    collect,
+    events_of,
+    load_run,
+    log_lines,
+    make_log,
+    make_run,
+    run_collect,
+    run_records,
+    score_entry,
+    submission_of,
+    write_events,
     write_json,
 )
+
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
@@ -37,8 +57,9 @@ def test_a_log_and_its_run_directory_give_the_same_scores(tmp_path):
 
 
 def test_a_run_directory_and_a_log_of_another_seed_can_be_averaged(tmp_path, capsys):
-    submission = submission_of(tmp_path, capsys, [make_run(tmp_path, 1, 1.10),
-                                                  make_log(tmp_path, 2, 1.12, ours=True)])
+    submission = submission_of(
+        tmp_path, capsys, [make_run(tmp_path, 1, 1.10), make_log(tmp_path, 2, 1.12, ours=True)]
+    )
     assert submission["val_bpb"] == pytest.approx(1.11)
 
 
@@ -61,7 +82,9 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.mark.parametrize("between", ["", "=" * 100 + "\n", "Running Python 3.12.1\n", "\n\nseed:42\n"])
+@pytest.mark.parametrize(
+    "between", ["", "=" * 100 + "\n", "Running Python 3.12.1\n", "\n\nseed:42\n"]
+)
 def test_source_embedded_in_a_log_is_not_data(tmp_path, between):
     plain = load_run(make_log(tmp_path))
     with_source = load_run(make_log(tmp_path, before="logs/run.txt\n" + SOURCE + between))
@@ -117,8 +140,11 @@ def test_steps_gone_through_twice_count_once_in_a_log_too(tmp_path):
     lines = log_lines(ours=True)
     at = next(number for number, line in enumerate(lines) if line.startswith("step:80/"))
     path = tmp_path / "train.log"
-    again = ["resumed_from:checkpoint/step_00000030.pt step:30", lines[at].replace("3.2000", "1.5000")]
-    path.write_text("\n".join([*lines[:at + 1], *again, *lines[at + 1:]]) + "\n")
+    again = [
+        "resumed_from:checkpoint/step_00000030.pt step:30",
+        lines[at].replace("3.2000", "1.5000"),
+    ]
+    path.write_text("\n".join([*lines[: at + 1], *again, *lines[at + 1 :]]) + "\n")
     assert load_run(path).train_curve == [(20, 3.8), (80, 1.5), (100, 3.0)]
 
 
@@ -126,10 +152,15 @@ def test_the_last_validation_stands_for_the_float_weights_where_a_log_has_no_oth
     run = load_run(make_log(tmp_path, bpb=1.12))
     assert (run.scores["float weights"].val_bpb, run.scores["float weights"].decimals) == (1.12, 4)
     ours = load_run(make_log(tmp_path, bpb=1.12, ours=True))
-    assert (ours.scores["float weights"].val_bpb, ours.scores["float weights"].decimals) == (1.122, 8)
+    assert (ours.scores["float weights"].val_bpb, ours.scores["float weights"].decimals) == (
+        1.122,
+        8,
+    )
 
 
-def test_a_log_that_ends_before_the_others_is_unfinished_and_does_not_lower_the_headline(tmp_path, capsys):
+def test_a_log_that_ends_before_the_others_is_unfinished_and_does_not_lower_the_headline(
+    tmp_path, capsys
+):
     whole = [make_log(tmp_path, seed, 1.1 + seed / 1000) for seed in (1, 2)]
     cut = make_log(tmp_path, 3)
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-2]))
@@ -141,11 +172,20 @@ def test_a_log_that_ends_before_the_others_is_unfinished_and_does_not_lower_the_
 
 def test_a_log_whose_time_limit_cut_test_time_training_says_so(tmp_path):
     path = make_log(tmp_path)
-    path.write_text("\n".join([*path.read_text().splitlines()[:-2], "  ttt_chunk [1271/1893] bpb=1.12",
-                               "slurmstepd: error: *** JOB 7 CANCELLED DUE TO TIME LIMIT ***"]))
+    path.write_text(
+        "\n".join(
+            [
+                *path.read_text().splitlines()[:-2],
+                "  ttt_chunk [1271/1893] bpb=1.12",
+                "slurmstepd: error: *** JOB 7 CANCELLED DUE TO TIME LIMIT ***",
+            ]
+        )
+    )
     run = load_run(path)
     assert run.status == "failed"
-    assert "no line tells its score" in run.note and "TIME LIMIT" in run.note and "100/100" in run.note
+    assert (
+        "no line tells its score" in run.note and "TIME LIMIT" in run.note and "100/100" in run.note
+    )
 
 
 def test_two_runs_in_one_log_are_refused(tmp_path, capsys):
@@ -180,7 +220,9 @@ def test_a_score_line_that_implies_other_bytes_is_refused(tmp_path, capsys):
     assert_refused(run_collect(capsys, path), 3, path, "legal_ttt", "implies 244,025", "243,590")
 
 
-def test_scores_that_agree_with_each_other_but_not_with_the_fingerprint_are_refused(tmp_path, capsys):
+def test_scores_that_agree_with_each_other_but_not_with_the_fingerprint_are_refused(
+    tmp_path, capsys
+):
     path = make_log(tmp_path, ours=True)
     path.write_text(path.read_text().replace(f"bytes:{BYTES}", f"bytes:{BYTES + 1}"))
     assert_refused(run_collect(capsys, path), 3, "the data fingerprint 243,591")
@@ -204,7 +246,9 @@ def test_scores_json_and_train_log_must_report_the_same(tmp_path, capsys):
     (path / "train.log").write_text("\n".join(log_lines(ours=True)) + "\n")
     assert load_run(path).status == "finished"
     (path / "train.log").write_text("\n".join(log_lines(ours=True, bpb=1.1200001)) + "\n")
-    assert_refused(run_collect(capsys, path), 3, "train.log", "pre_quant", "1.89442656", "1.89442673")
+    assert_refused(
+        run_collect(capsys, path), 3, "train.log", "pre_quant", "1.89442656", "1.89442673"
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.1])
@@ -227,17 +271,37 @@ def test_two_runs_of_one_seed_are_refused(tmp_path, capsys):
 
 
 def test_a_failed_run_and_its_repetition_are_not_two_runs_of_one_seed(tmp_path, capsys):
-    failed = make_run(tmp_path, 42, name="a", finished=False, events=[
-        *events_of(1.1, last=40), {"event": "error", "code": 5, "message": "loss is nan at step 41"}])
-    code, out, err = run_collect(capsys, failed, make_run(tmp_path, 42, name="b"), "--out", tmp_path)
+    failed = make_run(
+        tmp_path,
+        42,
+        name="a",
+        finished=False,
+        events=[
+            *events_of(1.1, last=40),
+            {"event": "error", "code": 5, "message": "loss is nan at step 41"},
+        ],
+    )
+    code, out, err = run_collect(
+        capsys, failed, make_run(tmp_path, 42, name="b"), "--out", tmp_path
+    )
     assert code == 0, err
-    assert re.search(r"\| a .*failed .*exit code 5: loss is nan at step 41 \(last logged step 40/100", out)
+    assert re.search(
+        r"\| a .*failed .*exit code 5: loss is nan at step 41 \(last logged step 40/100", out
+    )
 
 
 def test_mixed_presets_are_refused_and_the_differing_fields_named(tmp_path, capsys):
-    runs = [make_run(tmp_path, 1), make_run(tmp_path, 2, config={"preset": "base_7k", "nfm_enabled": False})]
-    assert_refused(run_collect(capsys, *runs), 2, "preset: demo (demo_seed1), base_7k (demo_seed2)",
-                   "nfm_enabled: True (demo_seed1), False (demo_seed2)", "--ablation")
+    runs = [
+        make_run(tmp_path, 1),
+        make_run(tmp_path, 2, config={"preset": "base_7k", "nfm_enabled": False}),
+    ]
+    assert_refused(
+        run_collect(capsys, *runs),
+        2,
+        "preset: demo (demo_seed1), base_7k (demo_seed2)",
+        "nfm_enabled: True (demo_seed1), False (demo_seed2)",
+        "--ablation",
+    )
 
 
 def test_unfinished_runs_of_another_configuration_are_refused_too(tmp_path, capsys):
@@ -274,11 +338,16 @@ def test_a_run_folder_without_the_kinds_of_its_settings_is_refused(tmp_path, cap
     written = json.loads((path / "config.json").read_text())
     del written["kinds"]
     write_json(path / "config.json", written)
-    assert_refused(run_collect(capsys, path), 3, path / "config.json", "no 'kinds'", "Run its command again")
+    assert_refused(
+        run_collect(capsys, path), 3, path / "config.json", "no 'kinds'", "Run its command again"
+    )
 
 
 def test_runs_on_different_validation_data_are_refused(tmp_path, capsys):
-    runs = [make_run(tmp_path, 1), make_run(tmp_path, 2, manifest={"data": {**DATA, "val_sha256": "e" * 64}})]
+    runs = [
+        make_run(tmp_path, 1),
+        make_run(tmp_path, 2, manifest={"data": {**DATA, "val_sha256": "e" * 64}}),
+    ]
     assert_refused(run_collect(capsys, *runs), 2, "sha256 of the validation data", "eeee")
 
 
@@ -295,15 +364,25 @@ def test_settings_are_compared_by_value_and_not_by_spelling():
 
 
 def test_unfinished_runs_are_listed_and_not_averaged(tmp_path, capsys):
-    stopped = [*events_of(9.9, last=60), {"event": "stopped", "signal": "SIGTERM", "phase": "train"}]
-    runs = [make_run(tmp_path, 1, 1.1), make_run(tmp_path, 2, 1.2),
-            make_run(tmp_path, 3, finished=False, events=stopped),
-            make_run(tmp_path, 4, finished=False, events=events_of(9.9, last=40))]
+    stopped = [
+        *events_of(9.9, last=60),
+        {"event": "stopped", "signal": "SIGTERM", "phase": "train"},
+    ]
+    runs = [
+        make_run(tmp_path, 1, 1.1),
+        make_run(tmp_path, 2, 1.2),
+        make_run(tmp_path, 3, finished=False, events=stopped),
+        make_run(tmp_path, 4, finished=False, events=events_of(9.9, last=40)),
+    ]
     code, out, err = run_collect(capsys, *runs, "--out", tmp_path / "out")
     assert code == 0, err
-    assert re.search(r"demo_seed3 .*unfinished .*SIGTERM, phase: train.*last logged step 60/100", out)
+    assert re.search(
+        r"demo_seed3 .*unfinished .*SIGTERM, phase: train.*last logged step 60/100", out
+    )
     assert re.search(r"demo_seed4 .*unfinished .*running or killed \(last logged step 40/100", out)
-    assert json.loads((tmp_path / "out" / "submission.json").read_text())["val_bpb"] == pytest.approx(1.15)
+    assert json.loads((tmp_path / "out" / "submission.json").read_text())[
+        "val_bpb"
+    ] == pytest.approx(1.15)
 
 
 def test_scores_of_a_run_that_has_not_finished_do_not_count(tmp_path, capsys):
@@ -323,20 +402,29 @@ def test_a_run_that_failed_before_it_began_is_listed(tmp_path, capsys):
 
 
 def test_an_audit_without_a_score_is_listed_as_such(tmp_path):
-    path = make_run(tmp_path, finished=False, events=[{"event": "audit", "passed": True}], audit=True)
+    path = make_run(
+        tmp_path, finished=False, events=[{"event": "audit", "passed": True}], audit=True
+    )
     assert load_run(path).note == "audited (passed: True), not scored"
 
 
 def test_no_finished_run_at_all_is_an_error_that_lists_them(tmp_path, capsys):
     path = make_run(tmp_path, finished=False, events=[])
-    assert_refused(run_collect(capsys, path, "--out", tmp_path / "out"), 3, "none of 1 run(s)", path,
-                   "before the first logged step")
+    assert_refused(
+        run_collect(capsys, path, "--out", tmp_path / "out"),
+        3,
+        "none of 1 run(s)",
+        path,
+        "before the first logged step",
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_steps_gone_through_twice_count_once_the_last_time(tmp_path):
-    again = [{"event": "start", "resumed_step": 20},
-             {"event": "step", "step": 40, "train_loss": 1.5, "lr_scale": 1.0}]
+    again = [
+        {"event": "start", "resumed_step": 20},
+        {"event": "step", "step": 40, "train_loss": 1.5, "lr_scale": 1.0},
+    ]
     run = load_run(make_run(tmp_path, finished=False, events=[*events_of(1.1, last=80), *again]))
     assert run.train_curve == [(20, 3.8), (40, 1.5)]
 
@@ -390,20 +478,36 @@ def test_a_directory_of_runs_is_refused_with_the_hint_what_to_pass(tmp_path, cap
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path, capsys):
-    assert_refused(run_collect(capsys, tmp_path / "nothing"), 2, tmp_path / "nothing", "no such file")
+    assert_refused(
+        run_collect(capsys, tmp_path / "nothing"), 2, tmp_path / "nothing", "no such file"
+    )
 
 
 # --- evaluations of an artifact ------------------------------------------------------------------
 
 
 def make_pair(tmp_path, seed, sliding, ttt, sha=None):
-    """A training run that scored by sliding window, and the EVAL_ONLY run of its artifact that adds TTT."""
+    """A training run that scored by sliding window, and the EVAL_ONLY run of its artifact that
+    adds TTT.
+    """
     artifact = {"artifact_sha256": sha or f"{seed:064x}"}
-    trained = make_run(tmp_path, seed, config={"ttt_enabled": False}, manifest=artifact,
-                       bpbs={ROUNDTRIP: sliding + 0.01, SLIDING: sliding})
-    evaluated = make_run(tmp_path, 42, name=f"eval_{seed}", manifest=artifact, audit=True, events=[],
-                         config={"eval_only": "model.int6.ptz", "iterations": 7000, "ttt_enabled": True},
-                         bpbs={ROUNDTRIP: sliding + 0.01, SLIDING: sliding, "legal_ttt": ttt})
+    trained = make_run(
+        tmp_path,
+        seed,
+        config={"ttt_enabled": False},
+        manifest=artifact,
+        bpbs={ROUNDTRIP: sliding + 0.01, SLIDING: sliding},
+    )
+    evaluated = make_run(
+        tmp_path,
+        42,
+        name=f"eval_{seed}",
+        manifest=artifact,
+        audit=True,
+        events=[],
+        config={"eval_only": "model.int6.ptz", "iterations": 7000, "ttt_enabled": True},
+        bpbs={ROUNDTRIP: sliding + 0.01, SLIDING: sliding, "legal_ttt": ttt},
+    )
     return [trained, evaluated]
 
 
@@ -417,7 +521,9 @@ def test_evaluations_add_their_scores_to_the_runs_that_trained_the_artifacts(tmp
 
 def test_seeds_evaluated_in_different_ways_are_not_mixed(tmp_path, capsys):
     runs = make_pair(tmp_path, 1, 1.20, 1.10) + make_pair(tmp_path, 2, 1.22, 1.12)[:1]
-    assert_refused(run_collect(capsys, *runs), 2, "ttt_enabled: True (demo_seed1), False (demo_seed2)")
+    assert_refused(
+        run_collect(capsys, *runs), 2, "ttt_enabled: True (demo_seed1), False (demo_seed2)"
+    )
 
 
 def test_an_evaluation_without_its_training_run_is_refused_among_training_runs(tmp_path, capsys):
@@ -446,5 +552,3 @@ def test_an_evaluation_alone_claims_nothing_about_training(tmp_path, capsys):
     submission = submission_of(tmp_path, capsys, make_pair(tmp_path, 1, 1.2, 1.1)[1:])
     assert "train_under_600s" not in submission["compliance"]
     assert submission["seed_results"]["42"]["train_time_s"] is None
-
-
