@@ -47,6 +47,7 @@ import time
 import traceback
 import types
 import typing
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,21 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
 CODE_PATH = Path(__file__).resolve()  # its size counts towards the budget
+
+
+def printable(text, limit=None, keep=""):
+    """Text of a stranger's file as a terminal may show it: on one line, cut after `limit` characters.
+
+    Control characters could clear the screen, rename the window or hide what an error says; they
+    are escaped, but for those in `keep`.
+    """
+    text = str(text)
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}…"
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 class GolfError(Exception):
@@ -148,9 +164,9 @@ class Config:
         3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16
     )
     rope_dims: int = arch_option(16, "rotated dimensions per head", 0, 512)
-    rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1)
+    rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
-    logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3)
+    logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
     bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table", 2, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
@@ -162,7 +178,7 @@ class Config:
     # Architecture: the refiners between the trunk and the logits, each off or on by itself.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
     e2e_ttt_mini_batch: int = arch_option(16, "tokens per inner step of TTT-Linear", 1, 1024)
-    e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0)
+    e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0, 1e3)
     flow_enabled: bool = arch_option(False, "FlowRefiner after the trunk")
     flow_latent_dim: int = arch_option(64, "latent width of FlowRefiner", 1, 4096)
     flow_hidden_dim: int = arch_option(256, "hidden width of FlowRefiner", 1, 4096)
@@ -222,31 +238,34 @@ class Config:
     dtype: str = eval_option(
         "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
     )
-    eval_seq_len: int = eval_option(1024, "window of every evaluation", 2)
-    eval_stride: int = eval_option(64, "stride of the sliding window", 1)
-    eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1)
+    eval_seq_len: int = eval_option(1024, "window of every evaluation", 2, 1 << 17)
+    eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
+    eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1, 4096)
 
     # Evaluation: what adapts to text that has been scored already.
     ttt_enabled: bool = eval_option(True, "legal score-first test-time training")
-    ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0)
+    ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0, 100)
     ttt_momentum: float = eval_option(0.9, "SGD momentum", 0, 1)
-    ttt_epochs: int = eval_option(10, "epochs over each scored chunk", 1)
-    ttt_chunk_tokens: int = eval_option(32768, "tokens per chunk", 1)
-    ttt_batch_seqs: int = eval_option(32, "sequences per SGD step, all ranks together", 1)
-    ttt_freeze_blocks: int = eval_option(2, "first blocks that stay frozen", 0)
-    ttt_grad_clip: float = eval_option(1.0, "clip of the SGD gradient norm, 0 = off", 0)
+    ttt_epochs: int = eval_option(10, "epochs over each scored chunk", 1, 100)
+    ttt_chunk_tokens: int = eval_option(32768, "tokens per chunk", 1, 1 << 26)
+    ttt_batch_seqs: int = eval_option(32, "sequences per SGD step, all ranks together", 1, 4096)
+    ttt_freeze_blocks: int = eval_option(2, "first blocks that stay frozen", 0, 64)
+    ttt_grad_clip: float = eval_option(1.0, "clip of the SGD gradient norm, 0 = off", 0, 1e6)
     slot: str = eval_option(
         "off",
         "per-window shift of the hidden state; published is illegal",
         choices=("off", "causal", "published"),
     )
-    slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0)
-    slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1)
+    slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0, 100)
+    slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1, 100)
 
     # Where a run reads and writes. Nothing from here on changes a result.
     data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
+    )
+    val_sha256: str = run_option(
+        "", "SHA-256 that the validation tokens must have; a canonical split is certain with it"
     )
     run_id: str = run_option("", "name of the run; default {preset}_seed{seed} and the SLURM job")
     run_dir: str = run_option("", "directory of the run; default runs/$RUN_ID")
@@ -261,6 +280,25 @@ class Config:
     )
     audit: bool = run_option(
         False, "prove the four legality conditions before scoring; on for EVAL_ONLY and the demo"
+    )
+    audit_seed: int = run_option(
+        0,
+        "seed of the audit's and the spot checks' places; 0 = from what is checked",
+        0,
+        2**31 - 1,
+    )
+    spot_checks: float = run_option(
+        0.01, "share of scoring rounds repeated on other later tokens, which must agree", 0, 1
+    )
+    scores_file: str = run_option(
+        "",
+        "write the nll of every target here (little-endian float32, nats, in order); {label} becomes "
+        "the score's name",
+    )
+    ttt_cuda_graph: str = run_option(
+        "auto",
+        "replay test-time training as a CUDA graph; auto = with several ranks",
+        choices=("auto", "0", "1"),
     )
     nproc: int = run_option(
         0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
@@ -534,7 +572,7 @@ def read_published(environ, base, explicit):
 
 
 def require_text(variable, text, expected, reason):
-    """Raise ConfigError unless a variable's text has the expected value; 1, 1.0 and true are one."""
+    """Raise ConfigError unless a variable has the expected value; 1, 1.0 and true are one."""
     expected = str(expected)
     # As text first: expected may be a word, a number or a list.
     same = text.lower() == expected
@@ -566,6 +604,10 @@ def check_value(field, value):
         raise ConfigError(f"{name}={value!r}: expected one of {choices}")
 
 
+MAX_PASSES = 1024
+MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
+
+
 def check_fit(config):
     """Settings that only make sense together. Raises ConfigError with their names and values."""
 
@@ -581,6 +623,8 @@ def check_fit(config):
         require(holds, f"{first} {second}", expected)
 
     require(config.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}")
+    is_digest = re.fullmatch(r"([0-9a-f]{64})?", config.val_sha256)
+    require(is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
     known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     require(known_device, "device", "expected auto, cpu, cuda or cuda:N")
 
@@ -603,11 +647,21 @@ def check_fit(config):
     expected = "not one sequence fits: raise the first"
     require(fits, "micro_batch_tokens train_seq_len", expected)
 
+    # What an artifact asks for must fit a machine: a batch of windows, as float32 activations.
+    windows = max(config.eval_batch_seqs, config.ttt_batch_seqs)
+    numbers = windows * config.eval_seq_len * config.model_dim
+    expected = f"a batch of windows has {numbers} activations, use at most {MAX_ACTIVATIONS}"
+    names = "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim"
+    require(numbers <= MAX_ACTIVATIONS, names, expected)
+
     # Windows of an evaluation.
     overlap = config.eval_stride < config.eval_seq_len
     gapless = config.eval_stride <= config.eval_seq_len
     expected = "targets between the windows would never be scored: lower the first"
     require(gapless, "eval_stride eval_seq_len", expected)
+    passes = config.eval_seq_len / config.eval_stride  # of every token through the model
+    expected = f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}"
+    require(passes <= MAX_PASSES, "eval_seq_len eval_stride", expected)
     require_multiple("ttt_chunk_tokens", "eval_seq_len")
     expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
     require(config.slot == "off" or overlap, "slot eval_stride eval_seq_len", expected)
@@ -781,6 +835,7 @@ def write_json(path, value):
 
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
+MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
 
 
 def save_tensors(path, state):
@@ -795,12 +850,18 @@ def save_tensors(path, state):
     return len(archive) + CHECKSUM_BYTES
 
 
-def load_tensors(path):
+def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
     """What save_tensors wrote, on the CPU, without running its code.
 
-    Raises ArtifactError if the file is damaged or not one of ours.
+    Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
     """
     try:
+        size = os.path.getsize(path)
+        if size > max_bytes:  # looked at before reading: a sparse file may claim any size
+            raise ArtifactError(
+                f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
+                "name another file"
+            )
         blob = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(
@@ -815,11 +876,24 @@ def load_tensors(path):
             "name another file"
         )
     try:
+        check_archive(archive)
         # weights_only refuses pickled code: a checkpoint may come from a stranger.
         return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a stranger's file may hold anything
+        reason = printable(str(error).partition("\n")[0], 200)
         raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
+
+
+def check_archive(archive):
+    """Raise ValueError unless a torch.save archive, a zip file, has its entries as they are.
+
+    Compressed or overlapping entries of a small file could fill any memory; torch.save makes none.
+    """
+    entries = zipfile.ZipFile(io.BytesIO(archive)).infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its entries are compressed")
+    if sum(entry.file_size for entry in entries) > len(archive):
+        raise ValueError("its entries are larger than the file")
 
 
 def private_copy(tree):
@@ -1077,6 +1151,8 @@ class Runtime:
     """
 
     def __init__(self, config, environ):
+        # Before CUDA starts: with it cuBLAS gives the same bits every time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
@@ -1149,6 +1225,7 @@ class Runtime:
         """One line on rank 0's terminal and in train.log."""
         if not self.is_main:
             return
+        line = printable(line)  # it may quote a file's text
         if self.on_line:
             print(CLEAR_LINE, end="")
         print(line, flush=True)
@@ -1160,7 +1237,7 @@ class Runtime:
         if file is None:
             return
         try:
-            file.write(f"{line}\n".encode())
+            file.write(f"{printable(line)}\n".encode())
         except OSError as error:
             # A full disk costs the line, not the run.
             warning = f"warning: {file.name} cannot be written ({error.strerror})"
@@ -1197,11 +1274,20 @@ class Runtime:
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def compiled(self, function):
+    def compiled(self, function, options=None):
         """The function, compiled where this run compiles: one graph, fixed shapes."""
         if not self.compiling:
             return function
-        return torch.compile(function, dynamic=False, fullgraph=True)
+        return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+    def cuda_graphs(self, wish):
+        """Whether to replay a compiled function as a CUDA graph; `wish` is auto, 0 or 1.
+
+        With several ranks a step is so small that launching its kernels takes longer than running
+        them.
+        """
+        possible = self.compiling and self.device.type == "cuda"
+        return possible and (wish == "1" or (wish == "auto" and self.comm.world > 1))
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
@@ -1286,8 +1372,9 @@ SHARD_VERSION = 1
 SHARD_HEADER = 256  # int32 words before the tokens
 HEADER_BYTES = 4 * SHARD_HEADER
 
-# The challenge's validation split, in tokens of its 1,024-piece tokenizer and in bytes of text.
-CANONICAL_TARGETS = 62_021_632
+# The challenge's validation split: targets by the number of the tokenizer's pieces, and bytes of
+# text, which vary a little with what the tokenizers normalise.
+CANONICAL_TARGETS = {1024: 62_021_632, 8192: 40_540_160}
 CANONICAL_BYTES = (151_020_000, 151_080_000)
 
 
@@ -1482,9 +1569,12 @@ class TokenBytes:
 
 
 class ValidationSet:
-    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split."""
+    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split.
 
-    def __init__(self, tokens, token_bytes):
+    Raises DataError if `expected_sha256` is given and not that of the tokens.
+    """
+
+    def __init__(self, tokens, token_bytes, expected_sha256=""):
         self.tokens = tokens  # (n + 1,) uint16
         self.num_targets = len(tokens) - 1
         self.token_bytes = token_bytes
@@ -1495,22 +1585,31 @@ class ValidationSet:
             blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
-        self.scope = "canonical" if self.is_canonical(total) else "proxy"
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        if expected_sha256 and sha256 != expected_sha256:
+            raise DataError(
+                f"the validation tokens have SHA-256 {sha256}, expected VAL_SHA256="
+                f"{expected_sha256}: restore the split, or unset VAL_SHA256"
+            )
+        self.scope = self.scope_of(total, is_certain=bool(expected_sha256))
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
             val_bytes=total,
             val_documents=int((tokens == BOS).sum()),
             bytes_per_token=total / self.num_targets,
-            val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+            val_sha256=sha256,
             scope=self.scope,
         )
 
-    def is_canonical(self, total_bytes):
-        """Whether this is the challenge's own split, so that scores compare with published ones."""
+    def scope_of(self, total_bytes, is_certain):
+        """What scores on this split compare with: published ones, or only others on the same data."""
+        targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
         low, high = CANONICAL_BYTES
-        right_tokens = self.token_bytes.vocab_size == 1024 and self.num_targets == CANONICAL_TARGETS
-        return right_tokens and low <= total_bytes <= high
+        if self.num_targets != targets or not low <= total_bytes <= high:
+            return "proxy"
+        # Other text can be made to have the same counts.
+        return "canonical" if is_certain else "canonical-by-counts"
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -1529,7 +1628,8 @@ class ValidationSet:
             )
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
-        return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
+        scored = tokens[: windows * config.eval_seq_len + 1]
+        return cls(scored, token_bytes, config.val_sha256)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
@@ -1987,7 +2087,7 @@ NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
 class RMSNorm(torch.autograd.Function):
     """RMSNorm over the last dimension, times an optional gain, then an optional rotation.
 
-    x (..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None. The arithmetic inside is
+    x (B, ..., d), gain (H, 1) or None, cos and sin (T, 1, r/2) or None. The arithmetic inside is
     float32 (or wider) on every device; the result has x's type.
 
     Written out because the composed operations pass over memory so often that on a CPU they cost
@@ -1997,33 +2097,48 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide, copy=True)
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        mean_square = norm.square() / x.size(-1)  # (..., 1)
-        inverse = torch.rsqrt(mean_square + NORM_EPS)  # 1 / rms
-        scale = inverse if gain is None else inverse * gain
-        y.mul_(scale)
-        if cos is not None:
-            rotate_(y, cos, sin)
-        ctx.save_for_backward(x, inverse, scale, gain, cos, sin)
-        return y.to(x.dtype)
+        y = torch.empty_like(x)
+        inverse = x.new_empty(*x.shape[:-1], 1, dtype=wide)  # 1 / rms
+        for part in batch_parts(x):
+            value = x[part].to(wide, copy=True)
+            norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+            mean_square = norm.square() / x.size(-1)
+            inverse[part] = torch.rsqrt(mean_square + NORM_EPS)
+            value.mul_(inverse[part] if gain is None else inverse[part] * gain)
+            if cos is not None:
+                rotate_(value, cos, sin)
+            y[part] = value
+        ctx.save_for_backward(x, inverse, gain, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, inverse, scale, gain, cos, sin = ctx.saved_tensors
-        dx = grad.to(inverse.dtype, copy=True)
-        x_wide = x.to(inverse.dtype)
-        if cos is not None:
-            rotate_(dx, cos, -sin)  # the transposed rotation
-        dot = (dx * x_wide).sum(-1, keepdim=True)  # (..., 1)
-        dgain = None
-        if gain is not None:
-            dgain = (dot * inverse).sum((0, 1)).to(gain.dtype)
-        # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
-        along = dot * scale * inverse.square()
-        dx.mul_(scale)
-        dx.addcmul_(x_wide, along, value=-1 / x.size(-1))
-        return dx.to(x.dtype), dgain, None, None
+        x, inverse, gain, cos, sin = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dgain = None if gain is None else torch.zeros_like(gain)
+        for part in batch_parts(x):
+            value = x[part].to(inverse.dtype)
+            slope = grad[part].to(inverse.dtype, copy=True)
+            if cos is not None:
+                rotate_(slope, cos, -sin)  # the transposed rotation
+            dot = (slope * value).sum(-1, keepdim=True)  # (b, ..., 1)
+            scale = inverse[part]
+            if gain is not None:
+                dgain += (dot * scale).sum((0, 1))
+                scale = scale * gain
+            # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
+            along = dot * scale * inverse[part].square()
+            slope.mul_(scale)
+            dx[part] = slope.addcmul_(value, along, value=-1 / x.size(-1))
+        return dx, dgain, None, None
+
+
+def batch_parts(x):
+    """Slices of the batch: one sequence at a time on a CPU, whose cache then holds its float32
+    copies; all of it on a GPU, or where the compiler fuses the passes anyway."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(x.size(0))]
 
 
 def rms_norm(x):
@@ -2031,11 +2146,15 @@ def rms_norm(x):
     return RMSNorm.apply(x)
 
 
-def rotary(length, config, device):
-    """cos, sin (T, 1, rope_dims/2), the same whatever length is in use."""
-    even = torch.arange(0, config.rope_dims, 2, device=device)
+def rotary_tables(config):
+    """cos, sin (T, 1, rope_dims/2) for the longest sequence of training or evaluation.
+
+    Angles do not depend on the length in use, so a shorter sequence takes the first rows.
+    """
+    length = max(config.train_seq_len, config.eval_seq_len)
+    even = torch.arange(0, config.rope_dims, 2)
     frequency = config.rope_base ** (-even / config.rope_dims)  # (rope_dims/2,)
-    position = torch.arange(length, device=device)[:, None, None]  # (T, 1, 1)
+    position = torch.arange(length)[:, None, None]  # (T, 1, 1)
     angle = position * frequency
     return angle.cos(), angle.sin()
 
@@ -2063,10 +2182,15 @@ def exclusive_attention(y, v):
     A token already carries its own value in the residual stream; what remains is what attention
     brings from other tokens. Part of #549.
     """
+    # Sums accumulate in float32, which CUDA's autocast would carry on into the output, unlike the
+    # CPU's: hence the casts by hand.
+    wide = torch.promote_types(y.dtype, torch.float32)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, d)
-    unit = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
-    along = (grouped * unit).sum(-1, keepdim=True)  # (B, T, K, H/K, 1)
-    return torch.addcmul(grouped, along, unit, value=-1).flatten(2, 3)
+    v = v.unsqueeze(3)  # (B, T, K, 1, d)
+    square = (v * v).sum(-1, keepdim=True).to(wide)  # (B, T, K, 1, 1)
+    dot = (grouped * v).sum(-1, keepdim=True).to(wide)  # (B, T, K, H/K, 1)
+    along = (dot / square.clamp(min=1e-24)).to(y.dtype)
+    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
 
 
 class Linear(Quantizable, nn.Linear):
@@ -2124,11 +2248,11 @@ class Attention(nn.Module):
         multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
         None in layer 0; ve (B, T, K*d) is the value embedding, or None.
         """
-        q = self.heads(self.c_q(x, scale))  # (B, T, H, d)
-        k = self.heads(self.c_k(x, scale))  # (B, T, K, d)
-        own = self.c_v(x, scale)  # (B, T, K*d)
+        q, k, own, gate = self.project(x, scale)  # (B, T, ...) each
         if ve is not None:
             own = own + ve.to(own.dtype)
+        q = self.heads(q)  # (B, T, H, d)
+        k = self.heads(k)  # (B, T, K, d)
         own = self.heads(own)  # (B, T, K, d)
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
@@ -2138,11 +2262,28 @@ class Attention(nn.Module):
         y = self.attend(q, k, v)  # (B, T, H, d)
         if self.xsa:
             y = exclusive_attention(y, v)
-        if self.attn_gate is not None:
-            gate = torch.sigmoid(self.attn_gate(x, scale))  # (B, T, H)
-            y = y * gate.unsqueeze(-1)
+        if gate is not None:
+            y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
         return y, own
+
+    def project(self, x, scale):
+        """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
+
+        Four small products would each read x and leave the device half idle: the weights are put
+        together and one product does it. They stay separate parameters, since the optimiser and the
+        artifact treat each matrix on its own.
+        """
+        layers = [self.c_q, self.c_k, self.c_v]
+        if self.attn_gate is not None:
+            layers.append(self.attn_gate)
+        weight = torch.cat([layer.effective_weight() for layer in layers])
+        outputs = F.linear(x, weight * scale)
+        outputs = outputs.split([layer.out_features for layer in layers], -1)
+        if self.attn_gate is None:
+            return *outputs, None
+        q, k, v, gate = outputs
+        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
 
     def heads(self, x):
         """(B, T, n*d) -> (B, T, n, d)."""
@@ -2442,6 +2583,11 @@ class GPT(nn.Module):
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
         self.nfm = NativeFlowMatcher(config) if config.nfm_enabled else None
+        # Looked up instead of computed: inside a compiled graph the trigonometry would run again in
+        # every kernel that rotates, forward and backward.
+        cos, sin = rotary_tables(config)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
         # A model on the meta device has shapes and names only, which is what readers check.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
@@ -2504,7 +2650,9 @@ class GPT(nn.Module):
     def trunk(self, ids):
         """Normalised states (B, T, D) of ids (B, T), before the refiners."""
         x = x0 = self.embed(ids)
-        angles = rotary(ids.size(1), self.config, ids.device)
+        length = ids.size(1)
+        assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
+        angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
         value_embeddings = self.ve(ids) if self.ve is not None else {}
         v0 = None  # layer 0's values
         skips = []
@@ -2513,7 +2661,7 @@ class GPT(nn.Module):
             # A decoder first adds what its mirror image among the encoders left.
             if decoder >= 0 and skips:
                 weight = self.skip_weights[decoder].to(x.dtype)
-                x = x + weight * skips.pop()
+                x = torch.addcmul(x, weight, skips.pop())
             x, own = block(x, x0, angles, v0, value_embeddings.get(i))
             if v0 is None:
                 v0 = own
@@ -2977,6 +3125,8 @@ class WeightAverage:
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 LOGITS_ROWS = 8192  # positions whose (V,) logits exist at the same time
 LOG_SECONDS = 15  # between two lines of progress in the log
+# The same inputs give the same bits: no reduction is tuned by the clock.
+DETERMINISTIC = {"deterministic": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2990,6 +3140,19 @@ class Score:
     bytes: int
     seconds: float  # over all processes that worked on it, one after another
     legal: bool
+    spot_checks: int = 0  # rounds of scoring that were repeated on other later tokens
+
+
+class ScoredTwiceError(LegalityError):
+    """C4: a target came twice or out of order."""
+
+
+class TrainedAheadError(LegalityError):
+    """C3: test-time training was about to use a target that is not scored yet."""
+
+
+class LookedAheadError(LegalityError):
+    """C1: a score depends on its own token or on a later one."""
 
 
 def bits_per_byte(nats, num_bytes):
@@ -3088,10 +3251,7 @@ def log_probs(logits):
 
 
 class Meter:
-    """float64 sums of nll and bytes on this rank, and the targets that they hold.
-
-    Raises LegalityError for a target that comes twice or out of order.
-    """
+    """float64 sums of nll and bytes on this rank, and the targets that they hold."""
 
     def __init__(self, num_targets, device):
         # The sum stays on the device: to read it makes the host wait.
@@ -3101,37 +3261,34 @@ class Meter:
         self.last = 0  # end of the last span that was added
         self.coverage = np.zeros(num_targets, np.uint8)  # how often each target was scored
 
-    def add(self, first, end, nll, num_bytes):
-        """Add targets [first, end) with their summed nll (0-d float64)."""
-        if first < self.last or self.coverage[first:end].any():
-            raise LegalityError(
-                f"targets {first}…{end} come after {self.last}: out of order or twice"
-            )
-        self.coverage[first:end] = 1
+    def add(self, windows, nll, num_bytes):
+        """Add the scored targets of `windows` with their summed nll (0-d float64).
+
+        Raises ScoredTwiceError for a target that comes twice or out of order.
+        """
+        for _, first, end in windows:
+            if first < self.last or self.coverage[first:end].any():
+                raise ScoredTwiceError(
+                    f"targets {first}…{end} come after {self.last}: out of order or twice"
+                )
+            self.coverage[first:end] = 1
+            self.tokens += end - first
+            self.last = end
         self.nll += nll
-        self.tokens += end - first
         self.bytes += num_bytes
-        self.last = end
 
     def row(self):
         """The sums as plain numbers, for a collective or a saved state."""
         return [float(self.nll), self.tokens, self.bytes, self.last]
 
     def restore(self, rows, coverage, comm):
-        """Take up a saved state: rows (ranks then, 4) as of row(), coverage (num_targets,)."""
-        if len(rows) == comm.world:
-            nll, tokens, num_bytes, _ = rows[comm.rank]
-        elif comm.rank == 0:
-            # Saved by another number of ranks: rank 0 goes on with the sum of all,
-            nll, tokens, num_bytes, _ = rows.sum(0)
-        else:
-            # and the others begin with nothing.
-            nll, tokens, num_bytes = 0.0, 0, 0
+        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of all ranks."""
+        nll, tokens, num_bytes, _ = rows[comm.rank]
         self.nll.fill_(nll)
         self.tokens = int(tokens)
         self.bytes = int(num_bytes)
         self.last = int(rows[:, 3].max())
-        # The coverage is that of all ranks together, so that only one of them may keep it.
+        # Only one rank may keep what is that of all together.
         self.coverage = coverage if comm.rank == 0 else np.zeros_like(coverage)
 
 
@@ -3159,10 +3316,52 @@ def evaluation_mode(model, freeze_blocks):
         model.train(training)
 
 
+@contextlib.contextmanager
+def deterministic_algorithms():
+    """Inside, the same inputs give the same bits on a GPU too.
+
+    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
+    was set before is set again afterwards: training has no need of it.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written; to fill it would cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def other_tokens(tokens, vocab_size, random):
+    """Tokens (n,) of the same type, each different from the one that it replaces."""
+    # A shift by 1 to V - 1 modulo V never gives the same token again.
+    shift = random.integers(1, vocab_size, len(tokens))
+    return ((tokens + shift) % vocab_size).astype(tokens.dtype)
+
+
+def equal_part(windows, size):
+    """The first windows, up to `size`, as far as they score the same number of targets.
+
+    Only the first and the last window of a stream score another number than the stride.
+    """
+    part = windows[:1]
+    count = windows[0].end - windows[0].first
+    for window in windows[1:size]:
+        if window.end - window.first != count:
+            break
+        part.append(window)
+    return part
+
+
 class Batch(typing.NamedTuple):
-    """Windows that go through the model together."""
+    """Windows that go through the model together and score equally many targets each."""
 
     windows: list  # of Window, (n,)
+    count: int  # targets that each window scores, its last ones
     ids: torch.Tensor  # (B, T); B > n where the last window is repeated to fill a compiled shape
     targets: torch.Tensor  # (B, T)
 
@@ -3199,25 +3398,23 @@ def slot_shift(model, hidden, batch, config, slot):
 
 @torch.no_grad()
 def scored_nll(model, hidden, batch, observer):
-    """nll (n,) of a batch's scored targets, window after window; only these get logits.
+    """nll (n * count,) of a batch's scored targets, window after window; only these get logits.
 
-    hidden (B, T, D); `observer` is shown the targets' indices, log-probabilities and nll.
+    hidden (B, T, D), or its last positions; `observer` is shown the targets' indices,
+    log-probabilities and nll.
     """
-    length = hidden.size(1)
-    rows = []  # scored positions in the flattened batch (B * T,)
-    indices = []  # their targets in the stream
-    for i, (start, first, end) in enumerate(batch.windows):
-        rows.append(np.arange(i * length + first - start, i * length + end - start))
-        indices.append(np.arange(first, end))
-    rows = np.concatenate(rows)
-    indices = np.concatenate(indices)
+    # Rows that only fill a compiled shape are left out.
+    n = len(batch.windows)
+    states = hidden[:n, -batch.count :].flatten(0, 1)  # (n * count, D)
+    tokens = batch.targets[:n, -batch.count :].flatten()  # (n * count,)
+    indices = np.concatenate([np.arange(first, end) for _, first, end in batch.windows])
     out = []
-    for low in range(0, len(rows), LOGITS_ROWS):
-        part = torch.from_numpy(rows[low : low + LOGITS_ROWS]).to(hidden.device)
-        logps = log_probs(model.logits(hidden.flatten(0, 1)[part]))  # (n, V)
-        entries = logps.gather(1, batch.targets.flatten()[part, None])  # (n, 1)
+    for low in range(0, len(tokens), LOGITS_ROWS):
+        part = slice(low, low + LOGITS_ROWS)
+        logps = log_probs(model.logits(states[part]))  # (rows, V)
+        entries = logps.gather(1, tokens[part, None])  # (rows, 1)
         nll = -entries[:, 0]
-        observer.scored(indices[low : low + LOGITS_ROWS], logps, nll)
+        observer.scored(indices[part], logps, nll)
         out.append(nll)
     return torch.cat(out)
 
@@ -3235,12 +3432,71 @@ class Observer:
         """Called after each work item, on every rank."""
 
 
+class ScoresFile(Observer):
+    """What SCORES_FILE shows a reviewer: the nll of every target (n,), in nats, as it was counted."""
+
+    def __init__(self, num_targets):
+        self.nll = torch.zeros(num_targets)
+
+    def scored(self, targets, logps, nll):
+        self.nll[targets] = nll.float().cpu()
+
+    def write(self, path, runtime):
+        """Write all ranks' values as little-endian float32, in the order of the targets."""
+        if runtime.comm.world > 1:
+            dist.all_reduce(self.nll)  # a target is scored on one rank and zero on all others
+        if runtime.is_main:
+            write_atomic(path, [self.nll.numpy().astype("<f4").tobytes()])
+
+
+class SpotCheck(Observer):
+    """What one round of scoring shows of the targets up to `place`, which may see no later token."""
+
+    def __init__(self, place, low, high, observer):
+        self.place = place
+        self.low = low  # first target of the round
+        self.observer = observer  # is shown the same
+        self.nll = np.zeros(high - low, np.float32)  # of targets before `place`
+        self.logps = None  # (V,) of target `place`: of its distribution, not only of its own token
+
+    def scored(self, targets, logps, nll):
+        self.observer.scored(targets, logps, nll)
+        before = targets < self.place
+        self.nll[targets[before] - self.low] = nll.float().cpu().numpy()[before]
+        if self.place in targets:
+            row = int(np.flatnonzero(targets == self.place)[0])
+            self.logps = logps[row].float().cpu().numpy()
+
+    def equals(self, other):
+        """Bit for bit; damaged weights may give NaN, which is an error of another kind."""
+        same_nll = np.array_equal(self.nll, other.nll, equal_nan=True)
+        return same_nll and np.array_equal(self.logps, other.logps, equal_nan=True)
+
+
+def draw_rounds(work, share, seed):
+    """Cursors of the ScoreRounds to check: about `share` of them, at least one if share is not 0."""
+    rounds = [cursor for cursor, item in enumerate(work) if isinstance(item, ScoreRound)]
+    if not share or not rounds:
+        return set()
+    count = max(1, round(share * len(rounds)))
+    random = np.random.default_rng(seed)
+    return set(random.choice(rounds, count, replace=False).tolist())
+
+
+def check_seed(config, text):
+    """AUDIT_SEED, or a seed that follows from what is checked: nobody can choose it beforehand."""
+    if config.audit_seed:
+        return config.audit_seed
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
 class Evaluation:
     """One pass over a validation stream.
 
     `ttt` trains on scored chunks (score-first test-time training), `slot` shifts hidden states.
     `checkpoints`, if given, keeps the state (cursor, sums, coverage, adapted weights, momentum);
-    only an evaluation of the same `identity`, settings and text goes on from it.
+    only an evaluation of the same `identity`, settings and text goes on from it. `spot_checks` is the
+    share of rounds that are scored again with other tokens after a random position.
     """
 
     def __init__(
@@ -3256,6 +3512,7 @@ class Evaluation:
         checkpoints=None,
         identity="",
         label="",
+        spot_checks=0.0,
     ):
         self.model = model
         self.stream = stream
@@ -3267,19 +3524,32 @@ class Evaluation:
         self.observer = observer or Observer()
         self.checkpoints = checkpoints
         self.label = label
-        text = stream.fingerprint["val_sha256"]
         # What must agree before a saved state is taken up.
-        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world}"
+        text = stream.fingerprint["val_sha256"]
+        self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world} ranks"
+        if ttt:
+            # Threads split the sums of gradients, and so do ranks.
+            self.identity += f"/{torch.get_num_threads()} threads"
+        # The text lies on the device: a batch is gathered there from a list of positions.
+        tokens = torch.from_numpy(stream.tokens.astype(np.int32))  # (num_targets + 1,)
+        self.tokens = tokens.to(runtime.device)
         # The plan is the same list on every rank, so that collectives meet.
         self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
         per_round = config.eval_batch_seqs * self.comm.world
         self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
+        self.spot_seed = check_seed(config, self.identity)
+        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
         self.meter = Meter(stream.num_targets, runtime.device)
-        self.hidden = runtime.compiled(model.hidden)
-        self.loss = runtime.compiled(model)
+        self.hidden = runtime.compiled(model.hidden, DETERMINISTIC)
+        self.loss = runtime.compiled(model, DETERMINISTIC)
+        self.step_loss = self.loss  # of a whole test-time training step
+        if runtime.cuda_graphs(config.ttt_cuda_graph):
+            self.step_loss = runtime.compiled(model, {**DETERMINISTIC, "triton.cudagraphs": True})
         self.sgd = None  # the optimiser of test-time training
         self.batch_limit = None  # windows per batch that fit, once more did not
         self.cursor = 0  # the next work item
+        self.scored_until = 0  # all targets before this one are scored, on all ranks
+        self.spots_done = 0  # rounds that were checked and agreed
         self.seconds = 0.0  # spent so far, by earlier processes too
 
     def run(self, last_target=None):
@@ -3292,6 +3562,10 @@ class Evaluation:
             # As if this process had done all of it.
             self.started = time.monotonic() - self.seconds
             self.shown = self.logged = self.started
+            if self.spots:
+                self.runtime.log(
+                    f"spot_checks {self.label} rounds:{len(self.spots)} audit_seed:{self.spot_seed}"
+                )
             while self.cursor < len(self.work):
                 item = self.work[self.cursor]
                 if last_target is not None and self.begins_beyond(last_target, item):
@@ -3299,6 +3573,7 @@ class Evaluation:
                 self.observer.before_item(self, item)
                 if isinstance(item, ScoreRound):
                     self.score(item)
+                    self.scored_until = self.windows[item.high - 1].end
                 else:
                     self.train(item)
                 self.observer.after_item(self, item)
@@ -3369,65 +3644,137 @@ class Evaluation:
         size = self.config.eval_batch_seqs
         low = item.low + self.comm.rank * size
         share = self.windows[low : min(low + size, item.high)]
+        if self.cursor in self.spots:
+            self.spots_done += 1  # on all ranks, each of which checks its own share
+        if not share:
+            return  # the last round of a chunk may not reach this rank
+        if self.cursor in self.spots:
+            nll = self.spot_checked_nll(share)
+        else:
+            nll = self.summed_nll(share, self.observer)
+        num_bytes = 0
+        for _, first, end in share:
+            num_bytes += int(self.stream.bytes[first:end].sum(dtype=np.int64))
+        self.meter.add(share, nll, num_bytes)
 
-        def in_parts(part):
-            sums = []
-            for i in range(0, len(share), part):
-                sums += self.window_sums(share[i : i + part], part)
-            return sums
+    def summed_nll(self, windows, observer):
+        """Summed nll (0-d float64) of the scored targets of `windows`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        left = list(windows)
 
-        for (_, first, end), nll in zip(share, self.halving(in_parts, size)):
-            num_bytes = int(self.stream.bytes[first:end].sum(dtype=np.int64))
-            self.meter.add(first, end, nll, num_bytes)
+        def next_batch(size):
+            part = equal_part(left, size)
+            return len(part), self.batch_nll(part, size, observer)
+
+        while left:
+            # Batch by batch, so that nothing is shown to the observer twice.
+            done, nll = self.halving(next_batch, self.config.eval_batch_seqs)
+            total += nll.double().sum()  # in float64: 62 million summands
+            left = left[done:]
+        return total
 
     @torch.no_grad()
-    def window_sums(self, windows, size):
-        """Summed nll (0-d float64) of each window, from one forward pass of up to `size` rows."""
+    def batch_nll(self, windows, size, observer):
+        """nll of the windows' scored targets, from one forward pass of up to `size` rows."""
         starts = [window.start for window in windows]
         if self.runtime.compiling:
             # One compiled shape: the last window fills the rows that are missing.
             starts += starts[-1:] * (size - len(starts))
         length = windows[0].end - windows[0].start  # all windows of a stream are equally long
-        batch = Batch(windows, *self.rows(starts, length))
+        count = windows[0].end - windows[0].first
+        batch = Batch(windows, count, *self.rows(starts, length))
         with self.runtime.autocast():
             hidden = self.hidden(batch.ids)  # (B, T, D)
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
-            nll = scored_nll(self.model, hidden, batch, self.observer)
-        # In float64: 62 million summands.
-        by_window = nll.split([end - first for _, first, end in windows])
-        return [part.double().sum() for part in by_window]
+            return scored_nll(self.model, hidden, batch, observer)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""
-        spans = [self.stream.tokens[at : at + length + 1] for at in starts]
-        tokens = self.runtime.to_device(np.stack(spans))  # (n, length + 1)
-        return tokens[:, :-1], tokens[:, 1:]
+        at = self.runtime.to_device(starts)  # (n,)
+        spans = self.tokens.unfold(0, length + 1, 1)  # a view: every span of the text
+        rows = spans[at].long()  # (n, length + 1)
+        return rows[:, :-1], rows[:, 1:]
+
+    def spot_checked_nll(self, share):
+        """summed_nll of a share, which is then scored again on other tokens from some target on.
+
+        Raises LookedAheadError unless all that came before is the same, bit for bit.
+        """
+        low = share[0].first
+        high = share[-1].end
+        random = np.random.default_rng([self.spot_seed, self.cursor])
+        place = int(random.integers(low, high))
+        counted = SpotCheck(place, low, high, self.observer)
+        nll = self.summed_nll(share, counted)
+        again = SpotCheck(place, low, high, Observer())
+        # Target `place` is token place + 1. Replaced is all that this round's windows hold from
+        # there on, and a window's length more.
+        with self.replaced_tokens(place + 1, high + self.config.eval_seq_len, random):
+            self.summed_nll(share, again)
+        if not counted.equals(again):
+            raise LookedAheadError(
+                f"{self.label}: scores of targets {low}…{place} change with tokens that come "
+                f"after them (item {self.cursor}, AUDIT_SEED={self.spot_seed})"
+            )
+        return nll
+
+    @contextlib.contextmanager
+    def replaced_tokens(self, low, high, random):
+        """Inside, tokens [low, high) of the text are others, on the host and on the device."""
+        before = self.stream.tokens[low:high].copy()
+        self.put_tokens(low, other_tokens(before, self.config.vocab_size, random))
+        try:
+            yield
+        finally:
+            self.put_tokens(low, before)
+
+    def put_tokens(self, low, tokens):
+        high = low + len(tokens)
+        self.stream.tokens[low:high] = tokens
+        self.tokens[low:high] = torch.from_numpy(tokens.astype(np.int32))
 
     def train(self, item):
-        """One SGD step on rows of a chunk; all of its targets are scored."""
+        """One SGD step on rows of a chunk. Raises TrainedAheadError unless all of it is scored."""
         length = self.config.eval_seq_len
-        starts = [item.first + row * length for row in range(item.row_low, item.row_high)]
-        starts = starts[self.comm.rank :: self.comm.world]  # this rank's rows, perhaps none
+        end = item.first + item.row_high * length
+        if end > self.scored_until:
+            raise TrainedAheadError(
+                f"targets up to {end} were to be trained on, but only those before "
+                f"{self.scored_until} are scored"
+            )
+        rows = range(item.row_low, item.row_high)
+        starts = [item.first + row * length for row in rows]
+        mine = starts[self.comm.rank :: self.comm.world]  # perhaps none
         params = self.sgd.param_groups[0]["params"]
 
         def accumulate(part):
             # Anew: after an out-of-memory error some gradients are there already.
             for param in params:
-                param.grad = torch.zeros_like(param)
-            for i in range(0, len(starts), part):
-                ids, targets = self.rows(starts[i : i + part], length)
+                param.grad = None
+            # A CUDA graph's gradients are gone with its next replay: it takes all rows or none.
+            loss_of = self.step_loss if part >= len(mine) else self.loss
+            for i in range(0, len(mine), part):
+                ids, targets = self.rows(mine[i : i + part], length)
                 with self.runtime.autocast():
-                    loss = self.loss(ids, targets)
-                share = len(ids) / (item.row_high - item.row_low)  # of the step's mean
+                    loss = loss_of(ids, targets)
+                share = len(ids) / len(rows)  # of the step's mean
                 (loss * share).backward()
 
-        self.halving(accumulate, max(1, len(starts)))
-        # A rank without a row adds zeros. The sum is clipped, not each rank's part of it.
-        self.comm.sum_gradients([p.grad for p in params])
+        with deterministic_algorithms():
+            self.halving(accumulate, max(1, len(mine)))
+            self.sgd_step(params, item.rate)
+
+    def sgd_step(self, params, rate):
+        """Step on the gradients of all ranks together, clipped by the norm of their sum."""
+        if self.comm.world > 1:
+            for param in params:
+                if param.grad is None:  # a rank without a row adds zeros
+                    param.grad = torch.zeros_like(param)
+            self.comm.sum_gradients([param.grad for param in params])
         if self.config.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, self.config.ttt_grad_clip)
-        self.sgd.param_groups[0]["lr"] = item.rate  # momentum lives on from chunk to chunk
+        self.sgd.param_groups[0]["lr"] = rate  # momentum lives on from chunk to chunk
         self.sgd.step()
 
     def result(self, complete):
@@ -3451,6 +3798,7 @@ class Evaluation:
             bytes=int(num_bytes),
             seconds=time.monotonic() - self.started,
             legal=self.slot != "published",
+            spot_checks=self.spots_done,
         )
 
     def all_coverage(self):
@@ -3465,11 +3813,13 @@ class Evaluation:
 
         With `wait`, raises ResourceError if it cannot be written.
         """
-        # Sums and coverage of all ranks: another number of ranks may go on from it.
+        # Sums of every rank, each of which goes on with its own.
         state = dict(
             identity=self.identity,
             cursor=self.cursor,
             seconds=self.seconds,
+            scored_until=self.scored_until,
+            spots_done=self.spots_done,
             rows=torch.from_numpy(self.comm.gather_rows(self.meter.row())),
             coverage=torch.from_numpy(np.packbits(self.all_coverage())),
         )
@@ -3503,6 +3853,8 @@ class Evaluation:
         self.meter.restore(state["rows"].numpy(), coverage, self.comm)
         self.cursor = state["cursor"]
         self.seconds = state["seconds"]
+        self.scored_until = state["scored_until"]
+        self.spots_done = state["spots_done"]
         if self.ttt:
             self.model.load_state_dict(state["model"])
             self.sgd.load_state_dict(state["sgd"])
@@ -3528,7 +3880,7 @@ class EvaluationJob(typing.NamedTuple):
 
 
 def evaluation_jobs(config):
-    """[EvaluationJob] of an artifact from the weakest to the strongest, which is the one to report."""
+    """[EvaluationJob] of an artifact, from the weakest to the strongest: the one to report."""
     jobs = [
         EvaluationJob("final_int6_roundtrip", config.eval_seq_len, False, "off"),
         EvaluationJob("final_int6_sliding_window", config.eval_stride, False, "off"),
@@ -3539,7 +3891,7 @@ def evaluation_jobs(config):
     if config.slot != "off":
         adapting.append(f"slot_{config.slot}")
     if adapting:
-        # What adapts, after a word on whether it may: legal_ttt, legal_ttt_slot_causal, slot_causal.
+        # What adapts, after a word on whether it may: legal_ttt, illegal_ttt_slot_published.
         if config.slot == "published":
             adapting.insert(0, "illegal")
         elif config.ttt_enabled:
@@ -3555,6 +3907,27 @@ def evaluation_jobs(config):
 # (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
 # run is the uninterrupted one bit for bit.
 # ==================================================================================================
+class HostCopy:
+    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
+
+    float(tensor) would wait for everything that the device was given so far. This copy is queued
+    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
+    immediate.
+    """
+
+    def __init__(self, tensor):
+        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
+        self.arrived = None
+        if tensor.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.value)
+
+
 class StepFacts(typing.NamedTuple):
     """What all ranks agree on in every step."""
 
@@ -3562,6 +3935,86 @@ class StepFacts(typing.NamedTuple):
     stop: bool  # some rank was told to stop
     save: bool  # a checkpoint is due by the clock
     seconds: float  # since the last step, by rank 0's clock
+
+
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,  # SXM, which calls itself "H100 80GB HBM3"
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(name):
+    """Dense bfloat16 FLOP/s of the device `name`, None where the table has no honest answer."""
+    if "MIG" in name:  # a slice of a GPU
+        return None
+    for part, flops in PEAK_FLOPS.items():
+        if part in name:
+            return flops
+    return None
+
+
+def flops_per_token(model):
+    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L D T.
+
+    N counts the parameters that multiply every token: not the tables that are only looked up, but
+    the token embedding, which is also the head. L layers attend over T tokens at width D. The formula
+    of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no discount for the
+    causal half, so that shares of the peak compare with those of others.
+    """
+    config = model.config
+    multiplied = sum(param.numel() for param in model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name != "tok_emb":
+            multiplied -= module.weight.numel()
+    attention = config.num_layers * config.model_dim * config.train_seq_len
+    return 6 * multiplied + 12 * attention
+
+
+class StepTimer:
+    """Where training's time goes, by this rank's own clock; part of the checkpoint.
+
+    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead and
+    waits once a step, for the loss: "forward_backward" then holds whatever the device still had to
+    do, the optimisers' kernels of the step before included, while "data" and "optimiser" are what
+    the host itself needs to prepare and to launch. Their growth is what starves the device.
+    """
+
+    PARTS = ("data", "forward_backward", "optimiser", "validation")
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self.steps = []  # seconds of every step, as all ranks agreed on
+
+    @contextlib.contextmanager
+    def part(self, name):
+        begin = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - begin
+
+    def recent(self, count):
+        """Mean seconds of the last `count` steps."""
+        last = self.steps[-count:]
+        return sum(last) / len(last)
+
+    def milliseconds(self, percentile):
+        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
+        return 1000 * float(np.percentile(self.steps, percentile))
+
+    def state_dict(self):
+        steps = torch.tensor(self.steps, dtype=torch.float64)
+        return dict(seconds=dict(self.seconds), steps=steps)
+
+    def load_state_dict(self, state):
+        self.seconds = dict(state["seconds"])
+        self.steps = state["steps"].tolist()
 
 
 class Trainer:
@@ -3584,6 +4037,8 @@ class Trainer:
         self.step = 0  # steps done
         self.seconds = 0.0  # of training: without start, warm-up and validation
         self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.timer = StepTimer()
+        self.logged_step = 0  # of the last log line in this process
         self.stopped_early = False  # by the wallclock cap
         self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
@@ -3674,10 +4129,12 @@ class Trainer:
         # Before the optimisers: a loss that is not finite must not reach the weights.
         if not math.isfinite(facts.loss):
             self.diverged(facts.loss)
-        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-        self.average.update(self.step, scale)
+        with self.timer.part("optimiser"):
+            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+            self.average.update(self.step, scale)
         self.step += 1
         self.seconds += facts.seconds
+        self.timer.steps.append(facts.seconds)
         self.report(facts.loss, scale)
         if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(wait=True)
@@ -3721,39 +4178,54 @@ class Trainer:
         length = config.train_seq_len
         first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
         last = first + self.seqs_per_rank
-        # One token more than there are inputs: the last target.
-        span = stream.take(config.train_batch_tokens, first * length, last * length)
+        with self.timer.part("data"):
+            # One token more than there are inputs: the last target.
+            span = stream.take(config.train_batch_tokens, first * length, last * length)
         self.model.zero_grad()
         self.model.train()
         total = 0.0
         for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
             high = low + self.micro_batch_seqs
-            tokens = self.runtime.to_device(span[low * length : high * length + 1])
-            noise = flow_noise(
-                config, step, first + low, self.micro_batch_seqs, self.runtime.device
-            )
-            total = total + self.loss_and_gradients(tokens, noise)
-        return float(total)
+            with self.timer.part("data"):
+                tokens = self.runtime.to_device(span[low * length : high * length + 1])
+                noise = flow_noise(
+                    config, step, first + low, self.micro_batch_seqs, self.runtime.device
+                )
+            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
+                loss = self.micro_batch_loss(tokens, noise)
+                total = total + loss.detach()
+                if high == self.seqs_per_rank:
+                    on_host = HostCopy(
+                        total
+                    )  # before the last backward, which it need not wait for
+                loss.backward()
+        with self.timer.part("forward_backward"):
+            # The step's one synchronisation. On CUDA the last backward is still running behind it,
+            # long enough to hide the agreement of the ranks and the optimisers' launches.
+            return on_host.read()
 
-    def loss_and_gradients(self, tokens, noise):
-        """Accumulate a micro-batch's gradients; returns its share of the mean loss (0-d)."""
+    def micro_batch_loss(self, tokens, noise):
+        """Share of the step's mean loss (0-d) of `tokens` (B * T + 1,)."""
         length = self.config.train_seq_len
-        shares = self.accumulation_steps * self.comm.world
         ids = tokens[:-1].view(-1, length)  # (B, T)
         targets = tokens[1:].view(-1, length)  # (B, T): each token's successor
+        with self.runtime.autocast():
+            # Divided here, so that sums over micro-batches and ranks are means.
+            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
+
+    @contextlib.contextmanager
+    def naming_a_smaller_batch(self):
+        """Out of memory becomes a ResourceError that names the setting to change."""
         try:
-            with self.runtime.autocast():
-                # Divided here, so that sums over micro-batches and ranks are means.
-                loss = self.loss(ids, targets, noise) / shares
-            loss.backward()
+            yield
         except OUT_OF_MEMORY:
+            length = self.config.train_seq_len
             smaller = max(self.micro_batch_seqs * length // 2, length)
             raise ResourceError(
                 "out of memory in training with MICRO_BATCH_TOKENS="
                 f"{self.config.micro_batch_tokens}: run the same command with "
                 f"MICRO_BATCH_TOKENS={smaller}"
             ) from None
-        return loss.detach()
 
     def clock(self):
         milliseconds = 1000 * self.seconds
@@ -3767,25 +4239,63 @@ class Trainer:
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
         # The first steps show whether a run is sound at all.
         logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
+        # The pace since the last line, where a node that slows down shows at once.
+        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
+        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
         if logged:
-            self.runtime.log(f"{text} {self.clock()}")
-            self.runtime.event(
-                "step",
-                step=step,
-                train_loss=loss,
-                train_time_ms=1000 * self.seconds,
-                lr_scale=scale,
-            )
+            self.runtime.log(f"{text} {self.clock()} {pace}")
+            self.logged_step = step
+        # Every step's, so that the curve that is drawn of them can be smoothed.
+        self.runtime.event(
+            "step",
+            step=step,
+            train_loss=loss,
+            train_time_ms=1000 * self.seconds,
+            lr_scale=scale,
+        )
         # By the mean of the whole run: steadier than the last step's time.
         eta = (config.iterations - step) * self.seconds / step
-        self.runtime.progress(f"{text} eta:{eta:.0f}s")
+        self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
+
+    def report_throughput(self):
+        """Two lines at the end: the pace with its share of the device's peak, and where time went."""
+        timer = self.timer
+        if not timer.steps:
+            return
+        median = timer.milliseconds(50)
+        tokens = self.config.train_batch_tokens * len(timer.steps)
+        tokens_per_second = tokens / max(1e-9, self.seconds)
+        device = device_name(self.runtime.device)
+        peak = peak_flops(device)
+        share = None
+        described = f"unknown (no bfloat16 peak is listed for {device})"
+        if peak is not None:
+            flops = flops_per_token(self.model) * tokens_per_second
+            share = flops / (peak * self.comm.world)
+            described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
+        self.runtime.log(
+            f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
+            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+        )
+        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
+        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
+        self.runtime.event(
+            "throughput",
+            tokens_per_s=tokens_per_second,
+            step_median_ms=median,
+            step_p95_ms=timer.milliseconds(95),
+            peak_share=share,
+            flops_per_token=flops_per_token(self.model),
+            seconds_in=timer.seconds,
+        )
 
     def validate(self):
         """Validate the raw weights by non-overlapping windows; this is no training time."""
         config = self.config
         begin = time.monotonic()
         try:
-            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+            with self.timer.part("validation"):
+                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
         except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
@@ -3811,6 +4321,7 @@ class Trainer:
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())
+        timing = self.timer.state_dict()
         generator = np.random.default_rng(0)
         tokens = generator.integers(0, config.vocab_size, config.train_batch_tokens + 1)
         # A stand-in for TrainStream: the real position must not move.
@@ -3819,6 +4330,7 @@ class Trainer:
             self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
             reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
+        self.timer.load_state_dict(timing)
         self.runtime.log(
             f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
         )
@@ -3846,6 +4358,7 @@ class Trainer:
         if self.runtime.is_main:
             state.update(self.identity)
             state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
+            state.update(timing=self.timer.state_dict())
             self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
         self.checkpoints.saved_at = time.monotonic()
         if wait:
@@ -3871,6 +4384,8 @@ class Trainer:
         # With step, clock and position the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
+        self.timer.load_state_dict(state["timing"])
+        self.logged_step = step
         self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
@@ -3910,6 +4425,7 @@ def train(config, runtime, val, path):
     trainer = Trainer(config, runtime, val)
     trainer.announce()
     trainer.run()
+    trainer.report_throughput()
     exported = trainer.export()
     allocated, reserved = runtime.peak_mib()
     runtime.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
@@ -4133,7 +4649,7 @@ def read_header(blob):
     except ArtifactError:
         raise
     except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
-        what = f"{type(error).__name__}: {ascii(str(error)[:200])}"
+        what = f"{type(error).__name__}: {printable(error, 200)}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
     return Payload(config, tokenizer_sha256, table, raw, end)
 
@@ -4157,10 +4673,13 @@ def check_shapes(config, found):
 
 
 def check_table(config, table, data_bytes):
-    """Names and shapes must be the architecture's, schemes known, sizes add up. Raises ArtifactError."""
+    """Raise ArtifactError unless names, shapes, schemes and sizes are the architecture's."""
     names = {entry.name for entry in table}
     if len(names) != len(table):
         raise ArtifactError("artifact: a tensor appears twice")
+    # 16.0 and True equal integers, but are no sizes of an array.
+    if any(type(size) is not int for entry in table for size in entry.shape):
+        raise ArtifactError("artifact: a shape holds something else than integers")
     try:
         check_shapes(config, {entry.name: entry.shape for entry in table})
     except ArtifactError as error:
@@ -4232,7 +4751,7 @@ class LoadedWeights(typing.NamedTuple):
     sha256: str  # of the file
 
     def brought(self):
-        """Settings that the file brings into a run that only evaluates it; a given file is audited."""
+        """Settings that the file brings into a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
@@ -4267,8 +4786,11 @@ def load_float_weights(path):
             f"{path}: does not start like an artifact: damaged, or of another submission: "
             "copy it again, or name another file"
         )
-    saved = load_tensors(path)
+    # float32 weights, and what is said about them.
+    saved = load_tensors(path, 4 * MAX_PARAMETERS + MAX_HEADER_BYTES)
     try:
+        if not isinstance(saved, dict):  # a bare tensor would answer to indices, too
+            raise TypeError(f"a {type(saved).__name__} instead of a dictionary")
         config = Config(**saved["config"])
         state = saved["state_dict"]
         for name, tensor in state.items():
@@ -4279,7 +4801,7 @@ def load_float_weights(path):
     except Exception as error:  # a stranger's file may hold anything, escape sequences included
         raise ArtifactError(
             f"{path}: not the final weights of a run ({type(error).__name__}: "
-            f"{ascii(str(error)[:200])}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
+            f"{printable(error, 200)}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
         ) from None
 
 
@@ -4668,7 +5190,7 @@ class Run:
             self.score()
 
     def identity(self):
-        """What two runs must agree on to share a RUN_DIR: settings, text, code and (EVAL_ONLY) file.
+        """What two runs must agree on to share a RUN_DIR: settings, text, code and scored file.
 
         An evaluation does not use the settings of training, so it does not compare them.
         """
@@ -4683,16 +5205,16 @@ class Run:
         return identity
 
     def origin(self):
-        """Shows that this user's runs on this system made something, without giving the key away."""
+        """Shows that this user's runs made something, without giving the key away."""
         key = self.runtime.user_key()
         return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
 
     def take_over_record(self):
-        """Write config.json; go on with the scores of the run that RUN_DIR holds, if it is this one."""
+        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
         path = self.path / "config.json"
         old = json.loads(path.read_text()) if path.exists() else None
-        # The evaluation of a given file is a check of it: what an earlier one found is not taken up,
-        # so it may be another one's. A training run in RUN_DIR is never overwritten.
+        # The evaluation of a given file is a check of it: what an earlier one found is not taken
+        # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
         earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
             self.check_same_run(old)
@@ -4713,7 +5235,7 @@ class Run:
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def check_same_run(self, old):
-        """Raise ConfigError when RUN_DIR holds a run of other settings, data, code or another user."""
+        """Raise ConfigError when RUN_DIR holds a run of other settings, data or code."""
         before = old.get("identity", {})
         differences = []
         for name, value in self.identity().items():
@@ -4722,8 +5244,9 @@ class Run:
                 differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
         if differences:
             raise ConfigError(
-                f"{self.path} holds a run of other settings, data or code: {'; '.join(differences)}: "
-                "use the same to resume it, set another RUN_ID, or RESUME=never to keep it aside"
+                f"{self.path} holds a run of other settings, data or code: "
+                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
+                "RESUME=never to keep it aside"
             )
         if old.get("origin") != self.origin():
             self.log(
@@ -4760,7 +5283,7 @@ class Run:
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
     def write_manifest(self):
-        """manifest.json: versions, machine and hashes, so that a score can be traced to its files."""
+        """manifest.json: versions, machine and hashes, to trace a score to its files."""
         if not self.runtime.is_main:
             return
         config = self.config
@@ -4852,12 +5375,12 @@ class Run:
         if over > 0:
             raise ArtifactError(
                 f"{self.artifact_path}: {artifact_bytes} bytes and {code_bytes} bytes of code are "
-                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the script "
-                "it was submitted with, or raise BUDGET_BYTES to look at it all the same"
+                f"{over} more than BUDGET_BYTES={self.config.budget_bytes}: score it with the "
+                "script it was submitted with, or raise BUDGET_BYTES to look at it all the same"
             )
 
     def model_of(self, path):
-        """The model with the weights of a file; one object for all scores, so that it is compiled once."""
+        """The model with the weights of a file; one object for all scores: compiled once."""
         if self.model is None:
             # Rounding in training has no place here: the weights are what they are.
             settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
@@ -4877,7 +5400,7 @@ class Run:
         audit_key = self.evaluation_key(self.artifact_path)
 
         def passed_before():
-            # A given file is audited anew each time; so is everything when the audit is what was asked.
+            # A given file is audited anew each time; so is all when the audit is what was asked.
             if config.eval_only or config.mode == "audit" or not path.exists():
                 return False
             old = json.loads(path.read_text())
@@ -4909,11 +5432,19 @@ class Run:
         """Every score that is configured and missing, from the files that were written."""
         config = self.config
         for job in self.jobs():
-            if self.already_done(job.label, lambda job=job: job.label in self.results["scores"]):
+            scored = self.already_done(
+                job.label, lambda job=job: job.label in self.results["scores"]
+            )
+            if scored and not config.scores_file:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
             name = f"eval_{job.label}"
             checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
+            scores_file = None
+            if config.scores_file:
+                # It needs every target of one pass, so no earlier part of one is taken up.
+                checkpoints = None
+                scores_file = ScoresFile(self.val.num_targets)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
                 self.model_of(path),
@@ -4924,10 +5455,14 @@ class Run:
                 ttt=job.ttt,
                 slot=job.slot,
                 label=job.label,
+                observer=scores_file,
                 checkpoints=checkpoints,
                 identity=self.evaluation_key(path) + "/" + self.origin(),
+                spot_checks=config.spot_checks,
             )
             self.record(score, job)
+            if scores_file is not None:
+                scores_file.write(config.scores_file.replace("{label}", job.label), self.runtime)
         if self.runtime.is_main:
             self.write_results(finished=True)
             self.summarise()
@@ -4953,7 +5488,7 @@ class Run:
         milliseconds = 1000 * score.seconds
         log(
             f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
-            f"eval_time:{milliseconds:.0f}ms{mark}"
+            f"eval_time:{milliseconds:.0f}ms spot_checks:{score.spot_checks}{mark}"
         )
         log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
         log(f"score_scope:{self.val.scope}")
@@ -4995,9 +5530,9 @@ class Run:
         return not label.startswith(("pre_quant", "float")) and not label.endswith("_roundtrip")
 
     def headline(self):
-        """Label of the score to report: the last legal one in the order of jobs, whatever its value.
+        """Label of the score to report: the last legal one in the order of jobs.
 
-        To choose the lowest of several scores after seeing them would be selection on validation text.
+        To choose the lowest after seeing them would be selection on validation text.
         """
         scores = self.results["scores"]
         legal = [
@@ -5109,7 +5644,7 @@ def sample(config, runtime, loaded):
         text = tokenizer.decode(text_ids)
         # A character of several bytes is a replacement mark until its last byte is there.
         if runtime.is_main and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
+            print(printable(text[len(shown) :], keep="\n\t"), end="", flush=True)
             shown = text
     if runtime.is_main:
         print()
@@ -5128,7 +5663,7 @@ def reported_errors(runtime):
         report_stop(runtime, stop)
         leave(runtime, stop.code)
     except GolfError as error:
-        report_error(runtime, error.code, str(error), f"error: {error}", rank)
+        report_error(runtime, error.code, str(error), f"error: {printable(error)}", rank)
         leave(runtime, error.code)
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
@@ -5153,12 +5688,12 @@ def report_error(runtime, code, message, shown, rank):
     """`message` to the log and the events, `shown` with its rank to the terminal."""
     runtime.event("error", code=code, message=message)
     runtime.append(runtime.log_file, f"error: {message}")
-    lines = [f"{rank}{line}" for line in shown.splitlines()]
+    lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def leave(runtime, code):
-    """Exit now: with several ranks, tearing down a process group whose peers may be gone can hang."""
+    """Exit now: tearing down a process group whose peers may be gone can hang."""
     # A checkpoint that is being written must be whole before the process goes.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
@@ -5185,6 +5720,7 @@ def launch_ranks(config):
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # a stopped run goes on when its command is run again
         monitor_interval=0.1,
+        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     begin = time.time()
@@ -5220,7 +5756,7 @@ def main():
         raise ConfigError(
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
-    # The file comes first, since its architecture and evaluation settings are part of the configuration.
+    # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.brought() if loaded else None)
     if arguments:
@@ -5243,5 +5779,5 @@ if __name__ == "__main__":
     try:
         main()
     except GolfError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(error.code)

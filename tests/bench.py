@@ -275,8 +275,8 @@ def audit_cost():
         with runtime(tiny) as machine:
             machine.log = lambda line: None
             spent = total(lambda: golf.audit(model, stream, tiny, machine))
-            windows = -(-golf.CANONICAL_TARGETS // config.eval_stride) * config.eval_seq_len
-            full = windows + 3 * config.ttt_epochs * golf.CANONICAL_TARGETS
+            windows = -(-golf.CANONICAL_TARGETS[1024] // config.eval_stride) * config.eval_seq_len
+            full = windows + 3 * config.ttt_epochs * golf.CANONICAL_TARGETS[1024]
     finally:
         golf.Evaluation = original
     yield "audit of nfm_7k with TTT", f"{spent / 1e6:.1f} M token passes", \

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from conftest import ROOT, VOCAB, environment, tiny_config, train_tokenizer
-from train_gpt import BOS, DataError, TokenBytes, TrainStream, ValidationSet, read_shard, write_shard
+from train_gpt import BOS, ConfigError, DataError, TokenBytes, TrainStream, ValidationSet, read_shard, write_shard
 
 PROPERTY = dict(deadline=None, derandomize=True, database=None)
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
@@ -392,22 +392,40 @@ def test_the_fingerprint_tells_tokens_bytes_documents_and_sha256(tmp_path):
 
 @pytest.mark.parametrize("targets,total,vocab,scope", [
     (1000, 3000, 1024, "canonical"), (1000, 2000, 1024, "canonical"), (1000, 4000, 1024, "canonical"),
-    (1000, 1999, 1024, "proxy"), (1000, 4001, 1024, "proxy"), (999, 3000, 1024, "proxy"),
-    (1001, 3000, 1024, "proxy"),
-    (1000, 3000, 1023, "proxy")])
+    (700, 3000, 8192, "canonical"), (1000, 1999, 1024, "proxy"), (1000, 4001, 1024, "proxy"),
+    (999, 3000, 1024, "proxy"), (1001, 3000, 1024, "proxy"), (1000, 3000, 1023, "proxy"),
+    (1000, 3000, 8192, "proxy"), (700, 3000, 1024, "proxy")])
 def test_only_the_known_counts_make_a_split_canonical(monkeypatch, targets, total, vocab, scope):
-    monkeypatch.setattr(train_gpt, "CANONICAL_TARGETS", 1000)
+    """The counts of a tokenizer; without the digest they are all there is to say."""
+    monkeypatch.setattr(train_gpt, "CANONICAL_TARGETS", {1024: 1000, 8192: 700})
     monkeypatch.setattr(train_gpt, "CANONICAL_BYTES", (2000, 4000))
     token_bytes = OneByte(total)
     token_bytes.vocab_size = vocab
-    stream = ValidationSet(np.zeros(targets + 1, np.uint16), token_bytes)
-    assert stream.scope == stream.fingerprint["scope"] == scope
+    tokens = np.zeros(targets + 1, np.uint16)
+    certain = ValidationSet(tokens, token_bytes, hashlib.sha256(tokens.tobytes()).hexdigest())
+    assert certain.scope == certain.fingerprint["scope"] == scope
+    by_counts = ValidationSet(tokens, token_bytes)
+    expected = "canonical-by-counts" if scope == "canonical" else "proxy"
+    assert by_counts.scope == by_counts.fingerprint["scope"] == expected
 
 
-def test_the_known_counts_are_those_of_the_official_split():
-    assert train_gpt.CANONICAL_TARGETS == 62_021_632
+def test_the_known_counts_are_those_of_the_official_splits():
+    """The same text: 2.4359 and 3.7266 bytes per token."""
+    assert train_gpt.CANONICAL_TARGETS == {1024: 62_021_632, 8192: 40_540_160}
     assert train_gpt.CANONICAL_BYTES == (151_020_000, 151_080_000)
-    assert all(train_gpt.CANONICAL_TARGETS % seq_len == 0 for seq_len in (1024, 2048))
+    for pieces, rate in ((1024, 2.4359), (8192, 3.7266)):
+        targets = train_gpt.CANONICAL_TARGETS[pieces]
+        assert targets % 2048 == 0 and 151_020_000 <= targets * rate <= 151_080_000
+
+
+def test_other_tokens_than_the_expected_ones_are_an_error(tmp_path):
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.arange(70))
+    digest = hashlib.sha256(np.arange(65).astype("<u2").tobytes()).hexdigest()  # of what is scored
+    assert ValidationSet.load(val_config(tmp_path, val_sha256=digest), OneByte()).scope == "proxy"
+    with pytest.raises(DataError, match=f"have SHA-256 {digest}, expected VAL_SHA256={'0' * 64}:"):
+        ValidationSet.load(val_config(tmp_path, val_sha256="0" * 64), OneByte())
+    with pytest.raises(ConfigError, match="VAL_SHA256='abc': expected 64 hexadecimal digits"):
+        val_config(tmp_path, val_sha256="abc")
 
 
 def test_validation_data_shorter_than_a_window_are_refused(tmp_path):

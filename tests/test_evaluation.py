@@ -12,8 +12,8 @@ import train_gpt
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_gpt import (ArtifactError, LegalityError, Meter, ScoreRound, Stopped, TrainStep, plan_windows,
-                       plan_work)
+from train_gpt import (ArtifactError, LegalityError, Meter, ScoreRound, Stopped, TrainStep, Window,
+                       plan_windows, plan_work)
 
 SEQ, STRIDE, CHUNK = 64, 16, 256  # of conftest.TINY
 EVERY_PART = dict(ve_dim=8, ve_last_n=2, flow_enabled=True, flow_latent_dim=8, flow_hidden_dim=16,
@@ -197,18 +197,19 @@ def test_bits_per_byte_is_nats_over_ln_2_over_bytes():
 @pytest.mark.parametrize("first, end", [(0, 4), (3, 6), (2, 3)])
 def test_the_meter_refuses_a_target_twice_and_a_step_back(first, end):
     meter = Meter(10, "cpu")
-    meter.add(0, 4, torch.tensor(1.0), 4)
+    meter.add([Window(0, 0, 2), Window(0, 2, 4)], torch.tensor(1.0), 4)
     with pytest.raises(LegalityError):
-        meter.add(first, end, torch.tensor(1.0), 1)
-    meter.add(6, 8, torch.tensor(1.0), 2)
+        meter.add([Window(0, first, end)], torch.tensor(1.0), 1)
+    meter.add([Window(0, 6, 8)], torch.tensor(1.0), 2)
     with pytest.raises(LegalityError):
-        meter.add(4, 6, torch.tensor(1.0), 2)
+        meter.add([Window(0, 4, 6)], torch.tensor(1.0), 2)
 
 
 def test_the_meter_sums_in_float64():
     meter = Meter(3, "cpu")
     for target, value in enumerate((2.0**25, 1.0, 2.0**-20)):
-        meter.add(target, target + 1, torch.tensor(value, dtype=torch.float64), 1)
+        window = Window(0, target, target + 1)
+        meter.add([window], torch.tensor(value, dtype=torch.float64), 1)
     assert float(meter.nll) == 2.0**25 + 1 + 2.0**-20
 
 
@@ -448,6 +449,47 @@ def test_the_steps_on_a_chunk_equal_plain_sgd(case, clip):
         found = seen.by_chunk[chunk + 1]
         for name, value in model.state_dict().items():
             assert torch.allclose(found[name], value, rtol=1e-4, atol=2e-5), (chunk, name)
+
+
+@pytest.mark.parametrize("item", [TrainStep(0, 0, 2, 0.1), TrainStep(CHUNK, 0, 4, 0.1)])
+def test_training_on_what_is_not_scored_is_refused(case, item):
+    """The first rows before any score; the second chunk when only the first is scored."""
+    case = case(3 * CHUNK)
+
+    class Impatient(Seen):
+        def after_item(self, evaluation, done):
+            if evaluation.cursor == 0 or done == TrainStep(0, 2, 4, case.config.ttt_lr):
+                evaluation.scored_until = evaluation.scored_until if item.first else 0
+                evaluation.train(item)
+    with pytest.raises(LegalityError, match="are scored"):
+        case.run(ttt=True, observer=Impatient(3 * CHUNK))
+
+
+def test_test_time_training_is_deterministic_and_nothing_else_has_to_be(case, monkeypatch):
+    """On CUDA, sums by atomics would give other weights each time."""
+    case = case(2 * CHUNK)
+    model, inside, outside = case.model(), [], []
+    forward, hidden = model.forward, model.hidden
+    mode = torch.are_deterministic_algorithms_enabled
+    model.forward = lambda *a: inside.append(mode()) or forward(*a)
+    model.hidden = lambda *a: outside.append(mode()) or hidden(*a)
+    model.tok_emb.weight.register_hook(lambda grad: inside.append(mode()))  # backward
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: inside.append(mode()) or step(self))
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    case.run(model, ttt=True)
+    assert len(inside) == 3 * 2 and all(inside)  # 2 steps: forward, backward, update
+    assert len(outside) > 4 and not any(outside)
+    assert not mode() and torch.utils.deterministic.fill_uninitialized_memory == fill
+
+
+def test_the_deterministic_mode_that_was_found_is_left(case):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        case(2 * CHUNK).run(ttt=True)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -700,3 +742,88 @@ def test_an_evaluation_leaves_nothing_behind_for_the_next(case):
     twin = copy.deepcopy(model)
     first = case.run(model, ttt=True)[0]
     assert result(case.run(twin, ttt=True)[0]) == result(first) == result(case.run(model, ttt=True)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spot checks and the file of scores
+# ------------------------------------------------------------------------------------------------------------
+CHECKED = dict(label="checked", spot_checks=0.5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_spot_checks_leave_the_digits_and_the_text_as_they_are(case, mode):
+    case = case(3 * CHUNK, ttt_lr=0.05)
+    tokens = np.array(case.stream.tokens)
+    plain, every = case.run(label="checked", **MODES[mode])
+    score, seen = case.run(**CHECKED, **MODES[mode])
+    assert score.spot_checks > 3 and result(score) == dataclasses.replace(result(plain),
+                                                                          spot_checks=score.spot_checks)
+    assert np.array_equal(seen.nll, every.nll) and np.array_equal(case.stream.tokens, tokens)
+    assert f"spot_checks checked rounds:{score.spot_checks} audit_seed:" in case.log()
+
+
+@pytest.mark.parametrize("distance", [1, 2, 9])
+@pytest.mark.parametrize("after", [0, 2 * CHUNK])
+def test_spot_checks_see_a_look_ahead_wherever_it_begins(case, monkeypatch, distance, after):
+    """A single target's score moves by 1e-3 for the token at `distance`, from target `after` on."""
+    case = case(3 * CHUNK, ttt_lr=0.05)
+    original = train_gpt.scored_nll
+
+    def looking_ahead(model, hidden, batch, observer):
+        first = batch.windows[0].first
+        if first >= after:
+            ahead = torch.roll(batch.targets, -distance, 1) % 2
+            hidden = hidden + 1e-2 * ahead[:, -hidden.size(1):, None]
+        return original(model, hidden, batch, observer)
+    monkeypatch.setattr(train_gpt, "scored_nll", looking_ahead)
+    with pytest.raises(LegalityError, match="come after them"):
+        case.run(label="checked", spot_checks=1.0, ttt=True)
+
+
+def test_published_slot_does_not_survive_a_spot_check(case):
+    with pytest.raises(LegalityError, match="AUDIT_SEED"):
+        case(250).run(slot="published", **CHECKED)
+
+
+def test_the_rounds_that_are_checked_follow_from_the_seed_or_from_what_is_scored(case):
+    case = case(3 * CHUNK)
+
+    def rounds(**options):
+        made = train_gpt.Evaluation(case.model(), case.stream, case.config, case.runtime, STRIDE,
+                                    spot_checks=0.3, **options)
+        return made.spot_seed, made.spots
+    assert rounds(identity="a") == rounds(identity="a") != rounds(identity="b")
+    case.config = dataclasses.replace(case.config, audit_seed=7)
+    assert rounds(identity="a") == rounds(identity="b") and rounds()[0] == 7
+    work = [ScoreRound(i, i + 1) for i in range(1000)] + [TrainStep(0, 0, 1, 0.1)] * 50
+    assert [len(train_gpt.draw_rounds(work, share, 1)) for share in (0, 1e-9, 0.01, 1)] == [0, 1, 10, 1000]
+
+
+def test_a_resumed_evaluation_counts_the_checks_before_and_after_the_stop(case):
+    case = case(3 * CHUNK, ttt_lr=0.05)
+    options = dict(CHECKED, ttt=True, checkpoints=case.checkpoints())
+    expected = case.run(**CHECKED, ttt=True)[0]
+    with pytest.raises(Stopped):
+        case.run(observer=StopAfter(case.runtime, 9, 3 * CHUNK), **options)
+    case.runtime.stop.reason = ""
+    assert result(case.run(**options)[0]) == result(expected)
+
+
+@pytest.mark.parametrize("ttt", [False, True])
+def test_only_adapted_scores_depend_on_the_number_of_threads(case, monkeypatch, ttt):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    checkpoints = stopped_state(case, ttt=ttt)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    case.run(checkpoints=checkpoints, ttt=ttt)
+    assert ("resumed_evaluation" in case.log()) is not ttt
+
+
+def test_the_file_of_scores_holds_every_nll_that_was_counted(case, tmp_path):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    expected, seen = case.run(ttt=True)
+    file = train_gpt.ScoresFile(2 * CHUNK)
+    score, _ = case.run(ttt=True, observer=file)
+    file.write(tmp_path / "scores.f32", case.runtime)
+    found = np.fromfile(tmp_path / "scores.f32", "<f4")
+    assert np.array_equal(found, seen.nll.astype(np.float32)) and result(score) == result(expected)
+    assert score.val_loss == pytest.approx(found.astype(float).mean(), rel=1e-9)

@@ -135,8 +135,8 @@ def count_less(patch):
     """The sum does not hold what was observed."""
     original = train_gpt.Meter.add
 
-    def add(self, first, end, nll, num_bytes):
-        original(self, first, end, 0.9 * nll, num_bytes)
+    def add(self, windows, nll, num_bytes):
+        original(self, windows, 0.9 * nll, num_bytes)
     patch.setattr(train_gpt.Meter, "add", add)
 
 
@@ -172,20 +172,22 @@ def tail_twice(patch):
 def tail_twice_with_a_meter_that_counts(patch):
     tail_twice(patch)
 
-    def add(self, first, end, nll, num_bytes):
-        self.coverage[first:end] += 1
-        self.nll += nll
-        self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
+    def add(self, windows, nll, num_bytes):
+        for _, first, end in windows:
+            self.coverage[first:end] += 1
+            self.tokens, self.last = self.tokens + end - first, end
+        self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
     patch.setattr(train_gpt.Meter, "add", add)
 
 
 def tail_twice_with_a_meter_that_hides_it(patch):
     tail_twice(patch)
 
-    def add(self, first, end, nll, num_bytes):
-        self.coverage[first:end] = 1
-        self.nll += nll
-        self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
+    def add(self, windows, nll, num_bytes):
+        for _, first, end in windows:
+            self.coverage[first:end] = 1
+            self.tokens, self.last = self.tokens + end - first, end
+        self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
     patch.setattr(train_gpt.Meter, "add", add)
 
 
@@ -372,7 +374,7 @@ def test_a_score_of_published_slot_is_marked_illegal_everywhere(run_main, tiny_d
     data.mkdir()
     shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", data)
     (data / "fineweb_train_000000.bin").mkdir()
-    out = run_main(slot="published", ttt_enabled=0, data_path=data)
+    out = run_main(slot="published", ttt_enabled=0, data_path=data, audit=0)
     output = capsys.readouterr().out.splitlines()
     lines = [line for line in output if line.startswith("illegal_slot_published") and "val_bpb" in line]
     assert len(lines) == 2 and all(line.endswith(" legality:illegal") for line in lines)

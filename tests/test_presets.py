@@ -211,7 +211,7 @@ def test_a_preset_s_artifact_brings_the_trained_model_back(finished):
     config, state = train_gpt.unpack_artifact((run.dir / "final_model.int6.ptz").read_bytes())
     reference = read_json(run.dir / "config.json")["config"]
     assert config.as_dict("arch", "eval") == {f: reference[f] for f in config.as_dict("arch", "eval")}
-    trained = train_gpt.load_weights(run.dir / "final_model.pt")[1]
+    trained = train_gpt.load_weights(run.dir / "final_model.pt").state_dict
     assert trained.keys() == state.keys()
     for tensor, weight in trained.items():
         assert (weight - state[tensor]).norm() <= 0.06 * weight.norm(), tensor
@@ -255,7 +255,7 @@ def slot_run(tiny_data, tmp_path_factory):
 def test_the_last_score_is_named_by_what_adapts_and_whether_that_is_legal(
         slot, ttt, label, legal, slot_run, tiny_data, tmp_path):
     run = run_main(tmp_path / "run", eval_only=slot_run.dir / "final_model.int6.ptz", device="cpu", slot=slot,
-                   ttt_enabled=ttt, data_path=tiny_data.data_path, tokenizer_path=tiny_data.tokenizer_path)
+                   audit=False, ttt_enabled=ttt, data_path=tiny_data.data_path, tokenizer_path=tiny_data.tokenizer_path)
     assert run.code == 0, run.err
     assert list(run.scores()) == ["final_int6_roundtrip", "final_int6_sliding_window", label]
     assert run.scores()[label]["legal"] is legal

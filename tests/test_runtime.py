@@ -431,9 +431,9 @@ def test_the_time_left_is_the_nearest_limit_less_a_margin(config, runtime, limit
     environ = {} if slurm_seconds is None else {"SLURM_JOB_END_TIME": str(time.time() + slurm_seconds)}
     made = runtime(tiny_config(run_dir=config.run_dir, time_limit_seconds=float(limit)), **environ)
     if left is None:
-        assert made.remaining() == float("inf") and not made.stop.wanted(1e9)
+        assert made.stop.remaining() == float("inf") and not made.stop.wanted(1e9)
     else:
-        assert left - 30 < made.remaining() <= left
+        assert left - 30 < made.stop.remaining() <= left
         assert not made.stop.wanted(left - 30) and made.stop.reason == ""
         assert made.stop.wanted(left + 1) and made.stop.reason == "TIME_LIMIT"
         assert made.stop.wanted(0)  # a wish to stop stays
@@ -441,9 +441,9 @@ def test_the_time_left_is_the_nearest_limit_less_a_margin(config, runtime, limit
 
 def test_what_saving_takes_is_kept_free(config, runtime):
     made = runtime(tiny_config(run_dir=config.run_dir, time_limit_seconds=1000.0))
-    before = made.remaining()
-    made.save_seconds = 200.0
-    assert before - 230 < made.remaining() <= before - 200
+    before = made.stop.remaining()
+    made.stop.save_seconds = 200.0
+    assert before - 230 < made.stop.remaining() <= before - 200
 
 
 def test_a_phase_that_cannot_finish_in_time_is_not_begun(config, runtime):
