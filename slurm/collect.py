@@ -70,11 +70,13 @@ def common_value(group, name):
 
 def largest(values):
     """The largest value, None unless every run states one: all seeds must keep to a limit."""
+    # Unknown is not small: one run that does not say is enough for silence
     return None if None in values else max(values)
 
 
 def rounded(value, digits):
     """The value at so many decimals; JSON knows no nan."""
+    # nan stands for a loss that no line printed
     if value is None or math.isnan(value):
         return None
     return round(value, digits)
@@ -99,15 +101,19 @@ def compliance(group, stage, p):
     if None not in codes and len(codes) > 1:
         same_code = len(set(codes)) == 1
     claims = {
+        # Limits that every seed has to keep to
         "artifact_under_16mb": within([run.total_bytes for run in group], BUDGET_BYTES),
         "train_under_600s": within([run.train_time_s for run in group], TIME_LIMIT_S),
         "eval_under_600s": within([run.scores[stage].eval_time_s for run in group], TIME_LIMIT_S),
         "audit_passed": passed,
         "same_code_all_seeds": same_code,
+        # All runs were scored on the same data, so the first speaks for all
         "canonical_validation": group[0].scope and group[0].scope == "canonical",
+        # What a record needs: three seeds, and a test against the one before
         "three_seeds": sample_of(group, stage).n >= 3,
         "beats_baseline_p_below_0_01": None if p is None else p < SIGNIFICANT_P,
     }
+    # A claim that was not measured is not made, neither yes nor no
     return {claim: value for claim, value in claims.items() if value is not None}
 
 
@@ -137,19 +143,23 @@ def build_submission(args, group, stage, p):
     # The sizes are of the same runs as the score
     judged = judged_runs(group)
     return {
+        # What no run can tell
         "author": args.author,
         "github_id": args.github_id or args.author,
         "name": args.name or preset,
         "blurb": args.blurb or f"{preset}, {stage} score, {bpbs.n} seed(s)",
         "date": args.date or str(datetime.datetime.now(datetime.timezone.utc).date()),
         "track": args.track,
+        # Which score, and on what text
         "score_label": score_label(group, stage),
         "score_scope": group[0].scope,
         "val_loss": rounded(sample_of(judged, stage, "val_loss").mean, 8),
         "val_bpb": round(sample_of(judged, stage).mean, 8),
         "val_bpb_std": rounded(bpbs.sd, 8),
+        # Sizes in bytes, of the seed that is largest
         "bytes_total": largest([run.total_bytes for run in judged]),
         "bytes_code": largest([run.code_bytes for run in judged]),
+        # One entry per seed, though a seed may have several logs
         "seeds": list(dict.fromkeys(run.seed for run in group if run.seed is not None)),
         "seed_results": seed_results(group, stage),
         "hardware": common_value(group, "hardware"),
@@ -185,6 +195,7 @@ def differences(found, expected, where=""):
 
 def agree(found, expected, where):
     """True if a value is what the runs say, a number at its decimals (a score at 4 or more)."""
+    # The author may write what he likes, but not nothing
     if expected is ANY_TEXT:
         return isinstance(found, str) and bool(found.strip())
     if where in ("hardware", "pytorch_version") and expected is None:
@@ -206,6 +217,7 @@ def agree(found, expected, where):
 def write_files(directory, contents):
     """Write {name: bytes} into a directory, by renames: no file is ever half there."""
     try:
+        # The first call may be what makes the directory
         directory.mkdir(parents=True, exist_ok=True)
         # In the same directory, or a rename would copy
         with tempfile.TemporaryDirectory(prefix=".collect.", dir=directory) as scratch:
@@ -350,6 +362,7 @@ def check_submission(path, submission):
 
 def collect_submission(args, runs):
     """Write and print the results of one configuration, or check a submission.json against them."""
+    # Without --ablation there is one group, or an error that names the differences
     (group,) = group_runs(runs, ablation=False)
     stage = choose_headline(group, args.headline)
     p, significance = significance_of(args, group, stage)
@@ -357,6 +370,7 @@ def collect_submission(args, runs):
     # Nothing is drawn or written for a check
     if args.check:
         return check_submission(args.check, submission)
+    # Not an error: a first seed is worth a page as well
     if len(group) == 1:
         sys.stderr.write(
             f"collect.py: note: one finished run ({group[0].path}): val_bpb_std is null; it "
@@ -386,6 +400,7 @@ def main(arguments=None):
     except (UsageProblem, RunDataProblem) as error:
         sys.stderr.write(f"collect.py: error: {error}\n")
         return error.exit_code
+    # A folder in place of a file, say: what it is called tells more than a traceback
     except OSError as error:
         sys.stderr.write(
             f"collect.py: error: {error.filename}: {error.strerror}; expected a readable file\n"

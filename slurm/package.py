@@ -291,13 +291,11 @@ def write_code(args, folder, runs):
     for run in runs:
         total = len(code) + run.artifact_bytes
         if total > BUDGET_BYTES:
-            code_size, model, both, over, budget = map(
-                with_separators,
-                (len(code), run.artifact_bytes, total, total - BUDGET_BYTES, BUDGET_BYTES),
-            )
+            over = with_separators(total - BUDGET_BYTES)
             raise PackageError(
-                f"{run.path}: code {code_size} + model {model} = {both} bytes, "
-                f"{over} over the budget of {budget}",
+                f"{run.path}: code {with_separators(len(code))} + model "
+                f"{with_separators(run.artifact_bytes)} = {with_separators(total)} bytes, "
+                f"{over} over the budget of {with_separators(BUDGET_BYTES)}",
                 4,
             )
     (folder / "train_gpt.py").write_bytes(code)
@@ -400,7 +398,8 @@ def proof_environment(args, run, run_dir):
 def prove(args, folder, run):
     """Score the folder with its own script; lines to report, PackageError if a score differs."""
     # The sum of a score is rounded by ranks and threads: the proof uses the run's
-    world, torchrun = run.world_size, []
+    world = run.world_size
+    torchrun = []
     if world > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     with tempfile.TemporaryDirectory(prefix="golf_proof_") as scratch:

@@ -55,6 +55,7 @@ REST_OF_PAGE = """\
 
 ![curves](curves.png)
 """
+# StrictUndefined: a template that asks for what it is not given is a defect, not an empty line.
 PAGES = jinja2.Environment(
     loader=jinja2.DictLoader(
         {"submission": SUBMISSION_PAGE, "ablation": ABLATION_PAGE, "rest": REST_OF_PAGE}
@@ -88,6 +89,7 @@ def score_columns(runs):
 
 def mean_cell(runs, stage):
     """'mean ± sd' of val_bpb over the runs that have the score, saying so if that is not all."""
+    # A configuration may leave an evaluation out
     scored = [run for run in runs if stage in run.scores]
     if not scored:
         return "-"
@@ -98,6 +100,7 @@ def mean_cell(runs, stage):
 
 def seed_table(group, headline):
     """The table of seeds with its mean ± sd row; bpb in the score columns."""
+    # One row per run, even where two share a seed
     columns, rows = score_columns(group), []
     for run in group:
         row = {
@@ -107,6 +110,7 @@ def seed_table(group, headline):
         }
         for stage in columns:
             row[stage] = cell(run.scores[stage].val_bpb, "{:.5f}") if stage in run.scores else "-"
+        # What has to fit, and how long it took
         row["artifact bytes"] = size_cell(run.artifact_bytes)
         row["total bytes"] = size_cell(run.total_bytes)
         row["train s"] = cell(run.train_time_s, "{:.1f}")
@@ -144,6 +148,7 @@ def ablation_table(groups):
 
 def rest_of_page(runs):
     """What the ends of both pages show: remarks, and the runs that are no part of any number."""
+    # What went wrong belongs on the page: a seed must not vanish because it failed
     rows = [
         {"run": run.name, "seed": cell(run.seed), "status": run.status, "what happened": run.note}
         for run in runs
@@ -161,6 +166,7 @@ def data_text(run, stage):
         "proxy": "**proxy** data, not the canonical split: not comparable with published scores",
         None: "data of unknown scope (the log does not say)",
     }[run.scope]
+    # Counts where train_gpt.py made them, else only what the scores imply
     parts = []
     if run.tokens and run.bytes:
         parts = [f"{with_separators(run.tokens)} targets", f"{with_separators(run.bytes)} bytes"]
@@ -185,6 +191,7 @@ def submission_text(submission, runs, group, stage, significance):
     """results.md for runs of one configuration."""
     sample, judged = sample_of(group, stage), judged_runs(group)
     # The mean, unless the folder says which run was submitted
+    # A folder of the field may be judged by one run
     headline, basis = sample, f", {sample.n} seed(s)"
     if judged is not group:
         headline = sample_of(judged, stage)

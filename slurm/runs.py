@@ -252,7 +252,9 @@ def replay(run, events):
 
     A resumed run goes through some steps again, and their last visit counts.
     """
-    train, val, scales = {}, {}, {}
+    train = {}  # {step: loss}
+    val = {}  # {step: bpb}
+    scales = {}  # {step: share of the full learning rate}
     last = 0
     for event in events:
         kind = event["event"]

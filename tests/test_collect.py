@@ -26,8 +26,9 @@ from runs_helpers import (
 
 
 @pytest.fixture(autouse=True)
-def no_picture(request, monkeypatch):
+def no_picture(request, monkeypatch, tmp_path):
     """Drawing takes most of the time of a call, and only the tests of the picture need it."""
+    monkeypatch.chdir(tmp_path)  # where a call without --out would write
     if "picture" not in request.node.name:
         monkeypatch.setattr(collect, "draw_curves", lambda runs, title, ablation: b"picture")
 

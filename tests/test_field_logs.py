@@ -27,9 +27,10 @@ SIZES = (
 
 
 @pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
+def no_picture(monkeypatch, tmp_path):
     """Drawing takes most of the time of a call, and no test here looks at the picture."""
     monkeypatch.setattr(collect, "draw_curves", lambda runs, title, ablation: b"picture")
+    monkeypatch.chdir(tmp_path)  # where a call without --out would write
 
 
 def pair(bpb, decimals=8, form="val_loss:{} val_bpb:{}"):

@@ -33,9 +33,10 @@ from runs_helpers import (
 
 
 @pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
+def no_picture(monkeypatch, tmp_path):
     """Drawing takes most of the time of a call, and no test here looks at the picture."""
     monkeypatch.setattr(collect, "draw_curves", lambda runs, title, ablation: b"picture")
+    monkeypatch.chdir(tmp_path)  # where a call without --out would write
 
 
 # --- plain logs ----------------------------------------------------------------------------------
