@@ -31,6 +31,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -190,6 +191,7 @@ class Config:
     iterations: int = train_option(7000, "optimiser steps", 0)
     train_batch_tokens: int = train_option(786432, "tokens per optimiser step, all ranks", 1)
     train_seq_len: int = train_option(2048, "training sequence length", 2)
+    shuffle: bool = train_option(False, "read the training sequences in random order")
     warmdown_iters: int = train_option(2800, "last steps, over which the rate falls to 0", 0)
     warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
     max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
@@ -1291,8 +1293,12 @@ class Runtime:
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
-        array = np.ascontiguousarray(array, dtype=np.int64)
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+        if self.device.type == "cuda":
+            # A copy from pageable memory would make the host wait until the GPU has come so far;
+            # PyTorch keeps the pinned block until the copy is done.
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def peak_mib(self):
         """PeakMemory since the start: of the GPU, or of the process on a CPU."""
@@ -1471,6 +1477,12 @@ class TrainStream:
         self.position += span
         return np.concatenate(parts)
 
+    def rows(self, span, low, high, seq_len):
+        """The same as sequences (n, T + 1) that overlap by one token; n = (high - low) / T."""
+        tokens = self.take(span, low, high)
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
+        return windows[::seq_len]
+
     def read(self, at, most):
         """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
         index = int(np.searchsorted(self.ends, at, side="right"))
@@ -1484,6 +1496,100 @@ class TrainStream:
             )
         start = at - (int(self.ends[index]) - size)
         return check_ids(tokens[start : start + most], self.vocab_size, path)
+
+
+class Place(typing.NamedTuple):
+    """Where a training sequence begins."""
+
+    shard: int  # its number
+    start: int  # token in the shard
+
+
+class ShuffledStream(TrainStream):
+    """The sequences of the training shards in random order, each of them once per pass (#1493).
+
+    In every pass each shard is cut into sequences from a random phase on, and all sequences of all
+    shards are visited in one random order, which is the same as to draw shards in proportion to
+    what they have left. The order is a function of (seed, sequence number): `position`, still in
+    tokens, says all that a resumed run needs.
+    """
+
+    def __init__(self, paths, vocab_size, seq_len, seed):
+        super().__init__(paths, vocab_size)
+        self.seq_len = seq_len
+        self.seed = seed
+        if max(self.sizes) <= seq_len:
+            raise DataError(
+                f"no training shard has a sequence of TRAIN_SEQ_LEN={seq_len} and its last target: "
+                "lower it, or use SHUFFLE=0"
+            )
+        self.begin_pass(0, first=0)
+
+    def begin_pass(self, number, first):
+        """Lay out pass `number`, whose first sequence has the number `first` in the run."""
+        random = np.random.default_rng([self.seed, number])
+        sizes = np.array(self.sizes)
+        # A phase leaves every shard at least one sequence, if it is long enough for any.
+        self.phases = random.integers(0, np.clip(sizes - self.seq_len, 1, self.seq_len))
+        counts = np.maximum(0, (sizes - 1 - self.phases) // self.seq_len)
+        self.counted = np.cumsum(counts)  # sequences up to and with each shard
+        self.order = random.permutation(int(self.counted[-1]))
+        self.pass_number = number
+        self.first = first
+
+    def place(self, number):
+        """Place of sequence `number` of the run."""
+        if number < self.first:  # a resumed run that goes back; passes differ in length
+            self.begin_pass(0, first=0)
+        while number >= self.first + len(self.order):
+            self.begin_pass(self.pass_number + 1, self.first + len(self.order))
+        index = int(self.order[number - self.first])
+        shard = int(np.searchsorted(self.counted, index, side="right"))
+        before = int(self.counted[shard - 1]) if shard else 0
+        return Place(shard, int(self.phases[shard]) + (index - before) * self.seq_len)
+
+    def rows(self, span, low, high, seq_len):
+        """Sequences (n, T + 1) of tokens [low, high) of the next span, then advance by `span`."""
+        first = (self.position + low) // seq_len
+        places = [self.place(first + i) for i in range((high - low) // seq_len)]
+        rows = np.empty((len(places), seq_len + 1), np.uint16)
+        # Shard by shard and from front to back: a network file system is slow at jumping about.
+        in_order = sorted(range(len(places)), key=places.__getitem__)
+        for shard, group in itertools.groupby(in_order, lambda i: places[i].shard):
+            numbers = list(group)
+            rows[numbers] = self.read_sequences(shard, [places[i].start for i in numbers])
+        self.position += span
+        return rows
+
+    def read_sequences(self, shard, starts):
+        """Tokens (n, T + 1) from these places of a shard on; reads their bytes and no more."""
+        path = self.paths[shard]
+        size = 2 * (self.seq_len + 1)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                number = file.fileno()
+                found = os.fstat(number).st_size
+                # Mapped memory would be read ahead: 128 KiB for each sequence of 4.
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+                parts = [os.pread(number, size, HEADER_BYTES + 2 * start) for start in starts]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}: restore the shard") from None
+        expected = HEADER_BYTES + 2 * self.sizes[shard]
+        if found != expected or any(len(part) != size for part in parts):
+            raise DataError(
+                f"{path}: {found} bytes instead of {expected} in mid-run: restore the shard"
+            )
+        tokens = np.frombuffer(b"".join(parts), "<u2")
+        return check_ids(tokens, self.vocab_size, path).reshape(len(starts), -1)
+
+
+def open_train_stream(config):
+    """The training shards of DATA_PATH, as a stream in the order that SHUFFLE says."""
+    paths = find_shards(config, "train")
+    if config.shuffle:
+        return ShuffledStream(paths, config.vocab_size, config.train_seq_len, config.seed)
+    return TrainStream(paths, config.vocab_size)
 
 
 class TokenBytes:
@@ -4031,7 +4137,7 @@ class Trainer:
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
         self.average = WeightAverage(self.model.parameters(), config)
-        self.stream = TrainStream(find_shards(config, "train"), config.vocab_size)
+        self.stream = open_train_stream(config)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
         self.step = 0  # steps done
@@ -4179,15 +4285,15 @@ class Trainer:
         first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
         last = first + self.seqs_per_rank
         with self.timer.part("data"):
-            # One token more than there are inputs: the last target.
-            span = stream.take(config.train_batch_tokens, first * length, last * length)
+            # (n, T + 1): one token more than there are inputs, the last target.
+            rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
         self.model.zero_grad()
         self.model.train()
         total = 0.0
         for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
             high = low + self.micro_batch_seqs
             with self.timer.part("data"):
-                tokens = self.runtime.to_device(span[low * length : high * length + 1])
+                tokens = self.runtime.to_device(rows[low:high])
                 noise = flow_noise(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
@@ -4205,10 +4311,9 @@ class Trainer:
             return on_host.read()
 
     def micro_batch_loss(self, tokens, noise):
-        """Share of the step's mean loss (0-d) of `tokens` (B * T + 1,)."""
-        length = self.config.train_seq_len
-        ids = tokens[:-1].view(-1, length)  # (B, T)
-        targets = tokens[1:].view(-1, length)  # (B, T): each token's successor
+        """Share of the step's mean loss (0-d) of `tokens` (B, T + 1)."""
+        ids = tokens[:, :-1]  # (B, T)
+        targets = tokens[:, 1:]  # (B, T): each token's successor
         with self.runtime.autocast():
             # Divided here, so that sums over micro-batches and ranks are means.
             return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
@@ -4323,9 +4428,10 @@ class Trainer:
         before = private_copy(self.training_state())
         timing = self.timer.state_dict()
         generator = np.random.default_rng(0)
-        tokens = generator.integers(0, config.vocab_size, config.train_batch_tokens + 1)
+        shape = (self.seqs_per_rank, config.train_seq_len + 1)
+        tokens = generator.integers(0, config.vocab_size, shape)
         # A stand-in for TrainStream: the real position must not move.
-        synthetic = types.SimpleNamespace(take=lambda span, low, high: tokens[low : high + 1])
+        synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
         for i in range(config.warmup_steps):
             self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
             reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)

@@ -290,6 +290,7 @@ FLIPS = dict(
     iterations=flip("the number of steps", trained, 3),
     train_batch_tokens=flip("the tokens of a step", trained, 256),
     train_seq_len=flip("the context in training", trained, 32),
+    shuffle=flip("the order of the sequences", trained, True),
     warmdown_iters=flip("the rates of the last steps", trained, 5),
     warmdown_shape=flip("the rates of the last steps", trained, "cosine"),
     max_wallclock_seconds=flip("training ends early", trained, 1e-6),
