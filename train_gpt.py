@@ -2077,6 +2077,24 @@ def sdpa_attention(q, k, v):
     return y.transpose(1, 2)
 
 
+def tail_attention(q, k, v):
+    """Causal attention of the last n queries only, for scoring.
+
+    q (B, n, H, d), k and v (B, T, K, d) -> (B, n, H, d).
+    """
+    q = q.transpose(1, 2)  # (B, H, n, d)
+    groups = q.size(1) // k.size(2)
+    # The kernels that take a mask know no grouped heads.
+    k = k.transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, T, d)
+    v = v.transpose(1, 2).repeat_interleave(groups, 1)
+    n = q.size(2)
+    length = k.size(2)
+    # Query i is position T - n + i; is_causal would take it for position i.
+    seen = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return y.transpose(1, 2)
+
+
 # What a block of the backward below needs at once must fit a CPU core's cache.
 ATTENTION_ROWS = 256  # queries
 ATTENTION_SEQUENCES = 4
@@ -2379,14 +2397,15 @@ class Attention(nn.Module):
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x, scale, out_scale, angles, v0, ve):
+    def forward(self, x, scale, out_scale, angles, v0, ve, last=None):
         """Output y (B, T, D) and this layer's own values (B, T, K, d).
 
         x (B, T, D) is normalised and still without the layer's `scale` (a number); `out_scale` (D,)
         multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
-        None in layer 0; ve (B, T, K*d) is the value embedding, or None.
+        None in layer 0; ve (B, T, K*d) is the value embedding, or None. With `last` = n only the
+        last n positions ask, and y is (B, n, D).
         """
-        q, k, own, gate = self.project(x, scale)  # (B, T, ...) each
+        q, k, own, gate = self.project(x, scale, last)  # (B, T, ...) or (B, n, ...) each
         if ve is not None:
             own = own + ve.to(own.dtype)
         q = self.heads(q)  # (B, T, H, d)
@@ -2395,33 +2414,47 @@ class Attention(nn.Module):
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        q = RMSNorm.apply(q, self.q_gain[:, None], cos, sin)
+        n = q.size(1)
+        q = RMSNorm.apply(q, self.q_gain[:, None], cos[-n:], sin[-n:])
         k = RMSNorm.apply(k, None, cos, sin)
-        y = self.attend(q, k, v)  # (B, T, H, d)
+        attend = self.attend if last is None else tail_attention
+        y = attend(q, k, v)  # (B, T, H, d)
         if self.xsa:
-            y = exclusive_attention(y, v)
+            y = exclusive_attention(y, v[:, -n:])
         if gate is not None:
             y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
         return y, own
 
-    def project(self, x, scale):
+    def project(self, x, scale, last=None):
         """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
+
+        With `last` = n, q and the gates' logits are those of the last n positions.
 
         Four small products would each read x and leave the device half idle: the weights are put
         together and one product does it. They stay separate parameters, since the optimiser and the
         artifact treat each matrix on its own.
         """
-        layers = [self.c_q, self.c_k, self.c_v]
+        asking = [self.c_q]
         if self.attn_gate is not None:
-            layers.append(self.attn_gate)
+            asking.append(self.attn_gate)
+        answering = [self.c_k, self.c_v]
+        if last is None:
+            outputs = self.product(x, scale, asking + answering)
+        else:
+            outputs = self.product(x[:, -last:], scale, asking)
+            outputs += self.product(x, scale, answering)
+        if self.attn_gate is None:
+            q, k, v = outputs
+            return q, k, v, None
+        q, gate, k, v = outputs
+        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
+
+    def product(self, x, scale, layers):
+        """(outputs of x without bias, one per layer) by one product."""
         weight = torch.cat([layer.effective_weight() for layer in layers])
         outputs = F.linear(x, weight * scale)
-        outputs = outputs.split([layer.out_features for layer in layers], -1)
-        if self.attn_gate is None:
-            return *outputs, None
-        q, k, v, gate = outputs
-        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
+        return outputs.split([layer.out_features for layer in layers], -1)
 
     def heads(self, x):
         """(B, T, n*d) -> (B, T, n, d)."""
@@ -2465,16 +2498,17 @@ class Block(nn.Module):
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
         self.norm_scale = (layer + 1) ** -0.5
 
-    def forward(self, x, x0, angles, v0, ve):
+    def forward(self, x, x0, angles, v0, ve, last=None):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` = n
+        the stream (B, n, D) of the last n positions is all that is computed.
         """
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(x * mix[0], x0, mix[1])
         scale = self.norm_scale
-        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve)
-        x = x + y
+        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve, last)
+        x = x[:, -y.size(1) :] + y
         x = x + self.mlp(rms_norm(x), scale, self.mlp_scale)
         return x, own
 
@@ -2785,8 +2819,12 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         return self.smear(rms_norm(x), ids)
 
-    def trunk(self, ids):
-        """Normalised states (B, T, D) of ids (B, T), before the refiners."""
+    def trunk(self, ids, last=None):
+        """Normalised states (B, T, D) of ids (B, T), before the refiners.
+
+        With `last` = n, the states (B, n, D) of the last n positions, which spares the last block
+        its part of all others: it still needs their keys and values, but asks nothing for them.
+        """
         x = x0 = self.embed(ids)
         length = ids.size(1)
         assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
@@ -2800,21 +2838,27 @@ class GPT(nn.Module):
             if decoder >= 0 and skips:
                 weight = self.skip_weights[decoder].to(x.dtype)
                 x = torch.addcmul(x, weight, skips.pop())
-            x, own = block(x, x0, angles, v0, value_embeddings.get(i))
+            is_last = block is self.blocks[-1]
+            asked = last if is_last else None
+            x, own = block(x, x0, angles, v0, value_embeddings.get(i), asked)
             if v0 is None:
                 v0 = own
             if decoder < 0:
                 skips.append(x)
         return rms_norm(x)
 
-    def hidden(self, ids):
-        """Final states (B, T, D) of ids (B, T): what the head sees."""
-        return self.refine(self.trunk(ids))[0]
+    def hidden(self, ids, last=None):
+        """Final states (B, T, D) of ids (B, T), or (B, last, D) of the last ones: the head's input."""
+        # TTT-Linear learns along the sequence and needs all of it.
+        x = self.trunk(ids, last if self.ttt is None else None)
+        return self.refine(x, last)[0]
 
-    def refine(self, x):
+    def refine(self, x, last=None):
         """States (B, T, D) after all refiners, and NativeFlowMatcher's input, for its loss."""
         if self.ttt is not None:
             x = self.ttt(x)
+        if last is not None:
+            x = x[:, -last:]
         if self.flow is not None:
             x = self.flow(x)
         flow_input = x
@@ -3740,6 +3784,7 @@ class Evaluation:
         self.config = config
         self.runtime = runtime
         self.comm = runtime.comm
+        self.stride = stride
         self.ttt = ttt
         self.slot = slot
         self.observer = observer or Observer()
@@ -3907,10 +3952,19 @@ class Evaluation:
         count = windows[0].end - windows[0].first
         batch = Batch(windows, count, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.hidden(batch.ids)  # (B, T, D)
+            hidden = self.states(batch)  # (B, T, D), or its last positions
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
             return scored_nll(self.model, hidden, batch, observer)
+
+    def states(self, batch):
+        """Final states of a batch, as far as they are needed."""
+        length = batch.ids.size(1)
+        # The last window scores fewer targets than the stride, which is no reason to compile again.
+        last = max(batch.count, self.stride)
+        if self.slot != "off" or last >= length:
+            return self.hidden(batch.ids)  # SLOT is fitted on all of them
+        return self.hidden(batch.ids, last)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""

@@ -162,7 +162,7 @@ def batches(lab, settings):
     config, runtime, val = open_run(lab, settings)
     model, sizes = shaken(config), []
     hidden = model.hidden
-    model.hidden = lambda ids: (sizes.append(len(ids)), hidden(ids))[1]
+    model.hidden = lambda ids, *last: (sizes.append(len(ids)), hidden(ids, *last))[1]
     train_gpt.evaluate(model, val, config, runtime)
     runtime.close()
     return sizes
