@@ -399,7 +399,7 @@ def test_rounding_moves_the_loss_and_covers_both_widths():
     with torch.no_grad():
         raw = model(*case)
         model.set_qat(1.0)
-        assert abs(model(*case) - raw) > 1e-4
+        assert abs(model(*case) - raw) > 1e-5  # ten times the rounding of float32
 
 
 def test_with_the_blend_at_zero_training_sees_the_raw_weights_bit_for_bit():
