@@ -10,10 +10,11 @@ from train_gpt import PRESETS, Config, ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PLACE_AND_PACE = {
-    "preset", "data_path", "tokenizer_path", "val_sha256", "run_id", "run_dir", "resume", "eval_only", "mode", "audit",
-    "device", "compile", "micro_batch_tokens", "warmup_steps", "train_log_every", "val_loss_every",
-    "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds",
-    "nproc", "code_bytes", "prompt", "sample_tokens", "temperature", "top_k"}
+    "preset", "data_path", "tokenizer_path", "val_sha256", "run_id", "run_dir", "resume", "eval_only",
+    "mode", "audit", "audit_seed", "spot_checks", "scores_file", "ttt_cuda_graph", "nproc", "code_bytes",
+    "prompt", "sample_tokens", "temperature", "top_k", "device", "compile", "micro_batch_tokens",
+    "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "checkpoint_seconds",
+    "eval_checkpoint_seconds", "time_limit_seconds"}
 # REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
 NFM_7K = dict(
     preset="nfm_7k", vocab_size=1024, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0,

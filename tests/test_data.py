@@ -11,6 +11,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -321,6 +322,20 @@ def test_a_space_spelt_in_bytes_is_not_counted_as_three(tmp_path):
     except DataError:
         return
     assert counted(model, token_bytes, text) == len(text.encode())
+
+
+# On its way to the device
+
+def test_tokens_go_to_a_gpu_through_pinned_memory_and_without_waiting(runtime, monkeypatch):
+    made, calls = runtime(tiny_config()), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pin") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: calls.append((args, kwargs)) or tensor)
+    array = np.arange(12, dtype=np.uint16).reshape(3, 4)[:, 1:]
+    assert torch.equal(made.to_device(array), torch.tensor(array.astype(np.int64)))
+    assert calls == [((torch.device("cpu"),), dict(non_blocking=True))]
+    made.device = torch.device("cuda", 1)
+    assert made.to_device(array).dtype == torch.int64
+    assert calls[1:] == ["pin", ((torch.device("cuda", 1),), dict(non_blocking=True))]
 
 
 # The validation stream

@@ -58,9 +58,10 @@ def optimiser_step(preset, **changes):
 
 # Three stacks of 5 Newton-Schulz steps are 45 products; most of the rest is per stack, nothing is
 # per matrix but what a foreach operation does in one launch.
+@pytest.mark.parametrize("row_norm", [False, True])
 @pytest.mark.parametrize("preset", ["nfm_7k", "base_20k", "slot_11l", "ttt_linear_11l"])
-def test_an_optimiser_step_stays_within_its_budget_of_launches(preset):
-    launches = optimiser_step(preset)
+def test_an_optimiser_step_stays_within_its_budget_of_launches(preset, row_norm):
+    launches = optimiser_step(preset, muon_row_norm=row_norm)
     assert launches.total <= 120, launches.by_name.most_common()
 
 
