@@ -2606,6 +2606,52 @@ class FlowRefiner(nn.Module):
         return x + opening(self.gate, x) * self.up(z)
 
 
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 divided by it: steps that cover the integers evenly
+# SplitMix64's finaliser (Steele, Lea and Flood 2014) with the constants of Stafford's variant 13.
+MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+MIX_LAST_SHIFT = 31
+
+
+def as_int64(number):
+    """The signed integer with the same 64 bits: PyTorch multiplies no unsigned ones."""
+    number %= 2**64
+    return number - 2**64 if number >= 2**63 else number
+
+
+def mix64(x):
+    """Hash of int64 tensors: each bit of the input turns over half of the output's."""
+
+    def shifted(value, bits):
+        # PyTorch's shift repeats the sign; a hash needs zeros.
+        return (value >> bits) & (2 ** (64 - bits) - 1)
+
+    for bits, factor in MIX_ROUNDS:
+        x = (x ^ shifted(x, bits)) * as_int64(factor)
+    return x ^ shifted(x, MIX_LAST_SHIFT)
+
+
+def draw_noise(keys, length, width):
+    """Standard normal z (B, T, D) and uniform t (B, T) in (0, 1), float32, of keys (B,) int64.
+
+    A function of the keys alone, number by number, so that it is the same however sequences are
+    spread over ranks and micro-batches, and in a compiled graph costs no memory and no generator.
+    """
+    batch = keys.size(0)
+    pairs = -(-length * width // 2)  # a hash of 64 bits gives two normal numbers
+    counter = torch.arange(pairs + length, device=keys.device)
+    hashes = mix64(keys[:, None] + counter * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
+
+    def uniform(bits):
+        # 23 bits and a half are what float32 holds exactly: never 0, never 1.
+        return ((bits & (2**23 - 1)).float() + 0.5) * 2.0**-23
+
+    high = uniform(hashes >> 40)
+    low = uniform(hashes[:, :pairs])
+    halves = torch.cat([high[:, :pairs], low], 1)[:, : length * width]
+    z = math.sqrt(2) * torch.erfinv(2 * halves - 1)  # the normal's inverse distribution function
+    return z.view(batch, length, width), high[:, pairs:]
+
+
 class NativeFlowMatcher(nn.Module):
     """#1170: a velocity field trained by flow matching, used as one gated Euler step at t = 1.
 
@@ -2642,15 +2688,16 @@ class NativeFlowMatcher(nn.Module):
         one = torch.ones((), device=x.device, dtype=self.gate.dtype)
         return x + opening(self.gate, x) * self.velocity(x, one)
 
-    def flow_loss(self, x, noise):
+    def flow_loss(self, x, keys):
         """Mean squared error of the velocity at random times, 0-d.
 
-        x (B, T, D) detached; noise (B, T, D + 1): z, and a last column that gives the time.
+        x (B, T, D) detached; keys (B,): of draw_noise, one for each sequence.
         """
-        z = noise[..., :-1]
-        t = torch.special.ndtr(noise[..., -1])  # (B, T), uniform: the normal's own CDF
+        z, t = draw_noise(keys, x.size(1), x.size(2))  # (B, T, D), (B, T)
+        z = z.to(x.dtype)
+        t = t.to(torch.promote_types(x.dtype, torch.float32))
         along = t.unsqueeze(-1)  # (B, T, 1)
-        x_t = (1 - along) * z + along * x
+        x_t = (1 - along) * z + along * x  # float32: near t = 0 or 1 the weights are small
         velocity = self.velocity(x_t.to(x.dtype), t)
         error = velocity - (x - z)
         return error.float().square().mean()
@@ -2884,21 +2931,21 @@ class GPT(nn.Module):
             raw = raw.float()
         return cap * torch.tanh(raw)
 
-    def forward(self, ids, targets, noise=None):
+    def forward(self, ids, targets, noise_keys=None):
         """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
         NativeFlowMatcher's weighted loss.
 
-        noise (B, T, D + 1): that loss's standard normal draws; drawn here when absent.
+        noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
         """
         hidden, flow_input = self.refine(self.trunk(ids))
         logits = self.logits(hidden)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         weight = self.config.nfm_loss_weight
         if self.nfm is not None and self.training and weight:
-            if noise is None:
-                noise = torch.randn(*ids.shape, self.config.model_dim + 1, device=ids.device)
+            if noise_keys is None:
+                noise_keys = torch.randint(2**62, ids.shape[:1], device=ids.device)
             # Detached: this loss teaches the velocity, not the trunk.
-            loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise)
+            loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise_keys)
         return loss
 
 
@@ -2908,23 +2955,18 @@ def build_model(config, runtime):
     return GPT(config, attend).to(runtime.device)
 
 
-def flow_noise(config, step, first, count, device):
-    """Normal draws (count, T, D + 1) for the step's sequences [first, first + count), or None.
+def flow_noise_keys(config, step, first, count, device):
+    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
 
     A function of seed, step and sequence alone, hence the same at any number of ranks and after a
     resume. None where no loss would use it.
     """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
-    generator = torch.Generator(device)
-    columns = config.model_dim + 1
-    out = torch.empty(count, config.train_seq_len, columns, device=device)
-    for i in range(count):
-        place = f"{config.seed}/{step}/{first + i}"
-        key = hashlib.sha256(place.encode()).digest()
-        generator.manual_seed(int.from_bytes(key[:7], "little"))
-        out[i].normal_(generator=generator)
-    return out
+    digest = hashlib.sha256(f"{config.seed}/{step}".encode()).digest()
+    start = as_int64(int.from_bytes(digest[:8], "little"))
+    sequences = torch.arange(first, first + count, device=device)
+    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 # ==================================================================================================
@@ -4461,7 +4503,7 @@ class Trainer:
             high = low + self.micro_batch_seqs
             with self.timer.part("data"):
                 tokens = self.runtime.to_device(rows[low:high])
-                noise = flow_noise(
+                noise = flow_noise_keys(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
             with self.timer.part("forward_backward"), self.naming_a_smaller_batch():

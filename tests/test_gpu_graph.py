@@ -192,6 +192,15 @@ def test_the_flow_matcher_adds_the_trigonometry_of_one_row():
     assert (operations["sin"], operations["cos"]) == (1, 1)
 
 
+def test_training_draws_its_noise_without_a_generator_or_trigonometry():
+    """The sines and cosines left embed times: one row of the Euler step, one per token of the loss."""
+    _, model, ids = small_model()
+    with torch.no_grad():
+        operations = captured(model.train(), ids, ids, torch.arange(len(ids)))
+    assert (operations["sin"], operations["cos"]) == (2, 2)
+    assert not [name for name in operations if "rand" in name or "normal" in name]
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_block_takes_four_products(gated):
     """One for q, k, v and the gate, one out of attention, two in the MLP."""
