@@ -60,6 +60,7 @@ import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 BOS = 1  # every document of the official shards starts with this token
@@ -1955,7 +1956,9 @@ SCHEMES = {
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
 CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
-HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
+HALF_LIMIT = 65_536  # tensors up to this many elements stay float16, but for block matrices
+# The six matrices of a block, where most of the weights are.
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
 # GPTQ-lite: candidates for the clip of a row, as quantiles of its absolute values.
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
@@ -1968,7 +1971,8 @@ def scheme_of(name, shape, config, int5_layers=()):
     """
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
         return "fp32"
-    if len(shape) > 2 or math.prod(shape) <= HALF_LIMIT:
+    small = math.prod(shape) <= HALF_LIMIT and not BLOCK_MATRIX.fullmatch(name)
+    if len(shape) > 2 or small:
         return "fp16"
     mlp = re.match(r"blocks\.(\d+)\.mlp\.", name)
     if mlp and int(mlp.group(1)) in int5_layers:
@@ -2171,18 +2175,43 @@ def cpu_attention(q, k, v):
     return BlockedAttention.apply(q, k, v).transpose(1, 2)
 
 
-def flash_attention_3(device):
-    """FlashAttention-3 where it is installed, on Hopper; raises elsewhere."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        raise NotImplementedError("needs Hopper")
+def flash_attention_3(q, k, v):
+    """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), shapes as above; needs its package."""
     from flash_attn_interface import flash_attn_func
 
-    def attend(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
-        # Some releases also return the log-sum-exp.
-        return out[0] if isinstance(out, tuple) else out
+    # Its backward adds in any order unless asked not to; test-time training must repeat its digits.
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    out = flash_attn_func(q, k, v, causal=True, deterministic=repeatable)
+    return out[0] if isinstance(out, tuple) else out  # some releases add the log-sum-exp
 
-    return attend
+
+def attention_order(capability):
+    """[(backend, why it stands here)] for a GPU of compute capability (major, minor).
+
+    On Hopper and later cuDNN trains about twice as fast as FlashAttention-2 and about as fast as
+    FlashAttention-3; on Ampere it is the slower one (HF transformers #48163, PyTorch #142132).
+    """
+    hopper = capability[0] == 9
+    newer = capability[0] >= 9
+    order = []
+    if hopper:
+        order.append(("flash_attention_3", "made for Hopper"))
+    if newer:
+        order.append(("cudnn", "faster than flash from Hopper on"))
+    order.append(("flash", "FlashAttention-2, the fastest before Hopper"))
+    if not newer:
+        order.append(("cudnn", "slower than flash before Hopper"))
+    order.append(("mem_efficient", "where flash does not run"))
+    order.append(("math", "runs everywhere, memory quadratic in T"))
+    return order
+
+
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 class AttentionChoice(typing.NamedTuple):
@@ -2190,50 +2219,59 @@ class AttentionChoice(typing.NamedTuple):
     reason: str  # for the log
 
 
-SDPA_BACKENDS = ("flash", "cudnn", "mem_efficient", "math")
-
-
 @functools.cache
-def pick_attention(device, dtype):
+def pick_attention(device, dtype, compiling=False):
     """AttentionChoice: the first backend that runs forward and backward here, tried once.
 
     Published runs failed after hours in the queue because a fixed backend did not exist on their
-    GPU.
+    GPU. With `compiling` the trial is compiled too, as the model will be.
     """
     if device.type == "cpu":
         return AttentionChoice(
             cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
         )
+    capability = torch.cuda.get_device_capability(device)
     failures = []
-    for backend in ("flash_attention_3", *SDPA_BACKENDS):
+    for backend, why in attention_order(capability):
         try:
-            attend = attention_backend(backend, device)
-            try_attention(attend, device, dtype)
+            attend = attention_backend(backend)
+            try_attention(attend, device, dtype, compiling)
         except Exception as error:
             failures.append(f"{backend} ({type(error).__name__})")
             continue
+        architecture = f"sm{capability[0]}{capability[1]}"
         not_usable = ", ".join(failures) or "none"
-        return AttentionChoice(attend, f"{backend}: first that ran; not usable: {not_usable}")
+        reason = f"{backend}: {why} ({architecture}); tried before and not usable: {not_usable}"
+        return AttentionChoice(attend, reason)
     raise ConfigError(
-        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}"
+        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}: "
+        "use DEVICE=cpu or another PyTorch build"
     )
 
 
-def attention_backend(backend, device):
-    """attend(q, k, v) of one backend; of PyTorch's own, only that one stays enabled."""
+def attention_backend(backend):
+    """attend(q, k, v) of one backend by name."""
     if backend == "flash_attention_3":
-        return flash_attention_3(device)
-    for name in SDPA_BACKENDS:
-        enable = getattr(torch.backends.cuda, f"enable_{name}_sdp")
-        enable(name == backend)
-    return sdpa_attention
+        return flash_attention_3
+    # Flash stays behind cuDNN, which refuses to run where deterministic algorithms are wanted.
+    order = [SDPA_BACKENDS[backend]]
+    if backend == "cudnn":
+        order.append(SDPBackend.FLASH_ATTENTION)
+
+    def attend(q, k, v):
+        with sdpa_kernel(order, set_priority=True):
+            return sdpa_attention(q, k, v)
+
+    return attend
 
 
-def try_attention(attend, device, dtype):
+def try_attention(attend, device, dtype, compiling):
     """One small forward and backward; raises whatever the backend raises."""
-    shape = dict(device=device, dtype=dtype, requires_grad=True)
-    q = torch.zeros(1, 64, 2, 64, **shape)  # (B, T, H, d)
-    k = torch.zeros(1, 64, 1, 64, **shape)  # (B, T, K, d)
+    if compiling:
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+    options = dict(device=device, dtype=dtype, requires_grad=True)
+    q = torch.zeros(1, 64, 2, 64, **options)  # (B, T, H, d)
+    k = torch.zeros(1, 64, 1, 64, **options)  # (B, T, K, d)
     attend(q, k, k).float().sum().backward()
 
 
@@ -2602,6 +2640,52 @@ class FlowRefiner(nn.Module):
         return x + opening(self.gate, x) * self.up(z)
 
 
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 divided by it: steps that cover the integers evenly
+# SplitMix64's finaliser (Steele, Lea and Flood 2014) with the constants of Stafford's variant 13.
+MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+MIX_LAST_SHIFT = 31
+
+
+def as_int64(number):
+    """The signed integer with the same 64 bits: PyTorch multiplies no unsigned ones."""
+    number %= 2**64
+    return number - 2**64 if number >= 2**63 else number
+
+
+def mix64(x):
+    """Hash of int64 tensors: each bit of the input turns over half of the output's."""
+
+    def shifted(value, bits):
+        # PyTorch's shift repeats the sign; a hash needs zeros.
+        return (value >> bits) & (2 ** (64 - bits) - 1)
+
+    for bits, factor in MIX_ROUNDS:
+        x = (x ^ shifted(x, bits)) * as_int64(factor)
+    return x ^ shifted(x, MIX_LAST_SHIFT)
+
+
+def draw_noise(keys, length, width):
+    """Standard normal z (B, T, D) and uniform t (B, T) in (0, 1), float32, of keys (B,) int64.
+
+    A function of the keys alone, number by number, so that it is the same however sequences are
+    spread over ranks and micro-batches, and in a compiled graph costs no memory and no generator.
+    """
+    batch = keys.size(0)
+    pairs = -(-length * width // 2)  # a hash of 64 bits gives two normal numbers
+    counter = torch.arange(pairs + length, device=keys.device)
+    hashes = mix64(keys[:, None] + counter * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
+
+    def uniform(bits):
+        # 23 bits and a half are what float32 holds exactly: never 0, never 1.
+        return ((bits & (2**23 - 1)).float() + 0.5) * 2.0**-23
+
+    high = uniform(hashes >> 40)
+    low = uniform(hashes[:, :pairs])
+    halves = torch.cat([high[:, :pairs], low], 1)[:, : length * width]
+    z = math.sqrt(2) * torch.erfinv(2 * halves - 1)  # the normal's inverse distribution function
+    return z.view(batch, length, width), high[:, pairs:]
+
+
 class NativeFlowMatcher(nn.Module):
     """#1170: a velocity field trained by flow matching, used as one gated Euler step at t = 1.
 
@@ -2638,15 +2722,16 @@ class NativeFlowMatcher(nn.Module):
         one = torch.ones((), device=x.device, dtype=self.gate.dtype)
         return x + opening(self.gate, x) * self.velocity(x, one)
 
-    def flow_loss(self, x, noise):
+    def flow_loss(self, x, keys):
         """Mean squared error of the velocity at random times, 0-d.
 
-        x (B, T, D) detached; noise (B, T, D + 1): z, and a last column that gives the time.
+        x (B, T, D) detached; keys (B,): of draw_noise, one for each sequence.
         """
-        z = noise[..., :-1]
-        t = torch.special.ndtr(noise[..., -1])  # (B, T), uniform: the normal's own CDF
+        z, t = draw_noise(keys, x.size(1), x.size(2))  # (B, T, D), (B, T)
+        z = z.to(x.dtype)
+        t = t.to(torch.promote_types(x.dtype, torch.float32))
         along = t.unsqueeze(-1)  # (B, T, 1)
-        x_t = (1 - along) * z + along * x
+        x_t = (1 - along) * z + along * x  # float32: near t = 0 or 1 the weights are small
         velocity = self.velocity(x_t.to(x.dtype), t)
         error = velocity - (x - z)
         return error.float().square().mean()
@@ -2763,6 +2848,7 @@ class GPT(nn.Module):
         # A model on the meta device has shapes and names only, which is what readers check.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
+        self.qat_blend = 0.0  # as in the buffers of late QAT, known without asking the device
         if config.late_qat_threshold > 0:
             self.enable_qat()
 
@@ -2804,13 +2890,27 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_qat(self, blend):
-        """Blend of straight-through rounding (0 or 1) and the scales of the present weights."""
-        for _, module in self.quantizable():
-            if module.bits:
-                module.qat_blend.fill_(blend)
-            if module.bits and blend:
-                _, scales = quantize_rows(module.weight, module.bits)
-                module.qat_scale.copy_(scales.float())
+        """Blend of straight-through rounding (0 or 1) and the scales of the present weights.
+
+        It runs before every step, so it launches nothing while rounding stays off, and treats all
+        matrices of one width as the rows of a single one while it is on.
+        """
+        rounded = [module for _, module in self.quantizable() if module.bits]
+        if blend != self.qat_blend and rounded:
+            self.qat_blend = blend
+            blends = [module.qat_blend for module in rounded]
+            torch._foreach_zero_(blends)
+            torch._foreach_add_(blends, blend)
+        if not blend:
+            return
+        alike = {}  # modules by number of columns and bits
+        for module in rounded:
+            alike.setdefault((module.weight.size(1), module.bits), []).append(module)
+        for (_, bits), modules in alike.items():
+            rows = torch.cat([module.weight for module in modules]).float()  # (R, C)
+            scales = row_scales(rows, bits).float()  # (R, 1)
+            targets = [module.qat_scale for module in modules]
+            torch._foreach_copy_(targets, scales.split([len(target) for target in targets]))
 
     def embed(self, ids):
         """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
@@ -2875,47 +2975,42 @@ class GPT(nn.Module):
             raw = raw.float()
         return cap * torch.tanh(raw)
 
-    def forward(self, ids, targets, noise=None):
+    def forward(self, ids, targets, noise_keys=None):
         """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
         NativeFlowMatcher's weighted loss.
 
-        noise (B, T, D + 1): that loss's standard normal draws; drawn here when absent.
+        noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
         """
         hidden, flow_input = self.refine(self.trunk(ids))
         logits = self.logits(hidden)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         weight = self.config.nfm_loss_weight
         if self.nfm is not None and self.training and weight:
-            if noise is None:
-                noise = torch.randn(*ids.shape, self.config.model_dim + 1, device=ids.device)
+            if noise_keys is None:
+                noise_keys = torch.randint(2**62, ids.shape[:1], device=ids.device)
             # Detached: this loss teaches the velocity, not the trunk.
-            loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise)
+            loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise_keys)
         return loss
 
 
 def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
-    attend = pick_attention(runtime.device, runtime.dtype).function
+    attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
     return GPT(config, attend).to(runtime.device)
 
 
-def flow_noise(config, step, first, count, device):
-    """Normal draws (count, T, D + 1) for the step's sequences [first, first + count), or None.
+def flow_noise_keys(config, step, first, count, device):
+    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
 
     A function of seed, step and sequence alone, hence the same at any number of ranks and after a
     resume. None where no loss would use it.
     """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
-    generator = torch.Generator(device)
-    columns = config.model_dim + 1
-    out = torch.empty(count, config.train_seq_len, columns, device=device)
-    for i in range(count):
-        place = f"{config.seed}/{step}/{first + i}"
-        key = hashlib.sha256(place.encode()).digest()
-        generator.manual_seed(int.from_bytes(key[:7], "little"))
-        out[i].normal_(generator=generator)
-    return out
+    digest = hashlib.sha256(f"{config.seed}/{step}".encode()).digest()
+    start = as_int64(int.from_bytes(digest[:8], "little"))
+    sequences = torch.arange(first, first + count, device=device)
+    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 # ==================================================================================================
@@ -3138,10 +3233,6 @@ class Muon:
         return "x".join(str(size) for size in buffer.shape[1:])
 
 
-# Momentum orthogonalised is made for matrices between hidden states: these six of every block.
-BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
-
-
 def parameter_groups(model):
     """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
 
@@ -3154,6 +3245,7 @@ def parameter_groups(model):
         if isinstance(module, nn.Embedding):
             embeddings.add(f"{name}.weight")
     for name, param in model.named_parameters():
+        # Orthogonalised momentum is made for matrices between hidden states.
         if BLOCK_MATRIX.fullmatch(name):
             group = "muon"
         elif name in embeddings:
@@ -4465,7 +4557,7 @@ class Trainer:
             high = low + self.micro_batch_seqs
             with self.timer.part("data"):
                 tokens = self.runtime.to_device(rows[low:high])
-                noise = flow_noise(
+                noise = flow_noise_keys(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
             with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
@@ -5757,7 +5849,9 @@ class Run:
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
-        log(f"attention:{pick_attention(self.runtime.device, self.runtime.dtype).reason}")
+        machine = self.runtime
+        attention = pick_attention(machine.device, machine.dtype, machine.compiling)
+        log(f"attention:{attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         split = self.val.fingerprint
         pattern = f"{config.data_path}/fineweb_val_*.bin"
