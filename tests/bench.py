@@ -65,7 +65,7 @@ class Step:
         for param in self.model.parameters():
             param.grad = None
         for i, (ids, targets) in enumerate(self.batches):
-            noise = golf.flow_noise(self.config, 0, i, len(ids), ids.device)
+            noise = golf.flow_noise_keys(self.config, 0, i, len(ids), ids.device)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = self.model(ids, targets, noise) / len(self.batches)
             loss.backward()

@@ -9,10 +9,11 @@ from train_gpt import PRESETS, Config, ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PLACE_AND_PACE = {
-    "preset", "data_path", "tokenizer_path", "val_sha256", "run_id", "run_dir", "resume", "eval_only", "mode", "audit",
-    "device", "compile", "micro_batch_tokens", "warmup_steps", "train_log_every", "val_loss_every",
-    "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds",
-    "nproc", "code_bytes", "prompt", "sample_tokens", "temperature", "top_k"}
+    "preset", "data_path", "tokenizer_path", "val_sha256", "run_id", "run_dir", "resume", "eval_only",
+    "mode", "audit", "audit_seed", "spot_checks", "scores_file", "ttt_cuda_graph", "nproc", "code_bytes",
+    "prompt", "sample_tokens", "temperature", "top_k", "device", "compile", "micro_batch_tokens",
+    "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "checkpoint_seconds",
+    "eval_checkpoint_seconds", "time_limit_seconds"}
 # REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
 def other_value(name):
     """A Config that differs from the defaults in this field alone, and is allowed."""

@@ -151,7 +151,7 @@ def batches(lab, settings):
     config, runtime, val = open_run(lab, settings)
     model, sizes = random_model(config, spread=0.3), []
     hidden = model.hidden
-    model.hidden = lambda ids: (sizes.append(len(ids)), hidden(ids))[1]
+    model.hidden = lambda ids, *last: (sizes.append(len(ids)), hidden(ids, *last))[1]
     train_gpt.evaluate(model, val, config, runtime)
     runtime.close()
     return sizes
