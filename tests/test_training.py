@@ -345,7 +345,7 @@ def same_tree(left, right):
 @pytest.mark.parametrize("trained", [0, 2])
 def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, trainer, monkeypatch):
     monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
-    made = trainer(warmup_steps=3, swa_enabled=True, **EVERY_PART, late_qat_threshold=0.5)
+    made = trainer(warmup_steps=3, swa_enabled=True, **dict(EVERY_PART, ve_last_n=1), late_qat_threshold=0.5)
     recorded_run(made, monkeypatch, trained)
     before, position = train_gpt.private_copy(made.training_state()), made.stream.position
     assert with_warm_up(made, monkeypatch) == 3
@@ -358,7 +358,7 @@ def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_
     monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
     finals = []
     for warm in (True, False):
-        made = trainer(warmup_steps=2, run_dir=str(tmp_path / f"warm_{warm}"), **EVERY_PART)
+        made = trainer(warmup_steps=2, run_dir=str(tmp_path / f"warm_{warm}"), **dict(EVERY_PART, ve_last_n=1))
         if warm:
             assert with_warm_up(made, monkeypatch) == 2
         finals.append(recorded_run(made, monkeypatch, 3)[-1])
