@@ -5991,6 +5991,9 @@ class Run:
             return old.get("audit_key") == audit_key and old["passed"]
 
         self.audited = True  # below, a failure raises
+        # Scores of an earlier start of this run are of the same file, script and settings.
+        for label, score in self.results["scores"].items():
+            score["audited"] = self.is_submission(label)
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)

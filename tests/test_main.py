@@ -183,3 +183,12 @@ def test_sample_needs_no_data_and_touches_no_score(trained, tmp_path):
     )
     assert done.code == 0 and done.out.startswith("The")
     assert (folder / "run" / "scores.json").read_bytes() == scores
+
+
+def test_an_audit_that_comes_later_covers_the_scores_that_are_there(trained, tmp_path):
+    folder, settings = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    done = launch(dict(settings, audit=1), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "phase_done:legal_ttt" in done.stdout and "audit pass" in done.stdout
+    assert re.search(r"^result legal_ttt .* legal:1 ", done.stdout, re.M)
