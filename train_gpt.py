@@ -260,8 +260,8 @@ class Config:
     compressor: str = train_option(
         "zstd", "lite: compressor of the artifact; gptq takes zstd", choices=("zstd", "lzma")
     )
-    zstd_level: int = train_option(16, "zstd level", 1, 22)
-    lzma_preset: int = train_option(6, "lzma preset", 0, 9)
+    zstd_level: int = train_option(16, "lite: zstd level", 1, 22)
+    lzma_preset: int = train_option(6, "lite: lzma preset", 0, 9)
     budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
 
     # Evaluation: windows and arithmetic.
@@ -5544,11 +5544,11 @@ def seal_payload(config, raw):
             f"{MAX_RAW_BYTES}: train a smaller model (MLP_MULT, NUM_LAYERS)"
         )
     if config.quantizer == "gptq":
-        # Codes hardly ever repeat, so the search for matches is kept as small as zstd allows: an
-        # eighth of the time for 0.15 % more bytes. What counts is where blocks, and with them
-        # symbol tables, end.
+        # Codes hardly ever repeat, so the search for matches is kept as small as zstd allows: a
+        # tenth of the time. What counts is level 22's choice of where blocks, and with them symbol
+        # tables, end; at lower levels the size jumps about when a step moves.
         parameters = zstandard.ZstdCompressionParameters.from_level(
-            config.zstd_level,
+            22,
             source_size=len(raw),
             min_match=6,
             search_log=1,
@@ -5604,7 +5604,7 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
 
 MAX_PACKINGS = 12
 BUDGET_SLACK = 0.0005  # of the budget may stay unused
-BRACKET = 0.02  # of the budget: files that differ by less can be mixed
+BRACKET = 0.1  # of the budget: files that differ by less can be mixed
 FINEST_LOSS = 1e-5  # nats per token: steps finer than this buy nothing that could be measured
 
 
@@ -5672,7 +5672,7 @@ class RateControl:
 
     def aim(self):
         """Bytes that the next unit should give: a little beyond the budget, to enclose it."""
-        beyond = 0.2 * BRACKET * self.budget
+        beyond = 0.05 * BRACKET * self.budget
         return self.budget + beyond if self.over is None else self.budget - beyond
 
     def try_solution(self, units, solved):
