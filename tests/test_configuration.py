@@ -14,7 +14,7 @@ PLACE_AND_PACE = {
     "prompt", "sample_tokens", "temperature", "top_k", "device", "compile", "micro_batch_tokens",
     "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "checkpoint_seconds",
     "eval_checkpoint_seconds", "time_limit_seconds"}
-# REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
+# docs/REFERENCE.md, sections 3 to 7, by hand: the submission that the defaults are.
 def other_value(name):
     """A Config that differs from the defaults in this field alone, and is allowed."""
     field, value = FIELDS[name], getattr(Config(), name)

@@ -259,7 +259,7 @@ def test_counted_bytes_are_the_decoded_length_on_real_text(tmp_path, options):
 
 
 def test_bytes_follow_the_challenges_table(tmp_path):
-    """REFERENCE section 2, written as the plain rule over pairs of tokens."""
+    """docs/REFERENCE.md, section 2, written as the plain rule over pairs of tokens."""
     model = train_tokenizer(TOPICS[:20], tmp_path / "model", user_defined_symbols=["<sep>"],
                             control_symbols=["<ctl>"])
 

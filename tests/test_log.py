@@ -1,4 +1,4 @@
-"""The log is an interface: tools parse its lines byte by byte (REFERENCE §9); metrics.jsonl agrees."""
+"""The log is an interface: tools parse its lines byte by byte (docs/REFERENCE.md §9); metrics.jsonl agrees."""
 import itertools
 import json
 import math
@@ -50,7 +50,7 @@ def starting(lines, start):
 
 
 # --------------------------------------------------------------------------------------------------
-# Lines of REFERENCE §9
+# Lines of docs/REFERENCE.md §9
 # --------------------------------------------------------------------------------------------------
 def test_the_run_introduces_itself(run, tiny_data):
     data, tokenizer = map(re.escape, map(str, (tiny_data.data_path, tiny_data.tokenizer_path)))

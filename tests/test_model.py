@@ -27,7 +27,7 @@ def preset_model(name, **changes):
 
 
 # ------------------------------------------------------------------------------------------- parameter counts
-PUBLISHED = {  # REFERENCE §3; slot_11l's figure is at MLP_MULT=3
+PUBLISHED = {  # docs/REFERENCE.md §3; slot_11l's figure is at MLP_MULT=3
     "nfm_7k": ({}, 27_530_952),
     "base_7k": ({}, 27_137_223),
     "base_20k": ({}, 27_137_223),

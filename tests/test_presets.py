@@ -11,7 +11,7 @@ import train_gpt
 from train_gpt import GPT, PRESETS, Config
 
 # --------------------------------------------------------------------------------------------------
-# The settings, by hand from REFERENCE
+# The settings, by hand from docs/REFERENCE.md
 # --------------------------------------------------------------------------------------------------
 # §4, §5 and §7 give these once for all systems.
 COMMON = dict(

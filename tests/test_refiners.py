@@ -30,7 +30,7 @@ def gelu(x):
 
 # ------------------------------------------------------------------------------------------ NativeFlowMatcher
 def velocity(w, x, t):
-    """v(x, t) of REFERENCE §4 from the state-dict; t has x's leading shape or is a scalar."""
+    """v(x, t) of docs/REFERENCE.md §4 from the state-dict; t has x's leading shape or is a scalar."""
     half = x.size(-1) // 2
     frequencies = torch.tensor([10000.0 ** (-j / half) for j in range(half)])
     angle = t[..., None] * frequencies
