@@ -1,4 +1,5 @@
-"""How train_gpt.py is written, in numbers: dense code and late explanations are defects like any other."""
+"""How train_gpt.py is written, in numbers: dense code and late explanations are defects like any
+other."""
 
 import ast
 import io
@@ -125,9 +126,10 @@ def calls_to_later_sections(source):
     found = []
     for node in source.tree.body:
         for name in ast.walk(node):
-            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load):
-                if defined.get(name.id, 0) > section(name.lineno):
-                    found.append(f"line {name.lineno}: {name.id}")
+            if not isinstance(name, ast.Name) or is_target(name):
+                continue
+            if defined.get(name.id, 0) > section(name.lineno):
+                found.append(f"line {name.lineno}: {name.id}")
     return found
 
 
