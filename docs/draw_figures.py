@@ -133,7 +133,7 @@ def draw_run():
     axes.text(
         0.3,
         0.4,
-        "The same command again: a phase whose file is there is skipped, an unfinished one goes on.",
+        "The same command again skips what has left its file and goes on with what has not.",
         fontsize=9,
     )
     save(figure, "run.svg")
