@@ -60,8 +60,8 @@ import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -4347,8 +4347,8 @@ def flops_per_token(model):
 
     N counts the parameters that multiply every token: not the tables that are only looked up, but
     the token embedding, which is also the head. L layers attend over T tokens at width D. This is
-    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no discount for the
-    causal half, so that shares of the peak compare with those of others.
+    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no
+    discount for the causal half, so that shares of the peak compare with those of others.
     """
     config = model.config
     multiplied = sum(param.numel() for param in model.parameters())
@@ -6026,6 +6026,9 @@ class Run:
             return old.get("audit_key") == audit_key and old["passed"]
 
         self.audited = True  # below, a failure raises
+        # Scores of an earlier start of this run are of the same file, script and settings.
+        for label, score in self.results["scores"].items():
+            score["audited"] = self.is_submission(label)
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
