@@ -61,6 +61,7 @@ import torch.nn.functional as F
 import zstandard
 from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -1955,7 +1956,9 @@ SCHEMES = {
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
 CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
-HALF_LIMIT = 65_536  # tensors up to this many elements stay float16
+HALF_LIMIT = 65_536  # tensors up to this many elements stay float16, but for block matrices
+# The six matrices of a block, where most of the weights are.
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
 # GPTQ-lite: candidates for the clip of a row, as quantiles of its absolute values.
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
@@ -1968,7 +1971,8 @@ def scheme_of(name, shape, config, int5_layers=()):
     """
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
         return "fp32"
-    if len(shape) > 2 or math.prod(shape) <= HALF_LIMIT:
+    small = math.prod(shape) <= HALF_LIMIT and not BLOCK_MATRIX.fullmatch(name)
+    if len(shape) > 2 or small:
         return "fp16"
     mlp = re.match(r"blocks\.(\d+)\.mlp\.", name)
     if mlp and int(mlp.group(1)) in int5_layers:
@@ -2077,6 +2081,24 @@ def sdpa_attention(q, k, v):
     return y.transpose(1, 2)
 
 
+def tail_attention(q, k, v):
+    """Causal attention of the last n queries only, for scoring.
+
+    q (B, n, H, d), k and v (B, T, K, d) -> (B, n, H, d).
+    """
+    q = q.transpose(1, 2)  # (B, H, n, d)
+    groups = q.size(1) // k.size(2)
+    # The kernels that take a mask know no grouped heads.
+    k = k.transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, T, d)
+    v = v.transpose(1, 2).repeat_interleave(groups, 1)
+    n = q.size(2)
+    length = k.size(2)
+    # Query i is position T - n + i; is_causal would take it for position i.
+    seen = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return y.transpose(1, 2)
+
+
 # What a block of the backward below needs at once must fit a CPU core's cache.
 ATTENTION_ROWS = 256  # queries
 ATTENTION_SEQUENCES = 4
@@ -2153,18 +2175,43 @@ def cpu_attention(q, k, v):
     return BlockedAttention.apply(q, k, v).transpose(1, 2)
 
 
-def flash_attention_3(device):
-    """FlashAttention-3 where it is installed, on Hopper; raises elsewhere."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        raise NotImplementedError("needs Hopper")
+def flash_attention_3(q, k, v):
+    """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), shapes as above; needs its package."""
     from flash_attn_interface import flash_attn_func
 
-    def attend(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
-        # Some releases also return the log-sum-exp.
-        return out[0] if isinstance(out, tuple) else out
+    # Its backward adds in any order unless asked not to; test-time training must repeat its digits.
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    out = flash_attn_func(q, k, v, causal=True, deterministic=repeatable)
+    return out[0] if isinstance(out, tuple) else out  # some releases add the log-sum-exp
 
-    return attend
+
+def attention_order(capability):
+    """[(backend, why it stands here)] for a GPU of compute capability (major, minor).
+
+    On Hopper and later cuDNN trains about twice as fast as FlashAttention-2 and about as fast as
+    FlashAttention-3; on Ampere it is the slower one (HF transformers #48163, PyTorch #142132).
+    """
+    hopper = capability[0] == 9
+    newer = capability[0] >= 9
+    order = []
+    if hopper:
+        order.append(("flash_attention_3", "made for Hopper"))
+    if newer:
+        order.append(("cudnn", "faster than flash from Hopper on"))
+    order.append(("flash", "FlashAttention-2, the fastest before Hopper"))
+    if not newer:
+        order.append(("cudnn", "slower than flash before Hopper"))
+    order.append(("mem_efficient", "where flash does not run"))
+    order.append(("math", "runs everywhere, memory quadratic in T"))
+    return order
+
+
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 class AttentionChoice(typing.NamedTuple):
@@ -2172,50 +2219,59 @@ class AttentionChoice(typing.NamedTuple):
     reason: str  # for the log
 
 
-SDPA_BACKENDS = ("flash", "cudnn", "mem_efficient", "math")
-
-
 @functools.cache
-def pick_attention(device, dtype):
+def pick_attention(device, dtype, compiling=False):
     """AttentionChoice: the first backend that runs forward and backward here, tried once.
 
     Published runs failed after hours in the queue because a fixed backend did not exist on their
-    GPU.
+    GPU. With `compiling` the trial is compiled too, as the model will be.
     """
     if device.type == "cpu":
         return AttentionChoice(
             cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
         )
+    capability = torch.cuda.get_device_capability(device)
     failures = []
-    for backend in ("flash_attention_3", *SDPA_BACKENDS):
+    for backend, why in attention_order(capability):
         try:
-            attend = attention_backend(backend, device)
-            try_attention(attend, device, dtype)
+            attend = attention_backend(backend)
+            try_attention(attend, device, dtype, compiling)
         except Exception as error:
             failures.append(f"{backend} ({type(error).__name__})")
             continue
+        architecture = f"sm{capability[0]}{capability[1]}"
         not_usable = ", ".join(failures) or "none"
-        return AttentionChoice(attend, f"{backend}: first that ran; not usable: {not_usable}")
+        reason = f"{backend}: {why} ({architecture}); tried before and not usable: {not_usable}"
+        return AttentionChoice(attend, reason)
     raise ConfigError(
-        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}"
+        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}: "
+        "use DEVICE=cpu or another PyTorch build"
     )
 
 
-def attention_backend(backend, device):
-    """attend(q, k, v) of one backend; of PyTorch's own, only that one stays enabled."""
+def attention_backend(backend):
+    """attend(q, k, v) of one backend by name."""
     if backend == "flash_attention_3":
-        return flash_attention_3(device)
-    for name in SDPA_BACKENDS:
-        enable = getattr(torch.backends.cuda, f"enable_{name}_sdp")
-        enable(name == backend)
-    return sdpa_attention
+        return flash_attention_3
+    # Flash stays behind cuDNN, which refuses to run where deterministic algorithms are wanted.
+    order = [SDPA_BACKENDS[backend]]
+    if backend == "cudnn":
+        order.append(SDPBackend.FLASH_ATTENTION)
+
+    def attend(q, k, v):
+        with sdpa_kernel(order, set_priority=True):
+            return sdpa_attention(q, k, v)
+
+    return attend
 
 
-def try_attention(attend, device, dtype):
+def try_attention(attend, device, dtype, compiling):
     """One small forward and backward; raises whatever the backend raises."""
-    shape = dict(device=device, dtype=dtype, requires_grad=True)
-    q = torch.zeros(1, 64, 2, 64, **shape)  # (B, T, H, d)
-    k = torch.zeros(1, 64, 1, 64, **shape)  # (B, T, K, d)
+    if compiling:
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+    options = dict(device=device, dtype=dtype, requires_grad=True)
+    q = torch.zeros(1, 64, 2, 64, **options)  # (B, T, H, d)
+    k = torch.zeros(1, 64, 1, 64, **options)  # (B, T, K, d)
     attend(q, k, k).float().sum().backward()
 
 
@@ -2379,14 +2435,15 @@ class Attention(nn.Module):
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x, scale, out_scale, angles, v0, ve):
+    def forward(self, x, scale, out_scale, angles, v0, ve, last=None):
         """Output y (B, T, D) and this layer's own values (B, T, K, d).
 
         x (B, T, D) is normalised and still without the layer's `scale` (a number); `out_scale` (D,)
         multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
-        None in layer 0; ve (B, T, K*d) is the value embedding, or None.
+        None in layer 0; ve (B, T, K*d) is the value embedding, or None. With `last` = n only the
+        last n positions ask, and y is (B, n, D).
         """
-        q, k, own, gate = self.project(x, scale)  # (B, T, ...) each
+        q, k, own, gate = self.project(x, scale, last)  # (B, T, ...) or (B, n, ...) each
         if ve is not None:
             own = own + ve.to(own.dtype)
         q = self.heads(q)  # (B, T, H, d)
@@ -2395,33 +2452,47 @@ class Attention(nn.Module):
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        q = RMSNorm.apply(q, self.q_gain[:, None], cos, sin)
+        n = q.size(1)
+        q = RMSNorm.apply(q, self.q_gain[:, None], cos[-n:], sin[-n:])
         k = RMSNorm.apply(k, None, cos, sin)
-        y = self.attend(q, k, v)  # (B, T, H, d)
+        attend = self.attend if last is None else tail_attention
+        y = attend(q, k, v)  # (B, T, H, d)
         if self.xsa:
-            y = exclusive_attention(y, v)
+            y = exclusive_attention(y, v[:, -n:])
         if gate is not None:
             y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
         return y, own
 
-    def project(self, x, scale):
+    def project(self, x, scale, last=None):
         """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
+
+        With `last` = n, q and the gates' logits are those of the last n positions.
 
         Four small products would each read x and leave the device half idle: the weights are put
         together and one product does it. They stay separate parameters, since the optimiser and the
         artifact treat each matrix on its own.
         """
-        layers = [self.c_q, self.c_k, self.c_v]
+        asking = [self.c_q]
         if self.attn_gate is not None:
-            layers.append(self.attn_gate)
+            asking.append(self.attn_gate)
+        answering = [self.c_k, self.c_v]
+        if last is None:
+            outputs = self.product(x, scale, asking + answering)
+        else:
+            outputs = self.product(x[:, -last:], scale, asking)
+            outputs += self.product(x, scale, answering)
+        if self.attn_gate is None:
+            q, k, v = outputs
+            return q, k, v, None
+        q, gate, k, v = outputs
+        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
+
+    def product(self, x, scale, layers):
+        """(outputs of x without bias, one per layer) by one product."""
         weight = torch.cat([layer.effective_weight() for layer in layers])
         outputs = F.linear(x, weight * scale)
-        outputs = outputs.split([layer.out_features for layer in layers], -1)
-        if self.attn_gate is None:
-            return *outputs, None
-        q, k, v, gate = outputs
-        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
+        return outputs.split([layer.out_features for layer in layers], -1)
 
     def heads(self, x):
         """(B, T, n*d) -> (B, T, n, d)."""
@@ -2465,16 +2536,17 @@ class Block(nn.Module):
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
         self.norm_scale = (layer + 1) ** -0.5
 
-    def forward(self, x, x0, angles, v0, ve):
+    def forward(self, x, x0, angles, v0, ve, last=None):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` =
+        n the stream (B, n, D) of the last n positions is all that is computed.
         """
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(x * mix[0], x0, mix[1])
         scale = self.norm_scale
-        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve)
-        x = x + y
+        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve, last)
+        x = x[:, -y.size(1) :] + y
         x = x + self.mlp(rms_norm(x), scale, self.mlp_scale)
         return x, own
 
@@ -2568,6 +2640,52 @@ class FlowRefiner(nn.Module):
         return x + opening(self.gate, x) * self.up(z)
 
 
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 divided by it: steps that cover the integers evenly
+# SplitMix64's finaliser (Steele, Lea and Flood 2014) with the constants of Stafford's variant 13.
+MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+MIX_LAST_SHIFT = 31
+
+
+def as_int64(number):
+    """The signed integer with the same 64 bits: PyTorch multiplies no unsigned ones."""
+    number %= 2**64
+    return number - 2**64 if number >= 2**63 else number
+
+
+def mix64(x):
+    """Hash of int64 tensors: each bit of the input turns over half of the output's."""
+
+    def shifted(value, bits):
+        # PyTorch's shift repeats the sign; a hash needs zeros.
+        return (value >> bits) & (2 ** (64 - bits) - 1)
+
+    for bits, factor in MIX_ROUNDS:
+        x = (x ^ shifted(x, bits)) * as_int64(factor)
+    return x ^ shifted(x, MIX_LAST_SHIFT)
+
+
+def draw_noise(keys, length, width):
+    """Standard normal z (B, T, D) and uniform t (B, T) in (0, 1), float32, of keys (B,) int64.
+
+    A function of the keys alone, number by number, so that it is the same however sequences are
+    spread over ranks and micro-batches, and in a compiled graph costs no memory and no generator.
+    """
+    batch = keys.size(0)
+    pairs = -(-length * width // 2)  # a hash of 64 bits gives two normal numbers
+    counter = torch.arange(pairs + length, device=keys.device)
+    hashes = mix64(keys[:, None] + counter * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
+
+    def uniform(bits):
+        # 23 bits and a half are what float32 holds exactly: never 0, never 1.
+        return ((bits & (2**23 - 1)).float() + 0.5) * 2.0**-23
+
+    high = uniform(hashes >> 40)
+    low = uniform(hashes[:, :pairs])
+    halves = torch.cat([high[:, :pairs], low], 1)[:, : length * width]
+    z = math.sqrt(2) * torch.erfinv(2 * halves - 1)  # the normal's inverse distribution function
+    return z.view(batch, length, width), high[:, pairs:]
+
+
 class NativeFlowMatcher(nn.Module):
     """#1170: a velocity field trained by flow matching, used as one gated Euler step at t = 1.
 
@@ -2604,15 +2722,16 @@ class NativeFlowMatcher(nn.Module):
         one = torch.ones((), device=x.device, dtype=self.gate.dtype)
         return x + opening(self.gate, x) * self.velocity(x, one)
 
-    def flow_loss(self, x, noise):
+    def flow_loss(self, x, keys):
         """Mean squared error of the velocity at random times, 0-d.
 
-        x (B, T, D) detached; noise (B, T, D + 1): z, and a last column that gives the time.
+        x (B, T, D) detached; keys (B,): of draw_noise, one for each sequence.
         """
-        z = noise[..., :-1]
-        t = torch.special.ndtr(noise[..., -1])  # (B, T), uniform: the normal's own CDF
+        z, t = draw_noise(keys, x.size(1), x.size(2))  # (B, T, D), (B, T)
+        z = z.to(x.dtype)
+        t = t.to(torch.promote_types(x.dtype, torch.float32))
         along = t.unsqueeze(-1)  # (B, T, 1)
-        x_t = (1 - along) * z + along * x
+        x_t = (1 - along) * z + along * x  # float32: near t = 0 or 1 the weights are small
         velocity = self.velocity(x_t.to(x.dtype), t)
         error = velocity - (x - z)
         return error.float().square().mean()
@@ -2729,6 +2848,7 @@ class GPT(nn.Module):
         # A model on the meta device has shapes and names only, which is what readers check.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
+        self.qat_blend = 0.0  # as in the buffers of late QAT, known without asking the device
         if config.late_qat_threshold > 0:
             self.enable_qat()
 
@@ -2770,13 +2890,27 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_qat(self, blend):
-        """Blend of straight-through rounding (0 or 1) and the scales of the present weights."""
-        for _, module in self.quantizable():
-            if module.bits:
-                module.qat_blend.fill_(blend)
-            if module.bits and blend:
-                _, scales = quantize_rows(module.weight, module.bits)
-                module.qat_scale.copy_(scales.float())
+        """Blend of straight-through rounding (0 or 1) and the scales of the present weights.
+
+        It runs before every step, so it launches nothing while rounding stays off, and treats all
+        matrices of one width as the rows of a single one while it is on.
+        """
+        rounded = [module for _, module in self.quantizable() if module.bits]
+        if blend != self.qat_blend and rounded:
+            self.qat_blend = blend
+            blends = [module.qat_blend for module in rounded]
+            torch._foreach_zero_(blends)
+            torch._foreach_add_(blends, blend)
+        if not blend:
+            return
+        alike = {}  # modules by number of columns and bits
+        for module in rounded:
+            alike.setdefault((module.weight.size(1), module.bits), []).append(module)
+        for (_, bits), modules in alike.items():
+            rows = torch.cat([module.weight for module in modules]).float()  # (R, C)
+            scales = row_scales(rows, bits).float()  # (R, 1)
+            targets = [module.qat_scale for module in modules]
+            torch._foreach_copy_(targets, scales.split([len(target) for target in targets]))
 
     def embed(self, ids):
         """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
@@ -2785,8 +2919,12 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         return self.smear(rms_norm(x), ids)
 
-    def trunk(self, ids):
-        """Normalised states (B, T, D) of ids (B, T), before the refiners."""
+    def trunk(self, ids, last=None):
+        """Normalised states (B, T, D) of ids (B, T), before the refiners.
+
+        With `last` = n, the states (B, n, D) of the last n positions, which spares the last block
+        its part of all others: it still needs their keys and values, but asks nothing for them.
+        """
         x = x0 = self.embed(ids)
         length = ids.size(1)
         assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
@@ -2800,21 +2938,27 @@ class GPT(nn.Module):
             if decoder >= 0 and skips:
                 weight = self.skip_weights[decoder].to(x.dtype)
                 x = torch.addcmul(x, weight, skips.pop())
-            x, own = block(x, x0, angles, v0, value_embeddings.get(i))
+            is_last = block is self.blocks[-1]
+            asked = last if is_last else None
+            x, own = block(x, x0, angles, v0, value_embeddings.get(i), asked)
             if v0 is None:
                 v0 = own
             if decoder < 0:
                 skips.append(x)
         return rms_norm(x)
 
-    def hidden(self, ids):
-        """Final states (B, T, D) of ids (B, T): what the head sees."""
-        return self.refine(self.trunk(ids))[0]
+    def hidden(self, ids, last=None):
+        """Final states (B, T, D) of ids (B, T), or of the `last` ones only: what the head sees."""
+        # TTT-Linear learns along the sequence and needs all of it.
+        x = self.trunk(ids, last if self.ttt is None else None)
+        return self.refine(x, last)[0]
 
-    def refine(self, x):
+    def refine(self, x, last=None):
         """States (B, T, D) after all refiners, and NativeFlowMatcher's input, for its loss."""
         if self.ttt is not None:
             x = self.ttt(x)
+        if last is not None:
+            x = x[:, -last:]
         if self.flow is not None:
             x = self.flow(x)
         flow_input = x
@@ -2831,47 +2975,42 @@ class GPT(nn.Module):
             raw = raw.float()
         return cap * torch.tanh(raw)
 
-    def forward(self, ids, targets, noise=None):
+    def forward(self, ids, targets, noise_keys=None):
         """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
         NativeFlowMatcher's weighted loss.
 
-        noise (B, T, D + 1): that loss's standard normal draws; drawn here when absent.
+        noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
         """
         hidden, flow_input = self.refine(self.trunk(ids))
         logits = self.logits(hidden)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         weight = self.config.nfm_loss_weight
         if self.nfm is not None and self.training and weight:
-            if noise is None:
-                noise = torch.randn(*ids.shape, self.config.model_dim + 1, device=ids.device)
+            if noise_keys is None:
+                noise_keys = torch.randint(2**62, ids.shape[:1], device=ids.device)
             # Detached: this loss teaches the velocity, not the trunk.
-            loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise)
+            loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise_keys)
         return loss
 
 
 def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
-    attend = pick_attention(runtime.device, runtime.dtype).function
+    attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
     return GPT(config, attend).to(runtime.device)
 
 
-def flow_noise(config, step, first, count, device):
-    """Normal draws (count, T, D + 1) for the step's sequences [first, first + count), or None.
+def flow_noise_keys(config, step, first, count, device):
+    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
 
     A function of seed, step and sequence alone, hence the same at any number of ranks and after a
     resume. None where no loss would use it.
     """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
-    generator = torch.Generator(device)
-    columns = config.model_dim + 1
-    out = torch.empty(count, config.train_seq_len, columns, device=device)
-    for i in range(count):
-        place = f"{config.seed}/{step}/{first + i}"
-        key = hashlib.sha256(place.encode()).digest()
-        generator.manual_seed(int.from_bytes(key[:7], "little"))
-        out[i].normal_(generator=generator)
-    return out
+    digest = hashlib.sha256(f"{config.seed}/{step}".encode()).digest()
+    start = as_int64(int.from_bytes(digest[:8], "little"))
+    sequences = torch.arange(first, first + count, device=device)
+    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 # ==================================================================================================
@@ -3094,10 +3233,6 @@ class Muon:
         return "x".join(str(size) for size in buffer.shape[1:])
 
 
-# Momentum orthogonalised is made for matrices between hidden states: these six of every block.
-BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
-
-
 def parameter_groups(model):
     """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
 
@@ -3110,6 +3245,7 @@ def parameter_groups(model):
         if isinstance(module, nn.Embedding):
             embeddings.add(f"{name}.weight")
     for name, param in model.named_parameters():
+        # Orthogonalised momentum is made for matrices between hidden states.
         if BLOCK_MATRIX.fullmatch(name):
             group = "muon"
         elif name in embeddings:
@@ -3503,7 +3639,7 @@ class Meter:
         return [float(self.nll), self.tokens, self.bytes, self.last]
 
     def restore(self, rows, coverage, comm):
-        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of them all."""
+        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of all."""
         nll, tokens, num_bytes, _ = rows[comm.rank]
         self.nll.fill_(nll)
         self.tokens = int(tokens)
@@ -3740,6 +3876,7 @@ class Evaluation:
         self.config = config
         self.runtime = runtime
         self.comm = runtime.comm
+        self.stride = stride
         self.ttt = ttt
         self.slot = slot
         self.observer = observer or Observer()
@@ -3754,26 +3891,38 @@ class Evaluation:
         # The text lies on the device: a batch is gathered there from a list of positions.
         tokens = torch.from_numpy(stream.tokens.astype(np.int32))  # (num_targets + 1,)
         self.tokens = tokens.to(runtime.device)
-        # The plan is the same list on every rank, so that collectives meet.
-        self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
-        per_round = config.eval_batch_seqs * self.comm.world
-        self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
-        self.spot_seed = check_seed(config, self.identity)
-        if slot == "published":
-            spot_checks = 0.0  # known to be illegal, and marked so
-        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
         self.meter = Meter(stream.num_targets, runtime.device)
-        self.hidden = runtime.compiled(model.hidden, DETERMINISTIC)
-        self.loss = runtime.compiled(model, DETERMINISTIC)
-        self.step_loss = self.loss  # of a whole test-time training step
-        if runtime.cuda_graphs(config.ttt_cuda_graph):
-            self.step_loss = runtime.compiled(model, {**DETERMINISTIC, "triton.cudagraphs": True})
+        self.plan(spot_checks)
+        self.compile()
         self.sgd = None  # the optimiser of test-time training
         self.batch_limit = None  # windows per batch that fit, once more did not
         self.cursor = 0  # the next work item
         self.scored_until = 0  # all targets before this one are scored, on all ranks
         self.spots_done = 0  # rounds that were checked and agreed
         self.seconds = 0.0  # spent so far, by earlier processes too
+
+    def plan(self, spot_checks):
+        """Set `windows`, `work` and `spots`, the cursors of the rounds to check."""
+        config = self.config
+        num_targets = self.stream.num_targets
+        # The plan is the same list on every rank, so that collectives meet.
+        self.windows = plan_windows(num_targets, config.eval_seq_len, self.stride)
+        per_round = config.eval_batch_seqs * self.comm.world
+        self.work = plan_work(self.windows, num_targets, config, per_round, self.ttt)
+        self.spot_seed = check_seed(config, self.identity)
+        if self.slot == "published":
+            spot_checks = 0.0  # known to be illegal, and marked so
+        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
+
+    def compile(self):
+        """Set the three functions that run the model, compiled where this run compiles."""
+        compiled = self.runtime.compiled
+        self.hidden = compiled(self.model.hidden, DETERMINISTIC)
+        self.loss = compiled(self.model, DETERMINISTIC)
+        self.step_loss = self.loss  # of a whole test-time training step
+        if self.runtime.cuda_graphs(self.config.ttt_cuda_graph):
+            graph = {**DETERMINISTIC, "triton.cudagraphs": True}
+            self.step_loss = compiled(self.model, graph)
 
     def run(self, last_target=None):
         """Score all targets (or until a round begins beyond last_target); returns a Score."""
@@ -3907,10 +4056,19 @@ class Evaluation:
         count = windows[0].end - windows[0].first
         batch = Batch(windows, count, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.hidden(batch.ids)  # (B, T, D)
+            hidden = self.states(batch)  # (B, T, D), or its last positions
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
             return scored_nll(self.model, hidden, batch, observer)
+
+    def states(self, batch):
+        """Final states of a batch, as far as they are needed."""
+        length = batch.ids.size(1)
+        # The last window scores fewer targets than the stride, which is no reason to compile again.
+        last = max(batch.count, self.stride)
+        if self.slot != "off" or last >= length:
+            return self.hidden(batch.ids)  # SLOT is fitted on all of them
+        return self.hidden(batch.ids, last)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""
@@ -4189,8 +4347,8 @@ def flops_per_token(model):
 
     N counts the parameters that multiply every token: not the tables that are only looked up, but
     the token embedding, which is also the head. L layers attend over T tokens at width D. This is
-    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no discount for the
-    causal half, so that shares of the peak compare with those of others.
+    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no
+    discount for the causal half, so that shares of the peak compare with those of others.
     """
     config = model.config
     multiplied = sum(param.numel() for param in model.parameters())
@@ -4411,7 +4569,7 @@ class Trainer:
             high = low + self.micro_batch_seqs
             with self.timer.part("data"):
                 tokens = self.runtime.to_device(rows[low:high])
-                noise = flow_noise(
+                noise = flow_noise_keys(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
             with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
@@ -5076,7 +5234,9 @@ class Watch(Observer):
     def same_distribution(self, other, target):
         """Whether both saw the same; also true where another rank scored the target."""
         mine = self.keep[target]
-        return mine is None or np.array_equal(mine, other.keep[target])
+        if mine is None:
+            return True
+        return np.array_equal(mine, other.keep[target])
 
 
 class Recorder(Watch):
@@ -5110,16 +5270,16 @@ class Recorder(Watch):
         # A subclass of Tensor could show one thing and give another.
         logps = logps.as_subclass(torch.Tensor)
         log_sums = logps.double().logsumexp(-1)  # (n,)
-        worst = float(log_sums.abs().max())
+        worst = log_sums.abs().max().item()
         if logps.size(-1) != self.vocab_size or not math.isfinite(worst):
             worst = math.inf
         self.worst = max(self.worst, worst)
         # Looked up by the audit's own copy of the text: target t is token t + 1.
-        own = torch.from_numpy(self.tokens[targets + 1].astype(np.int64))
-        own = own.to(logps.device).unsqueeze(1)  # (n, 1)
-        entries = logps.gather(1, own).squeeze(1)  # (n,)
-        wrong = nll != -entries
-        self.wrong_entries += int(wrong.sum())
+        own = self.tokens[targets + 1].astype(np.int64)
+        own = torch.from_numpy(own).to(logps.device)
+        entries = logps.gather(1, own.unsqueeze(1))  # (n, 1)
+        wrong = nll != -entries.squeeze(1)
+        self.wrong_entries += wrong.sum().item()
 
     def before_item(self, evaluation, item):
         if isinstance(item, TrainStep):
@@ -5141,11 +5301,13 @@ class Recorder(Watch):
         self.sums.append(float(evaluation.meter.nll))
         if isinstance(item, TrainStep) or not self.hash_state:
             return
-        following = evaluation.work[evaluation.cursor + 1 :][:1]
-        # A round that follows compares for itself; before anything else the state is looked at.
-        if not following or isinstance(following[0], TrainStep):
-            left = state_hash(evaluation)
-            self.score_changed_state |= left != self.state
+        following = evaluation.cursor + 1
+        if following < len(evaluation.work):
+            item = evaluation.work[following]
+            if isinstance(item, ScoreRound):
+                return  # which compares for itself, before it scores
+        left = state_hash(evaluation)
+        self.score_changed_state |= left != self.state
 
 
 def trains_ahead(evaluation, item):
@@ -5216,22 +5378,27 @@ def recount_bytes(tokenizer, tokens):
     A piece that stands for no text has none; a space in front of a piece counts unless the piece
     before it stands for no text.
     """
-    texts = []
+    lengths = []
+    spaces = []
     for i in range(tokenizer.vocab_size()):
         text = tokenizer.id_to_piece(i).replace("▁", " ")
         if tokenizer.is_byte(i):
             text = "?"  # any one byte
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
             text = ""
-        texts.append(text)
-    lengths = np.array([len(text.encode()) for text in texts])
-    spaces = np.array([text.startswith(" ") for text in texts])
+        lengths.append(len(text.encode()))
+        spaces.append(text.startswith(" "))
+    lengths = np.array(lengths)  # (V,)
+    spaces = np.array(spaces)  # (V,)
     silent = lengths == 0
     total = 0
     for low in range(0, len(tokens) - 1, 1 << 20):  # in parts, for memory's sake
         part = tokens[low : low + (1 << 20) + 1]
-        dropped = spaces[part[1:]] & silent[part[:-1]]
-        total += int(lengths[part[1:]].sum() - dropped.sum())
+        targets = part[1:]
+        before = part[:-1]
+        dropped = spaces[targets] & silent[before]
+        total += int(lengths[targets].sum())
+        total -= int(dropped.sum())
     return total
 
 
@@ -5290,13 +5457,13 @@ class Audit:
     def changed(self, stream, low):
         """`stream` with all tokens from `low` on replaced by others, often by a BOS first."""
         tokens = np.array(stream.tokens)
-        tokens[low:] = other_tokens(tokens[low:], self.config.vocab_size, self.random)
-        if stream.tokens[low] != BOS and self.random.random() < 0.25:
-            tokens[low] = BOS
+        later = other_tokens(tokens[low:], self.config.vocab_size, self.random)
+        later[0] = self.replacement(tokens[low])
+        tokens[low:] = later
         return stream.replaced(tokens)
 
     def beginning(self, job):
-        """The part of the text that a job is run on: some rounds, and a chunk before them for TTT."""
+        """The part of the text that a job is run on: some rounds, with TTT a chunk before them."""
         config = self.config
         # At least three batches, and more than one round of all ranks.
         batches = max(3, self.comm.world + 1)
@@ -5309,19 +5476,23 @@ class Audit:
 
     def places(self, job, num_targets):
         """Targets after which everything is replaced: at and around edges, and some at random."""
+        config = self.config
         last = num_targets - 1
-        length = self.config.eval_seq_len
-        chunk = self.config.ttt_chunk_tokens
-        # One past the last target that the first batch scores.
-        batch_end = length + job.stride * (self.config.eval_batch_seqs - 1)
-        wanted = [length, batch_end + 1, last]
+        length = config.eval_seq_len
+        chunk = config.ttt_chunk_tokens
         if job.ttt and last > chunk:
             # The edge between two chunks, and inside the second.
-            inside = int(self.random.integers(chunk + 1, last + 1))
-            wanted = [chunk, inside]
+            inside = self.random.integers(chunk + 1, last + 1)
+            wanted = [chunk, int(inside)]
+        else:
+            # The edges of the first window and of the first batch.
+            batch_end = length + job.stride * (config.eval_batch_seqs - 1)
+            wanted = [length, batch_end + 1, last]
         # Inside the first chunk, or anywhere in a short text.
-        wanted.append(int(self.random.integers(1, 1 + min(last, chunk))))
-        return sorted({place for place in wanted if 0 < place <= last})
+        anywhere = self.random.integers(1, min(last, chunk) + 1)
+        wanted.append(int(anywhere))
+        places = {place for place in wanted if 0 < place <= last}
+        return sorted(places)
 
     # ---- checks ----
 
@@ -5363,14 +5534,15 @@ class Audit:
 
     def check_positions(self, job, base, evaluation):
         """C2: every distribution that was shown, and that their entries are what was summed."""
-        label = job.label
-        text = f"{label}: log-sum {base.worst:.1e}"
-        self.note("C2 normalised", base.worst < 1e-4, text)
-        text = f"{label}: {base.wrong_entries} targets"
-        self.note("C2 nll_is_entry", base.wrong_entries == 0, text)
-        counted, _, _, _ = evaluation.meter.row()
+        worst = base.worst
+        text = f"{job.label}: log-sum {worst:.1e}"
+        self.note("C2 normalised", worst < 1e-4, text)
+        wrong = base.wrong_entries
+        text = f"{job.label}: {wrong} targets"
+        self.note("C2 nll_is_entry", not wrong, text)
+        counted = float(evaluation.meter.nll)
         same = math.isclose(counted, base.nats, rel_tol=1e-9)
-        text = f"{label}: {counted} nats, not {base.nats}"
+        text = f"{job.label}: {counted} nats, not {base.nats}"
         self.note("C2 nll_is_entry", same, text)
 
     def check_order(self, job, base, evaluation):
@@ -5379,10 +5551,11 @@ class Audit:
         self.note("C3 state_unchanged", not base.score_changed_state, label)
         self.note("C3 trained_is_scored", not base.trained_ahead, label)
         # Counted twice: by the meter, and as seen here.
-        seen = self.comm.gather_rows(base.times).sum(0)
         by_meter = evaluation.all_coverage()
-        missed = int(((by_meter != 1) | (seen != 1)).sum())
-        self.note("C4 coverage", missed == 0, f"{label}: {missed} targets")
+        seen = self.comm.gather_rows(base.times).sum(0)
+        once = (by_meter == 1) & (seen == 1)
+        missed = np.count_nonzero(~once)
+        self.note("C4 coverage", not missed, f"{label}: {missed} targets")
         in_order = base.order == sorted(base.order)
         self.note("C4 single_pass", in_order, f"{label}: order of rounds")
         grows = base.sums == sorted(base.sums)
@@ -5438,16 +5611,16 @@ class Audit:
     def sweep(self, job, evaluation, known, step):
         """C1 for the scored positions of a window of which the first `known` are scored before.
 
-        For every position j (each `step`-th) the token that it predicts is replaced in a copy of the
-        window: the distribution at j and the scores before it must be the same. The copies are laid
-        out as one text and go through the function that scores, in its own batches.
+        For every position j (each `step`-th) the token that it predicts is replaced in a copy of
+        the window: the distribution at j and the scores before it must be the same. The copies are
+        laid out as one text and go through the function that scores, in its own batches.
         """
         size = self.config.eval_batch_seqs
         length = evaluation.windows[0].end
         span = length + 1
         # Somewhere in the text.
-        begin = int(self.random.integers(0, self.stream.num_targets - length + 1))
-        text = np.array(self.stream.tokens[begin : begin + span])
+        begin = self.random.integers(0, self.stream.num_targets - length + 1)
+        text = self.stream.tokens[begin : begin + span]
         copies = np.tile(text, (size, 1))  # (size, span)
         positions = np.arange(known, length, step)
         rows = np.arange(len(positions)) % size
@@ -5464,17 +5637,24 @@ class Audit:
                 continue  # another rank's; the replacements are drawn on all of them
             twin = self.watch(job, flipped, known, targets[part])
             for row, target in zip(rows[part], targets[part]):
-                before = slice(row * span + known, target)
-                same_nll = np.array_equal(twin.nll[before], base.nll[before])
-                same = same_nll and twin.same_distribution(base, target)
-                where = f"{job.label} at {target - row * span} of {known}…{length}"
-                self.note("C1 dense_sweep", same, where)
+                first = row * span + known
+                self.check_flip(job, base, twin, first, target)
+
+    def check_flip(self, job, base, twin, first, target):
+        """Compare what lies in a window from its first scored target up to `target`."""
+        before = slice(first, target)
+        same_nll = np.array_equal(twin.nll[before], base.nll[before])
+        same = twin.same_distribution(base, target)
+        where = f"{job.label}, scored position {target - first}"
+        self.note("C1 dense_sweep", same and same_nll, where)
 
     def replacement(self, token):
         """Another token than `token`, every fourth time a BOS."""
         if token != BOS and self.random.random() < 0.25:
             return BOS
-        return other_tokens(np.array([token]), self.config.vocab_size, self.random)[0]
+        alone = np.array([token])
+        other = other_tokens(alone, self.config.vocab_size, self.random)
+        return other[0]
 
     def watch(self, job, copies, known, keep):
         """Watch of windows laid out as one text: copies (n, T + 1)."""
@@ -5504,8 +5684,9 @@ class Audit:
         row = self.random.integers(2, vocab, 16)
         row[8] = BOS  # a new document in the middle
         other = row.copy()
-        other[7] = other_tokens(row[7:8], vocab, self.random)[0]  # differs just before it
-        ids = self.runtime.to_device(np.stack([row, other]))  # (2, 16)
+        other[7:8] = other_tokens(row[7:8], vocab, self.random)  # differs just before it
+        both = np.stack([row, other])  # (2, 16)
+        ids = self.runtime.to_device(both)
         scale = self.model.bigram.scale
         opening = scale.detach().clone()
         with torch.no_grad(), self.runtime.autocast():
@@ -5703,7 +5884,9 @@ class Run:
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
-        log(f"attention:{pick_attention(self.runtime.device, self.runtime.dtype).reason}")
+        machine = self.runtime
+        attention = pick_attention(machine.device, machine.dtype, machine.compiling)
+        log(f"attention:{attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         split = self.val.fingerprint
         pattern = f"{config.data_path}/fineweb_val_*.bin"
@@ -5843,6 +6026,9 @@ class Run:
             return old.get("audit_key") == audit_key and old["passed"]
 
         self.audited = True  # below, a failure raises
+        # Scores of an earlier start of this run are of the same file, script and settings.
+        for label, score in self.results["scores"].items():
+            score["audited"] = self.is_submission(label)
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
