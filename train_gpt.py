@@ -61,6 +61,7 @@ import torch.nn.functional as F
 import zstandard
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 BOS = 1  # every document of the official shards starts with this token
@@ -169,13 +170,30 @@ class Config:
     rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
     logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
-    bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table", 2, 1 << 20)
+    bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table, 0 = off", 0, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
     ve_last_n: int = arch_option(2, "last layers that receive the value embedding", 1, 64)
     xsa_last_n: int = arch_option(11, "last layers with exclusive self-attention", 0, 64)
     gated_attention: bool = arch_option(True, "per-head sigmoid gate on the attention output")
     value_residual: bool = arch_option(True, "mix layer 0's values into every layer")
+
+    # Architecture: what later records have instead or in addition.
+    embed_dim: int = arch_option(0, "width of the token embedding, 0 = MODEL_DIM", 0, 4096)
+    smear_enabled: bool = arch_option(True, "mix each position with its predecessor")
+    smear_inputs: int = arch_option(
+        0, "leading channels that set the smear gate, 0 = one constant per channel", 0, 4096
+    )
+    gate_inputs: int = arch_option(
+        0, "leading channels that set the attention gate, 0 = all, with a bias", 0, 4096
+    )
+    num_loops: int = arch_option(0, "further passes through layers LOOP_START to LOOP_END", 0, 8)
+    loop_start: int = arch_option(3, "first of the looped layers", 0, 63)
+    loop_end: int = arch_option(5, "last of the looped layers", 0, 63)
+    skip_gates: bool = arch_option(False, "learned mean of stream and skip instead of a sum")
+    parallel_last_n: int = arch_option(
+        0, "last layers whose attention and MLP read the same state", 0, 64
+    )
 
     # Architecture: the refiners between the trunk and the logits, each off or on by itself.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
@@ -241,6 +259,7 @@ class Config:
     swa_enabled: bool = train_option(False, "export the mean of snapshots taken late in the run")
     swa_every: int = train_option(50, "steps between snapshots", 1)
     swa_start_scale: float = train_option(0.2, "rate scale below which snapshots start", 0, 1)
+    loop_at: float = train_option(0.35, "share of the run after which layers are looped", 0, 1)
     late_qat_threshold: float = train_option(
         0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1
     )
@@ -665,7 +684,16 @@ def check_model_fit(config):
     require(config, config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
     fits = config.ttt_freeze_blocks <= config.num_layers
     require(config, fits, "ttt_freeze_blocks num_layers", "lower the first")
+    for name in ("embed_dim", "smear_inputs", "gate_inputs"):
+        fits = getattr(config, name) <= config.model_dim
+        require(config, fits, f"{name} model_dim", "lower the first")
+    fits = config.parallel_last_n <= config.num_layers
+    require(config, fits, "parallel_last_n num_layers", "lower the first")
     # What is off may have any size.
+    fits = config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers
+    expected = "use layers of the model, the first not after the last"
+    require(config, fits, "loop_start loop_end num_layers", expected)
+    require(config, config.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 or at least 2")
     fits = config.ve_dim == 0 or config.ve_last_n <= config.num_layers
     require(config, fits, "ve_last_n num_layers", "lower the first")
 
@@ -1955,7 +1983,16 @@ SCHEMES = {
     )
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
-CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
+CONTROL = (
+    "scale",
+    "scales",
+    "resid_mix",
+    "q_gain",
+    "skip_weights",
+    "skip_gates",
+    "gate",
+    "vr_lambda",
+)
 HALF_LIMIT = 65_536  # tensors up to this many elements stay float16, but for block matrices
 # The six matrices of a block, where most of the weights are.
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
@@ -2430,7 +2467,9 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.attn_gate = None
         if config.gated_attention:
-            self.attn_gate = Linear(dim, config.num_heads, bias=True)
+            # A gate of a few channels needs no bias: it starts half open, the others almost open.
+            inputs = config.gate_inputs or dim
+            self.attn_gate = Linear(inputs, config.num_heads, bias=not config.gate_inputs)
         self.vr_lambda = None
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
@@ -2486,12 +2525,19 @@ class Attention(nn.Module):
             q, k, v = outputs
             return q, k, v, None
         q, gate, k, v = outputs
-        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
+        if self.attn_gate.bias is not None:
+            gate = gate + self.attn_gate.bias.to(gate.dtype)
+        return q, k, v, gate
 
     def product(self, x, scale, layers):
         """(outputs of x without bias, one per layer) by one product."""
-        weight = torch.cat([layer.effective_weight() for layer in layers])
-        outputs = F.linear(x, weight * scale)
+        weights = []
+        for layer in layers:
+            # A gate of the leading channels gives no weight to the others.
+            missing = x.size(-1) - layer.in_features
+            weight = layer.effective_weight()
+            weights.append(F.pad(weight, (0, missing)) if missing else weight)
+        outputs = F.linear(x, torch.cat(weights) * scale)
         return outputs.split([layer.out_features for layer in layers], -1)
 
     def heads(self, x):
@@ -2533,21 +2579,26 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(dim))
         mix = torch.stack([torch.ones(dim), torch.zeros(dim)])  # (2, D): the stream as it is
         self.resid_mix = nn.Parameter(mix)
+        self.parallel = layer >= config.num_layers - config.parallel_last_n
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
         self.norm_scale = (layer + 1) ** -0.5
 
     def forward(self, x, x0, angles, v0, ve, last=None):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` = n
-        the stream (B, n, D) of the last n positions is all that is computed.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last`
+        = n the stream (B, n, D) of the last n positions is all that is computed.
         """
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(x * mix[0], x0, mix[1])
         scale = self.norm_scale
-        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve, last)
-        x = x[:, -y.size(1) :] + y
-        x = x + self.mlp(rms_norm(x), scale, self.mlp_scale)
+        normed = rms_norm(x)
+        y, own = self.attn(normed, scale, self.attn_scale, angles, v0, ve, last)
+        n = y.size(1)
+        x = x[:, -n:] + y
+        # A parallel MLP does not see what attention has just added (as in GPT-J).
+        mlp_input = normed[:, -n:] if self.parallel else rms_norm(x)
+        x = x + self.mlp(mlp_input, scale, self.mlp_scale)
         return x, own
 
 
@@ -2582,12 +2633,18 @@ class BigramHash(nn.Module):
         return self.proj(self.embed(self.rows(ids))) * self.scale
 
 
-class SmearGate(nn.Module):
-    """Mix each position with its predecessor, by one gate per channel.
+def predecessors(x, ids):
+    """x (B, T, D) shifted by one position: zero at position 0 and where a document begins.
 
-    Nothing comes before position 0 or before a document's BOS, so that no document leaks into the
-    next one.
+    A BOS token takes nothing from before it, so that no document leaks into the next one.
     """
+    before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D)
+    inside = (ids != BOS).unsqueeze(-1)  # (B, T, 1)
+    return before * inside.to(x.dtype)
+
+
+class SmearGate(nn.Module):
+    """Mix each position with its predecessor, by one gate per channel."""
 
     def __init__(self, config):
         super().__init__()
@@ -2595,10 +2652,27 @@ class SmearGate(nn.Module):
 
     def forward(self, x, ids):
         """x (B, T, D) and its tokens (B, T) -> (1 - g) * x_i + g * x_{i-1}."""
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D), shifted by one position
-        inside = (ids != BOS).unsqueeze(-1)  # (B, T, 1)
-        before = before * inside.to(x.dtype)
+        before = predecessors(x, ids)
         return x + opening(self.gate, x) * (before - x)
+
+
+class InputSmearGate(nn.Module):
+    """SmearGate v2: each token decides by its first channels how much of its predecessor it adds.
+
+    Part of the records from 2026-04-16 on. Strength and weights start at zero: nothing is added.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = Linear(config.smear_inputs, 1)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, ids):
+        """x (B, T, D) and its tokens (B, T) -> x_i + scale * g(x_i) * x_{i-1}."""
+        channels = x[..., : self.proj.in_features]
+        gate = torch.sigmoid(self.proj(channels))  # (B, T, 1)
+        strength = (self.scale * gate).to(x.dtype)
+        return torch.addcmul(x, strength, predecessors(x, ids))
 
 
 class ValueEmbedding(nn.Module):
@@ -2822,20 +2896,51 @@ class TTTLinear(nn.Module):
         return centred * inverse, inverse
 
 
+# Logits that exist at the same time in training: 512 MB of float32. A vocabulary of 1024 pieces
+# stays below it at the default micro-batch.
+LOGITS_AT_ONCE = 2**27
+
+
+def layer_order(config, looped):
+    """Layers in the order in which the trunk visits them.
+
+    Depth recurrence: LOOP_START to LOOP_END run NUM_LOOPS more times in place, which makes the
+    network deeper without a further parameter.
+    """
+    layers = list(range(config.num_layers))
+    if not looped:
+        return layers
+    after = config.loop_end + 1
+    repeated = layers[config.loop_start : after] * (config.num_loops + 1)
+    return layers[: config.loop_start] + repeated + layers[after:]
+
+
 class GPT(nn.Module):
     """The language model of `config`; `attend(q, k, v)` is the attention backend."""
 
     def __init__(self, config, attend=sdpa_attention):
         super().__init__()
         self.config = config
-        self.tok_emb = Embedding(config.vocab_size, config.model_dim)
-        self.bigram = BigramHash(config)
-        self.smear = SmearGate(config)
+        width = config.embed_dim or config.model_dim
+        self.tok_emb = Embedding(config.vocab_size, width)
+        # A narrower embedding (ALBERT, Lan et al. 2019, arXiv 1909.11942) has a way in and one out.
+        narrow = width < config.model_dim
+        self.embed_in = Linear(width, config.model_dim) if narrow else None
+        self.embed_out = Linear(config.model_dim, width) if narrow else None
+        self.bigram = BigramHash(config) if config.bigram_vocab_size else None
+        self.smear = None
+        if config.smear_enabled:
+            self.smear = InputSmearGate(config) if config.smear_inputs else SmearGate(config)
         layers = range(config.num_layers)
         self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
-        # U-Net: the first half of the layers (rounded down) are encoders, the rest decoders.
-        self.num_encoder_layers = config.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(self.num_encoder_layers, config.model_dim))
+        # Whether layers are looped now: training begins without, everything else is with it. It
+        # changes a few times in a run at most, and each value has its own compiled graph.
+        self.looped = config.num_loops > 0
+        num_skips = len(layer_order(config, self.looped)) // 2
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
+        self.skip_gates = None
+        if config.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips, config.model_dim))
         self.ve = ValueEmbedding(config) if config.ve_dim else None
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
@@ -2857,8 +2962,9 @@ class GPT(nn.Module):
         """Start as REFERENCE section 4 says: what a residual branch adds is zero at first."""
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
         # Table zero, projection orthogonal: with both zero neither would ever get a gradient.
-        nn.init.zeros_(self.bigram.embed.weight)
-        nn.init.orthogonal_(self.bigram.proj.weight)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+            nn.init.orthogonal_(self.bigram.proj.weight)
         for block in self.blocks:
             attn = block.attn
             mlp = block.mlp
@@ -2868,6 +2974,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(layer.weight)
             if attn.attn_gate is not None:
                 nn.init.zeros_(attn.attn_gate.weight)
+            if attn.attn_gate is not None and attn.attn_gate.bias is not None:
                 nn.init.constant_(attn.attn_gate.bias, 4.0)  # sigmoid(4) = 0.98: almost open
         if self.ve is not None:
             nn.init.normal_(self.ve.embed.weight, std=0.01)
@@ -2876,6 +2983,11 @@ class GPT(nn.Module):
             self.flow.up.weight.mul_(self.config.flow_init_scale)
         if self.nfm is not None:
             nn.init.zeros_(self.nfm.out.weight)
+        if self.embed_in is not None:
+            nn.init.orthogonal_(self.embed_in.weight)
+            nn.init.orthogonal_(self.embed_out.weight)
+        if self.config.smear_enabled and self.config.smear_inputs:
+            nn.init.zeros_(self.smear.proj.weight)
 
     def quantizable(self):
         """(name, module) of every module whose weight late QAT could round."""
@@ -2914,10 +3026,22 @@ class GPT(nn.Module):
 
     def embed(self, ids):
         """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
-        x = self.tok_emb(ids) + self.bigram(ids)
+        x = self.tok_emb(ids)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.bigram is not None:
+            x = x + self.bigram(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        return self.smear(rms_norm(x), ids)
+        x = rms_norm(x)
+        return x if self.smear is None else self.smear(x, ids)
+
+    def add_skip(self, x, skip, index):
+        """The stream x (B, T, D) and what an encoder left, as the index-th decoder joins them."""
+        weight = self.skip_weights[index].to(x.dtype)
+        if self.skip_gates is None:
+            return torch.addcmul(x, weight, skip)
+        return torch.lerp(weight * skip, x, opening(self.skip_gates[index], x))
 
     def trunk(self, ids, last=None):
         """Normalised states (B, T, D) of ids (B, T), before the refiners.
@@ -2932,23 +3056,24 @@ class GPT(nn.Module):
         value_embeddings = self.ve(ids) if self.ve is not None else {}
         v0 = None  # layer 0's values
         skips = []
-        for i, block in enumerate(self.blocks):
-            decoder = i - self.num_encoder_layers
+        # U-Net: the first half of the visits (rounded down) are encoders, the rest decoders.
+        order = layer_order(self.config, self.looped)
+        num_encoders = len(order) // 2
+        for visit, layer in enumerate(order):
             # A decoder first adds what its mirror image among the encoders left.
-            if decoder >= 0 and skips:
-                weight = self.skip_weights[decoder].to(x.dtype)
-                x = torch.addcmul(x, weight, skips.pop())
-            is_last = block is self.blocks[-1]
-            asked = last if is_last else None
-            x, own = block(x, x0, angles, v0, value_embeddings.get(i), asked)
+            if visit >= num_encoders and skips:
+                x = self.add_skip(x, skips.pop(), visit - num_encoders)
+            asked = last if visit == len(order) - 1 else None
+            block = self.blocks[layer]
+            x, own = block(x, x0, angles, v0, value_embeddings.get(layer), asked)
             if v0 is None:
                 v0 = own
-            if decoder < 0:
+            if visit < num_encoders:
                 skips.append(x)
         return rms_norm(x)
 
     def hidden(self, ids, last=None):
-        """Final states (B, T, D) of ids (B, T), or (B, last, D) of the last ones: the head's input."""
+        """Final states (B, T, D) of ids (B, T), or of the last positions only: the head's input."""
         # TTT-Linear learns along the sequence and needs all of it.
         x = self.trunk(ids, last if self.ttt is None else None)
         return self.refine(x, last)[0]
@@ -2969,11 +3094,35 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """float32 logits (..., V) of states (..., D), softly capped (Gemma 2, arXiv 2408.00118)."""
         cap = self.config.logit_softcap
+        if self.embed_out is not None:
+            hidden = self.embed_out(hidden)
         # The division belongs to the weight: it is smaller than the logits.
         raw = F.linear(hidden, self.tok_emb.effective_weight() / cap)
         if raw.dtype == torch.bfloat16:
             raw = raw.float()
         return cap * torch.tanh(raw)
+
+    def cross_entropy(self, hidden, targets, reduction="mean"):
+        """Nats of targets (B, T) given states (B, T, D): their mean, or with "none" all (B*T,).
+
+        The logits of a large vocabulary would outweigh all else that training keeps. Beyond
+        LOGITS_AT_ONCE they are computed block by block of positions, and again in the backward.
+        """
+        states = hidden.flatten(0, 1)  # (B*T, D)
+        targets = targets.flatten()  # (B*T,)
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if rows >= targets.size(0):
+            return F.cross_entropy(self.logits(states), targets, reduction=reduction)
+
+        def block_nats(states, targets):
+            return F.cross_entropy(self.logits(states), targets, reduction="none")
+
+        nats = [
+            checkpoint(block_nats, *block, use_reentrant=False, preserve_rng_state=False)
+            for block in zip(states.split(rows), targets.split(rows))
+        ]
+        nats = torch.cat(nats)
+        return nats.mean() if reduction == "mean" else nats
 
     def forward(self, ids, targets, noise_keys=None):
         """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
@@ -2982,8 +3131,7 @@ class GPT(nn.Module):
         noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
         """
         hidden, flow_input = self.refine(self.trunk(ids))
-        logits = self.logits(hidden)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = self.cross_entropy(hidden, targets)
         weight = self.config.nfm_loss_weight
         if self.nfm is not None and self.training and weight:
             if noise_keys is None:
@@ -3743,8 +3891,7 @@ def slot_shift(model, hidden, batch, config, slot):
     adamw = torch.optim.AdamW([shift], lr=config.slot_lr)
     for _ in range(config.slot_steps):
         with torch.enable_grad():
-            logits = model.logits(hidden.detach() + shift)  # (B, T, V)
-            nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+            nll = model.cross_entropy(hidden.detach() + shift, batch.targets, "none")  # (B*T,)
             mean = (nll.view_as(known) * known).sum(1) / count  # (B,)
             # Each window's mean depends on its own shift alone: the sum mixes no gradients.
             total = mean.sum()
@@ -4468,6 +4615,7 @@ class Trainer:
         every = self.config.val_loss_every
         done = False
         while not done:
+            self.set_order()
             # Asked before the validation, so that the last one is of the final weights.
             done = self.step >= self.config.iterations or self.out_of_time()
             if done or (every and self.step and self.step % every == 0):
@@ -4530,6 +4678,11 @@ class Trainer:
             elapsed = 0.0
         loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
         return StepFacts(loss, stop > 0, save > 0, elapsed)
+
+    def set_order(self):
+        """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
+        fraction = run_fraction(self.config, self.step, self.seconds)
+        self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
 
     def set_lrs(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
@@ -4695,9 +4848,12 @@ class Trainer:
         tokens = generator.integers(0, config.vocab_size, shape)
         # A stand-in for TrainStream: the real position must not move.
         synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
-        for i in range(config.warmup_steps):
-            self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        # Both orders of the layers, so that no graph is compiled in the middle of the run.
+        for looped in (False, True) if config.num_loops else (False,):
+            self.model.looped = looped
+            for i in range(config.warmup_steps):
+                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
         self.timer.load_state_dict(timing)
         self.runtime.log(
@@ -5652,12 +5808,13 @@ class Audit:
         other = row.copy()
         other[7] = other_tokens(row[7:8], vocab, self.random)[0]  # differs just before it
         ids = self.runtime.to_device(np.stack([row, other]))  # (2, 16)
-        scale = self.model.bigram.scale
-        opening = scale.detach().clone()
-        with torch.no_grad(), self.runtime.autocast():
-            scale.zero_()  # its row is that of a pair of tokens
-            states = self.model.embed(ids)  # (2, 16, D)
-            scale.copy_(opening)
+        bigram = self.model.bigram
+        self.model.bigram = None  # its row is that of a pair of tokens
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                states = self.model.embed(ids)  # (2, 16, D)
+        finally:
+            self.model.bigram = bigram
         same_before = torch.equal(states[0, :7], states[1, :7])
         same_at_bos = torch.equal(states[0, 8], states[1, 8])
         self.note("rule smear_bos", same_before and same_at_bos, "the state at a BOS")
