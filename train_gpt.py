@@ -2131,7 +2131,8 @@ def tail_attention(q, k, v):
     n = q.size(2)
     length = k.size(2)
     # Query i is position T - n + i; is_causal would take it for position i.
-    seen = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+    every = torch.ones(n, length, dtype=torch.bool, device=q.device)
+    seen = every.tril(length - n)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.transpose(1, 2)
 
@@ -2197,11 +2198,14 @@ class BlockedAttention(torch.autograd.Function):
         scores = q @ k.mT  # (b, K, H/K * n, s)
         # Only the last n keys can lie in a query's future.
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        latest = scores.unflatten(2, (-1, n))[..., -n:]
-        latest.masked_fill_(future, -torch.inf)
+        by_head = scores.unflatten(2, (-1, n))  # (b, K, H/K, n, s), the same memory
+        by_head[..., -n:].masked_fill_(future, -torch.inf)
         p = scores.softmax(-1)
         ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
-        return (ds @ k).unflatten(2, (-1, n)), ds.mT @ q, p.mT @ grad
+        dq = (ds @ k).unflatten(2, (-1, n))
+        dk = ds.mT @ q
+        dv = p.mT @ grad
+        return dq, dk, dv
 
 
 def cpu_attention(q, k, v):
@@ -2334,8 +2338,11 @@ class RMSNorm(torch.autograd.Function):
             value = x[part].to(wide, copy=True)
             norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
             mean_square = norm.square() / x.size(-1)
-            inverse[part] = torch.rsqrt(mean_square + NORM_EPS)
-            value.mul_(inverse[part] if gain is None else inverse[part] * gain)
+            scale = torch.rsqrt(mean_square + NORM_EPS)
+            inverse[part] = scale
+            if gain is not None:
+                scale = scale * gain
+            value.mul_(scale)
             if cos is not None:
                 rotate_(value, cos, sin)
             y[part] = value
@@ -2360,7 +2367,8 @@ class RMSNorm(torch.autograd.Function):
             # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
             along = dot * scale * inverse[part].square()
             slope.mul_(scale)
-            dx[part] = slope.addcmul_(value, along, value=-1 / x.size(-1))
+            slope.addcmul_(value, along, value=-1 / x.size(-1))
+            dx[part] = slope
         return dx, dgain, None, None
 
 
@@ -2491,8 +2499,9 @@ class Attention(nn.Module):
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        n = q.size(1)
-        q = RMSNorm.apply(q, self.q_gain[:, None], cos[-n:], sin[-n:])
+        n = q.size(1)  # the positions that ask are the last ones
+        gain = self.q_gain[:, None]  # (H, 1)
+        q = RMSNorm.apply(q, gain, cos[-n:], sin[-n:])
         k = RMSNorm.apply(k, None, cos, sin)
         attend = self.attend if last is None else tail_attention
         y = attend(q, k, v)  # (B, T, H, d)
@@ -2553,8 +2562,13 @@ class Attention(nn.Module):
         return mix[0] * first + mix[1] * own
 
 
+def leaky_square(x):
+    """leaky_relu(x, 0.5)^2: ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549."""
+    return F.leaky_relu(x, 0.5).square()
+
+
 class MLP(nn.Module):
-    """W2 leaky_relu(W1 x, 0.5)^2: ReLU^2 (Primer, arXiv 2109.08668), leaky as in #549."""
+    """W2 f(W1 x), f the squared leaky ReLU."""
 
     def __init__(self, config):
         super().__init__()
@@ -2563,8 +2577,14 @@ class MLP(nn.Module):
 
     def forward(self, x, scale, out_scale):
         """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
-        hidden = F.leaky_relu(self.fc(x, scale), 0.5).square()  # (B, T, hidden)
+        hidden = leaky_square(self.fc(x, scale))  # (B, T, hidden)
         return self.proj(hidden, out_scale[:, None])
+
+
+def residual_mix(x, x0, mix):
+    """mix[0] * x + mix[1] * x0 per channel: the first stream (B, T, D) stays within reach."""
+    mix = mix.to(x.dtype)  # (2, D)
+    return torch.addcmul(x * mix[0], x0, mix[1])
 
 
 class Block(nn.Module):
@@ -2589,8 +2609,7 @@ class Block(nn.Module):
         x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last`
         = n the stream (B, n, D) of the last n positions is all that is computed.
         """
-        mix = self.resid_mix.to(x.dtype)
-        x = torch.addcmul(x * mix[0], x0, mix[1])
+        x = residual_mix(x, x0, self.resid_mix)
         scale = self.norm_scale
         normed = rms_norm(x)
         y, own = self.attn(normed, scale, self.attn_scale, angles, v0, ve, last)
@@ -2751,13 +2770,16 @@ def draw_noise(keys, length, width):
 
     def uniform(bits):
         # 23 bits and a half are what float32 holds exactly: never 0, never 1.
-        return ((bits & (2**23 - 1)).float() + 0.5) * 2.0**-23
+        integer = bits & (2**23 - 1)
+        return (integer.float() + 0.5) * 2.0**-23
 
-    high = uniform(hashes >> 40)
+    high = uniform(hashes >> 40)  # (B, pairs + T)
     low = uniform(hashes[:, :pairs])
-    halves = torch.cat([high[:, :pairs], low], 1)[:, : length * width]
-    z = math.sqrt(2) * torch.erfinv(2 * halves - 1)  # the normal's inverse distribution function
-    return z.view(batch, length, width), high[:, pairs:]
+    t = high[:, pairs:]
+    both = torch.cat([high[:, :pairs], low], 1)
+    share = both[:, : length * width]  # of the normal distribution that lies below z
+    z = math.sqrt(2) * torch.erfinv(2 * share - 1)
+    return z.view(batch, length, width), t
 
 
 class NativeFlowMatcher(nn.Module):
@@ -2867,7 +2889,8 @@ class TTTLinear(nn.Module):
             part = slice(low, low + self.mini_batch)
             q_part = q[:, :, part]  # (B, H, n, d)
             k_part = k[:, :, part]
-            gradient = self.inner_gradient(k_part @ w + b, target[:, :, part])  # (B, H, n, d)
+            z = k_part @ w + b
+            gradient = self.inner_gradient(z, target[:, :, part])  # (B, H, n, d)
             # Row i of W's change seen by query i is the sum over j <= i of k_j^T gradient_j; the 1
             # is the bias's share.
             seen = (q_part @ k_part.mT + 1).tril()  # (B, H, n, n)
@@ -3017,12 +3040,14 @@ class GPT(nn.Module):
             return
         alike = {}  # modules by number of columns and bits
         for module in rounded:
-            alike.setdefault((module.weight.size(1), module.bits), []).append(module)
+            kind = module.weight.size(1), module.bits
+            alike.setdefault(kind, []).append(module)
         for (_, bits), modules in alike.items():
             rows = torch.cat([module.weight for module in modules]).float()  # (R, C)
             scales = row_scales(rows, bits).float()  # (R, 1)
             targets = [module.qat_scale for module in modules]
-            torch._foreach_copy_(targets, scales.split([len(target) for target in targets]))
+            parts = scales.split([len(target) for target in targets])
+            torch._foreach_copy_(targets, parts)
 
     def embed(self, ids):
         """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
@@ -3051,7 +3076,7 @@ class GPT(nn.Module):
         """
         x = x0 = self.embed(ids)
         length = ids.size(1)
-        assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
+        assert length <= len(self.rotary_cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
         value_embeddings = self.ve(ids) if self.ve is not None else {}
         v0 = None  # layer 0's values
@@ -3091,13 +3116,15 @@ class GPT(nn.Module):
             x = self.nfm(x)
         return x, flow_input
 
+    def head_input(self, hidden):
+        """What the tied embedding multiplies: states (..., D), or narrower as EMBED_DIM says."""
+        return hidden if self.embed_out is None else self.embed_out(hidden)
+
     def logits(self, hidden):
         """float32 logits (..., V) of states (..., D), softly capped (Gemma 2, arXiv 2408.00118)."""
         cap = self.config.logit_softcap
-        if self.embed_out is not None:
-            hidden = self.embed_out(hidden)
         # The division belongs to the weight: it is smaller than the logits.
-        raw = F.linear(hidden, self.tok_emb.effective_weight() / cap)
+        raw = F.linear(self.head_input(hidden), self.tok_emb.effective_weight() / cap)
         if raw.dtype == torch.bfloat16:
             raw = raw.float()
         return cap * torch.tanh(raw)
@@ -3155,7 +3182,8 @@ def flow_noise_keys(config, step, first, count, device):
     """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
-    digest = hashlib.sha256(f"{config.seed}/{step}".encode()).digest()
+    place = f"{config.seed}/{step}"
+    digest = hashlib.sha256(place.encode()).digest()
     start = as_int64(int.from_bytes(digest[:8], "little"))
     sequences = torch.arange(first, first + count, device=device)
     return mix64(start + sequences * as_int64(GOLDEN_RATIO))

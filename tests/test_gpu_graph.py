@@ -4,6 +4,7 @@ import collections
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
@@ -289,3 +290,28 @@ def test_batched_scales_are_those_of_the_artifact():
         _, scales = train_gpt.quantize_rows(module.weight, module.bits)
         assert torch.equal(module.qat_scale, scales.float())
         assert module.qat_blend == 1
+
+
+# ------------------------------------------------------------------------------------- products at full size
+def products(config, length=32):
+    """Matrix products of one forward and backward pass at the real widths, without memory."""
+    with FakeTensorMode():
+        model = train_gpt.GPT(config, lambda q, k, v: q).train()
+        ids = torch.zeros(2, length, dtype=torch.long)
+        keys = torch.zeros(2, dtype=torch.long)
+        with Launches() as launches:
+            model(ids, ids, keys).backward()
+    return sum(launches.counts[name] for name in ("mm", "addmm", "bmm"))
+
+
+@pytest.mark.parametrize("preset, budget", [
+    ("nfm_7k", 153),  # (11 layers of 4, bigram, head) x 3, 6 of the matcher x 3 less 3 without inputs to train
+    ("base_7k", 138)])
+def test_the_products_of_a_step_stay_within_their_budget(preset, budget):
+    config = train_gpt.Config(**{**train_gpt.PRESETS[preset], "preset": preset})
+    assert products(config) == budget
+
+
+def test_looped_layers_cost_their_own_products_and_no_more():
+    loops = dict(preset="base_7k", nfm_enabled=False, eval_seq_len=2048, num_loops=2)
+    assert products(train_gpt.Config(**loops)) == 138 + 6 * 4 * 3
