@@ -60,9 +60,9 @@ import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.distributed.elastic.multiprocessing.api import SignalException
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -2606,8 +2606,8 @@ class Block(nn.Module):
     def forward(self, x, x0, angles, v0, ve, last=None):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last`
-        = n the stream (B, n, D) of the last n positions is all that is computed.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` =
+        n the stream (B, n, D) of the last n positions is all that is computed.
         """
         x = residual_mix(x, x0, self.resid_mix)
         scale = self.norm_scale
@@ -3098,7 +3098,7 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def hidden(self, ids, last=None):
-        """Final states (B, T, D) of ids (B, T), or of the last positions only: the head's input."""
+        """Final states (B, T, D) of ids (B, T), or (B, last, D) of the last: the head's input."""
         # TTT-Linear learns along the sequence and needs all of it.
         x = self.trunk(ids, last if self.ttt is None else None)
         return self.refine(x, last)[0]
@@ -3815,7 +3815,7 @@ class Meter:
         return [float(self.nll), self.tokens, self.bytes, self.last]
 
     def restore(self, rows, coverage, comm):
-        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of them all."""
+        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of all."""
         nll, tokens, num_bytes, _ = rows[comm.rank]
         self.nll.fill_(nll)
         self.tokens = int(tokens)
@@ -4510,8 +4510,8 @@ def flops_per_token(model):
 
     N counts the parameters that multiply every token: not the tables that are only looked up, but
     the token embedding, which is also the head. L layers attend over T tokens at width D. This is
-    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no discount for the
-    causal half, so that shares of the peak compare with those of others.
+    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no
+    discount for the causal half, so that shares of the peak compare with those of others.
     """
     config = model.config
     multiplied = sum(param.numel() for param in model.parameters())
@@ -5626,7 +5626,7 @@ class Audit:
         return stream.replaced(tokens)
 
     def beginning(self, job):
-        """The part of the text that a job is run on: some rounds, and a chunk before them for TTT."""
+        """The part of the text that a job is run on: some rounds, and for TTT a chunk before."""
         config = self.config
         # At least three batches, and more than one round of all ranks.
         batches = max(3, self.comm.world + 1)
@@ -5768,8 +5768,8 @@ class Audit:
     def sweep(self, job, evaluation, known, step):
         """C1 for the scored positions of a window of which the first `known` are scored before.
 
-        For every position j (each `step`-th) the token that it predicts is replaced in a copy of the
-        window: the distribution at j and the scores before it must be the same. The copies are laid
+        For every position j (each `step`-th) the token that it predicts is replaced in a copy of
+        the window: the distribution at j and the scores before it must be the same. The copies are laid
         out as one text and go through the function that scores, in its own batches.
         """
         size = self.config.eval_batch_seqs
@@ -6176,6 +6176,9 @@ class Run:
             return old.get("audit_key") == audit_key and old["passed"]
 
         self.audited = True  # below, a failure raises
+        # Scores of an earlier start of this run are of the same file, script and settings.
+        for label, score in self.results["scores"].items():
+            score["audited"] = self.is_submission(label)
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)

@@ -1,6 +1,7 @@
-"""Each part of the model as composed operations and with its gradient written out by hand, for bench.py.
+"""Parts of the model as composed operations and with hand-written gradients, for bench.py.
 
-train_gpt.py keeps the written-out form only where it earns about a tenth of a training step on a CPU.
+train_gpt.py keeps the written-out form only where it earns about a tenth of a training step on a
+CPU.
 """
 
 import torch
@@ -85,7 +86,12 @@ class ExclusiveAttention(torch.autograd.Function):
 PARTS = (
     ("RMSNorm with gain and rotation", "RMSNorm", ComposedNorm, golf.RMSNorm),
     ("causal attention", "cpu_attention", golf.sdpa_attention, golf.cpu_attention),
-    ("exclusive attention", "exclusive_attention", golf.exclusive_attention, ExclusiveAttention.apply),
+    (
+        "exclusive attention",
+        "exclusive_attention",
+        golf.exclusive_attention,
+        ExclusiveAttention.apply,
+    ),
     ("squared leaky ReLU", "leaky_square", golf.leaky_square, LeakySquare.apply),
     ("residual mix", "residual_mix", golf.residual_mix, ResidualMix.apply),
 )
