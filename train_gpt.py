@@ -3098,7 +3098,7 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def hidden(self, ids, last=None):
-        """Final states (B, T, D) of ids (B, T), or (B, last, D) of the last: the head's input."""
+        """Final states (B, T, D) of ids (B, T), or of the `last` ones only: what the head sees."""
         # TTT-Linear learns along the sequence and needs all of it.
         x = self.trunk(ids, last if self.ttt is None else None)
         return self.refine(x, last)[0]
@@ -4066,26 +4066,38 @@ class Evaluation:
         # The text lies on the device: a batch is gathered there from a list of positions.
         tokens = torch.from_numpy(stream.tokens.astype(np.int32))  # (num_targets + 1,)
         self.tokens = tokens.to(runtime.device)
-        # The plan is the same list on every rank, so that collectives meet.
-        self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
-        per_round = config.eval_batch_seqs * self.comm.world
-        self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
-        self.spot_seed = check_seed(config, self.identity)
-        if slot == "published":
-            spot_checks = 0.0  # known to be illegal, and marked so
-        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
         self.meter = Meter(stream.num_targets, runtime.device)
-        self.hidden = runtime.compiled(model.hidden, DETERMINISTIC)
-        self.loss = runtime.compiled(model, DETERMINISTIC)
-        self.step_loss = self.loss  # of a whole test-time training step
-        if runtime.cuda_graphs(config.ttt_cuda_graph):
-            self.step_loss = runtime.compiled(model, {**DETERMINISTIC, "triton.cudagraphs": True})
+        self.plan(spot_checks)
+        self.compile()
         self.sgd = None  # the optimiser of test-time training
         self.batch_limit = None  # windows per batch that fit, once more did not
         self.cursor = 0  # the next work item
         self.scored_until = 0  # all targets before this one are scored, on all ranks
         self.spots_done = 0  # rounds that were checked and agreed
         self.seconds = 0.0  # spent so far, by earlier processes too
+
+    def plan(self, spot_checks):
+        """Set `windows`, `work` and `spots`, the cursors of the rounds to check."""
+        config = self.config
+        num_targets = self.stream.num_targets
+        # The plan is the same list on every rank, so that collectives meet.
+        self.windows = plan_windows(num_targets, config.eval_seq_len, self.stride)
+        per_round = config.eval_batch_seqs * self.comm.world
+        self.work = plan_work(self.windows, num_targets, config, per_round, self.ttt)
+        self.spot_seed = check_seed(config, self.identity)
+        if self.slot == "published":
+            spot_checks = 0.0  # known to be illegal, and marked so
+        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
+
+    def compile(self):
+        """Set the three functions that run the model, compiled where this run compiles."""
+        compiled = self.runtime.compiled
+        self.hidden = compiled(self.model.hidden, DETERMINISTIC)
+        self.loss = compiled(self.model, DETERMINISTIC)
+        self.step_loss = self.loss  # of a whole test-time training step
+        if self.runtime.cuda_graphs(self.config.ttt_cuda_graph):
+            graph = {**DETERMINISTIC, "triton.cudagraphs": True}
+            self.step_loss = compiled(self.model, graph)
 
     def run(self, last_target=None):
         """Score all targets (or until a round begins beyond last_target); returns a Score."""
@@ -5406,7 +5418,9 @@ class Watch(Observer):
     def same_distribution(self, other, target):
         """Whether both saw the same; also true where another rank scored the target."""
         mine = self.keep[target]
-        return mine is None or np.array_equal(mine, other.keep[target])
+        if mine is None:
+            return True
+        return np.array_equal(mine, other.keep[target])
 
 
 class Recorder(Watch):
@@ -5440,16 +5454,16 @@ class Recorder(Watch):
         # A subclass of Tensor could show one thing and give another.
         logps = logps.as_subclass(torch.Tensor)
         log_sums = logps.double().logsumexp(-1)  # (n,)
-        worst = float(log_sums.abs().max())
+        worst = log_sums.abs().max().item()
         if logps.size(-1) != self.vocab_size or not math.isfinite(worst):
             worst = math.inf
         self.worst = max(self.worst, worst)
         # Looked up by the audit's own copy of the text: target t is token t + 1.
-        own = torch.from_numpy(self.tokens[targets + 1].astype(np.int64))
-        own = own.to(logps.device).unsqueeze(1)  # (n, 1)
-        entries = logps.gather(1, own).squeeze(1)  # (n,)
-        wrong = nll != -entries
-        self.wrong_entries += int(wrong.sum())
+        own = self.tokens[targets + 1].astype(np.int64)
+        own = torch.from_numpy(own).to(logps.device)
+        entries = logps.gather(1, own.unsqueeze(1))  # (n, 1)
+        wrong = nll != -entries.squeeze(1)
+        self.wrong_entries += wrong.sum().item()
 
     def before_item(self, evaluation, item):
         if isinstance(item, TrainStep):
@@ -5471,11 +5485,13 @@ class Recorder(Watch):
         self.sums.append(float(evaluation.meter.nll))
         if isinstance(item, TrainStep) or not self.hash_state:
             return
-        following = evaluation.work[evaluation.cursor + 1 :][:1]
-        # A round that follows compares for itself; before anything else the state is looked at.
-        if not following or isinstance(following[0], TrainStep):
-            left = state_hash(evaluation)
-            self.score_changed_state |= left != self.state
+        following = evaluation.cursor + 1
+        if following < len(evaluation.work):
+            item = evaluation.work[following]
+            if isinstance(item, ScoreRound):
+                return  # which compares for itself, before it scores
+        left = state_hash(evaluation)
+        self.score_changed_state |= left != self.state
 
 
 def trains_ahead(evaluation, item):
@@ -5546,22 +5562,27 @@ def recount_bytes(tokenizer, tokens):
     A piece that stands for no text has none; a space in front of a piece counts unless the piece
     before it stands for no text.
     """
-    texts = []
+    lengths = []
+    spaces = []
     for i in range(tokenizer.vocab_size()):
         text = tokenizer.id_to_piece(i).replace("▁", " ")
         if tokenizer.is_byte(i):
             text = "?"  # any one byte
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
             text = ""
-        texts.append(text)
-    lengths = np.array([len(text.encode()) for text in texts])
-    spaces = np.array([text.startswith(" ") for text in texts])
+        lengths.append(len(text.encode()))
+        spaces.append(text.startswith(" "))
+    lengths = np.array(lengths)  # (V,)
+    spaces = np.array(spaces)  # (V,)
     silent = lengths == 0
     total = 0
     for low in range(0, len(tokens) - 1, 1 << 20):  # in parts, for memory's sake
         part = tokens[low : low + (1 << 20) + 1]
-        dropped = spaces[part[1:]] & silent[part[:-1]]
-        total += int(lengths[part[1:]].sum() - dropped.sum())
+        targets = part[1:]
+        before = part[:-1]
+        dropped = spaces[targets] & silent[before]
+        total += int(lengths[targets].sum())
+        total -= int(dropped.sum())
     return total
 
 
@@ -5620,13 +5641,13 @@ class Audit:
     def changed(self, stream, low):
         """`stream` with all tokens from `low` on replaced by others, often by a BOS first."""
         tokens = np.array(stream.tokens)
-        tokens[low:] = other_tokens(tokens[low:], self.config.vocab_size, self.random)
-        if stream.tokens[low] != BOS and self.random.random() < 0.25:
-            tokens[low] = BOS
+        later = other_tokens(tokens[low:], self.config.vocab_size, self.random)
+        later[0] = self.replacement(tokens[low])
+        tokens[low:] = later
         return stream.replaced(tokens)
 
     def beginning(self, job):
-        """The part of the text that a job is run on: some rounds, and for TTT a chunk before."""
+        """The part of the text that a job is run on: some rounds, with TTT a chunk before them."""
         config = self.config
         # At least three batches, and more than one round of all ranks.
         batches = max(3, self.comm.world + 1)
@@ -5639,19 +5660,23 @@ class Audit:
 
     def places(self, job, num_targets):
         """Targets after which everything is replaced: at and around edges, and some at random."""
+        config = self.config
         last = num_targets - 1
-        length = self.config.eval_seq_len
-        chunk = self.config.ttt_chunk_tokens
-        # One past the last target that the first batch scores.
-        batch_end = length + job.stride * (self.config.eval_batch_seqs - 1)
-        wanted = [length, batch_end + 1, last]
+        length = config.eval_seq_len
+        chunk = config.ttt_chunk_tokens
         if job.ttt and last > chunk:
             # The edge between two chunks, and inside the second.
-            inside = int(self.random.integers(chunk + 1, last + 1))
-            wanted = [chunk, inside]
+            inside = self.random.integers(chunk + 1, last + 1)
+            wanted = [chunk, int(inside)]
+        else:
+            # The edges of the first window and of the first batch.
+            batch_end = length + job.stride * (config.eval_batch_seqs - 1)
+            wanted = [length, batch_end + 1, last]
         # Inside the first chunk, or anywhere in a short text.
-        wanted.append(int(self.random.integers(1, 1 + min(last, chunk))))
-        return sorted({place for place in wanted if 0 < place <= last})
+        anywhere = self.random.integers(1, min(last, chunk) + 1)
+        wanted.append(int(anywhere))
+        places = {place for place in wanted if 0 < place <= last}
+        return sorted(places)
 
     # ---- checks ----
 
@@ -5693,14 +5718,15 @@ class Audit:
 
     def check_positions(self, job, base, evaluation):
         """C2: every distribution that was shown, and that their entries are what was summed."""
-        label = job.label
-        text = f"{label}: log-sum {base.worst:.1e}"
-        self.note("C2 normalised", base.worst < 1e-4, text)
-        text = f"{label}: {base.wrong_entries} targets"
-        self.note("C2 nll_is_entry", base.wrong_entries == 0, text)
-        counted, _, _, _ = evaluation.meter.row()
+        worst = base.worst
+        text = f"{job.label}: log-sum {worst:.1e}"
+        self.note("C2 normalised", worst < 1e-4, text)
+        wrong = base.wrong_entries
+        text = f"{job.label}: {wrong} targets"
+        self.note("C2 nll_is_entry", not wrong, text)
+        counted = float(evaluation.meter.nll)
         same = math.isclose(counted, base.nats, rel_tol=1e-9)
-        text = f"{label}: {counted} nats, not {base.nats}"
+        text = f"{job.label}: {counted} nats, not {base.nats}"
         self.note("C2 nll_is_entry", same, text)
 
     def check_order(self, job, base, evaluation):
@@ -5709,10 +5735,11 @@ class Audit:
         self.note("C3 state_unchanged", not base.score_changed_state, label)
         self.note("C3 trained_is_scored", not base.trained_ahead, label)
         # Counted twice: by the meter, and as seen here.
-        seen = self.comm.gather_rows(base.times).sum(0)
         by_meter = evaluation.all_coverage()
-        missed = int(((by_meter != 1) | (seen != 1)).sum())
-        self.note("C4 coverage", missed == 0, f"{label}: {missed} targets")
+        seen = self.comm.gather_rows(base.times).sum(0)
+        once = (by_meter == 1) & (seen == 1)
+        missed = np.count_nonzero(~once)
+        self.note("C4 coverage", not missed, f"{label}: {missed} targets")
         in_order = base.order == sorted(base.order)
         self.note("C4 single_pass", in_order, f"{label}: order of rounds")
         grows = base.sums == sorted(base.sums)
@@ -5769,15 +5796,15 @@ class Audit:
         """C1 for the scored positions of a window of which the first `known` are scored before.
 
         For every position j (each `step`-th) the token that it predicts is replaced in a copy of
-        the window: the distribution at j and the scores before it must be the same. The copies are laid
-        out as one text and go through the function that scores, in its own batches.
+        the window: the distribution at j and the scores before it must be the same. The copies are
+        laid out as one text and go through the function that scores, in its own batches.
         """
         size = self.config.eval_batch_seqs
         length = evaluation.windows[0].end
         span = length + 1
         # Somewhere in the text.
-        begin = int(self.random.integers(0, self.stream.num_targets - length + 1))
-        text = np.array(self.stream.tokens[begin : begin + span])
+        begin = self.random.integers(0, self.stream.num_targets - length + 1)
+        text = self.stream.tokens[begin : begin + span]
         copies = np.tile(text, (size, 1))  # (size, span)
         positions = np.arange(known, length, step)
         rows = np.arange(len(positions)) % size
@@ -5794,17 +5821,24 @@ class Audit:
                 continue  # another rank's; the replacements are drawn on all of them
             twin = self.watch(job, flipped, known, targets[part])
             for row, target in zip(rows[part], targets[part]):
-                before = slice(row * span + known, target)
-                same_nll = np.array_equal(twin.nll[before], base.nll[before])
-                same = same_nll and twin.same_distribution(base, target)
-                where = f"{job.label} at {target - row * span} of {known}…{length}"
-                self.note("C1 dense_sweep", same, where)
+                first = row * span + known
+                self.check_flip(job, base, twin, first, target)
+
+    def check_flip(self, job, base, twin, first, target):
+        """Compare what lies in a window from its first scored target up to `target`."""
+        before = slice(first, target)
+        same_nll = np.array_equal(twin.nll[before], base.nll[before])
+        same = twin.same_distribution(base, target)
+        where = f"{job.label}, scored position {target - first}"
+        self.note("C1 dense_sweep", same and same_nll, where)
 
     def replacement(self, token):
         """Another token than `token`, every fourth time a BOS."""
         if token != BOS and self.random.random() < 0.25:
             return BOS
-        return other_tokens(np.array([token]), self.config.vocab_size, self.random)[0]
+        alone = np.array([token])
+        other = other_tokens(alone, self.config.vocab_size, self.random)
+        return other[0]
 
     def watch(self, job, copies, known, keep):
         """Watch of windows laid out as one text: copies (n, T + 1)."""
@@ -5834,8 +5868,9 @@ class Audit:
         row = self.random.integers(2, vocab, 16)
         row[8] = BOS  # a new document in the middle
         other = row.copy()
-        other[7] = other_tokens(row[7:8], vocab, self.random)[0]  # differs just before it
-        ids = self.runtime.to_device(np.stack([row, other]))  # (2, 16)
+        other[7:8] = other_tokens(row[7:8], vocab, self.random)  # differs just before it
+        both = np.stack([row, other])  # (2, 16)
+        ids = self.runtime.to_device(both)
         bigram = self.model.bigram
         self.model.bigram = None  # its row is that of a pair of tokens
         try:

@@ -327,10 +327,8 @@ def products(config, length=32):
 @pytest.mark.parametrize(
     "preset, budget",
     [
-        (
-            "nfm_7k",
-            153,
-        ),  # (11 layers of 4, bigram, head) x 3, 6 of the matcher x 3 less 3 without inputs to train
+        # (11 x 4, bigram, head, 6 of the matcher) x 3, less 3 inputs without gradient.
+        ("nfm_7k", 153),
         ("base_7k", 138),
     ],
 )
