@@ -100,7 +100,8 @@ def trainer(tiny_data, runtime):
 
 @pytest.fixture(scope="session")
 def children(tiny_data):
-    """One server of forked runs; their directories lie in memory, as each save is flushed to disk."""
+    """One server of forked runs; their directories lie in memory, as each save is flushed to disk.
+    One server of forked runs; their directories lie in memory, as each save is flushed to disk."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     options = dict(prefix="golf_", dir=memory, ignore_cleanup_errors=True)
     with tempfile.TemporaryDirectory(**options) as folder:

@@ -1,7 +1,7 @@
 """What several test modules share: tiny settings, random models, and three ways to run the script.
 
     run_main   main() in this process: cheapest, for all that needs no process of its own
-    Children   processes forked from a server that has imported PyTorch: they can be killed and stopped
+    Children   processes forked from a server with PyTorch in it: they can be killed and stopped
     launch     python or torchrun as a user starts them: for what only a fresh interpreter can show
 
 Everything is small, hermetic and on the CPU. Fixtures are in conftest.py.
@@ -420,7 +420,8 @@ for number, name in ((1, "stdout"), (2, "stderr")):
 sys.argv[:] = [job["script"]]
 runpy.run_path(job["script"], run_name="__main__")
 """
-# 12 steps of a small model that validates, saves every 2 steps and after every item of an evaluation.
+# 12 steps of a small model that validates, saves every 2 steps and after every item of an
+# evaluation.
 QUICK = dict(
     num_layers=2,
     xsa_last_n=1,
@@ -440,9 +441,9 @@ try:
 except train_gpt.GolfError as error:
     sys.exit(print(f"error: {error}", file=sys.stderr) or error.code)
 """
-# Every durable write ends in a rename. AT="name number what" lets this happen at one of those of files
-# name*: die with half of it written, with the whole but unnamed, or named; hold on and say so; or get a
-# signal.
+# Every durable write ends in a rename. AT="name number what" lets this happen at one of those of
+# files name*: die with half of it written, with the whole but unnamed, or named; hold on and say
+# so; or get a signal.
 AT_WRITE = """
 replace, count, (name, number, what) = os.replace, [], os.environ.pop("AT").split()
 def at_write(source, target):
@@ -465,7 +466,8 @@ os.replace = at_write
 
 
 def at_step(step, action):
-    """A patch that runs `action` in the step after `step` others; it may use `self`, change `loss`."""
+    """A patch that runs `action` in the step after `step` others; it may use `self`, change
+    `loss`."""
     return f"""
 accumulate = train_gpt.Trainer.accumulate
 def at_step(self, step, stream):
@@ -531,9 +533,7 @@ class Children:
         self.folder, self.data = Path(folder), data
         self.count, self.groups, self.made = 0, [], {}
         command = [sys.executable, "-c", SERVER, str(ROOT)]
-        self.server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, text=True, env=environment()
-        )
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment())
 
     def new(self, name):
         self.count += 1

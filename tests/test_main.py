@@ -47,7 +47,9 @@ def test_a_given_file_is_audited_and_every_score_is_computed_anew(trained, tmp_p
 
 def test_another_artifact_under_the_same_name_gets_its_own_scores(trained, tiny_data, tmp_path):
     before = evaluate(trained, tmp_path, run_dir="out")
-    other = run_main(cwd=tmp_path, **dict(tiny_data.settings, run_dir="other", seed=7, iterations=1))
+    other = run_main(
+        cwd=tmp_path, **dict(tiny_data.settings, run_dir="other", seed=7, iterations=1)
+    )
     assert other.code == 0, other.err
     shutil.copy(tmp_path / "other" / train_gpt.ARTIFACT_NAME, tmp_path / "model.ptz")
     after = evaluate(trained, tmp_path, run_dir="out")
@@ -90,7 +92,9 @@ def test_the_file_to_be_scored_is_never_set_aside(trained, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     data = {name: settings[name] for name in ("data_path", "tokenizer_path")}
     artifact = f"run/{train_gpt.ARTIFACT_NAME}"
-    refused = run_main(cwd=tmp_path, **dict(data, eval_only=artifact, run_dir="run", resume="never"))
+    refused = run_main(
+        cwd=tmp_path, **dict(data, eval_only=artifact, run_dir="run", resume="never")
+    )
     assert refused.code == 2 and "would set aside" in refused.err
     assert (tmp_path / artifact).exists() and not (tmp_path / "run" / "old_1").exists()
 

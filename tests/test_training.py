@@ -274,7 +274,10 @@ def test_the_scale_reaches_every_rate(trainer):
     made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
     made.step = 5
     made.set_lrs(0.5)
-    assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (0.015, [0.02, 0.01])
+    assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (
+        0.015,
+        [0.02, 0.01],
+    )
     assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
 
 
@@ -285,6 +288,7 @@ def recorded_run(made, monkeypatch, steps=5):
     def recording(*arguments):
         original(*arguments)
         history.append(weights(made.model))
+
     monkeypatch.setattr(train_gpt, "reduce_clip_step", recording)
     made.step_started = train_gpt.time.monotonic()
     for _ in range(steps):
@@ -292,9 +296,12 @@ def recorded_run(made, monkeypatch, steps=5):
     return history
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)])
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)]
+)
 def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, trainer, monkeypatch):
-    """Five steps, a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is step 4's."""
+    """Five steps, a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is
+    step 4's."""
     made = trainer(iterations=5, warmdown_iters=4, ema_full_steps=1, **settings)
     history = recorded_run(made, monkeypatch)
     exported = made.export()["state_dict"]
@@ -304,7 +311,9 @@ def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, traine
         for values, decay in zip(history[1:], (1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14)):
             ema = decay * ema + (1 - decay) * values[name]
             means.append(ema)
-        torch.testing.assert_close(exported[name], means[3] if settings else means[4], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            exported[name], means[3] if settings else means[4], atol=1e-6, rtol=1e-5
+        )
         moved += not torch.equal(exported[name], history[-1][name])
     assert moved > 10
 
@@ -319,6 +328,7 @@ def with_warm_up(made, monkeypatch):
     def counting(*arguments):
         steps.append(1)
         original(*arguments)
+
     made.runtime.compiling = True
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "reduce_clip_step", counting)
@@ -330,22 +340,33 @@ def flat(tree, at=""):
     """{path: leaf} of a tree of dictionaries and lists."""
     if isinstance(tree, (dict, list, tuple)):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {path: leaf for key, value in items for path, leaf in flat(value, f"{at}/{key}").items()}
+        return {
+            path: leaf for key, value in items for path, leaf in flat(value, f"{at}/{key}").items()
+        }
     return {at: tree}
 
 
 def same_tree(left, right):
     left, right = flat(left), flat(right)
     assert left.keys() == right.keys()
-    different = [path for path, leaf in left.items() if not (
-        torch.equal(leaf, right[path]) if isinstance(leaf, torch.Tensor) else leaf == right[path])]
+    different = [
+        path
+        for path, leaf in left.items()
+        if not (
+            torch.equal(leaf, right[path])
+            if isinstance(leaf, torch.Tensor)
+            else leaf == right[path]
+        )
+    ]
     return not different
 
 
 @pytest.mark.parametrize("trained", [0, 2])
 def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, trainer, monkeypatch):
     monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
-    made = trainer(warmup_steps=3, swa_enabled=True, **dict(EVERY_PART, ve_last_n=1), late_qat_threshold=0.5)
+    made = trainer(
+        warmup_steps=3, swa_enabled=True, **dict(EVERY_PART, ve_last_n=1), late_qat_threshold=0.5
+    )
     recorded_run(made, monkeypatch, trained)
     before, position = train_gpt.private_copy(made.training_state()), made.stream.position
     assert with_warm_up(made, monkeypatch) == 3
@@ -358,7 +379,9 @@ def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_
     monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
     finals = []
     for warm in (True, False):
-        made = trainer(warmup_steps=2, run_dir=str(tmp_path / f"warm_{warm}"), **dict(EVERY_PART, ve_last_n=1))
+        made = trainer(
+            warmup_steps=2, run_dir=str(tmp_path / f"warm_{warm}"), **dict(EVERY_PART, ve_last_n=1)
+        )
         if warm:
             assert with_warm_up(made, monkeypatch) == 2
         finals.append(recorded_run(made, monkeypatch, 3)[-1])
@@ -367,5 +390,7 @@ def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_
 
 def test_nothing_is_warmed_up_where_nothing_is_compiled(trainer, monkeypatch):
     made = trainer(warmup_steps=3)
-    monkeypatch.setattr(made, "accumulate", lambda *arguments: pytest.fail("a step without compilation"))
+    monkeypatch.setattr(
+        made, "accumulate", lambda *arguments: pytest.fail("a step without compilation")
+    )
     made.warm_up()
