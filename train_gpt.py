@@ -60,8 +60,9 @@ import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -169,13 +170,30 @@ class Config:
     rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
     logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
-    bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table", 2, 1 << 20)
+    bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table, 0 = off", 0, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
     ve_last_n: int = arch_option(2, "last layers that receive the value embedding", 1, 64)
     xsa_last_n: int = arch_option(11, "last layers with exclusive self-attention", 0, 64)
     gated_attention: bool = arch_option(True, "per-head sigmoid gate on the attention output")
     value_residual: bool = arch_option(True, "mix layer 0's values into every layer")
+
+    # Architecture: what later records have instead or in addition.
+    embed_dim: int = arch_option(0, "width of the token embedding, 0 = MODEL_DIM", 0, 4096)
+    smear_enabled: bool = arch_option(True, "mix each position with its predecessor")
+    smear_inputs: int = arch_option(
+        0, "leading channels that set the smear gate, 0 = one constant per channel", 0, 4096
+    )
+    gate_inputs: int = arch_option(
+        0, "leading channels that set the attention gate, 0 = all, with a bias", 0, 4096
+    )
+    num_loops: int = arch_option(0, "further passes through layers LOOP_START to LOOP_END", 0, 8)
+    loop_start: int = arch_option(3, "first of the looped layers", 0, 63)
+    loop_end: int = arch_option(5, "last of the looped layers", 0, 63)
+    skip_gates: bool = arch_option(False, "learned mean of stream and skip instead of a sum")
+    parallel_last_n: int = arch_option(
+        0, "last layers whose attention and MLP read the same state", 0, 64
+    )
 
     # Architecture: the refiners between the trunk and the logits, each off or on by itself.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
@@ -241,6 +259,7 @@ class Config:
     swa_enabled: bool = train_option(False, "export the mean of snapshots taken late in the run")
     swa_every: int = train_option(50, "steps between snapshots", 1)
     swa_start_scale: float = train_option(0.2, "rate scale below which snapshots start", 0, 1)
+    loop_at: float = train_option(0.35, "share of the run after which layers are looped", 0, 1)
     late_qat_threshold: float = train_option(
         0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1
     )
@@ -665,7 +684,16 @@ def check_model_fit(config):
     require(config, config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
     fits = config.ttt_freeze_blocks <= config.num_layers
     require(config, fits, "ttt_freeze_blocks num_layers", "lower the first")
+    for name in ("embed_dim", "smear_inputs", "gate_inputs"):
+        fits = getattr(config, name) <= config.model_dim
+        require(config, fits, f"{name} model_dim", "lower the first")
+    fits = config.parallel_last_n <= config.num_layers
+    require(config, fits, "parallel_last_n num_layers", "lower the first")
     # What is off may have any size.
+    fits = config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers
+    expected = "use layers of the model, the first not after the last"
+    require(config, fits, "loop_start loop_end num_layers", expected)
+    require(config, config.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 or at least 2")
     fits = config.ve_dim == 0 or config.ve_last_n <= config.num_layers
     require(config, fits, "ve_last_n num_layers", "lower the first")
 
@@ -1955,7 +1983,16 @@ SCHEMES = {
     )
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
-CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
+CONTROL = (
+    "scale",
+    "scales",
+    "resid_mix",
+    "q_gain",
+    "skip_weights",
+    "skip_gates",
+    "gate",
+    "vr_lambda",
+)
 HALF_LIMIT = 65_536  # tensors up to this many elements stay float16, but for block matrices
 # The six matrices of a block, where most of the weights are.
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
@@ -2094,7 +2131,8 @@ def tail_attention(q, k, v):
     n = q.size(2)
     length = k.size(2)
     # Query i is position T - n + i; is_causal would take it for position i.
-    seen = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+    every = torch.ones(n, length, dtype=torch.bool, device=q.device)
+    seen = every.tril(length - n)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.transpose(1, 2)
 
@@ -2160,11 +2198,14 @@ class BlockedAttention(torch.autograd.Function):
         scores = q @ k.mT  # (b, K, H/K * n, s)
         # Only the last n keys can lie in a query's future.
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        latest = scores.unflatten(2, (-1, n))[..., -n:]
-        latest.masked_fill_(future, -torch.inf)
+        by_head = scores.unflatten(2, (-1, n))  # (b, K, H/K, n, s), the same memory
+        by_head[..., -n:].masked_fill_(future, -torch.inf)
         p = scores.softmax(-1)
         ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
-        return (ds @ k).unflatten(2, (-1, n)), ds.mT @ q, p.mT @ grad
+        dq = (ds @ k).unflatten(2, (-1, n))
+        dk = ds.mT @ q
+        dv = p.mT @ grad
+        return dq, dk, dv
 
 
 def cpu_attention(q, k, v):
@@ -2297,8 +2338,11 @@ class RMSNorm(torch.autograd.Function):
             value = x[part].to(wide, copy=True)
             norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
             mean_square = norm.square() / x.size(-1)
-            inverse[part] = torch.rsqrt(mean_square + NORM_EPS)
-            value.mul_(inverse[part] if gain is None else inverse[part] * gain)
+            scale = torch.rsqrt(mean_square + NORM_EPS)
+            inverse[part] = scale
+            if gain is not None:
+                scale = scale * gain
+            value.mul_(scale)
             if cos is not None:
                 rotate_(value, cos, sin)
             y[part] = value
@@ -2323,7 +2367,8 @@ class RMSNorm(torch.autograd.Function):
             # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
             along = dot * scale * inverse[part].square()
             slope.mul_(scale)
-            dx[part] = slope.addcmul_(value, along, value=-1 / x.size(-1))
+            slope.addcmul_(value, along, value=-1 / x.size(-1))
+            dx[part] = slope
         return dx, dgain, None, None
 
 
@@ -2430,7 +2475,9 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.attn_gate = None
         if config.gated_attention:
-            self.attn_gate = Linear(dim, config.num_heads, bias=True)
+            # A gate of a few channels needs no bias: it starts half open, the others almost open.
+            inputs = config.gate_inputs or dim
+            self.attn_gate = Linear(inputs, config.num_heads, bias=not config.gate_inputs)
         self.vr_lambda = None
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
@@ -2452,8 +2499,9 @@ class Attention(nn.Module):
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        n = q.size(1)
-        q = RMSNorm.apply(q, self.q_gain[:, None], cos[-n:], sin[-n:])
+        n = q.size(1)  # the positions that ask are the last ones
+        gain = self.q_gain[:, None]  # (H, 1)
+        q = RMSNorm.apply(q, gain, cos[-n:], sin[-n:])
         k = RMSNorm.apply(k, None, cos, sin)
         attend = self.attend if last is None else tail_attention
         y = attend(q, k, v)  # (B, T, H, d)
@@ -2486,12 +2534,19 @@ class Attention(nn.Module):
             q, k, v = outputs
             return q, k, v, None
         q, gate, k, v = outputs
-        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
+        if self.attn_gate.bias is not None:
+            gate = gate + self.attn_gate.bias.to(gate.dtype)
+        return q, k, v, gate
 
     def product(self, x, scale, layers):
         """(outputs of x without bias, one per layer) by one product."""
-        weight = torch.cat([layer.effective_weight() for layer in layers])
-        outputs = F.linear(x, weight * scale)
+        weights = []
+        for layer in layers:
+            # A gate of the leading channels gives no weight to the others.
+            missing = x.size(-1) - layer.in_features
+            weight = layer.effective_weight()
+            weights.append(F.pad(weight, (0, missing)) if missing else weight)
+        outputs = F.linear(x, torch.cat(weights) * scale)
         return outputs.split([layer.out_features for layer in layers], -1)
 
     def heads(self, x):
@@ -2507,8 +2562,13 @@ class Attention(nn.Module):
         return mix[0] * first + mix[1] * own
 
 
+def leaky_square(x):
+    """leaky_relu(x, 0.5)^2: ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549."""
+    return F.leaky_relu(x, 0.5).square()
+
+
 class MLP(nn.Module):
-    """W2 leaky_relu(W1 x, 0.5)^2: ReLU^2 (Primer, arXiv 2109.08668), leaky as in #549."""
+    """W2 f(W1 x), f the squared leaky ReLU."""
 
     def __init__(self, config):
         super().__init__()
@@ -2517,8 +2577,14 @@ class MLP(nn.Module):
 
     def forward(self, x, scale, out_scale):
         """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
-        hidden = F.leaky_relu(self.fc(x, scale), 0.5).square()  # (B, T, hidden)
+        hidden = leaky_square(self.fc(x, scale))  # (B, T, hidden)
         return self.proj(hidden, out_scale[:, None])
+
+
+def residual_mix(x, x0, mix):
+    """mix[0] * x + mix[1] * x0 per channel: the first stream (B, T, D) stays within reach."""
+    mix = mix.to(x.dtype)  # (2, D)
+    return torch.addcmul(x * mix[0], x0, mix[1])
 
 
 class Block(nn.Module):
@@ -2533,21 +2599,25 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(dim))
         mix = torch.stack([torch.ones(dim), torch.zeros(dim)])  # (2, D): the stream as it is
         self.resid_mix = nn.Parameter(mix)
+        self.parallel = layer >= config.num_layers - config.parallel_last_n
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
         self.norm_scale = (layer + 1) ** -0.5
 
     def forward(self, x, x0, angles, v0, ve, last=None):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` = n
-        the stream (B, n, D) of the last n positions is all that is computed.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` =
+        n the stream (B, n, D) of the last n positions is all that is computed.
         """
-        mix = self.resid_mix.to(x.dtype)
-        x = torch.addcmul(x * mix[0], x0, mix[1])
+        x = residual_mix(x, x0, self.resid_mix)
         scale = self.norm_scale
-        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve, last)
-        x = x[:, -y.size(1) :] + y
-        x = x + self.mlp(rms_norm(x), scale, self.mlp_scale)
+        normed = rms_norm(x)
+        y, own = self.attn(normed, scale, self.attn_scale, angles, v0, ve, last)
+        n = y.size(1)
+        x = x[:, -n:] + y
+        # A parallel MLP does not see what attention has just added (as in GPT-J).
+        mlp_input = normed[:, -n:] if self.parallel else rms_norm(x)
+        x = x + self.mlp(mlp_input, scale, self.mlp_scale)
         return x, own
 
 
@@ -2582,12 +2652,18 @@ class BigramHash(nn.Module):
         return self.proj(self.embed(self.rows(ids))) * self.scale
 
 
-class SmearGate(nn.Module):
-    """Mix each position with its predecessor, by one gate per channel.
+def predecessors(x, ids):
+    """x (B, T, D) shifted by one position: zero at position 0 and where a document begins.
 
-    Nothing comes before position 0 or before a document's BOS, so that no document leaks into the
-    next one.
+    A BOS token takes nothing from before it, so that no document leaks into the next one.
     """
+    before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D)
+    inside = (ids != BOS).unsqueeze(-1)  # (B, T, 1)
+    return before * inside.to(x.dtype)
+
+
+class SmearGate(nn.Module):
+    """Mix each position with its predecessor, by one gate per channel."""
 
     def __init__(self, config):
         super().__init__()
@@ -2595,10 +2671,27 @@ class SmearGate(nn.Module):
 
     def forward(self, x, ids):
         """x (B, T, D) and its tokens (B, T) -> (1 - g) * x_i + g * x_{i-1}."""
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D), shifted by one position
-        inside = (ids != BOS).unsqueeze(-1)  # (B, T, 1)
-        before = before * inside.to(x.dtype)
+        before = predecessors(x, ids)
         return x + opening(self.gate, x) * (before - x)
+
+
+class InputSmearGate(nn.Module):
+    """SmearGate v2: each token decides by its first channels how much of its predecessor it adds.
+
+    Part of the records from 2026-04-16 on. Strength and weights start at zero: nothing is added.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = Linear(config.smear_inputs, 1)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, ids):
+        """x (B, T, D) and its tokens (B, T) -> x_i + scale * g(x_i) * x_{i-1}."""
+        channels = x[..., : self.proj.in_features]
+        gate = torch.sigmoid(self.proj(channels))  # (B, T, 1)
+        strength = (self.scale * gate).to(x.dtype)
+        return torch.addcmul(x, strength, predecessors(x, ids))
 
 
 class ValueEmbedding(nn.Module):
@@ -2677,13 +2770,16 @@ def draw_noise(keys, length, width):
 
     def uniform(bits):
         # 23 bits and a half are what float32 holds exactly: never 0, never 1.
-        return ((bits & (2**23 - 1)).float() + 0.5) * 2.0**-23
+        integer = bits & (2**23 - 1)
+        return (integer.float() + 0.5) * 2.0**-23
 
-    high = uniform(hashes >> 40)
+    high = uniform(hashes >> 40)  # (B, pairs + T)
     low = uniform(hashes[:, :pairs])
-    halves = torch.cat([high[:, :pairs], low], 1)[:, : length * width]
-    z = math.sqrt(2) * torch.erfinv(2 * halves - 1)  # the normal's inverse distribution function
-    return z.view(batch, length, width), high[:, pairs:]
+    t = high[:, pairs:]
+    both = torch.cat([high[:, :pairs], low], 1)
+    share = both[:, : length * width]  # of the normal distribution that lies below z
+    z = math.sqrt(2) * torch.erfinv(2 * share - 1)
+    return z.view(batch, length, width), t
 
 
 class NativeFlowMatcher(nn.Module):
@@ -2793,7 +2889,8 @@ class TTTLinear(nn.Module):
             part = slice(low, low + self.mini_batch)
             q_part = q[:, :, part]  # (B, H, n, d)
             k_part = k[:, :, part]
-            gradient = self.inner_gradient(k_part @ w + b, target[:, :, part])  # (B, H, n, d)
+            z = k_part @ w + b
+            gradient = self.inner_gradient(z, target[:, :, part])  # (B, H, n, d)
             # Row i of W's change seen by query i is the sum over j <= i of k_j^T gradient_j; the 1
             # is the bias's share.
             seen = (q_part @ k_part.mT + 1).tril()  # (B, H, n, n)
@@ -2822,20 +2919,51 @@ class TTTLinear(nn.Module):
         return centred * inverse, inverse
 
 
+# Logits that exist at the same time in training: 512 MB of float32. A vocabulary of 1024 pieces
+# stays below it at the default micro-batch.
+LOGITS_AT_ONCE = 2**27
+
+
+def layer_order(config, looped):
+    """Layers in the order in which the trunk visits them.
+
+    Depth recurrence: LOOP_START to LOOP_END run NUM_LOOPS more times in place, which makes the
+    network deeper without a further parameter.
+    """
+    layers = list(range(config.num_layers))
+    if not looped:
+        return layers
+    after = config.loop_end + 1
+    repeated = layers[config.loop_start : after] * (config.num_loops + 1)
+    return layers[: config.loop_start] + repeated + layers[after:]
+
+
 class GPT(nn.Module):
     """The language model of `config`; `attend(q, k, v)` is the attention backend."""
 
     def __init__(self, config, attend=sdpa_attention):
         super().__init__()
         self.config = config
-        self.tok_emb = Embedding(config.vocab_size, config.model_dim)
-        self.bigram = BigramHash(config)
-        self.smear = SmearGate(config)
+        width = config.embed_dim or config.model_dim
+        self.tok_emb = Embedding(config.vocab_size, width)
+        # A narrower embedding (ALBERT, Lan et al. 2019, arXiv 1909.11942) has a way in and one out.
+        narrow = width < config.model_dim
+        self.embed_in = Linear(width, config.model_dim) if narrow else None
+        self.embed_out = Linear(config.model_dim, width) if narrow else None
+        self.bigram = BigramHash(config) if config.bigram_vocab_size else None
+        self.smear = None
+        if config.smear_enabled:
+            self.smear = InputSmearGate(config) if config.smear_inputs else SmearGate(config)
         layers = range(config.num_layers)
         self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
-        # U-Net: the first half of the layers (rounded down) are encoders, the rest decoders.
-        self.num_encoder_layers = config.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(self.num_encoder_layers, config.model_dim))
+        # Whether layers are looped now: training begins without, everything else is with it. It
+        # changes a few times in a run at most, and each value has its own compiled graph.
+        self.looped = config.num_loops > 0
+        num_skips = len(layer_order(config, self.looped)) // 2
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
+        self.skip_gates = None
+        if config.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips, config.model_dim))
         self.ve = ValueEmbedding(config) if config.ve_dim else None
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
@@ -2857,8 +2985,9 @@ class GPT(nn.Module):
         """Start as REFERENCE section 4 says: what a residual branch adds is zero at first."""
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
         # Table zero, projection orthogonal: with both zero neither would ever get a gradient.
-        nn.init.zeros_(self.bigram.embed.weight)
-        nn.init.orthogonal_(self.bigram.proj.weight)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+            nn.init.orthogonal_(self.bigram.proj.weight)
         for block in self.blocks:
             attn = block.attn
             mlp = block.mlp
@@ -2868,6 +2997,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(layer.weight)
             if attn.attn_gate is not None:
                 nn.init.zeros_(attn.attn_gate.weight)
+            if attn.attn_gate is not None and attn.attn_gate.bias is not None:
                 nn.init.constant_(attn.attn_gate.bias, 4.0)  # sigmoid(4) = 0.98: almost open
         if self.ve is not None:
             nn.init.normal_(self.ve.embed.weight, std=0.01)
@@ -2876,6 +3006,11 @@ class GPT(nn.Module):
             self.flow.up.weight.mul_(self.config.flow_init_scale)
         if self.nfm is not None:
             nn.init.zeros_(self.nfm.out.weight)
+        if self.embed_in is not None:
+            nn.init.orthogonal_(self.embed_in.weight)
+            nn.init.orthogonal_(self.embed_out.weight)
+        if self.config.smear_enabled and self.config.smear_inputs:
+            nn.init.zeros_(self.smear.proj.weight)
 
     def quantizable(self):
         """(name, module) of every module whose weight late QAT could round."""
@@ -2905,19 +3040,33 @@ class GPT(nn.Module):
             return
         alike = {}  # modules by number of columns and bits
         for module in rounded:
-            alike.setdefault((module.weight.size(1), module.bits), []).append(module)
+            kind = module.weight.size(1), module.bits
+            alike.setdefault(kind, []).append(module)
         for (_, bits), modules in alike.items():
             rows = torch.cat([module.weight for module in modules]).float()  # (R, C)
             scales = row_scales(rows, bits).float()  # (R, 1)
             targets = [module.qat_scale for module in modules]
-            torch._foreach_copy_(targets, scales.split([len(target) for target in targets]))
+            parts = scales.split([len(target) for target in targets])
+            torch._foreach_copy_(targets, parts)
 
     def embed(self, ids):
         """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
-        x = self.tok_emb(ids) + self.bigram(ids)
+        x = self.tok_emb(ids)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.bigram is not None:
+            x = x + self.bigram(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        return self.smear(rms_norm(x), ids)
+        x = rms_norm(x)
+        return x if self.smear is None else self.smear(x, ids)
+
+    def add_skip(self, x, skip, index):
+        """The stream x (B, T, D) and what an encoder left, as the index-th decoder joins them."""
+        weight = self.skip_weights[index].to(x.dtype)
+        if self.skip_gates is None:
+            return torch.addcmul(x, weight, skip)
+        return torch.lerp(weight * skip, x, opening(self.skip_gates[index], x))
 
     def trunk(self, ids, last=None):
         """Normalised states (B, T, D) of ids (B, T), before the refiners.
@@ -2927,28 +3076,29 @@ class GPT(nn.Module):
         """
         x = x0 = self.embed(ids)
         length = ids.size(1)
-        assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
+        assert length <= len(self.rotary_cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
         value_embeddings = self.ve(ids) if self.ve is not None else {}
         v0 = None  # layer 0's values
         skips = []
-        for i, block in enumerate(self.blocks):
-            decoder = i - self.num_encoder_layers
+        # U-Net: the first half of the visits (rounded down) are encoders, the rest decoders.
+        order = layer_order(self.config, self.looped)
+        num_encoders = len(order) // 2
+        for visit, layer in enumerate(order):
             # A decoder first adds what its mirror image among the encoders left.
-            if decoder >= 0 and skips:
-                weight = self.skip_weights[decoder].to(x.dtype)
-                x = torch.addcmul(x, weight, skips.pop())
-            is_last = block is self.blocks[-1]
-            asked = last if is_last else None
-            x, own = block(x, x0, angles, v0, value_embeddings.get(i), asked)
+            if visit >= num_encoders and skips:
+                x = self.add_skip(x, skips.pop(), visit - num_encoders)
+            asked = last if visit == len(order) - 1 else None
+            block = self.blocks[layer]
+            x, own = block(x, x0, angles, v0, value_embeddings.get(layer), asked)
             if v0 is None:
                 v0 = own
-            if decoder < 0:
+            if visit < num_encoders:
                 skips.append(x)
         return rms_norm(x)
 
     def hidden(self, ids, last=None):
-        """Final states (B, T, D) of ids (B, T), or (B, last, D) of the last ones: the head's input."""
+        """Final states (B, T, D) of ids (B, T), or of the `last` ones only: what the head sees."""
         # TTT-Linear learns along the sequence and needs all of it.
         x = self.trunk(ids, last if self.ttt is None else None)
         return self.refine(x, last)[0]
@@ -2966,14 +3116,40 @@ class GPT(nn.Module):
             x = self.nfm(x)
         return x, flow_input
 
+    def head_input(self, hidden):
+        """What the tied embedding multiplies: states (..., D), or narrower as EMBED_DIM says."""
+        return hidden if self.embed_out is None else self.embed_out(hidden)
+
     def logits(self, hidden):
         """float32 logits (..., V) of states (..., D), softly capped (Gemma 2, arXiv 2408.00118)."""
         cap = self.config.logit_softcap
         # The division belongs to the weight: it is smaller than the logits.
-        raw = F.linear(hidden, self.tok_emb.effective_weight() / cap)
+        raw = F.linear(self.head_input(hidden), self.tok_emb.effective_weight() / cap)
         if raw.dtype == torch.bfloat16:
             raw = raw.float()
         return cap * torch.tanh(raw)
+
+    def cross_entropy(self, hidden, targets, reduction="mean"):
+        """Nats of targets (B, T) given states (B, T, D): their mean, or with "none" all (B*T,).
+
+        The logits of a large vocabulary would outweigh all else that training keeps. Beyond
+        LOGITS_AT_ONCE they are computed block by block of positions, and again in the backward.
+        """
+        states = hidden.flatten(0, 1)  # (B*T, D)
+        targets = targets.flatten()  # (B*T,)
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if rows >= targets.size(0):
+            return F.cross_entropy(self.logits(states), targets, reduction=reduction)
+
+        def block_nats(states, targets):
+            return F.cross_entropy(self.logits(states), targets, reduction="none")
+
+        nats = [
+            checkpoint(block_nats, *block, use_reentrant=False, preserve_rng_state=False)
+            for block in zip(states.split(rows), targets.split(rows))
+        ]
+        nats = torch.cat(nats)
+        return nats.mean() if reduction == "mean" else nats
 
     def forward(self, ids, targets, noise_keys=None):
         """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
@@ -2982,8 +3158,7 @@ class GPT(nn.Module):
         noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
         """
         hidden, flow_input = self.refine(self.trunk(ids))
-        logits = self.logits(hidden)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = self.cross_entropy(hidden, targets)
         weight = self.config.nfm_loss_weight
         if self.nfm is not None and self.training and weight:
             if noise_keys is None:
@@ -3007,7 +3182,8 @@ def flow_noise_keys(config, step, first, count, device):
     """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
-    digest = hashlib.sha256(f"{config.seed}/{step}".encode()).digest()
+    place = f"{config.seed}/{step}"
+    digest = hashlib.sha256(place.encode()).digest()
     start = as_int64(int.from_bytes(digest[:8], "little"))
     sequences = torch.arange(first, first + count, device=device)
     return mix64(start + sequences * as_int64(GOLDEN_RATIO))
@@ -3639,7 +3815,7 @@ class Meter:
         return [float(self.nll), self.tokens, self.bytes, self.last]
 
     def restore(self, rows, coverage, comm):
-        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of them all."""
+        """Take up a saved state: rows (ranks, 4) as of row(), coverage (num_targets,) of all."""
         nll, tokens, num_bytes, _ = rows[comm.rank]
         self.nll.fill_(nll)
         self.tokens = int(tokens)
@@ -3743,8 +3919,7 @@ def slot_shift(model, hidden, batch, config, slot):
     adamw = torch.optim.AdamW([shift], lr=config.slot_lr)
     for _ in range(config.slot_steps):
         with torch.enable_grad():
-            logits = model.logits(hidden.detach() + shift)  # (B, T, V)
-            nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+            nll = model.cross_entropy(hidden.detach() + shift, batch.targets, "none")  # (B*T,)
             mean = (nll.view_as(known) * known).sum(1) / count  # (B,)
             # Each window's mean depends on its own shift alone: the sum mixes no gradients.
             total = mean.sum()
@@ -3891,26 +4066,38 @@ class Evaluation:
         # The text lies on the device: a batch is gathered there from a list of positions.
         tokens = torch.from_numpy(stream.tokens.astype(np.int32))  # (num_targets + 1,)
         self.tokens = tokens.to(runtime.device)
-        # The plan is the same list on every rank, so that collectives meet.
-        self.windows = plan_windows(stream.num_targets, config.eval_seq_len, stride)
-        per_round = config.eval_batch_seqs * self.comm.world
-        self.work = plan_work(self.windows, stream.num_targets, config, per_round, ttt)
-        self.spot_seed = check_seed(config, self.identity)
-        if slot == "published":
-            spot_checks = 0.0  # known to be illegal, and marked so
-        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
         self.meter = Meter(stream.num_targets, runtime.device)
-        self.hidden = runtime.compiled(model.hidden, DETERMINISTIC)
-        self.loss = runtime.compiled(model, DETERMINISTIC)
-        self.step_loss = self.loss  # of a whole test-time training step
-        if runtime.cuda_graphs(config.ttt_cuda_graph):
-            self.step_loss = runtime.compiled(model, {**DETERMINISTIC, "triton.cudagraphs": True})
+        self.plan(spot_checks)
+        self.compile()
         self.sgd = None  # the optimiser of test-time training
         self.batch_limit = None  # windows per batch that fit, once more did not
         self.cursor = 0  # the next work item
         self.scored_until = 0  # all targets before this one are scored, on all ranks
         self.spots_done = 0  # rounds that were checked and agreed
         self.seconds = 0.0  # spent so far, by earlier processes too
+
+    def plan(self, spot_checks):
+        """Set `windows`, `work` and `spots`, the cursors of the rounds to check."""
+        config = self.config
+        num_targets = self.stream.num_targets
+        # The plan is the same list on every rank, so that collectives meet.
+        self.windows = plan_windows(num_targets, config.eval_seq_len, self.stride)
+        per_round = config.eval_batch_seqs * self.comm.world
+        self.work = plan_work(self.windows, num_targets, config, per_round, self.ttt)
+        self.spot_seed = check_seed(config, self.identity)
+        if self.slot == "published":
+            spot_checks = 0.0  # known to be illegal, and marked so
+        self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
+
+    def compile(self):
+        """Set the three functions that run the model, compiled where this run compiles."""
+        compiled = self.runtime.compiled
+        self.hidden = compiled(self.model.hidden, DETERMINISTIC)
+        self.loss = compiled(self.model, DETERMINISTIC)
+        self.step_loss = self.loss  # of a whole test-time training step
+        if self.runtime.cuda_graphs(self.config.ttt_cuda_graph):
+            graph = {**DETERMINISTIC, "triton.cudagraphs": True}
+            self.step_loss = compiled(self.model, graph)
 
     def run(self, last_target=None):
         """Score all targets (or until a round begins beyond last_target); returns a Score."""
@@ -4335,8 +4522,8 @@ def flops_per_token(model):
 
     N counts the parameters that multiply every token: not the tables that are only looked up, but
     the token embedding, which is also the head. L layers attend over T tokens at width D. This is
-    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no discount for the
-    causal half, so that shares of the peak compare with those of others.
+    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no
+    discount for the causal half, so that shares of the peak compare with those of others.
     """
     config = model.config
     multiplied = sum(param.numel() for param in model.parameters())
@@ -4468,6 +4655,7 @@ class Trainer:
         every = self.config.val_loss_every
         done = False
         while not done:
+            self.set_order()
             # Asked before the validation, so that the last one is of the final weights.
             done = self.step >= self.config.iterations or self.out_of_time()
             if done or (every and self.step and self.step % every == 0):
@@ -4530,6 +4718,11 @@ class Trainer:
             elapsed = 0.0
         loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
         return StepFacts(loss, stop > 0, save > 0, elapsed)
+
+    def set_order(self):
+        """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
+        fraction = run_fraction(self.config, self.step, self.seconds)
+        self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
 
     def set_lrs(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
@@ -4695,9 +4888,12 @@ class Trainer:
         tokens = generator.integers(0, config.vocab_size, shape)
         # A stand-in for TrainStream: the real position must not move.
         synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
-        for i in range(config.warmup_steps):
-            self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        # Both orders of the layers, so that no graph is compiled in the middle of the run.
+        for looped in (False, True) if config.num_loops else (False,):
+            self.model.looped = looped
+            for i in range(config.warmup_steps):
+                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
         self.timer.load_state_dict(timing)
         self.runtime.log(
@@ -5222,7 +5418,9 @@ class Watch(Observer):
     def same_distribution(self, other, target):
         """Whether both saw the same; also true where another rank scored the target."""
         mine = self.keep[target]
-        return mine is None or np.array_equal(mine, other.keep[target])
+        if mine is None:
+            return True
+        return np.array_equal(mine, other.keep[target])
 
 
 class Recorder(Watch):
@@ -5256,16 +5454,16 @@ class Recorder(Watch):
         # A subclass of Tensor could show one thing and give another.
         logps = logps.as_subclass(torch.Tensor)
         log_sums = logps.double().logsumexp(-1)  # (n,)
-        worst = float(log_sums.abs().max())
+        worst = log_sums.abs().max().item()
         if logps.size(-1) != self.vocab_size or not math.isfinite(worst):
             worst = math.inf
         self.worst = max(self.worst, worst)
         # Looked up by the audit's own copy of the text: target t is token t + 1.
-        own = torch.from_numpy(self.tokens[targets + 1].astype(np.int64))
-        own = own.to(logps.device).unsqueeze(1)  # (n, 1)
-        entries = logps.gather(1, own).squeeze(1)  # (n,)
-        wrong = nll != -entries
-        self.wrong_entries += int(wrong.sum())
+        own = self.tokens[targets + 1].astype(np.int64)
+        own = torch.from_numpy(own).to(logps.device)
+        entries = logps.gather(1, own.unsqueeze(1))  # (n, 1)
+        wrong = nll != -entries.squeeze(1)
+        self.wrong_entries += wrong.sum().item()
 
     def before_item(self, evaluation, item):
         if isinstance(item, TrainStep):
@@ -5287,11 +5485,13 @@ class Recorder(Watch):
         self.sums.append(float(evaluation.meter.nll))
         if isinstance(item, TrainStep) or not self.hash_state:
             return
-        following = evaluation.work[evaluation.cursor + 1 :][:1]
-        # A round that follows compares for itself; before anything else the state is looked at.
-        if not following or isinstance(following[0], TrainStep):
-            left = state_hash(evaluation)
-            self.score_changed_state |= left != self.state
+        following = evaluation.cursor + 1
+        if following < len(evaluation.work):
+            item = evaluation.work[following]
+            if isinstance(item, ScoreRound):
+                return  # which compares for itself, before it scores
+        left = state_hash(evaluation)
+        self.score_changed_state |= left != self.state
 
 
 def trains_ahead(evaluation, item):
@@ -5362,22 +5562,27 @@ def recount_bytes(tokenizer, tokens):
     A piece that stands for no text has none; a space in front of a piece counts unless the piece
     before it stands for no text.
     """
-    texts = []
+    lengths = []
+    spaces = []
     for i in range(tokenizer.vocab_size()):
         text = tokenizer.id_to_piece(i).replace("▁", " ")
         if tokenizer.is_byte(i):
             text = "?"  # any one byte
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
             text = ""
-        texts.append(text)
-    lengths = np.array([len(text.encode()) for text in texts])
-    spaces = np.array([text.startswith(" ") for text in texts])
+        lengths.append(len(text.encode()))
+        spaces.append(text.startswith(" "))
+    lengths = np.array(lengths)  # (V,)
+    spaces = np.array(spaces)  # (V,)
     silent = lengths == 0
     total = 0
     for low in range(0, len(tokens) - 1, 1 << 20):  # in parts, for memory's sake
         part = tokens[low : low + (1 << 20) + 1]
-        dropped = spaces[part[1:]] & silent[part[:-1]]
-        total += int(lengths[part[1:]].sum() - dropped.sum())
+        targets = part[1:]
+        before = part[:-1]
+        dropped = spaces[targets] & silent[before]
+        total += int(lengths[targets].sum())
+        total -= int(dropped.sum())
     return total
 
 
@@ -5436,13 +5641,13 @@ class Audit:
     def changed(self, stream, low):
         """`stream` with all tokens from `low` on replaced by others, often by a BOS first."""
         tokens = np.array(stream.tokens)
-        tokens[low:] = other_tokens(tokens[low:], self.config.vocab_size, self.random)
-        if stream.tokens[low] != BOS and self.random.random() < 0.25:
-            tokens[low] = BOS
+        later = other_tokens(tokens[low:], self.config.vocab_size, self.random)
+        later[0] = self.replacement(tokens[low])
+        tokens[low:] = later
         return stream.replaced(tokens)
 
     def beginning(self, job):
-        """The part of the text that a job is run on: some rounds, and a chunk before them for TTT."""
+        """The part of the text that a job is run on: some rounds, with TTT a chunk before them."""
         config = self.config
         # At least three batches, and more than one round of all ranks.
         batches = max(3, self.comm.world + 1)
@@ -5455,19 +5660,23 @@ class Audit:
 
     def places(self, job, num_targets):
         """Targets after which everything is replaced: at and around edges, and some at random."""
+        config = self.config
         last = num_targets - 1
-        length = self.config.eval_seq_len
-        chunk = self.config.ttt_chunk_tokens
-        # One past the last target that the first batch scores.
-        batch_end = length + job.stride * (self.config.eval_batch_seqs - 1)
-        wanted = [length, batch_end + 1, last]
+        length = config.eval_seq_len
+        chunk = config.ttt_chunk_tokens
         if job.ttt and last > chunk:
             # The edge between two chunks, and inside the second.
-            inside = int(self.random.integers(chunk + 1, last + 1))
-            wanted = [chunk, inside]
+            inside = self.random.integers(chunk + 1, last + 1)
+            wanted = [chunk, int(inside)]
+        else:
+            # The edges of the first window and of the first batch.
+            batch_end = length + job.stride * (config.eval_batch_seqs - 1)
+            wanted = [length, batch_end + 1, last]
         # Inside the first chunk, or anywhere in a short text.
-        wanted.append(int(self.random.integers(1, 1 + min(last, chunk))))
-        return sorted({place for place in wanted if 0 < place <= last})
+        anywhere = self.random.integers(1, min(last, chunk) + 1)
+        wanted.append(int(anywhere))
+        places = {place for place in wanted if 0 < place <= last}
+        return sorted(places)
 
     # ---- checks ----
 
@@ -5509,14 +5718,15 @@ class Audit:
 
     def check_positions(self, job, base, evaluation):
         """C2: every distribution that was shown, and that their entries are what was summed."""
-        label = job.label
-        text = f"{label}: log-sum {base.worst:.1e}"
-        self.note("C2 normalised", base.worst < 1e-4, text)
-        text = f"{label}: {base.wrong_entries} targets"
-        self.note("C2 nll_is_entry", base.wrong_entries == 0, text)
-        counted, _, _, _ = evaluation.meter.row()
+        worst = base.worst
+        text = f"{job.label}: log-sum {worst:.1e}"
+        self.note("C2 normalised", worst < 1e-4, text)
+        wrong = base.wrong_entries
+        text = f"{job.label}: {wrong} targets"
+        self.note("C2 nll_is_entry", not wrong, text)
+        counted = float(evaluation.meter.nll)
         same = math.isclose(counted, base.nats, rel_tol=1e-9)
-        text = f"{label}: {counted} nats, not {base.nats}"
+        text = f"{job.label}: {counted} nats, not {base.nats}"
         self.note("C2 nll_is_entry", same, text)
 
     def check_order(self, job, base, evaluation):
@@ -5525,10 +5735,11 @@ class Audit:
         self.note("C3 state_unchanged", not base.score_changed_state, label)
         self.note("C3 trained_is_scored", not base.trained_ahead, label)
         # Counted twice: by the meter, and as seen here.
-        seen = self.comm.gather_rows(base.times).sum(0)
         by_meter = evaluation.all_coverage()
-        missed = int(((by_meter != 1) | (seen != 1)).sum())
-        self.note("C4 coverage", missed == 0, f"{label}: {missed} targets")
+        seen = self.comm.gather_rows(base.times).sum(0)
+        once = (by_meter == 1) & (seen == 1)
+        missed = np.count_nonzero(~once)
+        self.note("C4 coverage", not missed, f"{label}: {missed} targets")
         in_order = base.order == sorted(base.order)
         self.note("C4 single_pass", in_order, f"{label}: order of rounds")
         grows = base.sums == sorted(base.sums)
@@ -5584,16 +5795,16 @@ class Audit:
     def sweep(self, job, evaluation, known, step):
         """C1 for the scored positions of a window of which the first `known` are scored before.
 
-        For every position j (each `step`-th) the token that it predicts is replaced in a copy of the
-        window: the distribution at j and the scores before it must be the same. The copies are laid
-        out as one text and go through the function that scores, in its own batches.
+        For every position j (each `step`-th) the token that it predicts is replaced in a copy of
+        the window: the distribution at j and the scores before it must be the same. The copies are
+        laid out as one text and go through the function that scores, in its own batches.
         """
         size = self.config.eval_batch_seqs
         length = evaluation.windows[0].end
         span = length + 1
         # Somewhere in the text.
-        begin = int(self.random.integers(0, self.stream.num_targets - length + 1))
-        text = np.array(self.stream.tokens[begin : begin + span])
+        begin = self.random.integers(0, self.stream.num_targets - length + 1)
+        text = self.stream.tokens[begin : begin + span]
         copies = np.tile(text, (size, 1))  # (size, span)
         positions = np.arange(known, length, step)
         rows = np.arange(len(positions)) % size
@@ -5610,17 +5821,24 @@ class Audit:
                 continue  # another rank's; the replacements are drawn on all of them
             twin = self.watch(job, flipped, known, targets[part])
             for row, target in zip(rows[part], targets[part]):
-                before = slice(row * span + known, target)
-                same_nll = np.array_equal(twin.nll[before], base.nll[before])
-                same = same_nll and twin.same_distribution(base, target)
-                where = f"{job.label} at {target - row * span} of {known}…{length}"
-                self.note("C1 dense_sweep", same, where)
+                first = row * span + known
+                self.check_flip(job, base, twin, first, target)
+
+    def check_flip(self, job, base, twin, first, target):
+        """Compare what lies in a window from its first scored target up to `target`."""
+        before = slice(first, target)
+        same_nll = np.array_equal(twin.nll[before], base.nll[before])
+        same = twin.same_distribution(base, target)
+        where = f"{job.label}, scored position {target - first}"
+        self.note("C1 dense_sweep", same and same_nll, where)
 
     def replacement(self, token):
         """Another token than `token`, every fourth time a BOS."""
         if token != BOS and self.random.random() < 0.25:
             return BOS
-        return other_tokens(np.array([token]), self.config.vocab_size, self.random)[0]
+        alone = np.array([token])
+        other = other_tokens(alone, self.config.vocab_size, self.random)
+        return other[0]
 
     def watch(self, job, copies, known, keep):
         """Watch of windows laid out as one text: copies (n, T + 1)."""
@@ -5650,14 +5868,16 @@ class Audit:
         row = self.random.integers(2, vocab, 16)
         row[8] = BOS  # a new document in the middle
         other = row.copy()
-        other[7] = other_tokens(row[7:8], vocab, self.random)[0]  # differs just before it
-        ids = self.runtime.to_device(np.stack([row, other]))  # (2, 16)
-        scale = self.model.bigram.scale
-        opening = scale.detach().clone()
-        with torch.no_grad(), self.runtime.autocast():
-            scale.zero_()  # its row is that of a pair of tokens
-            states = self.model.embed(ids)  # (2, 16, D)
-            scale.copy_(opening)
+        other[7:8] = other_tokens(row[7:8], vocab, self.random)  # differs just before it
+        both = np.stack([row, other])  # (2, 16)
+        ids = self.runtime.to_device(both)
+        bigram = self.model.bigram
+        self.model.bigram = None  # its row is that of a pair of tokens
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                states = self.model.embed(ids)  # (2, 16, D)
+        finally:
+            self.model.bigram = bigram
         same_before = torch.equal(states[0, :7], states[1, :7])
         same_at_bos = torch.equal(states[0, 8], states[1, 8])
         self.note("rule smear_bos", same_before and same_at_bos, "the state at a BOS")

@@ -1,6 +1,6 @@
 """Draw docs/model.svg and docs/run.svg: the model, and the life of a run.
 
-    python docs/draw_figures.py        # needs matplotlib (slurm/requirements.txt)
+python docs/draw_figures.py        # needs matplotlib (slurm/requirements.txt)
 """
 
 from pathlib import Path
@@ -74,7 +74,15 @@ def draw_model():
         arrow(axes, (position, 3.55), (8 - position, 5.25), "--", "#3b7d3b", bend)
     axes.text(7.25, 4.4, "U-Net skips\n× weights", fontsize=7.5, va="center", color="#3b7d3b")
     box(axes, 4, 6.9, 6.4, 0.8, "RMSNorm", BLUE)
-    box(axes, 4, 8.9, 6.4, 2.2, "refiners, each behind a gate:\nTTT-Linear\nFlowRefiner\nNFM", ORANGE)
+    box(
+        axes,
+        4,
+        8.9,
+        6.4,
+        2.2,
+        "refiners, each behind a gate:\nTTT-Linear\nFlowRefiner\nNFM",
+        ORANGE,
+    )
     box(axes, 4, 11.0, 6.4, 0.8, "tied embedding, 30·tanh(x/30)", BLUE)
     axes.text(4, 12.1, "softmax: nats of the next token", ha="center", fontsize=9)
     for low, high in ((1.15, 1.45), (2.35, 2.65), (3.55, 5.25), (6.15, 6.45), (7.35, 7.75)):
@@ -125,7 +133,7 @@ def draw_run():
     axes.text(
         0.3,
         0.4,
-        "The same command again: a phase whose file is there is skipped, an unfinished one goes on.",
+        "The same command again skips what has left its file and goes on with what has not.",
         fontsize=9,
     )
     save(figure, "run.svg")

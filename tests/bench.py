@@ -4,11 +4,14 @@
     python tests/bench.py training refiners   # only these
     python tests/bench.py --readme            # also rewrite the performance section of README.md
 
-What is compared is timed in turns, and medians are compared, so that a busy machine disturbs both alike.
+What is compared is timed in turns, and medians are compared, so that a busy machine disturbs both
+alike.
 """
+
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -26,27 +29,42 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as golf  # noqa: E402
 
 # The bench shape: a 6-layer, 256-wide trunk, sequence 512, 16,384 tokens per step.
-SHAPE = dict(num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6, nfm_enabled=False,
-             train_seq_len=512, train_batch_tokens=16384, micro_batch_tokens=8192, warmup_steps=0,
-             eval_seq_len=512, eval_stride=64, eval_batch_seqs=16, ttt_chunk_tokens=16384, device="cpu")
+SHAPE = dict(
+    num_layers=6,
+    model_dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    xsa_last_n=6,
+    nfm_enabled=False,
+    train_seq_len=512,
+    train_batch_tokens=16384,
+    micro_batch_tokens=8192,
+    warmup_steps=0,
+    eval_seq_len=512,
+    eval_stride=64,
+    eval_batch_seqs=16,
+    ttt_chunk_tokens=16384,
+    device="cpu",
+)
 
 
-def in_turns(rounds, **functions):
+def in_turns(rounds, clock=time.perf_counter, **functions):
     """Median seconds of each function, called in turns after one warm-up each."""
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            begin = time.perf_counter()
+            begin = clock()
             function()
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def matmul_rate():
-    """A function that multiplies 2048 x 2048 bfloat16 matrices, and its floating point operations."""
+    """A function that multiplies 2048 x 2048 bfloat16 matrices, and its floating point operations.
+    A function that multiplies 2048 x 2048 bfloat16 matrices, and its floating point operations."""
     a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
-    return (lambda: [a @ b for _ in range(8)]), 8 * 2 * 2048 ** 3
+    return (lambda: [a @ b for _ in range(8)]), 8 * 2 * 2048**3
 
 
 class Step:
@@ -55,10 +73,15 @@ class Step:
     def __init__(self, **changes):
         self.config = golf.Config(**{**SHAPE, **changes})
         torch.manual_seed(0)
-        self.model = golf.GPT(self.config, golf.cpu_attention)
+        # Looked up at each call, so that a measurement can put another form in its place.
+        self.model = golf.GPT(self.config, lambda q, k, v: golf.cpu_attention(q, k, v))
         self.optimizers = golf.build_optimizers(self.model, self.config)
         tokens = torch.randint(2, self.config.vocab_size, (self.config.train_batch_tokens + 1,))
-        shape = (-1, self.config.micro_batch_tokens // self.config.train_seq_len, self.config.train_seq_len)
+        shape = (
+            -1,
+            self.config.micro_batch_tokens // self.config.train_seq_len,
+            self.config.train_seq_len,
+        )
         self.batches = list(zip(tokens[:-1].view(shape), tokens[1:].view(shape)))
 
     def __call__(self):
@@ -72,12 +95,18 @@ class Step:
         golf.reduce_clip_step(*self.optimizers, golf.Comm(), self.config.grad_clip_norm)
 
     def flops(self):
-        """Matrix products of one step: 6 per weight and token, and attention's lower triangle both ways."""
+        """Matrix products of one step: 6 per weight and token, and attention's lower triangle both
+        ways."""
         c = self.config
         no_product = ("bigram.embed.weight", "resid_mix", "skip_weights")
-        weights = sum(p.numel() for n, p in self.model.named_parameters()
-                      if p.ndim == 2 and not n.endswith(no_product))
-        return c.train_batch_tokens * (6 * weights + 6 * c.num_layers * c.train_seq_len * c.model_dim)
+        weights = sum(
+            p.numel()
+            for n, p in self.model.named_parameters()
+            if p.ndim == 2 and not n.endswith(no_product)
+        )
+        return c.train_batch_tokens * (
+            6 * weights + 6 * c.num_layers * c.train_seq_len * c.model_dim
+        )
 
 
 def training():
@@ -85,20 +114,72 @@ def training():
     step = Step()
     seconds = in_turns(5, matmul=multiply, step=step)
     peak, rate = operations / seconds["matmul"], step.flops() / seconds["step"]
-    yield "bf16 matrix products, 2048 x 2048", f"{peak / 1e12:.2f} TFLOP/s", "this machine's rate in this run"
-    yield "training step, 6 layers x 256, 16,384 tokens", f"{16384 / seconds['step']:,.0f} tokens/s", \
-        f"{100 * rate / peak:.0f} % of that rate ({step.flops() / 1e9:.0f} GFLOP)"
+    yield (
+        "bf16 matrix products, 2048 x 2048",
+        f"{peak / 1e12:.2f} TFLOP/s",
+        "this machine's rate in this run",
+    )
+    yield (
+        "training step, 6 layers x 256, 16,384 tokens",
+        f"{16384 / seconds['step']:,.0f} tokens/s",
+        f"{100 * rate / peak:.0f} % of that rate ({step.flops() / 1e9:.0f} GFLOP)",
+    )
 
 
 def refiners():
-    steps = dict(trunk=Step(), nfm=Step(nfm_enabled=True), flow=Step(flow_enabled=True),
-                 ttt_linear=Step(e2e_ttt_enabled=True), qat=Step(late_qat_threshold=0.15))
+    steps = dict(
+        trunk=Step(),
+        nfm=Step(nfm_enabled=True),
+        flow=Step(flow_enabled=True),
+        ttt_linear=Step(e2e_ttt_enabled=True),
+        qat=Step(late_qat_threshold=0.15),
+    )
     steps["qat"].model.set_qat(1.0)
     seconds = in_turns(5, **steps)
-    for name, title in (("nfm", "NativeFlowMatcher"), ("flow", "FlowRefiner"), ("ttt_linear", "TTT-Linear"),
-                        ("qat", "late QAT")):
+    for name, title in (
+        ("nfm", "NativeFlowMatcher"),
+        ("flow", "FlowRefiner"),
+        ("ttt_linear", "TTT-Linear"),
+        ("qat", "late QAT"),
+    ):
         ratio = seconds[name] / seconds["trunk"]
         yield f"training step with {title}", f"{seconds[name]:.2f} s", f"{ratio:.2f} x the trunk's"
+
+
+def functions():
+    """What each hand-written gradient earns: the step with it and without it, the rest as it is.
+
+    One thread and its processor time, so that other programs on the machine disturb it little.
+    """
+    import written_out
+
+    step, threads = Step(), torch.get_num_threads()
+    steps = {}
+    for part, name, composed, written in written_out.PARTS:
+
+        def with_form(form, name=name):
+            kept = getattr(golf, name)
+            setattr(golf, name, form)
+            try:
+                step()
+            finally:
+                setattr(golf, name, kept)
+
+        steps[f"{part}, composed"] = functools.partial(with_form, composed)
+        steps[f"{part}, written out"] = functools.partial(with_form, written)
+    torch.set_num_threads(1)
+    try:
+        seconds = in_turns(5, clock=time.process_time, **steps)
+    finally:
+        torch.set_num_threads(threads)
+    for part, name, _, written in written_out.PARTS:
+        slow, fast = seconds[f"{part}, composed"], seconds[f"{part}, written out"]
+        kept = "kept written out" if getattr(golf, name) is written else "composed in train_gpt.py"
+        yield (
+            f"{part}: step with composed operations, with a written-out gradient",
+            f"{slow:.2f} s, {fast:.2f} s",
+            f"earns {100 * (slow - fast) / slow:.1f} %; {kept}",
+        )
 
 
 @contextlib.contextmanager
@@ -111,6 +192,7 @@ def runtime(config):
 
 class Text:
     """TokenBytes of two bytes per token, so that no tokenizer is needed."""
+
     vocab_size = 1024
 
     def count(self, prev_ids, target_ids):
@@ -126,6 +208,7 @@ def evaluation():
     config = golf.Config(**SHAPE)
     stream, model = random_stream(config, 8192), golf.GPT(config, golf.cpu_attention).eval()
     with runtime(config) as machine:
+
         def sliding(slot="off"):
             return golf.evaluate(model, stream, config, machine, slot=slot)
 
@@ -133,19 +216,27 @@ def evaluation():
         def all_positions():
             windows = golf.plan_windows(stream.num_targets, config.eval_seq_len, config.eval_stride)
             for i in range(0, len(windows), config.eval_batch_seqs):
-                batch = windows[i:i + config.eval_batch_seqs]
-                tokens = np.stack([stream.tokens[start:end + 1] for start, _, end in batch])
+                batch = windows[i : i + config.eval_batch_seqs]
+                tokens = np.stack([stream.tokens[start : end + 1] for start, _, end in batch])
                 ids, targets = machine.to_device(tokens[:, :-1]), machine.to_device(tokens[:, 1:])
                 with machine.autocast():
                     logps = golf.log_probs(model.logits(model.hidden(ids)))
                 nll = -logps.gather(2, targets[..., None])[..., 0]
-                [row[first - start:].double().sum() for row, (start, first, _) in zip(nll, batch)]
+                [row[first - start :].double().sum() for row, (start, first, _) in zip(nll, batch)]
 
-        seconds = in_turns(4, sliding=sliding, everything=all_positions, slot=lambda: sliding("causal"))
-    yield "sliding window, stride 64", f"{stream.num_targets / seconds['sliding']:,.0f} scored tokens/s", \
-        f"{seconds['everything'] / seconds['sliding']:.2f} x as fast as with logits for every position"
-    yield "SLOT causal, per scored token", f"{1e3 * seconds['slot'] / stream.num_targets:.2f} ms", \
-        f"{seconds['slot'] / seconds['sliding']:.1f} x plain sliding"
+        seconds = in_turns(
+            4, sliding=sliding, everything=all_positions, slot=lambda: sliding("causal")
+        )
+    yield (
+        "sliding window, stride 64",
+        f"{stream.num_targets / seconds['sliding']:,.0f} scored tokens/s",
+        f"{seconds['everything'] / seconds['sliding']:.2f} x as fast as with logits everywhere",
+    )
+    yield (
+        "SLOT causal, per scored token",
+        f"{1e3 * seconds['slot'] / stream.num_targets:.2f} ms",
+        f"{seconds['slot'] / seconds['sliding']:.1f} x plain sliding",
+    )
 
 
 def optimiser():
@@ -158,8 +249,11 @@ def optimiser():
         return [golf.newton_schulz(matrix[None], 5, torch.bfloat16) for matrix in stack]
 
     seconds = in_turns(7, batched=batched, one_by_one=one_by_one)
-    yield "Newton-Schulz on 22 matrices of 512 x 512, batched", f"{1e3 * seconds['batched']:.0f} ms", \
-        f"{seconds['one_by_one'] / seconds['batched']:.2f} x as fast as one at a time"
+    yield (
+        "Newton-Schulz on 22 matrices of 512 x 512, batched",
+        f"{1e3 * seconds['batched']:.0f} ms",
+        f"{seconds['one_by_one'] / seconds['batched']:.2f} x as fast as one at a time",
+    )
 
 
 class CountingComm(golf.Comm):
@@ -188,6 +282,7 @@ class CountingComm(golf.Comm):
 
 def communication():
     """Bytes a rank sends in one step of nfm_7k, counted with the collectives left out."""
+
     class Handle:
         def wait(self):
             return None
@@ -199,21 +294,32 @@ def communication():
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     names = ("all_reduce", "reduce_scatter", "all_gather")
-    patched = dict(all_reduce=golf.dist.all_reduce, reduce_scatter=golf.reduce_scatter,
-                   all_gather=golf.all_gather)
+    patched = dict(
+        all_reduce=golf.dist.all_reduce,
+        reduce_scatter=golf.reduce_scatter,
+        all_gather=golf.all_gather,
+    )
     try:
-        golf.dist.all_reduce = golf.reduce_scatter = golf.all_gather = lambda *tensors, async_op: Handle()
+        golf.dist.all_reduce = golf.reduce_scatter = golf.all_gather = lambda *tensors, async_op: (
+            Handle()
+        )
         muon, adamw = golf.build_optimizers(model, config, comm)
         golf.newton_schulz, original = (lambda x, steps, dtype: x.to(dtype)), golf.newton_schulz
         golf.reduce_clip_step(muon, adamw, comm, config.grad_clip_norm)
     finally:
         golf.newton_schulz = original
-        golf.dist.all_reduce, golf.reduce_scatter, golf.all_gather = (patched[name] for name in names)
+        golf.dist.all_reduce, golf.reduce_scatter, golf.all_gather = (
+            patched[name] for name in names
+        )
     numbers = sum(p.numel() for p in model.parameters())
     bound = 2 * 4 * numbers * (world - 1) / world
-    yield "bytes sent per step and rank, nfm_7k on 8 ranks", f"{comm.bytes_sent / 1e6:.1f} MB", \
-        f"{comm.bytes_sent / bound:.2f} x the bound for replicated float32 parameters, 2 (n-1)/n x 4 bytes " \
-        f"({bound / 1e6:.1f} MB)"
+    yield (
+        "bytes sent per step and rank, nfm_7k on 8 ranks",
+        f"{comm.bytes_sent / 1e6:.1f} MB",
+        f"{comm.bytes_sent / bound:.2f} x the bound for replicated float32 parameters, "
+        "2 (n-1)/n x 4 bytes "
+        f"({bound / 1e6:.1f} MB)",
+    )
 
 
 def checkpoints():
@@ -229,20 +335,29 @@ def checkpoints():
 
         def copy():
             parts = dict(model=model, muon=muon, adamw=adamw, average=average)
-            state.update(golf.private_copy({name: part.state_dict() for name, part in parts.items()}))
+            state.update(
+                golf.private_copy({name: part.state_dict() for name, part in parts.items()})
+            )
             copies.append(1)
 
         seconds = in_turns(3, copy=copy, write=lambda: golf.save_tensors(path, state))
         size = path.stat().st_size
     cadence = config.checkpoint_seconds
-    yield "checkpoint of nfm_7k, copy that training waits for", f"{seconds['copy']:.2f} s", \
-        f"{100 * seconds['copy'] / cadence:.2f} % of the {cadence:.0f} s between checkpoints"
-    yield "checkpoint of nfm_7k, written in the background", f"{seconds['write']:.2f} s", \
-        f"{size / 1e6:.0f} MB"
+    yield (
+        "checkpoint of nfm_7k, copy that training waits for",
+        f"{seconds['copy']:.2f} s",
+        f"{100 * seconds['copy'] / cadence:.2f} % of the {cadence:.0f} s between checkpoints",
+    )
+    yield (
+        "checkpoint of nfm_7k, written in the background",
+        f"{seconds['write']:.2f} s",
+        f"{size / 1e6:.0f} MB",
+    )
 
 
 def audit_cost():
-    """Tokens the audit passes through the model, against a full evaluation of the canonical split."""
+    """Tokens the audit passes through the model, against a full evaluation of the canonical split.
+    Tokens the audit passes through the model, against a full evaluation of the canonical split."""
     config = golf.Config()
     passes = {}
 
@@ -266,8 +381,15 @@ def audit_cost():
         run()
         return passes["n"]
 
-    tiny = dataclasses.replace(config, num_layers=2, model_dim=16, num_heads=1, num_kv_heads=1,
-                               nfm_hidden_dim=8, bigram_dim=8)
+    tiny = dataclasses.replace(
+        config,
+        num_layers=2,
+        model_dim=16,
+        num_heads=1,
+        num_kv_heads=1,
+        nfm_hidden_dim=8,
+        bigram_dim=8,
+    )
     model, original = golf.GPT(tiny), golf.Evaluation
     stream = random_stream(config, 2 * config.ttt_chunk_tokens)
     golf.Evaluation = Counting
@@ -279,12 +401,23 @@ def audit_cost():
             full = windows + 3 * config.ttt_epochs * golf.CANONICAL_TARGETS[1024]
     finally:
         golf.Evaluation = original
-    yield "audit of nfm_7k with TTT", f"{spent / 1e6:.1f} M token passes", \
-        f"{100 * spent / full:.2f} % of the full evaluation's"
+    yield (
+        "audit of nfm_7k with TTT",
+        f"{spent / 1e6:.1f} M token passes",
+        f"{100 * spent / full:.2f} % of the full evaluation's",
+    )
 
 
-SECTIONS = dict(training=training, evaluation=evaluation, optimiser=optimiser, refiners=refiners,
-                communication=communication, checkpoints=checkpoints, audit_cost=audit_cost)
+SECTIONS = dict(
+    training=training,
+    functions=functions,
+    evaluation=evaluation,
+    optimiser=optimiser,
+    refiners=refiners,
+    communication=communication,
+    checkpoints=checkpoints,
+    audit_cost=audit_cost,
+)
 
 
 def rewrite_readme(table):
@@ -292,19 +425,25 @@ def rewrite_readme(table):
     text = path.read_text()
     if begin not in text or end not in text:
         sys.exit(f"{path} has no lines '{begin.strip()}' and '{end}' to write between")
-    path.write_text(text[:text.index(begin)] + begin + table + text[text.index(end):])
+    path.write_text(text[: text.index(begin)] + begin + table + text[text.index(end) :])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="section",
-                        help=f"any of {', '.join(SECTIONS)}; default all")
-    parser.add_argument("--readme", action="store_true", help="rewrite the performance section of README.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)}; default all"
+    )
+    parser.add_argument(
+        "--readme", action="store_true", help="rewrite the performance section of README.md"
+    )
     options = parser.parse_args()
     unknown = set(options.sections) - set(SECTIONS)
     if unknown:
-        parser.error(f"unknown section {', '.join(sorted(unknown))}: expected any of {', '.join(SECTIONS)}")
+        parser.error(
+            f"unknown section {', '.join(sorted(unknown))}: expected any of {', '.join(SECTIONS)}"
+        )
     golf.keep_large_blocks()
     lines = ["| what | measured | compared |", "|---|---|---|"]
     print("\n".join(lines), flush=True)
@@ -312,8 +451,12 @@ def main():
         for row in SECTIONS[name]():
             lines.append("| " + " | ".join(row) + " |")
             print(lines[-1], flush=True)
-    lines += ["", f"Measured by `python tests/bench.py` on {os.cpu_count()} cores ({platform.machine()}), "
-              f"torch {torch.__version__}, {torch.get_num_threads()} threads.", ""]
+    lines += [
+        "",
+        f"Measured by `python tests/bench.py` on {os.cpu_count()} cores ({platform.machine()}), "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
+        "",
+    ]
     if options.readme:
         rewrite_readme("\n".join(lines))
 

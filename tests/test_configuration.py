@@ -1,48 +1,50 @@
-"""Where settings come from, what is refused, what the hash covers, and what an artifact brings with it."""
+"""Where settings come from, what is refused, what the hash covers, and what an artifact brings
+with it."""
+
 import dataclasses
-import sys
 
 import pytest
+from helpers import run_main, tiny_config
 
 import train_gpt
-from conftest import tiny_config
 from train_gpt import PRESETS, Config, ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PLACE_AND_PACE = {
-    "preset", "data_path", "tokenizer_path", "val_sha256", "run_id", "run_dir", "resume", "eval_only",
-    "mode", "audit", "audit_seed", "spot_checks", "scores_file", "ttt_cuda_graph", "nproc", "code_bytes",
-    "prompt", "sample_tokens", "temperature", "top_k", "device", "compile", "micro_batch_tokens",
-    "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "checkpoint_seconds",
-    "eval_checkpoint_seconds", "time_limit_seconds"}
-# REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
-NFM_7K = dict(
-    preset="nfm_7k", vocab_size=1024, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0,
-    rope_dims=16, rope_base=10000.0, logit_softcap=30.0, bigram_vocab_size=4096, bigram_dim=128, ve_dim=0,
-    xsa_last_n=11, gated_attention=True, value_residual=True, e2e_ttt_enabled=False, flow_enabled=False,
-    nfm_enabled=True, nfm_hidden_dim=256, nfm_loss_weight=0.1, iterations=7000, train_batch_tokens=786_432,
-    train_seq_len=2048, warmdown_iters=2800, warmdown_shape="linear", max_wallclock_seconds=0.0,
-    embed_lr=0.035, scalar_lr=0.025, matrix_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500, muon_ns_steps=5, muon_wd=0.04, adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
-    grad_clip_norm=0.3, qk_gain_init=1.5, embed_init_std=0.005, flow_init_scale=0.01, ema_decay=0.997,
-    swa_enabled=False, late_qat_threshold=0.0, block_bits=6, embed_bits=8, compressor="zstd", zstd_level=16,
-    budget_bytes=16_000_000, eval_seq_len=1024, eval_stride=64, ttt_enabled=True, ttt_lr=0.002,
-    ttt_momentum=0.9, ttt_epochs=10, ttt_chunk_tokens=32_768, ttt_batch_seqs=32, ttt_freeze_blocks=2,
-    ttt_grad_clip=1.0, slot="off", slot_lr=0.003, slot_steps=5, micro_batch_tokens=98_304, warmup_steps=20,
-    data_path="./data/datasets/fineweb10B_sp1024", tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model")
+    "preset",
+    "data_path",
+    "tokenizer_path",
+    "val_sha256",
+    "run_id",
+    "run_dir",
+    "resume",
+    "eval_only",
+    "mode",
+    "audit",
+    "audit_seed",
+    "spot_checks",
+    "scores_file",
+    "ttt_cuda_graph",
+    "nproc",
+    "code_bytes",
+    "prompt",
+    "sample_tokens",
+    "temperature",
+    "top_k",
+    "device",
+    "compile",
+    "micro_batch_tokens",
+    "warmup_steps",
+    "train_log_every",
+    "val_loss_every",
+    "checkpoint_every",
+    "checkpoint_seconds",
+    "eval_checkpoint_seconds",
+    "time_limit_seconds",
+}
 
 
-def call_main(monkeypatch, capsys, argument, **environ):
-    """What main() prints with one argument and nothing but `environ` in the environment."""
-    for name in FIELDS:
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", argument])
-    train_gpt.main()
-    return capsys.readouterr().out
-
-
+# docs/REFERENCE.md, sections 3 to 7, by hand: the submission that the defaults are.
 def other_value(name):
     """A Config that differs from the defaults in this field alone, and is allowed."""
     field, value = FIELDS[name], getattr(Config(), name)
@@ -65,15 +67,13 @@ def other_value(name):
     raise AssertionError(f"no other value of {name} is allowed: {candidates}")
 
 
-def test_the_defaults_are_the_published_submission():
-    assert {name: getattr(Config(), name) for name in NFM_7K} == NFM_7K
-    assert PRESETS["nfm_7k"] == {}
-
-
 def test_an_empty_environment_gives_the_defaults():
     config = Config.from_env({})
-    assert config.as_dict() == {**Config().as_dict(), "run_id": "nfm_7k_seed42",
-                                "run_dir": "runs/nfm_7k_seed42"}
+    assert config.as_dict() == {
+        **Config().as_dict(),
+        "run_id": "nfm_7k_seed42",
+        "run_dir": "runs/nfm_7k_seed42",
+    }
 
 
 def test_an_explicit_variable_beats_the_preset_and_the_preset_the_default():
@@ -87,29 +87,55 @@ def test_an_explicit_variable_beats_the_preset_and_the_preset_the_default():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_the_defaults_but_for_its_differences(preset):
     config = Config.from_env({"PRESET": preset})
-    expected = {**Config().as_dict(), **PRESETS[preset], "preset": preset, "run_id": f"{preset}_seed42",
-                "run_dir": f"runs/{preset}_seed42"}
+    expected = {
+        **Config().as_dict(),
+        **PRESETS[preset],
+        "preset": preset,
+        "run_id": f"{preset}_seed42",
+        "run_dir": f"runs/{preset}_seed42",
+    }
     assert config.as_dict() == expected
     assert config.differences() == {}
 
 
-@pytest.mark.parametrize("name,text,value", [
-    ("AUDIT", "1", True), ("AUDIT", "true", True), ("AUDIT", "True", True), ("NFM_ENABLED", "0", False),
-    ("NFM_ENABLED", "false", False), ("NFM_ENABLED", "FALSE", False), ("ITERATIONS", "12", 12),
-    ("MATRIX_LR", "1e-3", 1e-3), ("MATRIX_LR", "2", 2.0), ("COMPILE", "0", "0"),
-    ("WARMDOWN_SHAPE", "cosine", "cosine"), ("DEVICE", "cuda:3", "cuda:3"), ("QK_GAIN_INIT", "-1.5", -1.5)])
+@pytest.mark.parametrize(
+    "name,text,value",
+    [
+        ("AUDIT", "1", True),
+        ("AUDIT", "true", True),
+        ("AUDIT", "True", True),
+        ("NFM_ENABLED", "0", False),
+        ("NFM_ENABLED", "false", False),
+        ("NFM_ENABLED", "FALSE", False),
+        ("ITERATIONS", "12", 12),
+        ("MATRIX_LR", "1e-3", 1e-3),
+        ("MATRIX_LR", "2", 2.0),
+        ("COMPILE", "0", "0"),
+        ("WARMDOWN_SHAPE", "cosine", "cosine"),
+        ("DEVICE", "cuda:3", "cuda:3"),
+        ("QK_GAIN_INIT", "-1.5", -1.5),
+    ],
+)
 def test_a_value_is_read_in_its_fields_type(name, text, value):
     found = getattr(Config.from_env({name: text}), name.lower())
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("name,text,expected", [
-    ("AUDIT", "yes", "0, 1, true or false"), ("AUDIT", "", "0, 1, true or false"),
-    ("AUDIT", "2", "0, 1, true or false"), ("ITERATIONS", "many", "expected int"),
-    ("ITERATIONS", "7e3", "expected int"), ("ITERATIONS", "1.5", "expected int"),
-    ("ITERATIONS", "", "expected int"), ("MATRIX_LR", "fast", "expected float"),
-    ("MATRIX_LR", "nan", "expected a finite number"),
-    ("MAX_WALLCLOCK_SECONDS", "inf", "expected a finite number")])
+@pytest.mark.parametrize(
+    "name,text,expected",
+    [
+        ("AUDIT", "yes", "0, 1, true or false"),
+        ("AUDIT", "", "0, 1, true or false"),
+        ("AUDIT", "2", "0, 1, true or false"),
+        ("ITERATIONS", "many", "expected int"),
+        ("ITERATIONS", "7e3", "expected int"),
+        ("ITERATIONS", "1.5", "expected int"),
+        ("ITERATIONS", "", "expected int"),
+        ("MATRIX_LR", "fast", "expected float"),
+        ("MATRIX_LR", "nan", "expected a finite number"),
+        ("MAX_WALLCLOCK_SECONDS", "inf", "expected a finite number"),
+    ],
+)
 def test_a_value_that_does_not_parse_is_named_with_what_was_expected(name, text, expected):
     with pytest.raises(ConfigError) as error:
         Config.from_env({name: text})
@@ -117,12 +143,30 @@ def test_a_value_that_does_not_parse_is_named_with_what_was_expected(name, text,
     assert message.startswith(f"{name}=") and text in message and expected in message
 
 
-@pytest.mark.parametrize("name,text", [
-    ("SEED", "-1"), ("SEED", "2147483648"), ("NUM_LAYERS", "0"), ("VOCAB_SIZE", "65537"),
-    ("MUON_MOMENTUM", "1.5"), ("BETA1", "1"), ("EMA_DECAY", "1"), ("MATRIX_LR", "-0.1"), ("EVAL_STRIDE", "0"),
-    ("TTT_EPOCHS", "0"), ("ZSTD_LEVEL", "23"), ("BUDGET_BYTES", "0"), ("ITERATIONS", "-1"),
-    ("EVAL_BATCH_SEQS", "0"), ("CHECKPOINT_SECONDS", "-1"), ("TRAIN_SEQ_LEN", "1"), ("ADAM_EPS", "0"),
-    ("BIGRAM_VOCAB_SIZE", "1"), ("LOGIT_SOFTCAP", "0")])
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("SEED", "-1"),
+        ("SEED", "2147483648"),
+        ("NUM_LAYERS", "0"),
+        ("VOCAB_SIZE", "65537"),
+        ("MUON_MOMENTUM", "1.5"),
+        ("BETA1", "1"),
+        ("EMA_DECAY", "1"),
+        ("MATRIX_LR", "-0.1"),
+        ("EVAL_STRIDE", "0"),
+        ("TTT_EPOCHS", "0"),
+        ("ZSTD_LEVEL", "23"),
+        ("BUDGET_BYTES", "0"),
+        ("ITERATIONS", "-1"),
+        ("EVAL_BATCH_SEQS", "0"),
+        ("CHECKPOINT_SECONDS", "-1"),
+        ("TRAIN_SEQ_LEN", "1"),
+        ("ADAM_EPS", "0"),
+        ("BIGRAM_VOCAB_SIZE", "-1"),
+        ("LOGIT_SOFTCAP", "0"),
+    ],
+)
 def test_a_value_out_of_range_is_named_with_its_bounds(name, text):
     with pytest.raises(ConfigError, match=f"^{name}={text}.*: expected at least ") as error:
         Config.from_env({name: text})
@@ -130,41 +174,73 @@ def test_a_value_out_of_range_is_named_with_its_bounds(name, text):
     assert str(low) in str(error.value)
 
 
-@pytest.mark.parametrize("name,text", [
-    ("BLOCK_BITS", "7"), ("COMPRESSOR", "gzip"), ("SLOT", "on"), ("RESUME", "maybe"), ("MODE", "eval"),
-    ("DTYPE", "float16"), ("COMPILE", "yes"), ("WARMDOWN_SHAPE", "Linear")])
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("BLOCK_BITS", "7"),
+        ("COMPRESSOR", "gzip"),
+        ("SLOT", "on"),
+        ("RESUME", "maybe"),
+        ("MODE", "eval"),
+        ("DTYPE", "float16"),
+        ("COMPILE", "yes"),
+        ("WARMDOWN_SHAPE", "Linear"),
+    ],
+)
 def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(name, text):
     with pytest.raises(ConfigError) as error:
         Config.from_env({name: text})
     choices = ", ".join(map(str, FIELDS[name.lower()].metadata["choices"]))
-    assert str(error.value).startswith(f"{name}=") and str(error.value).endswith(f"expected one of {choices}")
+    assert str(error.value).startswith(f"{name}=") and str(error.value).endswith(
+        f"expected one of {choices}"
+    )
 
 
-@pytest.mark.parametrize("settings,named", [
-    (dict(NUM_HEADS="7"), ["MODEL_DIM=512", "NUM_HEADS=7"]),
-    (dict(NUM_KV_HEADS="3"), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
-    (dict(NUM_KV_HEADS="16"), ["NUM_HEADS=8", "NUM_KV_HEADS=16"]),
-    (dict(ROPE_DIMS="15"), ["ROPE_DIMS=15", "64"]),
-    (dict(ROPE_DIMS="66"), ["ROPE_DIMS=66", "64"]),
-    (dict(MODEL_DIM="16", NUM_HEADS="1", NUM_KV_HEADS="1", MLP_MULT="0.25"), ["MLP_MULT=0.25"]),
-    (dict(TRAIN_BATCH_TOKENS="786433"), ["TRAIN_BATCH_TOKENS=786433", "TRAIN_SEQ_LEN=2048"]),
-    (dict(MICRO_BATCH_TOKENS="2047"), ["MICRO_BATCH_TOKENS=2047", "TRAIN_SEQ_LEN=2048"]),
-    (dict(EVAL_STRIDE="1025"), ["EVAL_STRIDE=1025", "EVAL_SEQ_LEN=1024"]),
-    (dict(TTT_CHUNK_TOKENS="32769"), ["TTT_CHUNK_TOKENS=32769", "EVAL_SEQ_LEN=1024"]),
-    (dict(TTT_FREEZE_BLOCKS="12"), ["TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11"]),
-    (dict(DEVICE="gpu"), ["DEVICE='gpu'", "auto, cpu, cuda or cuda:N"]),
-    (dict(PRESET="nfm7k"), ["PRESET='nfm7k'", *PRESETS])])
+@pytest.mark.parametrize(
+    "settings,named",
+    [
+        (dict(NUM_HEADS="7"), ["MODEL_DIM=512", "NUM_HEADS=7"]),
+        (dict(NUM_KV_HEADS="3"), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
+        (dict(NUM_KV_HEADS="16"), ["NUM_HEADS=8", "NUM_KV_HEADS=16"]),
+        (dict(ROPE_DIMS="15"), ["ROPE_DIMS=15", "64"]),
+        (dict(ROPE_DIMS="66"), ["ROPE_DIMS=66", "64"]),
+        (dict(MODEL_DIM="16", NUM_HEADS="1", NUM_KV_HEADS="1", MLP_MULT="0.25"), ["MLP_MULT=0.25"]),
+        (dict(TRAIN_BATCH_TOKENS="786433"), ["TRAIN_BATCH_TOKENS=786433", "TRAIN_SEQ_LEN=2048"]),
+        (dict(MICRO_BATCH_TOKENS="2047"), ["MICRO_BATCH_TOKENS=2047", "TRAIN_SEQ_LEN=2048"]),
+        (dict(EVAL_STRIDE="1025"), ["EVAL_STRIDE=1025", "EVAL_SEQ_LEN=1024"]),
+        (dict(TTT_CHUNK_TOKENS="32769"), ["TTT_CHUNK_TOKENS=32769", "EVAL_SEQ_LEN=1024"]),
+        (dict(TTT_FREEZE_BLOCKS="12"), ["TTT_FREEZE_BLOCKS=12", "NUM_LAYERS=11"]),
+        (
+            dict(VE_DIM="8", NUM_LAYERS="2", VE_LAST_N="3", TTT_FREEZE_BLOCKS="0"),
+            ["VE_LAST_N=3", "NUM_LAYERS=2"],
+        ),
+        (dict(SLOT="causal", EVAL_STRIDE="1024"), ["SLOT='causal'", "EVAL_STRIDE=1024"]),
+        (dict(SLOT="published", EVAL_STRIDE="1024"), ["SLOT='published'", "EVAL_STRIDE=1024"]),
+        (dict(DEVICE="gpu"), ["DEVICE='gpu'", "auto, cpu, cuda or cuda:N"]),
+        (dict(PRESET="nfm7k"), ["PRESET='nfm7k'", *PRESETS]),
+    ],
+)
 def test_settings_that_do_not_fit_together_are_named_with_their_values(settings, named):
     with pytest.raises(ConfigError) as error:
         Config.from_env(settings)
     assert [text for text in named if text not in str(error.value)] == []
 
 
-@pytest.mark.parametrize("misspelt,meant", [
-    ("ITERATONS", "ITERATIONS"), ("SEEDS", "SEED"), ("DATAPATH", "DATA_PATH"), ("NUM_LAYER", "NUM_LAYERS"),
-    ("TTT_ENABLE", "TTT_ENABLED"), ("PRSET", "PRESET"), ("EVALONLY", "EVAL_ONLY"),
-    ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"), ("iterations", "ITERATIONS"),
-    ("Train_Seq_Len", "TRAIN_SEQ_LEN")])
+@pytest.mark.parametrize(
+    "misspelt,meant",
+    [
+        ("ITERATONS", "ITERATIONS"),
+        ("SEEDS", "SEED"),
+        ("DATAPATH", "DATA_PATH"),
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("TTT_ENABLE", "TTT_ENABLED"),
+        ("PRSET", "PRESET"),
+        ("EVALONLY", "EVAL_ONLY"),
+        ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
+        ("iterations", "ITERATIONS"),
+        ("Train_Seq_Len", "TRAIN_SEQ_LEN"),
+    ],
+)
 def test_a_misspelt_variable_is_an_error_that_names_the_one_meant(misspelt, meant):
     with pytest.raises(ConfigError) as error:
         Config.from_env({misspelt: "123"})
@@ -172,21 +248,76 @@ def test_a_misspelt_variable_is_an_error_that_names_the_one_meant(misspelt, mean
 
 
 def test_the_variables_of_ordinary_machines_are_no_near_misses():
-    names = """
-        PATH HOME LANG USER LOGNAME SHELL TERM PWD OLDPWD TMPDIR EDITOR PAGER DISPLAY HOSTNAME MAIL SHLVL
-        COLUMNS LINES PYTHONPATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV LD_LIBRARY_PATH CUDA_HOME
-        CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER NCCL_DEBUG OMP_NUM_THREADS MKL_NUM_THREADS HF_HOME
-        TOKENIZERS_PARALLELISM TORCH_HOME TORCH_LOGS WANDB_MODE RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
-        GROUP_RANK ROLE_RANK ROLE_NAME
-        MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT SLURM_JOB_NAME SLURM_NODEID
-        SLURM_PROCID SLURM_NTASKS SLURM_JOB_END_TIME SLURM_SUBMIT_DIR XDG_RUNTIME_DIR XDG_DATA_DIRS SSH_CLIENT
-        LS_COLORS MODULEPATH MODULESHOME DEBUG CI DATASET DATA_DIR NSLOTS""".split()
+    names = [
+        "PATH",
+        "HOME",
+        "LANG",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "TERM",
+        "PWD",
+        "OLDPWD",
+        "TMPDIR",
+        "EDITOR",
+        "PAGER",
+        "DISPLAY",
+        "HOSTNAME",
+        "MAIL",
+        "SHLVL",
+        "COLUMNS",
+        "LINES",
+        "PYTHONPATH",
+        "VIRTUAL_ENV",
+        "CONDA_PREFIX",
+        "CONDA_DEFAULT_ENV",
+        "LD_LIBRARY_PATH",
+        "CUDA_HOME",
+        "CUDA_VISIBLE_DEVICES",
+        "CUDA_DEVICE_ORDER",
+        "NCCL_DEBUG",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "HF_HOME",
+        "TOKENIZERS_PARALLELISM",
+        "TORCH_HOME",
+        "TORCH_LOGS",
+        "WANDB_MODE",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "ROLE_RANK",
+        "ROLE_NAME",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+        "SLURM_JOB_NAME",
+        "SLURM_NODEID",
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_JOB_END_TIME",
+        "SLURM_SUBMIT_DIR",
+        "XDG_RUNTIME_DIR",
+        "XDG_DATA_DIRS",
+        "SSH_CLIENT",
+        "LS_COLORS",
+        "MODULEPATH",
+        "MODULESHOME",
+        "DEBUG",
+        "CI",
+        "DATASET",
+        "DATA_DIR",
+        "NSLOTS",
+    ]
     assert Config.from_env(dict.fromkeys(names, "1")) == Config.from_env({})
 
 
-def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypatch, capsys):
+def test_help_lists_every_variable_with_its_meaning_default_and_presets(tmp_path):
     """Even where the environment is wrong: help is for those who are stuck."""
-    text = call_main(monkeypatch, capsys, "--help", PRESET="no such preset")
+    text = run_main(cwd=tmp_path, arguments=["--help"], preset="no such preset").out
     entries = {}
     variables, published = text.split("Variables", 1)[1].split("\n\nPublished names", 1)
     assert all(f"\n  {name}\n" in published for name in train_gpt.PUBLISHED)
@@ -199,7 +330,10 @@ def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypa
     assert list(entries) == [name.upper() for name in FIELDS]
     for name, field in FIELDS.items():
         entry = entries[name.upper()]
-        assert entry.startswith(f"  {name.upper()}={field.default} ") and field.metadata["text"] in entry
+        assert (
+            entry.startswith(f"  {name.upper()}={field.default} ")
+            and field.metadata["text"] in entry
+        )
         assert len(field.metadata["text"]) > 5
         for preset, values in PRESETS.items():
             assert (f"[{preset}={values.get(name)}]" in entry) == (name in values)
@@ -208,10 +342,11 @@ def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypa
     assert all(preset in entries["PRESET"] for preset in PRESETS)
 
 
-def test_printing_the_configuration_gives_an_environment_that_resolves_to_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    environ = dict(PRESET="slot_11l", SEED="7", NFM_ENABLED="1", MATRIX_LR="1e-3", SLURM_JOB_ID="12")
-    text = call_main(monkeypatch, capsys, "--print-config", **environ)
+def test_printing_the_configuration_gives_an_environment_that_resolves_to_it(tmp_path):
+    environ = dict(
+        PRESET="slot_11l", SEED="7", NFM_ENABLED="1", MATRIX_LR="1e-3", SLURM_JOB_ID="12"
+    )
+    text = run_main(cwd=tmp_path, arguments=["--print-config"], **environ).out
     printed = dict(line.split("=", 1) for line in text.splitlines())
     assert list(printed) == [name.upper() for name in FIELDS]
     assert Config.from_env(printed) == Config.from_env(environ)
@@ -236,8 +371,15 @@ def test_the_hash_does_not_depend_on_how_a_value_was_given():
 def test_differences_are_what_the_user_changed_from_the_preset():
     """A variable that repeats the preset's value changes nothing; a run's name is no setting."""
     assert PRESETS["base_20k"]["eval_seq_len"] == 2048
-    config = Config.from_env({"PRESET": "base_20k", "SEED": "7", "EVAL_SEQ_LEN": "2048", "WARMUP_STEPS": "3",
-                              "RUN_ID": "mine"})
+    config = Config.from_env(
+        {
+            "PRESET": "base_20k",
+            "SEED": "7",
+            "EVAL_SEQ_LEN": "2048",
+            "WARMUP_STEPS": "3",
+            "RUN_ID": "mine",
+        }
+    )
     assert config.differences() == {"seed": 7, "warmup_steps": 3}
 
 
@@ -263,8 +405,12 @@ def test_an_artifact_brings_its_architecture_and_evaluation():
     environ = {"SEED": "5", "MICRO_BATCH_TOKENS": "4096", "DATA_PATH": "/somewhere"}
     own, merged = Config.from_env(environ), Config.from_env(environ, brought_by(artifact))
     assert merged.as_dict("arch", "eval") == artifact.as_dict("arch", "eval")
-    expected = {**own.as_dict("train", "run"), "run_id": merged.run_id, "run_dir": merged.run_dir,
-                "audit": True}  # a file of others is not believed
+    expected = {
+        **own.as_dict("train", "run"),
+        "run_id": merged.run_id,
+        "run_dir": merged.run_dir,
+        "audit": True,
+    }  # a file of others is not believed
     assert merged.as_dict("train", "run") == expected
 
 
@@ -278,8 +424,9 @@ def test_an_explicit_evaluation_setting_beats_the_artifacts():
 def test_an_explicit_architecture_must_be_the_artifacts():
     brought = brought_by(tiny_config())
     assert Config.from_env({"NUM_LAYERS": "3"}, brought).num_layers == 3
-    with pytest.raises(ConfigError,
-                       match=r"NUM_LAYERS=4 contradicts the artifact, which has 3: unset NUM_LAYERS"):
+    with pytest.raises(
+        ConfigError, match=r"NUM_LAYERS=4 contradicts the artifact, which has 3: unset NUM_LAYERS"
+    ):
         Config.from_env({"NUM_LAYERS": "4"}, brought)
 
 
@@ -288,11 +435,15 @@ def test_a_preset_does_not_contradict_an_artifact():
     assert merged.num_layers == 3 and merged.preset == "slot_11l"
 
 
-@pytest.mark.parametrize("settings,changes", [
-    (dict(EVAL_STRIDE="2048"), dict(eval_seq_len=2048, ttt_chunk_tokens=4096)),
-    (dict(TTT_CHUNK_TOKENS="192"), dict(eval_seq_len=64)),
-    (dict(MODEL_DIM="32"), dict(model_dim=32, num_heads=4, rope_dims=4)),
-    (dict(NUM_HEADS="3"), dict(model_dim=48, num_heads=3, num_kv_heads=1))])
+@pytest.mark.parametrize(
+    "settings,changes",
+    [
+        (dict(EVAL_STRIDE="2048"), dict(eval_seq_len=2048, ttt_chunk_tokens=4096)),
+        (dict(TTT_CHUNK_TOKENS="192"), dict(eval_seq_len=64)),
+        (dict(MODEL_DIM="32"), dict(model_dim=32, num_heads=4, rope_dims=4)),
+        (dict(NUM_HEADS="3"), dict(model_dim=48, num_heads=3, num_kv_heads=1)),
+    ],
+)
 def test_an_explicit_setting_need_only_fit_the_artifact(settings, changes):
     """The defaults it would not fit are replaced by the artifact's values."""
     merged = Config.from_env(settings, brought_by(tiny_config(**changes)))
@@ -304,12 +455,24 @@ def test_settings_that_do_not_fit_the_artifact_are_refused():
         Config.from_env({"EVAL_STRIDE": "100"}, brought_by(tiny_config()))
 
 
-@pytest.mark.parametrize("environ,run_id", [
-    ({}, "nfm_7k_seed42"), ({"PRESET": "demo", "SEED": "3"}, "demo_seed3"),
-    ({"SLURM_JOB_ID": "77"}, "nfm_7k_seed42_77"),
-    ({"SLURM_JOB_ID": "79", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"}, "nfm_7k_seed42_77_2"),
-    ({"SLURM_JOB_ID": "79", "SLURM_RESTART_COUNT": "1", "SLURM_NODEID": "3"}, "nfm_7k_seed42_79"),
-    ({"SLURM_JOB_ID": "77", "RUN_ID": "mine"}, "mine"), ({"RUN_ID": ""}, "nfm_7k_seed42")])
+@pytest.mark.parametrize(
+    "environ,run_id",
+    [
+        ({}, "nfm_7k_seed42"),
+        ({"PRESET": "demo", "SEED": "3"}, "demo_seed3"),
+        ({"SLURM_JOB_ID": "77"}, "nfm_7k_seed42_77"),
+        (
+            {"SLURM_JOB_ID": "79", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"},
+            "nfm_7k_seed42_77_2",
+        ),
+        (
+            {"SLURM_JOB_ID": "79", "SLURM_RESTART_COUNT": "1", "SLURM_NODEID": "3"},
+            "nfm_7k_seed42_79",
+        ),
+        ({"SLURM_JOB_ID": "77", "RUN_ID": "mine"}, "mine"),
+        ({"RUN_ID": ""}, "nfm_7k_seed42"),
+    ],
+)
 def test_the_run_is_named_by_preset_seed_and_slurm_job(environ, run_id):
     config = Config.from_env(environ)
     assert (config.run_id, config.run_dir) == (run_id, f"runs/{run_id}")

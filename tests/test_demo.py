@@ -1,4 +1,5 @@
 """PRESET=demo: the whole path on a laptop, with the scores of gzip and xz beside its own."""
+
 import gzip
 import lzma
 import re
@@ -6,8 +7,7 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import TINY, launch, read_json
-from test_presets import run_main
+from helpers import TINY, launch, read_json, run_main
 
 import train_gpt
 from train_gpt import Config
@@ -29,14 +29,16 @@ def scored_text(shard, tokenizer, seq_len):
     tokens = np.fromfile(shard, "<u2")[512:]
     targets = (len(tokens) - 1) // seq_len * seq_len
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    return model.decode(tokens[:targets + 1].tolist()).encode()
+    return model.decode(tokens[: targets + 1].tolist()).encode()
 
 
 def baselines(text):
     """The lines that a run must log about this text."""
     sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -6": len(lzma.compress(text, preset=6))}
-    return [f"baseline {name} bpb:{8 * size / len(text):.4f} on the same {len(text)} bytes of text"
-            for name, size in sizes.items()]
+    return [
+        f"baseline {name} bpb:{8 * size / len(text):.4f} on the same {len(text)} bytes of text"
+        for name, size in sizes.items()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +58,30 @@ def test_the_baselines_text_is_as_long_as_the_bytes_that_are_scored(demo, text):
 
 
 def test_the_demo_ends_with_scores_baselines_summary_and_what_to_try_next(demo):
-    tail = demo.lines[[i for i, line in enumerate(demo.lines) if line.startswith("legal_ttt ")][0]:]
-    starts = ["legal_ttt ", "legal_ttt_exact ", "score_scope:proxy", "result pre_quant ",
-              "result final_int6_roundtrip ", "result final_int6_sliding_window ", "result legal_ttt ",
-              "baseline gzip -9 ", "baseline xz -6 ", "summary: score ", "summary: scored ", "summary: size ",
-              "summary: steps ", "summary: files ", "next: ", "run_finished "]
-    assert [line.startswith(start) for line, start in zip(tail, starts, strict=True)] == [True] * len(starts)
+    tail = demo.lines[
+        [i for i, line in enumerate(demo.lines) if line.startswith("legal_ttt ")][0] :
+    ]
+    starts = [
+        "legal_ttt ",
+        "legal_ttt_exact ",
+        "score_scope:proxy",
+        "result pre_quant ",
+        "result final_int6_roundtrip ",
+        "result final_int6_sliding_window ",
+        "result legal_ttt ",
+        "baseline gzip -9 ",
+        "baseline xz -6 ",
+        "summary: score ",
+        "summary: scored ",
+        "summary: size ",
+        "summary: steps ",
+        "summary: files ",
+        "next: ",
+        "run_finished ",
+    ]
+    assert [line.startswith(start) for line, start in zip(tail, starts, strict=True)] == [
+        True
+    ] * len(starts)
 
 
 def test_the_demo_tells_its_artifact_size_and_what_to_try(demo):
@@ -94,10 +114,25 @@ def test_another_preset_without_data_points_to_the_demo(tmp_path):
 # With the demo's own data
 # --------------------------------------------------------------------------------------------------
 # A model that learns fast, few steps, and windows that hardly overlap: a minute instead of four.
-SHORT = dict(preset="demo", num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, iterations=40,
-             warmdown_iters=20, val_loss_every=0,
-             train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=256, eval_seq_len=256,
-             eval_stride=128, ttt_chunk_tokens=65536, ttt_epochs=1, device="cpu", dtype="float32")
+SHORT = dict(
+    preset="demo",
+    num_layers=3,
+    model_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    iterations=40,
+    warmdown_iters=20,
+    val_loss_every=0,
+    train_batch_tokens=4096,
+    micro_batch_tokens=4096,
+    train_seq_len=256,
+    eval_seq_len=256,
+    eval_stride=128,
+    ttt_chunk_tokens=65536,
+    ttt_epochs=1,
+    device="cpu",
+    dtype="float32",
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +146,20 @@ def short_demo(tmp_path_factory):
 @pytest.mark.slow
 def test_the_demo_builds_enough_text_and_scores_all_of_it(short_demo):
     folder, out = short_demo
-    train, val = (int(re.search(rf"^demo_data: {split} (\d+) bytes", out, re.M)[1])
-                  for split in ("train", "val"))
+    train, val = (
+        int(re.search(rf"^demo_data: {split} (\d+) bytes", out, re.M)[1])
+        for split in ("train", "val")
+    )
     assert train >= 6_000_000 and val >= 250_000
-    result, data = (read_json(folder / f"runs/first/{name}.json") for name in ("scores", "manifest"))
+    result, data = (
+        read_json(folder / f"runs/first/{name}.json") for name in ("scores", "manifest")
+    )
     assert result["finished"] and list(result["scores"]) == [
-        "pre_quant", "final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"]
+        "pre_quant",
+        "final_int6_roundtrip",
+        "final_int6_sliding_window",
+        "legal_ttt",
+    ]
     # Normalisation makes one space of indentation and line ends; trimming takes less than a window.
     assert 0.9 * val <= data["data"]["val_bytes"] <= val
 
@@ -127,12 +170,16 @@ def test_hardly_any_passage_of_the_demo_s_text_is_in_both_parts(short_demo):
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / DEMO.tokenizer_path))
     parts = []
     for split in ("train", "val"):
-        tokens = np.asarray(train_gpt.read_shard(folder / DEMO.data_path / f"fineweb_{split}_000000.bin"))
+        tokens = np.asarray(
+            train_gpt.read_shard(folder / DEMO.data_path / f"fineweb_{split}_000000.bin")
+        )
         documents = np.split(tokens, np.flatnonzero(tokens == train_gpt.BOS))[1:]
         parts.append([model.decode(ids.tolist()) for ids in documents])
     # No paragraph is in both, but some differ by a word only; tokens keep no paragraphs to compare.
     seen, width = "\n".join(parts[0]), 200
-    passages = [text[i:i + width] for text in parts[1] for i in range(0, len(text) - width, width)]
+    passages = [
+        text[i : i + width] for text in parts[1] for i in range(0, len(text) - width, width)
+    ]
     assert len(passages) > 1000
     assert sum(passage in seen for passage in passages) < 0.02 * len(passages)
 
@@ -140,7 +187,9 @@ def test_hardly_any_passage_of_the_demo_s_text_is_in_both_parts(short_demo):
 @pytest.mark.slow
 def test_the_baselines_of_the_demo_s_text_are_those_of_gzip_and_xz(short_demo):
     folder, out = short_demo
-    text = scored_text(folder / DEMO.data_path / "fineweb_val_000000.bin", folder / DEMO.tokenizer_path, 256)
+    text = scored_text(
+        folder / DEMO.data_path / "fineweb_val_000000.bin", folder / DEMO.tokenizer_path, 256
+    )
     assert [line for line in out.splitlines() if line.startswith("baseline ")] == baselines(text)
 
 
@@ -150,15 +199,20 @@ def test_a_second_demo_finds_the_data_of_the_first(short_demo):
     settings = {**SHORT, "iterations": 0, "ttt_enabled": False, "eval_stride": 256}
     again = run_main(folder / "runs" / "second", cwd=folder, **settings)
     assert again.code == 0 and "demo_data:" not in again.out
-    first, second = (read_json(folder / f"runs/{name}/manifest.json")["data"] for name in ("first", "second"))
+    first, second = (
+        read_json(folder / f"runs/{name}/manifest.json")["data"] for name in ("first", "second")
+    )
     assert first == second
 
 
 @pytest.mark.slow
 def test_the_demo_beats_gzip(short_demo):
-    """All its steps, however long they take here, and its sliding window; what comes after is left out."""
+    """All its steps, however long they take here, and its sliding window; what comes after is left
+    out."""
     folder, _ = short_demo
-    settings = dict(preset="demo", max_wallclock_seconds=0, ttt_enabled=False, device="cpu", run_id="third")
+    settings = dict(
+        preset="demo", max_wallclock_seconds=0, ttt_enabled=False, device="cpu", run_id="third"
+    )
     finished = launch(settings, folder, timeout=1800)
     assert finished.returncode == 0, finished.stderr
     baseline = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", finished.stdout, re.M)[1])

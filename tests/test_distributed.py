@@ -1,8 +1,9 @@
-"""One, two and four ranks train the same model and report the same scores; uneven shares never hang.
+"""One, two and four ranks train the same model, report the same scores, and never hang.
 
-Each world size runs once, over gloo, a script that uses the public parts of train_gpt.py (two ranks by
-torchrun as a user would, the others forked); many tests look at what it left.
+Each world size runs once, over gloo, a script that uses the public parts of train_gpt.py (two ranks
+by torchrun as a user would, the others forked); many tests look at what it left.
 """
+
 import os
 import re
 from pathlib import Path
@@ -11,15 +12,17 @@ from types import SimpleNamespace
 import bench
 import pytest
 import torch
-import train_gpt
-from conftest import ROOT, TINY, events, launch, read_json, tiny_config
-from test_resume import AT_WRITE, at_step, children, copy_run, outcome, unscored  # noqa: F401
+from helpers import AT_WRITE, ROOT, TINY, at_step, events, launch, outcome, read_json, tiny_config
 
-LAB = f"""
+import train_gpt
+
+LAB = (
+    f"""
 import dataclasses, json, os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import bench, torch, train_gpt
-""" + """
+"""
+    + """
 def score(name, model, stream, **options):
     changes = options.pop("changes", {})
     changed = dataclasses.replace(config, **changes)
@@ -51,17 +54,20 @@ score("four_targets_per_window", model, few, stride=4)
 score("two_windows", model, few, stride=config.eval_seq_len)
 score("slot", model, few, slot="causal")
 score("ttt", model, val, ttt=True, changes=dict(ttt_lr=0.02))
-score("ttt_two_epochs", model, few, ttt=True, changes=dict(ttt_chunk_tokens=64, ttt_epochs=2, ttt_lr=0.05))
+two_epochs = dict(ttt_chunk_tokens=64, ttt_epochs=2, ttt_lr=0.05)
+score("ttt_two_epochs", model, few, ttt=True, changes=two_epochs)
 score("ttt_small_chunks", model, half, ttt=True, changes=dict(ttt_chunk_tokens=64, ttt_lr=0.05))
 score("ttt_one_row_steps", model, half, ttt=True, changes=dict(ttt_batch_seqs=1))
 score("ttt_slot", model, few, ttt=True, slot="causal", changes=dict(ttt_chunk_tokens=64))
 if runtime.comm.world == 2:
-    left["audit"] = [c["name"] for c in train_gpt.audit(model, val, config, runtime) if not c["passed"]]
+    checks = train_gpt.audit(model, val, config, runtime)
+    left["audit"] = [check["name"] for check in checks if not check["passed"]]
 if runtime.is_main:
     train_gpt.save_tensors(left["out"] + ".pt", dict(trainer.model.state_dict()))
     train_gpt.write_json(left["out"] + ".json", left)
 runtime.close()
 """
+)
 WORLDS = (1, 2, 4)
 STEPS = dict(TINY, num_layers=2, xsa_last_n=1, iterations=20, warmdown_iters=8, dtype="float32")
 
@@ -83,8 +89,12 @@ def labs(children, tmp_path_factory):
             assert done.returncode == 0, done.stderr[-4000:]
             stdout = done.stdout
         losses = {e["step"]: e["train_loss"] for e in events(run_dir, "step")}
-        labs[world] = SimpleNamespace(**read_json(f"{out}.json"), state=train_gpt.load_tensors(f"{out}.pt"),
-                                      losses=losses, stdout=stdout)
+        labs[world] = SimpleNamespace(
+            **read_json(f"{out}.json"),
+            state=train_gpt.load_tensors(f"{out}.pt"),
+            losses=losses,
+            stdout=stdout,
+        )
     return labs
 
 
@@ -122,8 +132,9 @@ def test_scores_without_training_do_not_depend_on_the_ranks(labs, world, name):
     assert found[2:] == expected[2:]
 
 
-@pytest.mark.parametrize("name", ["ttt", "ttt_two_epochs", "ttt_small_chunks", "ttt_one_row_steps", "slot",
-                                  "ttt_slot"])
+@pytest.mark.parametrize(
+    "name", ["ttt", "ttt_two_epochs", "ttt_small_chunks", "ttt_one_row_steps", "slot", "ttt_slot"]
+)
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_scores_with_training_do_not_depend_on_the_ranks(labs, world, name):
     found, expected = labs[world].scores[name], labs[1].scores[name]
@@ -146,13 +157,16 @@ def test_the_audit_passes_at_two_ranks(labs):
 def test_all_log_lines_come_from_rank_0(labs):
     for world, lab in labs.items():
         assert lab.stdout.count("model_params:") == 1
-        assert re.findall(r"^step:(\d+)/20 train_loss", lab.stdout, re.M) == [str(s) for s in range(1, 21)]
+        assert re.findall(r"^step:(\d+)/20 train_loss", lab.stdout, re.M) == [
+            str(s) for s in range(1, 21)
+        ]
         assert len(re.findall(r"^legality C1 future_flip", lab.stdout, re.M)) == (world == 2)
         assert f"world_size:{world} grad_accum_steps:{2 if world == 1 else 1}" in lab.stdout
 
 
 class Collectives:
-    """Stands in for torch.distributed on rank 0 of `world` equal ranks; sums what a ring makes each send."""
+    """Stands in for torch.distributed on rank 0 of `world` equal ranks; sums what a ring makes
+    each send."""
 
     def __init__(self, world):
         self.world, self.sent = world, 0
@@ -163,7 +177,7 @@ class Collectives:
         return SimpleNamespace(wait=lambda: None)
 
     def reduce_scatter(self, out, stack, async_op):
-        out.copy_(stack[:len(out)] * self.world)
+        out.copy_(stack[: len(out)] * self.world)
         self.sent += self.part(stack)
         return SimpleNamespace(wait=lambda: None)
 
@@ -195,7 +209,9 @@ def bytes_of_a_step(monkeypatch, world):
 def test_the_bytes_counted_are_the_bytes_that_the_collectives_move(labs, monkeypatch, world):
     counted, moved, parameters = bytes_of_a_step(monkeypatch, world)
     assert counted == moved
-    assert moved >= 2 * parameters * (world - 1) // world, "less than replicated parameters need at least"
+    assert moved >= 2 * parameters * (world - 1) // world, (
+        "less than replicated parameters need at least"
+    )
     assert labs[world].bytes_sent == [20 * counted] * world
 
 
@@ -203,35 +219,40 @@ def test_one_rank_sends_nothing(labs):
     assert labs[1].bytes_sent == [0]
 
 
-# The whole program over ranks -------------------------------------------------------------------------------
+# The whole program over ranks
+# -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def two(children):
     """(a run stopped at two ranks, the same run finished at two)."""
     run_dir = children.new("two")
     group = children.start(run_dir, ranks=2, patch=at_step(6, "os.kill(os.getpid(), 15)"))
     assert group.wait() == [75, 75], group.stderr()
-    finished = copy_run(children, run_dir)
+    finished = children.copy(run_dir)
     children.finish(finished, ranks=2)
     return run_dir, finished
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks):
-    run_dir = copy_run(children, two[0])
+    run_dir = children.copy(two[0])
     output = children.finish(run_dir, ranks).stdout()
     assert "resumed_from:" in output and f"world_size:{ranks} " in output
-    weights, expected = (train_gpt.load_tensors(folder / "final_model.pt")["state_dict"]
-                         for folder in (run_dir, two[1]))
+    weights, expected = (
+        train_gpt.load_tensors(folder / "final_model.pt")["state_dict"]
+        for folder in (run_dir, two[1])
+    )
     for name, value in expected.items():
         assert (weights[name] - value).norm() <= 1e-4 * value.norm(), name
     for label, score in outcome(two[1])["scores"].items():
         assert outcome(run_dir)["scores"][label]["tokens"] == score["tokens"]
-        assert outcome(run_dir)["scores"][label]["val_bpb"] == pytest.approx(score["val_bpb"], rel=1e-4)
+        assert outcome(run_dir)["scores"][label]["val_bpb"] == pytest.approx(
+            score["val_bpb"], rel=1e-4
+        )
 
 
 def test_an_evaluation_saved_at_two_ranks_is_scored_the_same_at_one(children, two):
     """No target may be scored twice or lost, whether the saved state is used or not."""
-    run_dir = unscored(children, two[1])
+    run_dir = children.unscored(two[1])
     group = children.start(run_dir, ranks=2, patch=AT_WRITE, at="eval_legal_ttt 5 hold")
     assert group.until(Path(f"{run_dir}.held").exists)
     group.kill()

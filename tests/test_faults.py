@@ -1,4 +1,5 @@
 """Faults: nothing that was saved is lost, the message says what to do, the exit code which kind."""
+
 import re
 import shutil
 import signal
@@ -9,13 +10,22 @@ import time
 
 import pytest
 import torch
-import train_gpt
-from conftest import events, launch, read_json, tiny_config
-from test_resume import (at_step, children, copy_run, json_lines, kill_tree, log_of, outcome,  # noqa: F401
-                         steps_of, stopped, torchrun, whole)
+from helpers import (
+    at_step,
+    events,
+    json_lines,
+    kill_tree,
+    launch,
+    log_of,
+    newest,
+    outcome,
+    read_json,
+    steps_of,
+    tiny_config,
+    torchrun,
+)
 
-def newest(run_dir):
-    return sorted((run_dir / "checkpoint").glob("step_*.pt"))[-1]
+import train_gpt
 
 
 def check_message(group, *parts):
@@ -30,7 +40,8 @@ def check_last_error(run_dir, code):
     assert last["event"] == "error" and last["code"] == code and last["message"]
 
 
-# A file system that is full ---------------------------------------------------------------------------------
+# A file system that is full
+# ---------------------------------------------------------------------------------
 LIMIT = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
@@ -39,18 +50,22 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
 
 def test_a_run_goes_on_when_checkpoints_cannot_be_written(children, stopped, whole):
     """Half a checkpoint fits: every save fails, all smaller files can be written."""
-    run_dir = copy_run(children, stopped[0])
+    run_dir = children.copy(stopped[0])
     old = {path.name: path.read_bytes() for path in (run_dir / "checkpoint").glob("step_*.pt")}
     group = children.finish(run_dir, patch=LIMIT.format(limit=len(old[newest(run_dir).name]) // 2))
     assert re.search(r"warning: checkpoint not saved: .*step_\d+\.pt.*free space", group.stdout())
     assert "Traceback" not in group.stdout() + group.stderr()
-    assert {path.name: path.read_bytes() for path in (run_dir / "checkpoint").glob("step_*.pt")} == old
+    assert {
+        path.name: path.read_bytes() for path in (run_dir / "checkpoint").glob("step_*.pt")
+    } == old
     assert not list(run_dir.rglob("*.tmp"))
     assert outcome(run_dir) == outcome(whole)
 
 
-def test_a_stop_that_cannot_be_saved_is_an_error_and_the_old_checkpoint_is_intact(children, stopped):
-    run_dir = copy_run(children, stopped[0])
+def test_a_stop_that_cannot_be_saved_is_an_error_and_the_old_checkpoint_is_intact(
+    children, stopped
+):
+    run_dir = children.copy(stopped[0])
     old = newest(run_dir).read_bytes()
     stop = at_step(9, "os.kill(os.getpid(), 15)")
     patch = LIMIT.format(limit=len(old) // 2) + stop
@@ -73,6 +88,7 @@ def small_disk(tmp_path):
 
     def resize(size):
         subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
     yield resize, folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -93,7 +109,8 @@ def test_a_disk_that_fills_up_loses_nothing(children, whole, small_disk):
 
 
 def test_a_log_that_cannot_be_appended_is_a_clear_error(children, whole, small_disk):
-    """Another program takes the last byte of the disk in mid-run, just when the logs' last pages are full."""
+    """Another program takes the last byte of the disk in mid-run, just when the logs' last pages
+    are full."""
     resize, folder = small_disk
     fill = """
         for name in ("train.log", "metrics.jsonl"):
@@ -130,8 +147,11 @@ def test_a_save_that_failed_once_is_forgotten_after_the_next_good_one(runtime):
     assert log_of(made.dir).count("warning: checkpoint not saved") == 1
 
 
-# Data -------------------------------------------------------------------------------------------------------
-def test_a_shard_that_vanishes_in_mid_run_ends_it_with_the_last_checkpoint_named(children, whole, tmp_path):
+# Data ---------------------------------------------------------------------------------------------
+# ----------
+def test_a_shard_that_vanishes_in_mid_run_ends_it_with_the_last_checkpoint_named(
+    children, whole, tmp_path
+):
     folder, run_dir = tmp_path / "data", children.new("vanishing")
     shutil.copytree(children.data.data_path, folder)
     shard, aside = folder / "fineweb_train_000000.bin", tmp_path / "aside.bin"
@@ -150,12 +170,14 @@ def test_a_shard_that_shrinks_in_mid_run_is_an_error_and_not_a_crash(children, t
     folder, run_dir = tmp_path / "data", children.new("shrinking")
     shutil.copytree(children.data.data_path, folder)
     shard = folder / "fineweb_train_000000.bin"
-    group = children.finish(run_dir, code=3, data_path=folder,
-                            patch=at_step(7, f"os.truncate({str(shard)!r}, 1024)"))
+    group = children.finish(
+        run_dir, code=3, data_path=folder, patch=at_step(7, f"os.truncate({str(shard)!r}, 1024)")
+    )
     check_message(group, str(shard), "1024 bytes", "last checkpoint")
 
 
-# Ranks ------------------------------------------------------------------------------------------------------
+# Ranks --------------------------------------------------------------------------------------------
+# ----------
 def test_a_rank_that_dies_ends_the_job_within_a_minute(children, tmp_path):
     run_dir = children.new("dead_rank")
     script = children.script(at_step(7, "self.runtime.comm.rank and os._exit(9)"))
@@ -192,8 +214,11 @@ def test_an_error_of_one_rank_ends_the_others_too(children):
 
 @pytest.mark.parametrize("cause", ["time_limit", pytest.param("signal", marks=pytest.mark.slow)])
 def test_torchrun_does_not_break_off_a_slow_save_at_a_stop(children, cause, tmp_path):
-    """Ranks that have nothing to write must not leave before rank 0: torchrun would end it in mid-write."""
-    stop = dict(time_limit="self.runtime.stop.time_limit = 1e-9", signal="os.kill(os.getpid(), 10)")[cause]
+    """Ranks that have nothing to write must not leave before rank 0: torchrun would end it in
+    mid-write."""
+    stop = dict(
+        time_limit="self.runtime.stop.time_limit = 1e-9", signal="os.kill(os.getpid(), 10)"
+    )[cause]
     slow = """
 save_tensors = train_gpt.save_tensors
 def slow(path, state):
@@ -229,7 +254,8 @@ def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(children):
     assert len(re.findall("^stopped ", log_of(run_dir), re.M)) == 1
 
 
-# Memory -----------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
+# ----------
 def test_out_of_memory_in_training_names_the_micro_batch_to_try(children):
     run_dir = children.new("oom")
     patch = """
@@ -242,59 +268,17 @@ train_gpt.GPT.forward = greedy"""
     group = children.finish(run_dir, code=7, patch=patch, micro_batch_tokens=256)
     check_message(group, "MICRO_BATCH_TOKENS=256", "MICRO_BATCH_TOKENS=128")
     check_last_error(run_dir, 7)
-    train = children.finish(run_dir, code=75, patch=patch + at_step(0, "os.kill(os.getpid(), 15)"),
-                            micro_batch_tokens=128)
+    train = children.finish(
+        run_dir,
+        code=75,
+        patch=patch + at_step(0, "os.kill(os.getpid(), 15)"),
+        micro_batch_tokens=128,
+    )
     assert "step:1/12" in train.stdout()
 
 
-def evaluation_parts(runtime, tiny_data):
-    """(model, stream, config, runtime) of a tiny model with random weights."""
-    config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path))
-    made = runtime(config)
-    model = train_gpt.build_model(config, made)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(0.02 * torch.randn_like(param))
-    stream = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
-    return model, stream, config, made
-
-
-def greedy(function, most, argument=0):
-    """`function`, out of memory for more than `most` sequences."""
-    def limited(*arguments):
-        if len(arguments[argument]) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return function(*arguments)
-    return limited
-
-
-def test_out_of_memory_in_evaluation_halves_the_batch_and_scores_the_same(runtime, tiny_data, monkeypatch):
-    parts = evaluation_parts(runtime, tiny_data)
-    expected = train_gpt.evaluate(*parts)
-    monkeypatch.setattr(parts[0], "hidden", greedy(parts[0].hidden, 1))
-    found = train_gpt.evaluate(*parts)
-    assert found.tokens == expected.tokens and found.bytes == expected.bytes
-    assert found.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
-    log = log_of(parts[3].dir)
-    assert "halved to 2 windows" in log and "halved to 1 windows" in log and log.count("out_of_memory") == 2
-
-
-def test_out_of_memory_in_test_time_training_takes_the_same_steps(runtime, tiny_data, monkeypatch):
-    parts = evaluation_parts(runtime, tiny_data)
-    expected = train_gpt.evaluate(*parts, ttt=True)
-    monkeypatch.setattr(parts[0], "forward", greedy(parts[0].forward, 1))
-    found = train_gpt.evaluate(*parts, ttt=True)
-    assert found.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
-
-
-def test_out_of_memory_with_one_window_is_a_clear_error(runtime, tiny_data, monkeypatch):
-    parts = evaluation_parts(runtime, tiny_data)
-    monkeypatch.setattr(parts[0], "hidden", greedy(parts[0].hidden, 0))
-    with pytest.raises(train_gpt.ResourceError, match="EVAL_SEQ_LEN"):
-        train_gpt.evaluate(*parts)
-
-
-# Numbers ----------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
+# ----------
 def check_diverged(group, run_dir):
     check_message(group, "loss is nan", "learning rate")
     check_last_error(run_dir, 5)
@@ -327,11 +311,12 @@ def test_both_ranks_end_when_the_loss_of_one_is_not_finite(children):
     assert check_diverged(group, run_dir)["step"] == 7
 
 
-# One directory, one run -------------------------------------------------------------------------------------
+# One directory, one run
+# -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_second_run_in_the_same_directory_refuses_and_the_first_goes_on(children, whole, ranks):
     run_dir = children.new("shared")
-    wait = "exec('while not os.path.exists(os.environ[\"RUN_DIR\"] + \".go\"): time.sleep(0.01)')"
+    wait = 'exec(\'while not os.path.exists(os.environ["RUN_DIR"] + ".go"): time.sleep(0.01)\')'
     first = children.start(run_dir, patch=at_step(7, wait))
     assert first.until(lambda: max(steps_of(run_dir), default=0) == 7)
     second = children.start(run_dir, ranks=ranks)
@@ -343,20 +328,17 @@ def test_a_second_run_in_the_same_directory_refuses_and_the_first_goes_on(childr
     assert outcome(run_dir) == outcome(whole)
 
 
-def test_a_directory_that_cannot_be_written_is_refused(children, tmp_path):
-    (tmp_path / "file").touch()
-    group = children.finish(tmp_path / "file" / "run", code=2)
-    check_message(group, "RUN_DIR=", "writable")
-
-
-# Time and threads -------------------------------------------------------------------------------------------
+# Time and threads
+# -------------------------------------------------------------------------------------------
 def test_a_clock_that_goes_backwards_changes_nothing(children, whole):
     patch = """
 from itertools import count
 ticks = count()
 time.time = lambda: 2e9 - 3600 * next(ticks)"""
     run_dir = children.new("clock")
-    children.finish(run_dir, patch=patch, checkpoint_every=0, checkpoint_seconds=0.01, time_limit_seconds=600)
+    children.finish(
+        run_dir, patch=patch, checkpoint_every=0, checkpoint_seconds=0.01, time_limit_seconds=600
+    )
     assert outcome(run_dir) == outcome(whole)
     assert any(e["event"] == "checkpoint" for e in json_lines(run_dir)[0])
     times = [e["train_time_ms"] for e in json_lines(run_dir)[0] if e["event"] == "step"]
@@ -371,6 +353,7 @@ def test_lines_written_from_two_threads_never_mix(runtime):
     def write(name):
         for i in range(4000):
             made.event("test", name=name, number=i)
+
     threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
     sys.setswitchinterval(1e-6)
     try:

@@ -1,21 +1,34 @@
-"""Legality: the audit passes what is legal and catches each violation; one artifact has one score."""
+"""Legality: the audit passes what is legal and catches each violation; one artifact has one score.
+Legality: the audit passes what is legal and catches each violation; one artifact has one score."""
+
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    CHUNK,
+    EVERY_PART,
+    ROOT,
+    SEQ,
+    events,
+    launch,
+    random_model,
+    read_json,
+    run_main,
+    same,
+    tiny_config,
+    weights,
+)
+
 import train_gpt
-from conftest import ROOT, environment, events, launch, read_json, tiny_config
-from test_evaluation import CHUNK, EVERY_PART, SEQ, case, random_model, same, weights  # noqa: F401
 
 MODES = {
-    "sliding": dict(ttt_enabled=False), "ttt": dict(ttt_enabled=True),
+    "sliding": dict(ttt_enabled=False),
+    "ttt": dict(ttt_enabled=True),
     "slot": dict(ttt_enabled=False, slot="causal"),
     "ttt_slot": dict(ttt_enabled=True, slot="causal"),
 }
@@ -28,11 +41,11 @@ def failed(case, model=None):
     return {check["name"] for check in checks if not check["passed"]}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is legal passes
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
-def test_a_legal_evaluation_passes_every_check(case, mode):  # noqa: F811
+def test_a_legal_evaluation_passes_every_check(case, mode):
     case = case(3 * CHUNK, ttt_lr=0.05, **MODES[mode])
     model = case.model()
     before = weights(model)
@@ -44,20 +57,28 @@ def test_a_legal_evaluation_passes_every_check(case, mode):  # noqa: F811
         assert f"legality {name} pass " in case.log()
 
 
-@pytest.mark.parametrize("changes", [
-    dict(dtype="bfloat16"), EVERY_PART, dict(eval_stride=SEQ), dict(eval_batch_seqs=1),
-    dict(eval_stride=37, eval_batch_seqs=3, ttt_freeze_blocks=0, ttt_epochs=2)], ids=lambda c: "-".join(c))
-def test_other_shapes_and_every_part_of_the_model_pass_too(case, changes):  # noqa: F811
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dtype="bfloat16"),
+        EVERY_PART,
+        dict(eval_stride=SEQ),
+        dict(eval_batch_seqs=1),
+        dict(eval_stride=37, eval_batch_seqs=3, ttt_freeze_blocks=0, ttt_epochs=2),
+    ],
+    ids=lambda c: "-".join(c),
+)
+def test_other_shapes_and_every_part_of_the_model_pass_too(case, changes):
     assert failed(case(3 * CHUNK, **changes)) == set()
 
 
-def test_a_stream_shorter_than_the_audits_slice_passes(case):  # noqa: F811
+def test_a_stream_shorter_than_the_audits_slice_passes(case):
     assert failed(case(SEQ)) == set()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One violation per check
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def peek(patch, distance):
     """Every state also holds something of the token `distance` places after its input."""
     original = train_gpt.GPT.hidden
@@ -65,7 +86,8 @@ def peek(patch, distance):
     def hidden(self, ids, last=None):
         ahead = F.pad(ids[:, distance:], (0, distance), value=5)
         states = original(self, ids, last)
-        return states + 0.1 * self.tok_emb(ahead)[:, -states.size(1):]
+        return states + 0.1 * self.tok_emb(ahead)[:, -states.size(1) :]
+
     patch.setattr(train_gpt.GPT, "hidden", hidden)
 
 
@@ -86,7 +108,9 @@ def train_first(patch):
             is_score = isinstance(item, train_gpt.ScoreRound)
             first = windows[item.low].first if is_score else item.first
             return first // config.ttt_chunk_tokens, is_score
+
         return sorted(original(windows, targets, config, per_round, ttt), key=chunk_and_kind)
+
     patch.setattr(train_gpt, "plan_work", plan)
 
 
@@ -96,8 +120,13 @@ def train_on_the_next_chunk(patch):
     def plan(windows, targets, config, per_round, ttt):
         work = original(windows, targets, config, per_round, ttt)
         chunk = config.ttt_chunk_tokens
-        return [item._replace(first=item.first + chunk) if isinstance(item, train_gpt.TrainStep) else item
-                for item in work]
+        return [
+            item._replace(first=item.first + chunk)
+            if isinstance(item, train_gpt.TrainStep)
+            else item
+            for item in work
+        ]
+
     patch.setattr(train_gpt, "plan_work", plan)
 
 
@@ -106,6 +135,7 @@ def train_on_other_tokens_than_planned(patch):
 
     def train(self, item):
         original(self, item._replace(first=item.first + CHUNK))
+
     patch.setattr(train_gpt.Evaluation, "train", train)
 
 
@@ -117,6 +147,7 @@ def train_on_other_tokens_in_secret(patch):
         scored, self.scored_until = self.scored_until, 1 << 40
         original(self, item._replace(first=item.first + CHUNK))
         self.scored_until = scored
+
     patch.setattr(train_gpt.Evaluation, "train", train)
 
 
@@ -126,11 +157,15 @@ def train_on_a_late_chunk_first(patch):
 
     def plan(windows, targets, config, per_round, ttt):
         work = original(windows, targets, config, per_round, ttt)
-        late = [i for i, item in enumerate(work)
-                if isinstance(item, train_gpt.TrainStep) and item.first >= 4 * CHUNK]
+        late = [
+            i
+            for i, item in enumerate(work)
+            if isinstance(item, train_gpt.TrainStep) and item.first >= 4 * CHUNK
+        ]
         if late:
             work.insert(late[0] - 3, work[late[0]])
         return work
+
     patch.setattr(train_gpt, "plan_work", plan)
 
 
@@ -141,32 +176,37 @@ def slot_off_by_one(patch):
     def shift(model, hidden, batch, config, slot):
         windows = [w._replace(first=min(w.first + 1, w.end)) for w in batch.windows]
         return original(model, hidden, batch._replace(windows=windows), config, slot)
+
     patch.setattr(train_gpt, "slot_shift", shift)
 
 
 def look_ahead(when):
     """Final states hold something of the next token, in the evaluations that `when` chooses."""
+
     def violation(patch):
         original = train_gpt.scored_nll
 
         def scored(model, hidden, batch, observer):
             if when(peeking[0], batch):
-                hidden = hidden + 0.05 * model.tok_emb(batch.targets)[:, -hidden.size(1):]
+                hidden = hidden + 0.05 * model.tok_emb(batch.targets)[:, -hidden.size(1) :]
             return original(model, hidden, batch, observer)
 
         def batch_nll(self, *args):
             peeking[0] = self
             return original_batch(self, *args)
+
         peeking, original_batch = [None], train_gpt.Evaluation.batch_nll
         patch.setattr(train_gpt.Evaluation, "batch_nll", batch_nll)
         patch.setattr(train_gpt, "scored_nll", scored)
+
     return violation
 
 
 look_ahead_in_the_roundtrip = look_ahead(lambda evaluation, batch: batch.count == SEQ)
 look_ahead_with_test_time_training = look_ahead(lambda evaluation, batch: evaluation.ttt)
 look_ahead_after_some_training = look_ahead(
-    lambda evaluation, batch: evaluation.sgd is not None and len(evaluation.sgd.state) > 0)
+    lambda evaluation, batch: evaluation.sgd is not None and len(evaluation.sgd.state) > 0
+)
 
 
 def better_at_documents(patch):
@@ -183,6 +223,7 @@ def better_at_documents(patch):
 
     def scored(model, hidden, batch, observer):
         return original(model, hidden, batch, Free(observer))
+
     patch.setattr(train_gpt, "scored_nll", scored)
 
 
@@ -192,8 +233,12 @@ def result_with(**factors):
 
         def result(self, complete):
             score = original(self, complete)
-            return dataclasses.replace(score, **{k: getattr(score, k) * f for k, f in factors.items()})
+            return dataclasses.replace(
+                score, **{k: getattr(score, k) * f for k, f in factors.items()}
+            )
+
         patch.setattr(train_gpt.Evaluation, "result", result)
+
     return violation
 
 
@@ -209,6 +254,7 @@ def some_bytes_twice(patch):
 
     def count(self, prev_ids, target_ids):
         return original(self, prev_ids, target_ids) + (np.asarray(target_ids) % 5 == 0)
+
     patch.setattr(train_gpt.TokenBytes, "count", count)
 
 
@@ -241,6 +287,7 @@ def count_less(patch):
 
     def add(self, windows, nll, num_bytes):
         original(self, windows, 0.9 * nll, num_bytes)
+
     patch.setattr(train_gpt.Meter, "add", add)
 
 
@@ -251,6 +298,7 @@ def change_weights_while_scoring(patch):
         with torch.no_grad():
             self.smear.gate.add_(1e-4)
         return original(self, ids, last)
+
     patch.setattr(train_gpt.GPT, "hidden", hidden)
 
 
@@ -259,6 +307,7 @@ def no_reset_at_bos(patch):
 
     def forward(self, x, ids):
         return original(self, x, torch.full_like(ids, 5))
+
     patch.setattr(train_gpt.SmearGate, "forward", forward)
 
 
@@ -270,6 +319,7 @@ def tail_twice(patch):
         windows = original(*args)
         start, first, _ = windows[-1]
         return [*windows[:-1], windows[-1]._replace(first=max(start, first - 8))]
+
     patch.setattr(train_gpt, "plan_windows", plan)
 
 
@@ -281,6 +331,7 @@ def tail_twice_with_a_meter_that_counts(patch):
             self.coverage[first:end] += 1
             self.tokens, self.last = self.tokens + end - first, end
         self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
+
     patch.setattr(train_gpt.Meter, "add", add)
 
 
@@ -292,6 +343,7 @@ def tail_twice_with_a_meter_that_hides_it(patch):
             self.coverage[first:end] = 1
             self.tokens, self.last = self.tokens + end - first, end
         self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
+
     patch.setattr(train_gpt.Meter, "add", add)
 
 
@@ -301,27 +353,44 @@ def tail_left_out(patch):
 
 
 VIOLATIONS = [
-    (look_ahead_by_one, "C1 own_token"), (look_ahead_by_two, "C1 future_flip"),
+    (look_ahead_by_one, "C1 own_token"),
+    (look_ahead_by_two, "C1 future_flip"),
     (no_reset_at_bos, "rule smear_bos"),
-    (unnormalised_head, "C2 normalised"), (slightly_unnormalised_head, "C2 normalised"),
-    (better_entries, "C2 nll_is_entry"), (count_less, "C2 nll_is_entry"),
-    (train_first, "C3 trained_is_scored"), (train_on_the_next_chunk, "C3 trained_is_scored"),
+    (unnormalised_head, "C2 normalised"),
+    (slightly_unnormalised_head, "C2 normalised"),
+    (better_entries, "C2 nll_is_entry"),
+    (count_less, "C2 nll_is_entry"),
+    (train_first, "C3 trained_is_scored"),
+    (train_on_the_next_chunk, "C3 trained_is_scored"),
     (train_on_other_tokens_than_planned, "C3 trained_is_scored"),
-    (train_on_other_tokens_in_secret, "C3 twin_run"), (train_on_a_late_chunk_first, "C3 trained_is_scored"),
-    (look_ahead_in_the_roundtrip, "C1 dense_sweep"), (look_ahead_with_test_time_training, "C1 own_token"),
-    (look_ahead_after_some_training, "C1 own_token"), (better_at_documents, "C2 nll_is_entry"),
-    (lower_loss, "C4 score"), (lower_bits, "C4 score"), (large_ln_2, "C4 score"), (some_bytes_twice, "C4 score"),
+    (train_on_other_tokens_in_secret, "C3 twin_run"),
+    (train_on_a_late_chunk_first, "C3 trained_is_scored"),
+    (look_ahead_in_the_roundtrip, "C1 dense_sweep"),
+    (look_ahead_with_test_time_training, "C1 own_token"),
+    (look_ahead_after_some_training, "C1 own_token"),
+    (better_at_documents, "C2 nll_is_entry"),
+    (lower_loss, "C4 score"),
+    (lower_bits, "C4 score"),
+    (large_ln_2, "C4 score"),
+    (some_bytes_twice, "C4 score"),
     (change_weights_while_scoring, "C3 state_unchanged"),
-    (tail_twice, "C4"), (tail_twice_with_a_meter_that_counts, "C4"),
-    (tail_twice_with_a_meter_that_hides_it, "C4"), (tail_left_out, "C4"),
+    (tail_twice, "C4"),
+    (tail_twice_with_a_meter_that_counts, "C4"),
+    (tail_twice_with_a_meter_that_hides_it, "C4"),
+    (tail_left_out, "C4"),
 ]
 # Each of these breaks one promise and keeps the others.
-PURE = (no_reset_at_bos, unnormalised_head, slightly_unnormalised_head, train_on_other_tokens_in_secret,
-        lower_loss)
+PURE = (
+    no_reset_at_bos,
+    unnormalised_head,
+    slightly_unnormalised_head,
+    train_on_other_tokens_in_secret,
+    lower_loss,
+)
 
 
 @pytest.mark.parametrize("violation, check", VIOLATIONS, ids=range(len(VIOLATIONS)))
-def test_a_violation_is_caught_by_the_check_meant_for_it(case, monkeypatch, violation, check):  # noqa: F811
+def test_a_violation_is_caught_by_the_check_meant_for_it(case, monkeypatch, violation, check):
     case = case(1450, ttt_lr=0.05)
     model = case.model()
     violation(monkeypatch)
@@ -331,7 +400,7 @@ def test_a_violation_is_caught_by_the_check_meant_for_it(case, monkeypatch, viol
 
 
 @pytest.mark.parametrize("violation", PURE, ids=range(len(PURE)))
-def test_a_violation_fails_no_check_of_what_still_holds(case, monkeypatch, violation):  # noqa: F811
+def test_a_violation_fails_no_check_of_what_still_holds(case, monkeypatch, violation):
     """A check that failed with every violation would tell a reviewer nothing."""
     case = case(3 * CHUNK, ttt_lr=0.05)
     model = case.model()
@@ -339,9 +408,15 @@ def test_a_violation_fails_no_check_of_what_still_holds(case, monkeypatch, viola
     assert failed(case, model) == {dict(VIOLATIONS)[violation]}
 
 
-@pytest.mark.parametrize("changes", [{}, dict(ttt_enabled=False),
-                                     dict(ttt_enabled=False, eval_seq_len=256, eval_stride=16, eval_batch_seqs=8)])
-def test_slot_fitted_on_one_target_too_many_is_found_by_the_dense_sweep(case, monkeypatch, changes):  # noqa: F811
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(ttt_enabled=False),
+        dict(ttt_enabled=False, eval_seq_len=256, eval_stride=16, eval_batch_seqs=8),
+    ],
+)
+def test_slot_fitted_on_one_target_too_many_is_found_by_the_dense_sweep(case, monkeypatch, changes):
     case = case(1450, slot="causal", slot_lr=0.05, ttt_chunk_tokens=512, **changes)
     assert failed(case) == set()
     slot_off_by_one(monkeypatch)
@@ -349,19 +424,21 @@ def test_slot_fitted_on_one_target_too_many_is_found_by_the_dense_sweep(case, mo
 
 
 @pytest.mark.parametrize("ttt", [False, True])
-def test_published_slot_fails_the_causality_check(case, ttt):  # noqa: F811
+def test_published_slot_fails_the_causality_check(case, ttt):
     case = case(3 * CHUNK, slot="published", ttt_enabled=ttt)
     assert "C1 future_flip" in failed(case)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One artifact, one score
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 LABELS = ("final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt")
 
 
 def exact_lines(text):
-    return [line for line in text.splitlines() if "_exact " in line and not line.startswith("pre_quant")]
+    return [
+        line for line in text.splitlines() if "_exact " in line and not line.startswith("pre_quant")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -390,15 +467,24 @@ sys.addaudithook(watch)
 
 @pytest.fixture(scope="module")
 def reviewed(trained, tiny_data, tmp_path_factory):
-    """(directory, process, opened files): the artifact scored where there is nothing else, under a guard."""
+    """(directory, process, opened files): the artifact scored where there is nothing else, under a
+    guard."""
     folder, guard = tmp_path_factory.mktemp("reviewer"), tmp_path_factory.mktemp("guard")
     shutil.copy(trained[0].parent / "train_gpt.py", folder)
     shutil.copy(trained[0] / "final_model.int6.ptz", folder)
     shutil.copy(tiny_data.tokenizer_path, folder / "tokenizer.model")
     shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", folder)
     (guard / "sitecustomize.py").write_text(GUARD)
-    settings = dict(eval_only="final_model.int6.ptz", data_path=".", tokenizer_path="tokenizer.model",
-                    audit=1, run_dir="out", device="cpu", pythonpath=guard, opened_files=guard / "opened")
+    settings = dict(
+        eval_only="final_model.int6.ptz",
+        data_path=".",
+        tokenizer_path="tokenizer.model",
+        audit=1,
+        run_dir="out",
+        device="cpu",
+        pythonpath=guard,
+        opened_files=guard / "opened",
+    )
     done = launch(settings, folder, script="train_gpt.py")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder, done, (guard / "opened").read_text().splitlines()
@@ -413,7 +499,9 @@ def test_the_artifact_alone_gives_the_training_runs_scores_digit_for_digit(train
 
 def test_evaluation_opens_no_training_shard_and_no_network(reviewed):
     opened = reviewed[2]
-    assert any("fineweb_val_" in path for path in opened) and any(path.endswith(".ptz") for path in opened)
+    assert any("fineweb_val_" in path for path in opened) and any(
+        path.endswith(".ptz") for path in opened
+    )
     assert [path for path in opened if "fineweb_train" in path] == []
 
 
@@ -430,104 +518,115 @@ def test_the_manifest_comes_before_any_result_and_is_written(reviewed, tiny_data
     folder, done, _ = reviewed
     lines = done.stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("manifest:"))
-    assert not [line for line in lines[:at] if line.startswith(("legality", "audit", *LABELS, "val_loader"))]
-    manifest = json.loads(lines[at][len("manifest:"):])
+    assert not [
+        line for line in lines[:at] if line.startswith(("legality", "audit", *LABELS, "val_loader"))
+    ]
+    manifest = json.loads(lines[at][len("manifest:") :])
     assert manifest == read_json(folder / "out" / "manifest.json")
-    for name, path in (("artifact", folder / "final_model.int6.ptz"), ("code", folder / "train_gpt.py")):
+    for name, path in (
+        ("artifact", folder / "final_model.int6.ptz"),
+        ("code", folder / "train_gpt.py"),
+    ):
         assert manifest[f"{name}_sha256"] == train_gpt.sha256_file(path)
         assert manifest[f"{name}_bytes"] == path.stat().st_size
     assert manifest["tokenizer_sha256"] == train_gpt.sha256_file(tiny_data.tokenizer_path)
     assert manifest["torch"] == torch.__version__ and manifest["numpy"] == np.__version__
-    assert manifest["device"] == "cpu" and manifest["world_size"] == 1 and len(manifest["config_hash"]) == 16
+    assert (
+        manifest["device"] == "cpu"
+        and manifest["world_size"] == 1
+        and len(manifest["config_hash"]) == 16
+    )
     token_bytes = train_gpt.TokenBytes(tiny_data.tokenizer_path)
-    stream = train_gpt.ValidationSet.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
+    stream = train_gpt.ValidationSet.load(
+        tiny_config(data_path=str(tiny_data.data_path)), token_bytes
+    )
     assert manifest["data"] == dict(train_shards=0, **stream.fingerprint)
 
 
-def test_the_size_gate_counts_the_scripts_bytes_on_disk(trained):
-    folder, output = trained
-    code = (folder.parent / "train_gpt.py").stat().st_size
-    model = (folder / "final_model.int6.ptz").stat().st_size
-    for line in (f"Code size: {code} bytes", f"Serialized model int6+zstd: {model} bytes",
-                 f"Total submission size int6+zstd: {code + model} bytes",
-                 f"headroom: {16_000_000 - code - model} bytes"):
-        assert line in output.splitlines()
-
-
-def test_an_illegal_configuration_ends_with_exit_code_6_and_its_report(trained, tiny_data, tmp_path):
-    settings = dict(eval_only=trained[0] / "final_model.int6.ptz", data_path=tiny_data.data_path, audit=1,
-                    slot="published", tokenizer_path=tiny_data.tokenizer_path, run_dir=tmp_path / "out",
-                    device="cpu")
-    done = launch(settings, tmp_path)
-    assert done.returncode == 6 and "legality C1 future_flip FAIL" in done.stdout
-    assert "C1 future_flip" in done.stderr and "Traceback" not in done.stderr
-    report = read_json(tmp_path / "out" / "audit.json")
+def test_an_illegal_configuration_ends_with_exit_code_6_and_its_report(score_artifact, tmp_path):
+    done = score_artifact(slot="published")
+    assert done.code == 6 and "legality C1 future_flip FAIL" in done.out
+    assert "C1 future_flip" in done.err and "Traceback" not in done.err
+    report = read_json(done.dir / "audit.json")
     assert report["passed"] is False
     assert "C1 future_flip" in {check["name"] for check in report["checks"] if not check["passed"]}
-    assert exact_lines(done.stdout) == []  # no score of an evaluation that failed its audit
-    assert [event["code"] for event in events(tmp_path / "out", "error")] == [6]
+    assert exact_lines(done.out) == []  # no score of an evaluation that failed its audit
+    assert [event["code"] for event in events(done.dir, "error")] == [6]
 
 
 @pytest.fixture
-def run_main(monkeypatch, tmp_path, trained, tiny_data):
-    """call(**settings): main() in this process on the trained artifact; its signal handlers are undone."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+def score_artifact(tmp_path, trained, tiny_data):
+    """call(**settings) -> Finished of main() on the trained artifact."""
+    artifact = trained[0] / "final_model.int6.ptz"
 
     def call(**settings):
-        fixed = dict(eval_only=trained[0] / "final_model.int6.ptz", data_path=tiny_data.data_path,
-                     tokenizer_path=tiny_data.tokenizer_path, run_dir=tmp_path / "out", device="cpu")
-        for name in os.environ:
-            monkeypatch.delenv(name)
-        for name, value in environment(**{**fixed, **settings}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-        train_gpt.main()
-        return tmp_path / "out"
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        fixed = dict(tiny_data.paths, eval_only=artifact, device="cpu")
+        return run_main(tmp_path / "out", **{**fixed, **settings})
+
+    return call
 
 
-def test_a_score_of_published_slot_is_marked_illegal_everywhere(run_main, tiny_data, tmp_path, capsys):
+def test_a_score_of_published_slot_is_marked_illegal_everywhere(
+    score_artifact, tiny_data, tmp_path
+):
     """Also: evaluation asks nothing of training shards that cannot be read."""
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", data)
     (data / "fineweb_train_000000.bin").mkdir()
-    out = run_main(slot="published", ttt_enabled=0, data_path=data, audit=0)
-    output = capsys.readouterr().out.splitlines()
-    lines = [line for line in output if line.startswith("illegal_slot_published") and "val_bpb" in line]
+    found = score_artifact(slot="published", ttt_enabled=0, data_path=data, audit=0)
+    out, output = found.dir, found.lines
+    lines = [
+        line for line in output if line.startswith("illegal_slot_published") and "val_bpb" in line
+    ]
     assert len(lines) == 2 and all(line.endswith(" legality:illegal") for line in lines)
     scores = read_json(out / "scores.json")["scores"]
     assert {label: score["legal"] for label, score in scores.items()} == {
-        "final_int6_roundtrip": True, "final_int6_sliding_window": True, "illegal_slot_published": False}
+        "final_int6_roundtrip": True,
+        "final_int6_sliding_window": True,
+        "illegal_slot_published": False,
+    }
     assert [event["legal"] for event in events(out, "score")] == [True, True, False]
 
 
-def test_the_audit_alone_scores_nothing(run_main, capsys):
-    out = run_main(mode="audit")
-    assert read_json(out / "audit.json")["passed"] is True
-    assert exact_lines(capsys.readouterr().out) == [] and not (out / "scores.json").exists()
+def test_the_audit_alone_scores_nothing(score_artifact):
+    found = score_artifact(mode="audit")
+    assert read_json(found.dir / "audit.json")["passed"] is True
+    assert exact_lines(found.out) == [] and not (found.dir / "scores.json").exists()
 
 
 def test_the_training_run_scores_the_file_it_wrote(tiny_data, runtime, monkeypatch, tmp_path):
-    """Another model is written in the place of the one in memory: the scores must be the written one's."""
-    config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
-                         ttt_enabled=False, run_dir=str(tmp_path / "run"))
+    """Another model is written in the place of the one in memory: the scores must be the written
+    one's."""
+    config = tiny_config(
+        data_path=str(tiny_data.data_path),
+        tokenizer_path=str(tiny_data.tokenizer_path),
+        ttt_enabled=False,
+        run_dir=str(tmp_path / "run"),
+    )
     made = runtime(config)
     run = train_gpt.Run(config, made)
     run.prepare()
     trained_state, written_state = (random_model(config, seed=seed).state_dict() for seed in (1, 2))
     info = dict(steps=0, train_time_s=0.0, step_avg_ms=0.0, stopped_early=False, peak_mib=0)
-    train_gpt.save_tensors(run.path / train_gpt.FLOAT_NAME,
-                           dict(config=config.as_dict("arch", "eval"), state_dict=trained_state, info=info))
+    train_gpt.save_tensors(
+        run.path / train_gpt.FLOAT_NAME,
+        dict(config=config.as_dict("arch", "eval"), state_dict=trained_state, info=info),
+    )
     fit = train_gpt.fit_budget
-    monkeypatch.setattr(train_gpt, "fit_budget", lambda config, _, *rest: fit(config, written_state, *rest))
+    monkeypatch.setattr(
+        train_gpt, "fit_budget", lambda config, _, *rest: fit(config, written_state, *rest)
+    )
     run.pack()
     run.score()
     scores = {label: score["val_loss"] for label, score in run.results["scores"].items()}
     for label, state in (("pre_quant", trained_state), ("final_int6_roundtrip", written_state)):
         model = random_model(config)
         packed = train_gpt.pack_artifact(config, state)
-        model.load_state_dict(state if label == "pre_quant" else train_gpt.unpack_artifact(packed)[1])
-        assert scores[label] == train_gpt.evaluate(model, run.val, config, made, config.eval_seq_len).val_loss
+        model.load_state_dict(
+            state if label == "pre_quant" else train_gpt.unpack_artifact(packed)[1]
+        )
+        assert (
+            scores[label]
+            == train_gpt.evaluate(model, run.val, config, made, config.eval_seq_len).val_loss
+        )

@@ -1,4 +1,6 @@
-"""The log is an interface: tools parse its lines byte by byte (REFERENCE §9); metrics.jsonl agrees."""
+"""The log is an interface: tools parse its lines byte by byte (docs/REFERENCE.md §9);
+metrics.jsonl agrees."""
+
 import itertools
 import json
 import math
@@ -7,9 +9,9 @@ import time
 import types
 
 import pytest
+from helpers import ROOT, events, read_json, run_main
+
 import train_gpt
-from conftest import ROOT, events, read_json
-from test_presets import run_main
 from train_gpt import Config
 
 INTEGER, MS, AVERAGE = r"\d+", r"\d+ms", r"\d+\.\d\dms"
@@ -21,8 +23,17 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def run(tiny_data, tmp_path_factory):
     """A run with validations, checkpoints, every default score and an audit."""
-    changes = dict(dtype="float32", iterations=STEPS, train_log_every=4, val_loss_every=3, checkpoint_every=5,
-                   audit=True, seed=7, eval_batch_seqs=16, ttt_chunk_tokens=512)
+    changes = dict(
+        dtype="float32",
+        iterations=STEPS,
+        train_log_every=4,
+        val_loss_every=3,
+        checkpoint_every=5,
+        audit=True,
+        seed=7,
+        eval_batch_seqs=16,
+        ttt_chunk_tokens=512,
+    )
     finished = run_main(tmp_path_factory.mktemp("log") / "run", **{**tiny_data.settings, **changes})
     assert finished.code == 0, finished.err
     return finished
@@ -32,8 +43,15 @@ def run(tiny_data, tmp_path_factory):
 def illegal_run(run, tiny_data):
     """The same artifact scored once more with SLOT=published."""
     artifact = run.dir / "final_model.int6.ptz"
-    finished = run_main(run.dir.parent / "illegal", eval_only=artifact, slot="published", device="cpu", audit=0,
-                        data_path=tiny_data.data_path, tokenizer_path=tiny_data.tokenizer_path)
+    finished = run_main(
+        run.dir.parent / "illegal",
+        eval_only=artifact,
+        slot="published",
+        device="cpu",
+        audit=0,
+        data_path=tiny_data.data_path,
+        tokenizer_path=tiny_data.tokenizer_path,
+    )
     assert finished.code == 0, finished.err
     return finished
 
@@ -50,7 +68,7 @@ def starting(lines, start):
 
 
 # --------------------------------------------------------------------------------------------------
-# Lines of REFERENCE §9
+# Lines of docs/REFERENCE.md §9
 # --------------------------------------------------------------------------------------------------
 def test_the_run_introduces_itself(run, tiny_data):
     data, tokenizer = map(re.escape, map(str, (tiny_data.data_path, tiny_data.tokenizer_path)))
@@ -70,14 +88,23 @@ def parameter_count(run):
 def test_a_step_line_has_the_reference_s_format(run):
     # The reference's fields, then the pace.
     pattern = rf"step:({INTEGER})/{STEPS} train_loss:{LOSS} {CLOCK} tokens_per_s:{INTEGER}"
-    found = [re.fullmatch(pattern, line)
-             for line in run.lines if "train_loss:" in line]
-    assert [int(match[1]) for match in found] == [1, 2, 3, 4, 5, 8]  # the first five, every fourth, the last
+    found = [re.fullmatch(pattern, line) for line in run.lines if "train_loss:" in line]
+    assert [int(match[1]) for match in found] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        8,
+    ]  # the first five, every fourth, the last
 
 
 def test_a_validation_line_has_the_reference_s_format(run):
-    found = [re.fullmatch(rf"step:({INTEGER})/{STEPS} val_loss:{LOSS} val_bpb:{LOSS} {CLOCK}", line)
-             for line in run.lines if re.match(r"step:.* val_loss:", line)]
+    found = [
+        re.fullmatch(rf"step:({INTEGER})/{STEPS} val_loss:{LOSS} val_bpb:{LOSS} {CLOCK}", line)
+        for line in run.lines
+        if re.match(r"step:.* val_loss:", line)
+    ]
     assert [int(match[1]) for match in found] == [3, 6, 8]
 
 
@@ -101,22 +128,33 @@ def test_the_peak_of_memory_is_logged(run):
 
 def test_the_sizes_are_the_files_and_add_up(run):
     code, model, total, room = (
-        int(only(run.lines, pattern)[1]) for pattern in (
-            f"Code size: ({INTEGER}) bytes", rf"Serialized model int6\+zstd: ({INTEGER}) bytes",
-            rf"Total submission size int6\+zstd: ({INTEGER}) bytes", f"headroom: ({INTEGER}) bytes"))
+        int(only(run.lines, pattern)[1])
+        for pattern in (
+            f"Code size: ({INTEGER}) bytes",
+            rf"Serialized model int6\+zstd: ({INTEGER}) bytes",
+            rf"Total submission size int6\+zstd: ({INTEGER}) bytes",
+            f"headroom: ({INTEGER}) bytes",
+        )
+    )
     assert model == (run.dir / "final_model.int6.ptz").stat().st_size
     assert code == read_json(run.dir / "manifest.json")["code_bytes"]
     assert total == code + model and room == 16_000_000 - total
 
 
-@pytest.mark.parametrize("label, stride", [
-    ("pre_quant", ""), ("final_int6_roundtrip", ""), ("final_int6_sliding_window", "stride:16 "),
-    ("legal_ttt", "")])
+@pytest.mark.parametrize(
+    "label, stride",
+    [
+        ("pre_quant", ""),
+        ("final_int6_roundtrip", ""),
+        ("final_int6_sliding_window", "stride:16 "),
+        ("legal_ttt", ""),
+    ],
+)
 def test_a_score_has_two_lines_and_its_scope(label, stride, run):
     short = only(run.lines, rf"{label} val_loss:({LOSS}) val_bpb:({LOSS}) {stride}eval_time:{MS}")
     exact = only(run.lines, rf"{label}_exact val_loss:({EXACT}) val_bpb:({EXACT})")
     at = run.lines.index(short.string)
-    assert run.lines[at:at + 3] == [short.string, exact.string, "score_scope:proxy"]
+    assert run.lines[at : at + 3] == [short.string, exact.string, "score_scope:proxy"]
     score = run.scores()[label]
     assert exact.groups() == (f"{score['val_loss']:.8f}", f"{score['val_bpb']:.8f}")
     assert short.groups() == (f"{score['val_loss']:.4f}", f"{score['val_bpb']:.4f}")
@@ -132,9 +170,14 @@ def test_the_scope_follows_every_exact_line_and_stands_nowhere_else(run, illegal
 
 def test_an_illegal_score_is_marked_in_every_line_that_reports_it(run, illegal_run):
     label, number = "illegal_ttt_slot_published", rf"val_loss:{EXACT} val_bpb:({EXACT})"
-    only(illegal_run.lines, rf"{label} val_loss:{LOSS} val_bpb:{LOSS} eval_time:{MS} legality:illegal")
+    only(
+        illegal_run.lines,
+        rf"{label} val_loss:{LOSS} val_bpb:{LOSS} eval_time:{MS} legality:illegal",
+    )
     exact = only(illegal_run.lines, rf"{label}_exact {number} legality:illegal")
-    reporting = [line for line in illegal_run.lines if exact[1] in line or f"{float(exact[1]):.4f}" in line]
+    reporting = [
+        line for line in illegal_run.lines if exact[1] in line or f"{float(exact[1]):.4f}" in line
+    ]
     assert len(reporting) >= 3 and all("illegal" in line for line in reporting)
     assert not [line for line in run.lines if "illegal" in line]
 
@@ -149,13 +192,22 @@ def test_an_illegal_score_is_never_called_the_best(illegal_run):
 def test_a_result_line_says_whether_a_score_is_legal_and_why(run, illegal_run):
     def verdicts(finished):
         found = starting(finished.lines, "result ")
-        return {line.split()[1]: re.search(r" legal:(\w+) score_scope:proxy$", line)[1] for line in found}
+        return {
+            line.split()[1]: re.search(r" legal:(\w+) score_scope:proxy$", line)[1]
+            for line in found
+        }
+
     assert verdicts(run) == {
-        "pre_quant": "no_submission", "final_int6_roundtrip": "no_submission",
-        "final_int6_sliding_window": "1", "legal_ttt": "1"}
+        "pre_quant": "no_submission",
+        "final_int6_roundtrip": "no_submission",
+        "final_int6_sliding_window": "1",
+        "legal_ttt": "1",
+    }
     assert verdicts(illegal_run) == {
-        "final_int6_roundtrip": "no_submission", "final_int6_sliding_window": "unaudited",
-        "illegal_ttt_slot_published": "0"}
+        "final_int6_roundtrip": "no_submission",
+        "final_int6_sliding_window": "unaudited",
+        "illegal_ttt_slot_published": "0",
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,7 +217,9 @@ def test_every_setting_is_logged_and_what_differs_from_the_preset_is_marked(run)
     stored = read_json(run.dir / "config.json")
     differs, settings = stored["differs"], Config(**stored["config"]).as_dict()
     assert starting(run.lines, "config:") == [
-        f"config:{name}={value}{' *' if name in differs else ''}" for name, value in settings.items()]
+        f"config:{name}={value}{' *' if name in differs else ''}"
+        for name, value in settings.items()
+    ]
     assert {"seed": 7, "model_dim": 32, "audit": True}.items() <= differs.items()
     assert not {"beta1", "preset", "run_id", "run_dir", "ttt_enabled"} & set(differs)
     only(run.lines, f"config_hash:{stored['hash']}")
@@ -178,14 +232,23 @@ def test_a_value_of_the_preset_is_no_difference_and_a_default_in_its_place_is():
 
 
 def test_the_validation_split_is_fingerprinted(run):
-    match = only(run.lines, rf"data_fingerprint tokens:1473 targets:1472 bytes:({INTEGER}) bytes_per_token:"
-                            rf"({LOSS}) documents:{INTEGER} sha256:({SHA}) score_scope:proxy")
+    match = only(
+        run.lines,
+        rf"data_fingerprint tokens:1473 targets:1472 bytes:({INTEGER}) bytes_per_token:"
+        rf"({LOSS}) documents:{INTEGER} sha256:({SHA}) score_scope:proxy",
+    )
     data = read_json(run.dir / "manifest.json")["data"]
-    assert match.groups() == (str(data["val_bytes"]), f"{data['val_bytes'] / 1472:.4f}", data["val_sha256"])
+    assert match.groups() == (
+        str(data["val_bytes"]),
+        f"{data['val_bytes'] / 1472:.4f}",
+        data["val_sha256"],
+    )
 
 
 def test_the_manifest_is_logged_before_training_and_again_with_the_artifact(run):
-    before, after = (json.loads(line.partition(":")[2]) for line in starting(run.lines, "manifest:"))
+    before, after = (
+        json.loads(line.partition(":")[2]) for line in starting(run.lines, "manifest:")
+    )
     assert before == {**after, "artifact_sha256": None, "artifact_bytes": None} != after
     assert after == read_json(run.dir / "manifest.json")
     assert after["code_sha256"] == train_gpt.sha256_file(ROOT / "train_gpt.py")
@@ -194,7 +257,8 @@ def test_the_manifest_is_logged_before_training_and_again_with_the_artifact(run)
 def test_the_audit_s_checks_are_logged(run):
     checks = read_json(run.dir / "audit.json")["checks"]
     assert [line.split(" ")[1:4] for line in starting(run.lines, "legality ")] == [
-        [*check["name"].split(" "), "pass"] for check in checks]
+        [*check["name"].split(" "), "pass"] for check in checks
+    ]
     assert {check["name"][:2] for check in checks} == {"C1", "C2", "C3", "C4"}
 
 
@@ -204,9 +268,24 @@ def test_a_saved_checkpoint_is_logged_with_its_size(run):
 
 
 def test_the_phases_come_in_order_and_the_end_names_the_run(run):
-    starts = ["config:preset=", "config_hash:", "data_fingerprint ", "model_params:", "step:1/",
-              f"step:{STEPS}/", "export:", "Code size:", "legality ", "pre_quant ", "final_int6_roundtrip ",
-              "final_int6_sliding_window ", "legal_ttt ", "summary:", "next:", "run_finished "]
+    starts = [
+        "config:preset=",
+        "config_hash:",
+        "data_fingerprint ",
+        "model_params:",
+        "step:1/",
+        f"step:{STEPS}/",
+        "export:",
+        "Code size:",
+        "legality ",
+        "pre_quant ",
+        "final_int6_roundtrip ",
+        "final_int6_sliding_window ",
+        "legal_ttt ",
+        "summary:",
+        "next:",
+        "run_finished ",
+    ]
     places = [run.lines.index(starting(run.lines, start)[0]) for start in starts]
     assert places == sorted(places)
     assert run.lines[-1] == f"run_finished {run.dir}"
@@ -216,10 +295,14 @@ def test_the_summary_tells_steps_sizes_and_the_best_score(run):
     result = read_json(run.dir / "scores.json")
     model, code, total = (result[f"{part}_bytes"] for part in ("artifact", "code", "total"))
     bpb = result["scores"]["legal_ttt"]["val_bpb"]
-    assert result["headline"] == "legal_ttt"  # the strongest evaluation, whether or not it is the lowest
+    assert (
+        result["headline"] == "legal_ttt"
+    )  # the strongest evaluation, whether or not it is the lowest
     only(run.lines, rf"summary: score  {bpb:.4f} bits per byte \(legal_ttt, legal:1\)")
     only(run.lines, rf"summary: scored 1,472 targets in {INTEGER} s")
-    only(run.lines, rf"summary: size   {model:,} \+ {code:,} of code = {total:,} of 16,000,000 bytes")
+    only(
+        run.lines, rf"summary: size   {model:,} \+ {code:,} of code = {total:,} of 16,000,000 bytes"
+    )
     only(run.lines, rf"summary: steps  {STEPS} in {INTEGER} s")
     only(run.lines, f"summary: files  {run.dir}")
 
@@ -234,13 +317,17 @@ def test_the_log_file_holds_what_was_printed(run):
 # metrics.jsonl
 # --------------------------------------------------------------------------------------------------
 FIELDS = {
-    "start": {"resumed_step"}, "step": {"step", "train_loss", "train_time_ms", "lr_scale"},
-    "val": {"step", "val_loss", "val_bpb", "train_time_ms"}, "checkpoint": {"step", "seconds", "bytes"},
+    "start": {"resumed_step"},
+    "step": {"step", "train_loss", "train_time_ms", "lr_scale"},
+    "val": {"step", "val_loss", "val_bpb", "train_time_ms"},
+    "checkpoint": {"step", "seconds", "bytes"},
     "trained": {"steps", "train_time_s", "step_avg_ms", "peak_mib", "stopped_early"},
     "packed": {"artifact_bytes", "code_bytes", "int5_layers"},
-    "score": {"label", "val_loss", "val_bpb", "eval_time_s", "scope", "legal", "audited"}, "audit": {"passed"},
+    "score": {"label", "val_loss", "val_bpb", "eval_time_s", "scope", "legal", "audited"},
+    "audit": {"passed"},
     "throughput": {"tokens_per_s", "step_median_ms", "step_p95_ms", "peak_share", "seconds_in"},
-    "done": set()}
+    "done": set(),
+}
 
 
 @pytest.mark.parametrize("kind", FIELDS)
@@ -261,13 +348,20 @@ def test_the_events_are_the_lines_of_the_log(run):
     assert [event["step"] for event in steps] == list(range(1, STEPS + 1))  # every step is an event
     logged = [steps[step - 1] for step in (1, 2, 3, 4, 5, 8)]
     assert [f"step:{e['step']}/{STEPS} train_loss:{e['train_loss']:.4f}" for e in logged] == [
-        line.partition(" train_time")[0] for line in run.lines if "train_loss:" in line]
-    described = [f"step:{e['step']}/{STEPS} val_loss:{e['val_loss']:.4f} val_bpb:{e['val_bpb']:.4f}"
-                 for e in validations]
+        line.partition(" train_time")[0] for line in run.lines if "train_loss:" in line
+    ]
+    described = [
+        f"step:{e['step']}/{STEPS} val_loss:{e['val_loss']:.4f} val_bpb:{e['val_bpb']:.4f}"
+        for e in validations
+    ]
     assert described == [
-        line.partition(" train_time")[0] for line in run.lines if re.match(r"step:.* val_loss", line)]
-    assert {e["label"]: (e["val_loss"], e["val_bpb"], e["legal"]) for e in events(run.dir, "score")} == {
-        label: (s["val_loss"], s["val_bpb"], s["legal"]) for label, s in run.scores().items()}
+        line.partition(" train_time")[0]
+        for line in run.lines
+        if re.match(r"step:.* val_loss", line)
+    ]
+    assert {
+        e["label"]: (e["val_loss"], e["val_bpb"], e["legal"]) for e in events(run.dir, "score")
+    } == {label: (s["val_loss"], s["val_bpb"], s["legal"]) for label, s in run.scores().items()}
 
 
 def test_the_rate_in_the_events_is_the_schedule(run):
@@ -278,7 +372,7 @@ def test_the_rate_in_the_events_is_the_schedule(run):
 
 def test_an_error_is_an_event_a_log_line_and_one_line_of_stderr(tiny_data, tmp_path):
     failed = run_main(tmp_path / "run", **{**tiny_data.settings, "data_path": tmp_path / "nowhere"})
-    error, = events(failed.dir, "error")
+    (error,) = events(failed.dir, "error")
     assert (failed.code, error["code"]) == (3, 3) and str(tmp_path / "nowhere") in error["message"]
     assert failed.err == f"error: {error['message']}\n"
     assert (failed.dir / "train.log").read_text().splitlines()[-1] == failed.err.strip()
@@ -290,15 +384,23 @@ def test_an_error_is_an_event_a_log_line_and_one_line_of_stderr(tiny_data, tmp_p
 @pytest.fixture
 def ticking(monkeypatch):
     """tick(seconds): the program's clock advances by that much whenever it is read."""
+
     def tick(seconds):
         ticks = itertools.count(1000.0, seconds)
         clock = types.SimpleNamespace(monotonic=lambda: next(ticks), time=time.time)
         monkeypatch.setattr(train_gpt, "time", clock)
+
     return tick
 
 
 def timed_run(tiny_data, folder, **changes):
-    settings = {**tiny_data.settings, "dtype": "float32", "ttt_enabled": False, "eval_stride": 64, **changes}
+    settings = {
+        **tiny_data.settings,
+        "dtype": "float32",
+        "ttt_enabled": False,
+        "eval_stride": 64,
+        **changes,
+    }
     folder.mkdir(exist_ok=True)
     finished = run_main(folder / "run", **settings)
     assert finished.code == 0, finished.err
@@ -308,7 +410,9 @@ def timed_run(tiny_data, folder, **changes):
 def test_training_stops_before_the_step_that_would_pass_the_cap(tiny_data, tmp_path, ticking):
     ticking(1.0)
     cap = 20.0
-    finished = timed_run(tiny_data, tmp_path, iterations=40, max_wallclock_seconds=cap, warmdown_iters=10)
+    finished = timed_run(
+        tiny_data, tmp_path, iterations=40, max_wallclock_seconds=cap, warmdown_iters=10
+    )
     pattern = f"stopping_early: wallclock_cap train_time:({INTEGER})ms step:({INTEGER})/40"
     match = only(finished.lines, pattern)
     seconds, steps = int(match[1]) / 1000, int(match[2])
@@ -316,15 +420,20 @@ def test_training_stops_before_the_step_that_would_pass_the_cap(tiny_data, tmp_p
     assert seconds <= cap < seconds * (1 + 1 / steps)  # inside the cap, the next step would not be
     found = re.findall(r"^step:(\d+)/40 train_loss.* train_time:(\d+)ms", finished.out, re.M)
     times = [(int(milliseconds) / 1000, int(step)) for step, milliseconds in found]
-    assert all(at * (1 + 1 / step) <= cap for at, step in times[:-1]) and times[-1] == (seconds, steps)
-    trained, = events(finished.dir, "trained")
+    assert all(at * (1 + 1 / step) <= cap for at, step in times[:-1]) and times[-1] == (
+        seconds,
+        steps,
+    )
+    (trained,) = events(finished.dir, "trained")
     assert trained["stopped_early"] and trained["steps"] == steps
     only(finished.lines, f"step:{steps}/40 val_loss:{LOSS} val_bpb:{LOSS} {CLOCK}")
 
 
 def test_with_a_cap_the_rate_falls_with_the_time_that_is_left(tiny_data, tmp_path, ticking):
     ticking(1.0)
-    finished = timed_run(tiny_data, tmp_path, iterations=1000, max_wallclock_seconds=25.0, warmdown_iters=4)
+    finished = timed_run(
+        tiny_data, tmp_path, iterations=1000, max_wallclock_seconds=25.0, warmdown_iters=4
+    )
     scales = [event["lr_scale"] for event in events(finished.dir, "step")]
     assert scales[0] == 1.0 and scales == sorted(scales, reverse=True) and 0 < scales[-1] < 0.5
 
@@ -334,21 +443,30 @@ def test_validation_is_no_training_time(tiny_data, tmp_path, ticking):
         ticking(1.0)
         finished = timed_run(tiny_data, tmp_path / str(every), val_loss_every=every, iterations=3)
         return events(finished.dir, "trained")[0]["train_time_s"]
-    # Each of the 3 validations reads the clock in each of its 6 rounds; one of these readings may count.
+
+    # Each of the 3 validations reads the clock in each of its 6 rounds; one of these readings may
+    # count.
     assert seconds(1) <= seconds(0) + 3
 
 
 def test_without_a_cap_nothing_stops_early(run):
-    assert not starting(run.lines, "stopping_early") and not events(run.dir, "trained")[0]["stopped_early"]
+    assert (
+        not starting(run.lines, "stopping_early")
+        and not events(run.dir, "trained")[0]["stopped_early"]
+    )
 
 
 def test_a_long_evaluation_logs_its_rate_and_what_is_left(tiny_data, tmp_path, ticking):
     ticking(16.0)
     finished = timed_run(tiny_data, tmp_path, iterations=1, eval_stride=16)
     lines = starting(finished.lines, "final_int6_sliding_window_progress ")
-    pattern = rf"final_int6_sliding_window_progress (\d+)/(\d+) tokens:(\d+) running_bpb:{LOSS} eta:\d+s"
+    pattern = (
+        rf"final_int6_sliding_window_progress (\d+)/(\d+) tokens:(\d+) running_bpb:{LOSS} eta:\d+s"
+    )
     found = [[int(n) for n in re.fullmatch(pattern, line).groups()] for line in lines]
-    assert len(found) > 3 and found == sorted(found) and all(done <= total for done, total, _ in found)
+    assert (
+        len(found) > 3 and found == sorted(found) and all(done <= total for done, total, _ in found)
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,6 +474,7 @@ def test_a_long_evaluation_logs_its_rate_and_what_is_left(tiny_data, tmp_path, t
 # --------------------------------------------------------------------------------------------------
 def test_swa_that_takes_no_snapshot_warns_and_exports_the_ema(tiny_data, tmp_path):
     finished = timed_run(
-        tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50, ema_full_steps=1)
+        tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50, ema_full_steps=1
+    )
     only(finished.lines, "export:EMA.*")
     only(finished.lines, ".*warning: SWA took no snapshot.*")

@@ -1,11 +1,13 @@
-"""Muon and AdamW against plain references, schedules and weight averages against hand-written tables."""
+"""Muon and AdamW against plain references, schedules and weight averages against hand-written
+tables."""
+
 import math
 
 import pytest
 import torch
+from helpers import assert_near, tiny_config, weights
 
 import train_gpt
-from conftest import tiny_config
 
 EVERYTHING = dict(nfm_enabled=True, flow_enabled=True, e2e_ttt_enabled=True, ve_dim=8)
 
@@ -27,19 +29,11 @@ def give_gradients(model, seed, size=1.0):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def assert_near(mine, expected, atol, rtol, name):
-    torch.testing.assert_close(mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
-
-
 def step(config, muon, adamw, clip=0.0):
     train_gpt.reduce_clip_step(muon, adamw, train_gpt.Comm(), clip)
 
 
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-# ------------------------------------------------------------------------------------------------------- Muon
+# --------------------------------------------------------------------------------------------- Muon
 def newton_schulz(matrix, steps):
     """The quintic iteration on one matrix, on its transpose where it is tall."""
     x = matrix / matrix.norm()
@@ -67,8 +61,9 @@ def muon_step(weight, grad, buffer, lr, momentum, decay, steps, row_norm=False):
 @pytest.mark.parametrize("ns_steps", [1, 5])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps, row_norm):
-    config, model, muon, adamw = build(muon_wd=decay, muon_ns_steps=ns_steps, matrix_lr=0.07,
-                                       muon_row_norm=row_norm)
+    config, model, muon, adamw = build(
+        muon_wd=decay, muon_ns_steps=ns_steps, matrix_lr=0.07, muon_row_norm=row_norm
+    )
     expected = {n: p for n, p in weights(model).items() if is_block_matrix(n)}
     buffers = {name: torch.zeros_like(p) for name, p in expected.items()}
     for number, momentum in enumerate((0.85, 0.9, 0.95, 0.95)):
@@ -76,8 +71,16 @@ def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps, row_norm)
         grads = give_gradients(model, number)
         step(config, muon, adamw)
         for name in expected:
-            expected[name], buffers[name] = muon_step(expected[name], grads[name], buffers[name], muon.lr,
-                                                      momentum, decay, ns_steps, row_norm)
+            expected[name], buffers[name] = muon_step(
+                expected[name],
+                grads[name],
+                buffers[name],
+                muon.lr,
+                momentum,
+                decay,
+                ns_steps,
+                row_norm,
+            )
     after = weights(model)
     for name, value in expected.items():
         assert_near(after[name], value, 2e-5, 1e-4, name)
@@ -104,7 +107,7 @@ def test_an_update_is_nearly_orthogonal_with_the_singular_vectors_of_the_gradien
     for param in params:
         update = -param.detach() / max(1, shape[0] / shape[1]) ** 0.5
         values = torch.linalg.svdvals(update)
-        assert 0.6 < values.min() and values.max() < 1.3
+        assert values.min() > 0.6 and values.max() < 1.3
         left, _, right = torch.linalg.svd(param.grad, full_matrices=False)
         assert (update * (left @ right)).sum() / update.norm() / min(shape) ** 0.5 > 0.97
 
@@ -145,10 +148,17 @@ def test_saved_momentum_is_a_copy():
     assert any(not torch.equal(state[name], now) for name, now in muon.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------------ AdamW
+# -------------------------------------------------------------------------------------------- AdamW
 def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
-    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, adam_wd=0.1, beta1=0.8, beta2=0.9,
-                                       adam_eps=1e-6, **EVERYTHING)
+    config, model, muon, adamw = build(
+        embed_lr=0.05,
+        scalar_lr=0.02,
+        adam_wd=0.1,
+        beta1=0.8,
+        beta2=0.9,
+        adam_eps=1e-6,
+        **EVERYTHING,
+    )
     expected = {n: p.double() for n, p in weights(model).items() if not is_block_matrix(n)}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -156,24 +166,31 @@ def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
         grads = give_gradients(model, number)
         step(config, muon, adamw)
         for name, value in expected.items():
-            lr = 0.05 if name in ("tok_emb.weight", "bigram.embed.weight", "ve.embed.weight") else 0.02
+            lr = (
+                0.05
+                if name in ("tok_emb.weight", "bigram.embed.weight", "ve.embed.weight")
+                else 0.02
+            )
             grad = grads[name].double()
             first[name] = 0.8 * first[name] + 0.2 * grad
-            second[name] = 0.9 * second[name] + 0.1 * grad ** 2
-            root = (second[name] / (1 - 0.9 ** number)).sqrt() + 1e-6
-            expected[name] = value * (1 - lr * 0.1) - lr * first[name] / (1 - 0.8 ** number) / root
+            second[name] = 0.9 * second[name] + 0.1 * grad**2
+            root = (second[name] / (1 - 0.9**number)).sqrt() + 1e-6
+            expected[name] = value * (1 - lr * 0.1) - lr * first[name] / (1 - 0.8**number) / root
     after = weights(model)
     for name, value in expected.items():
         assert_near(after[name].double(), value, 1e-5, 1e-5, name)
 
 
-@pytest.mark.parametrize("settings, embed, scalar", [
-    (dict(), 0.04, 0.04),
-    (dict(adam_wd=0.1), 0.1, 0.1),                               # both follow it
-    (dict(adam_wd=0.1, embed_wd=0.085), 0.085, 0.1),
-    (dict(adam_wd=0.1, scalar_wd=0.02), 0.1, 0.02),
-    (dict(adam_wd=0.1, embed_wd=0.0, scalar_wd=0.0), 0.0, 0.0),  # 0 is a value of its own
-])
+@pytest.mark.parametrize(
+    "settings, embed, scalar",
+    [
+        (dict(), 0.04, 0.04),
+        (dict(adam_wd=0.1), 0.1, 0.1),  # both follow it
+        (dict(adam_wd=0.1, embed_wd=0.085), 0.085, 0.1),
+        (dict(adam_wd=0.1, scalar_wd=0.02), 0.1, 0.02),
+        (dict(adam_wd=0.1, embed_wd=0.0, scalar_wd=0.0), 0.0, 0.0),  # 0 is a value of its own
+    ],
+)
 def test_embeddings_and_scalars_shrink_by_their_own_weight_decay(settings, embed, scalar):
     config, model, muon, adamw = build(embed_lr=0.5, scalar_lr=0.25, **settings)
     before = weights(model)
@@ -185,7 +202,7 @@ def test_embeddings_and_scalars_shrink_by_their_own_weight_decay(settings, embed
         torch.testing.assert_close(after[name], before[name] * (1 - rate * decay))
 
 
-# ----------------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------- groups
 def preset_config(name, **changes):
     return train_gpt.Config(**{**train_gpt.PRESETS[name], "preset": name, **changes})
 
@@ -205,8 +222,17 @@ def test_every_parameter_of_a_preset_is_in_exactly_one_group(preset):
 
 @pytest.mark.parametrize("preset", train_gpt.PRESETS)
 def test_the_optimisers_of_a_preset_hold_every_parameter_once(preset):
-    small = dict(num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=3,
-                 vocab_size=64, bigram_vocab_size=32, ttt_freeze_blocks=0)
+    small = dict(
+        num_layers=3,
+        model_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_dims=4,
+        xsa_last_n=3,
+        vocab_size=64,
+        bigram_vocab_size=32,
+        ttt_freeze_blocks=0,
+    )
     config = preset_config(preset, **small)
     model = train_gpt.GPT(config)
     muon, adamw = train_gpt.build_optimizers(model, config)
@@ -229,19 +255,24 @@ def test_a_parameter_in_no_group_or_in_two_stops_the_start_by_name(change, monke
         else:
             groups["embed"]["smear.gate"] = groups["scalar"]["smear.gate"]
         return groups
+
     monkeypatch.setattr(train_gpt, "parameter_groups", spoiled)
     with pytest.raises((AssertionError, ValueError), match="smear.gate|more than one"):
         build()
 
 
-# --------------------------------------------------------------------------------------------------- clipping
+# ----------------------------------------------------------------------------------------- clipping
 def momenta(model, muon, adamw):
-    """(Muon's buffers, AdamW's first moments): after one step proportional to the gradients they saw."""
+    """(Muon's buffers, AdamW's first moments): after one step proportional to the gradients they
+    saw."""
     return torch.cat([b.flatten() for b in muon.state_dict().values()]), {
-        name: adamw.state[p]["exp_avg"] for name, p in model.named_parameters() if p in adamw.state}
+        name: adamw.state[p]["exp_avg"] for name, p in model.named_parameters() if p in adamw.state
+    }
 
 
-@pytest.mark.parametrize("size, clip, clipped", [(1.0, 0.3, True), (1e-6, 0.3, False), (1.0, 0.0, False)])
+@pytest.mark.parametrize(
+    "size, clip, clipped", [(1.0, 0.3, True), (1e-6, 0.3, False), (1.0, 0.0, False)]
+)
 def test_gradients_are_clipped_by_their_global_norm(size, clip, clipped):
     config, model, muon, adamw = build()
     grads = give_gradients(model, 0, size)
@@ -249,11 +280,15 @@ def test_gradients_are_clipped_by_their_global_norm(size, clip, clipped):
     factor = clip / total if clipped else 1.0
     step(config, muon, adamw, clip)
     buffers, moments = momenta(model, muon, adamw)
-    matrices = math.sqrt(sum(grads[n].double().square().sum().item() for n in grads if is_block_matrix(n)))
+    matrices = math.sqrt(
+        sum(grads[n].double().square().sum().item() for n in grads if is_block_matrix(n))
+    )
     assert buffers.norm().item() == pytest.approx(factor * matrices, rel=1e-4)
     assert len(moments) == sum(not is_block_matrix(name) for name in grads)
     for name, moment in moments.items():
-        torch.testing.assert_close(moment, (1 - config.beta1) * factor * grads[name], rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(
+            moment, (1 - config.beta1) * factor * grads[name], rtol=1e-4, atol=1e-12
+        )
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
@@ -266,44 +301,49 @@ def test_a_parameter_without_a_gradient_counts_as_zero():
     assert not torch.equal(model.skip_weights, before["skip_weights"])
 
 
-# -------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 LINEAR = dict(iterations=10, warmdown_iters=4, warmdown_shape="linear")
 COSINE = dict(LINEAR, warmdown_shape="cosine")
 CAP = dict(iterations=1000, warmdown_iters=10, max_wallclock_seconds=100.0)
 
 
-@pytest.mark.parametrize("settings, step, seconds, expected", [
-    (LINEAR, 0, 0.0, 1.0),         # start
-    (LINEAR, 5, 0.0, 1.0),         # five of ten left, the warmdown has four
-    (LINEAR, 6, 0.0, 1.0),         # four left: the warmdown begins at the full rate
-    (LINEAR, 7, 0.0, 0.75),        # 3/4 left
-    (LINEAR, 8, 0.0, 0.5),         # 2/4 left
-    (LINEAR, 9, 0.0, 0.25),        # 1/4 left: the last step still learns
-    (LINEAR, 10, 0.0, 0.0),        # past the end
-    (LINEAR, 11, 0.0, 0.0),        # never negative
-    (COSINE, 6, 0.0, 1.0),         # (1 - cos(pi)) / 2
-    (COSINE, 7, 0.0, 0.8535534),   # (1 - cos(3 pi / 4)) / 2
-    (COSINE, 8, 0.0, 0.5),         # (1 - cos(pi / 2)) / 2
-    (COSINE, 9, 0.0, 0.1464466),   # (1 - cos(pi / 4)) / 2
-    (COSINE, 10, 0.0, 0.0),        # (1 - cos(0)) / 2
-    (dict(LINEAR, warmdown_iters=0), 9, 0.0, 1.0),    # no warmdown
-    (dict(LINEAR, warmdown_iters=20), 0, 0.0, 0.5),   # longer than the run: begins half-way down
-    (LINEAR, 8, 1e6, 0.5),         # without a cap the time does not matter
-    (CAP, 0, 0.0, 1.0),            # nothing measured yet
-    (CAP, 50, 50.0, 1.0),          # 1 s a step: the warmdown takes 10 s, 50 s are left
-    (CAP, 90, 90.0, 1.0),          # 10 s left: it begins
-    (CAP, 95, 95.0, 0.5),          # 5 of 10 s
-    (CAP, 99, 99.0, 0.1),          # 1 of 10 s
-    (CAP, 40, 80.0, 1.0),          # 2 s a step: the warmdown takes 20 s, 20 s are left
-    (CAP, 45, 90.0, 0.5),          # 10 of 20 s
-    (CAP, 120, 120.0, 0.0),        # past the cap
-    (dict(CAP, iterations=20), 15, 15.0, 0.5),        # the steps end before the time does
-    (dict(CAP, warmdown_shape="cosine"), 95, 95.0, 0.5),         # cosine of the time left
-    (dict(CAP, warmdown_shape="cosine"), 99, 99.0, 0.0244717),   # (1 - cos(pi / 10)) / 2
-    (dict(CAP, warmdown_iters=0), 99, 99.0, 1.0),     # no warmdown before the cap either
-])
+@pytest.mark.parametrize(
+    "settings, step, seconds, expected",
+    [
+        (LINEAR, 0, 0.0, 1.0),  # start
+        (LINEAR, 5, 0.0, 1.0),  # five of ten left, the warmdown has four
+        (LINEAR, 6, 0.0, 1.0),  # four left: the warmdown begins at the full rate
+        (LINEAR, 7, 0.0, 0.75),  # 3/4 left
+        (LINEAR, 8, 0.0, 0.5),  # 2/4 left
+        (LINEAR, 9, 0.0, 0.25),  # 1/4 left: the last step still learns
+        (LINEAR, 10, 0.0, 0.0),  # past the end
+        (LINEAR, 11, 0.0, 0.0),  # never negative
+        (COSINE, 6, 0.0, 1.0),  # (1 - cos(pi)) / 2
+        (COSINE, 7, 0.0, 0.8535534),  # (1 - cos(3 pi / 4)) / 2
+        (COSINE, 8, 0.0, 0.5),  # (1 - cos(pi / 2)) / 2
+        (COSINE, 9, 0.0, 0.1464466),  # (1 - cos(pi / 4)) / 2
+        (COSINE, 10, 0.0, 0.0),  # (1 - cos(0)) / 2
+        (dict(LINEAR, warmdown_iters=0), 9, 0.0, 1.0),  # no warmdown
+        (dict(LINEAR, warmdown_iters=20), 0, 0.0, 0.5),  # longer than the run: begins half-way down
+        (LINEAR, 8, 1e6, 0.5),  # without a cap the time does not matter
+        (CAP, 0, 0.0, 1.0),  # nothing measured yet
+        (CAP, 50, 50.0, 1.0),  # 1 s a step: the warmdown takes 10 s, 50 s are left
+        (CAP, 90, 90.0, 1.0),  # 10 s left: it begins
+        (CAP, 95, 95.0, 0.5),  # 5 of 10 s
+        (CAP, 99, 99.0, 0.1),  # 1 of 10 s
+        (CAP, 40, 80.0, 1.0),  # 2 s a step: the warmdown takes 20 s, 20 s are left
+        (CAP, 45, 90.0, 0.5),  # 10 of 20 s
+        (CAP, 120, 120.0, 0.0),  # past the cap
+        (dict(CAP, iterations=20), 15, 15.0, 0.5),  # the steps end before the time does
+        (dict(CAP, warmdown_shape="cosine"), 95, 95.0, 0.5),  # cosine of the time left
+        (dict(CAP, warmdown_shape="cosine"), 99, 99.0, 0.0244717),  # (1 - cos(pi / 10)) / 2
+        (dict(CAP, warmdown_iters=0), 99, 99.0, 1.0),  # no warmdown before the cap either
+    ],
+)
 def test_the_learning_rate_follows_the_table(settings, step, seconds, expected):
-    assert train_gpt.lr_scale(tiny_config(**settings), step, seconds) == pytest.approx(expected, abs=1e-6)
+    assert train_gpt.lr_scale(tiny_config(**settings), step, seconds) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 # The record of 2026-04-09: full rate for 28 % of the run, then linear to 0.
@@ -311,49 +351,64 @@ RECORD = dict(iterations=20000, warmdown_frac=0.72)
 CAPPED = dict(RECORD, max_wallclock_seconds=600.0)
 
 
-@pytest.mark.parametrize("settings, step, seconds, expected", [
-    (RECORD, 0, 0.0, 1.0),              # start
-    (RECORD, 5600, 0.0, 1.0),           # 28 % of the steps: the warmdown begins at the full rate
-    (RECORD, 9200, 0.0, 0.75),          # 46 %: a quarter of the warmdown is over
-    (RECORD, 12800, 0.0, 0.5),          # 64 %: half of it
-    (RECORD, 20000, 0.0, 0.0),          # the end
-    (RECORD, 12800, 1e6, 0.5),          # without a cap the time does not matter
-    (CAPPED, 0, 0.0, 1.0),              # start
-    (CAPPED, 1302, 168.0, 1.0),         # 28 % of the time
-    (CAPPED, 2139, 276.0, 0.75),        # 46 % of the time
-    (CAPPED, 2976, 384.0, 0.5),         # 64 % of the time, 15 % of the steps
-    (CAPPED, 4604, 594.0, 1 / 72),      # 99 % of the time
-    (CAPPED, 4651, 600.0, 0.0),         # the end
-    (CAPPED, 4660, 601.0, 0.0),         # past it
-    (dict(CAPPED, iterations=400), 256, 33.0, 0.5),  # the steps end before the time does
-    (dict(RECORD, warmdown_shape="cosine"), 9200, 0.0, 0.8535534),  # (1 - cos(3 pi / 4)) / 2
-    (dict(RECORD, min_lr=0.1), 12800, 0.0, 0.5),     # above the floor it changes nothing
-    (dict(RECORD, min_lr=0.1), 19000, 0.0, 0.1),     # 0.05 / 0.72 would be below it
-    (dict(RECORD, min_lr=0.1), 20000, 0.0, 0.1),     # and there it stays
-    (dict(LINEAR, min_lr=0.3), 9, 0.0, 0.3),         # with WARMDOWN_ITERS too: 0.25 without it
-    (dict(LINEAR, warmdown_frac=1.0), 3, 0.0, 0.7),  # the whole run is the warmdown
-])
-def test_the_learning_rate_follows_the_table_of_a_warmdown_by_share(settings, step, seconds, expected):
-    assert train_gpt.lr_scale(tiny_config(**settings), step, seconds) == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize(
+    "settings, step, seconds, expected",
+    [
+        (RECORD, 0, 0.0, 1.0),  # start
+        (RECORD, 5600, 0.0, 1.0),  # 28 % of the steps: the warmdown begins at the full rate
+        (RECORD, 9200, 0.0, 0.75),  # 46 %: a quarter of the warmdown is over
+        (RECORD, 12800, 0.0, 0.5),  # 64 %: half of it
+        (RECORD, 20000, 0.0, 0.0),  # the end
+        (RECORD, 12800, 1e6, 0.5),  # without a cap the time does not matter
+        (CAPPED, 0, 0.0, 1.0),  # start
+        (CAPPED, 1302, 168.0, 1.0),  # 28 % of the time
+        (CAPPED, 2139, 276.0, 0.75),  # 46 % of the time
+        (CAPPED, 2976, 384.0, 0.5),  # 64 % of the time, 15 % of the steps
+        (CAPPED, 4604, 594.0, 1 / 72),  # 99 % of the time
+        (CAPPED, 4651, 600.0, 0.0),  # the end
+        (CAPPED, 4660, 601.0, 0.0),  # past it
+        (dict(CAPPED, iterations=400), 256, 33.0, 0.5),  # the steps end before the time does
+        (dict(RECORD, warmdown_shape="cosine"), 9200, 0.0, 0.8535534),  # (1 - cos(3 pi / 4)) / 2
+        (dict(RECORD, min_lr=0.1), 12800, 0.0, 0.5),  # above the floor it changes nothing
+        (dict(RECORD, min_lr=0.1), 19000, 0.0, 0.1),  # 0.05 / 0.72 would be below it
+        (dict(RECORD, min_lr=0.1), 20000, 0.0, 0.1),  # and there it stays
+        (dict(LINEAR, min_lr=0.3), 9, 0.0, 0.3),  # with WARMDOWN_ITERS too: 0.25 without it
+        (dict(LINEAR, warmdown_frac=1.0), 3, 0.0, 0.7),  # the whole run is the warmdown
+    ],
+)
+def test_the_learning_rate_follows_the_table_of_a_warmdown_by_share(
+    settings, step, seconds, expected
+):
+    assert train_gpt.lr_scale(tiny_config(**settings), step, seconds) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("settings, step, seconds, expected", [
-    (RECORD, 5000, 0.0, 0.25),
-    (RECORD, 25000, 0.0, 1.0),
-    (CAPPED, 1000, 150.0, 0.25),        # of the time
-    (CAPPED, 15000, 150.0, 0.75),       # of the steps, which end first
-])
-def test_the_share_of_the_run_that_is_over_is_that_of_what_ends_it(settings, step, seconds, expected):
+@pytest.mark.parametrize(
+    "settings, step, seconds, expected",
+    [
+        (RECORD, 5000, 0.0, 0.25),
+        (RECORD, 25000, 0.0, 1.0),
+        (CAPPED, 1000, 150.0, 0.25),  # of the time
+        (CAPPED, 15000, 150.0, 0.75),  # of the steps, which end first
+    ],
+)
+def test_the_share_of_the_run_that_is_over_is_that_of_what_ends_it(
+    settings, step, seconds, expected
+):
     assert train_gpt.run_fraction(tiny_config(**settings), step, seconds) == expected
 
 
-@pytest.mark.parametrize("step, expected", [
-    (0, 0.92),       # start
-    (375, 0.9375),   # a quarter of the way
-    (750, 0.955),    # half-way
-    (1500, 0.99),    # warm
-    (7000, 0.99),    # and stays
-])
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 0.92),  # start
+        (375, 0.9375),  # a quarter of the way
+        (750, 0.955),  # half-way
+        (1500, 0.99),  # warm
+        (7000, 0.99),  # and stays
+    ],
+)
 def test_muon_momentum_follows_the_table(step, expected):
     assert train_gpt.momentum_at(train_gpt.Config(), step) == pytest.approx(expected, abs=1e-12)
 
@@ -362,26 +417,7 @@ def test_muon_momentum_without_a_warm_up_is_constant():
     assert train_gpt.momentum_at(train_gpt.Config(muon_momentum_warmup_steps=0), 0) == 0.99
 
 
-@pytest.fixture
-def trainer(tiny_data, runtime):
-    """make(**changes) -> Trainer on the tiny data, each in the test's own directory."""
-    def make(**changes):
-        config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
-                             **{"num_layers": 1, "xsa_last_n": 1, **changes})
-        val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
-        return train_gpt.Trainer(config, runtime(config), val)
-    return make
-
-
-def test_the_scale_reaches_every_rate(trainer):
-    made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
-    made.step = 5
-    made.set_lrs(0.5)
-    assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (0.015, [0.02, 0.01])
-    assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
-
-
-# --------------------------------------------------------------------------------------------------- averages
+# ----------------------------------------------------------------------------------------- averages
 RECORDED = [torch.tensor([value, -value]) for value in (1.0, 3.0, 2.0, 7.0, 5.0)]
 FIRST = torch.tensor([10.0, -10.0])
 LOW, HIGH = (1.0, 0.15, 0.1, 0.05, 0.0), (1.0,) * 5  # learning-rate scales of five steps
@@ -401,7 +437,8 @@ def averaged(scales=LOW, **settings):
 
 
 def emas(cap):
-    """The averages after each of the five steps, with decays min(cap, 1/10, 2/11, 3/12, 4/13, 5/14)."""
+    """The averages after each of the five steps, with decays min(cap, 1/10, 2/11, 3/12, 4/13,
+    5/14)."""
     ema, out = FIRST, []
     for value, decay in zip(RECORDED, (1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14)):
         decay = min(cap, decay)
@@ -413,7 +450,10 @@ def emas(cap):
 @pytest.mark.parametrize("cap", [0.997, 0.2])
 def test_the_ema_is_the_hand_computed_mean_of_five_steps(cap):
     kind, (got,) = averaged(ema_decay=cap).exported()
-    assert kind == f"EMA weights (decay {min(cap, 5 / 14):.4f}: {1 / (1 - min(cap, 5 / 14)):.0f} steps)"
+    assert (
+        kind
+        == f"EMA weights (decay {min(cap, 5 / 14):.4f}: {1 / (1 - min(cap, 5 / 14)):.0f} steps)"
+    )
     torch.testing.assert_close(got, emas(cap)[-1])
 
 
@@ -427,18 +467,29 @@ def test_snapshots_are_taken_of_the_ema_every_n_steps_below_the_scale():
 
 def test_snapshots_are_taken_of_the_raw_weights_without_an_ema():
     average = averaged((1.0, 0.19, 0.1, 0.05, 0.0), swa_enabled=True, swa_every=1, ema_decay=0.0)
-    torch.testing.assert_close(average.exported()[1][0], torch.tensor([17 / 4, -17 / 4]))  # of 3, 2, 7, 5
+    torch.testing.assert_close(
+        average.exported()[1][0], torch.tensor([17 / 4, -17 / 4])
+    )  # of 3, 2, 7, 5
 
 
-@pytest.mark.parametrize("settings, scales, expected", [
-    (dict(ema_decay=0.997), LOW, emas(0.997)[-1]),                # EMA alone
-    (dict(ema_decay=0.0), LOW, RECORDED[-1]),                     # neither: the raw weights
-    (dict(ema_decay=0.997, **SNAPSHOTS), LOW, emas(0.997)[3]),    # one snapshot, of the EMA
-    (dict(ema_decay=0.0, **SNAPSHOTS), LOW, RECORDED[3]),         # one snapshot, of the raw weights
-    (dict(ema_decay=0.997, **SNAPSHOTS), HIGH, emas(0.997)[-1]),  # never below the scale: the EMA
-    (dict(ema_decay=0.0, **SNAPSHOTS), HIGH, RECORDED[-1]),       # no snapshot and no EMA: raw
-])
-def test_snapshots_come_before_the_ema_and_the_ema_before_the_raw_weights(settings, scales, expected):
+@pytest.mark.parametrize(
+    "settings, scales, expected",
+    [
+        (dict(ema_decay=0.997), LOW, emas(0.997)[-1]),  # EMA alone
+        (dict(ema_decay=0.0), LOW, RECORDED[-1]),  # neither: the raw weights
+        (dict(ema_decay=0.997, **SNAPSHOTS), LOW, emas(0.997)[3]),  # one snapshot, of the EMA
+        (dict(ema_decay=0.0, **SNAPSHOTS), LOW, RECORDED[3]),  # one snapshot, of the raw weights
+        (
+            dict(ema_decay=0.997, **SNAPSHOTS),
+            HIGH,
+            emas(0.997)[-1],
+        ),  # never below the scale: the EMA
+        (dict(ema_decay=0.0, **SNAPSHOTS), HIGH, RECORDED[-1]),  # no snapshot and no EMA: raw
+    ],
+)
+def test_snapshots_come_before_the_ema_and_the_ema_before_the_raw_weights(
+    settings, scales, expected
+):
     average = averaged(scales, **settings)
     torch.testing.assert_close(average.exported()[1][0], expected)
 
@@ -446,7 +497,9 @@ def test_snapshots_come_before_the_ema_and_the_ema_before_the_raw_weights(settin
 def test_averages_survive_their_state_dict():
     settings = dict(swa_enabled=True, swa_every=1, ema_decay=0.997, ema_full_steps=1)
     average = averaged(**settings)
-    restored = train_gpt.WeightAverage([torch.nn.Parameter(torch.zeros(2))], tiny_config(**settings))
+    restored = train_gpt.WeightAverage(
+        [torch.nn.Parameter(torch.zeros(2))], tiny_config(**settings)
+    )
     restored.load_state_dict(train_gpt.private_copy(average.state_dict()))
     assert restored.exported()[0] == average.exported()[0]
     assert torch.equal(restored.exported()[1][0], average.exported()[1][0])
@@ -460,24 +513,37 @@ def test_averages_survive_their_state_dict():
 AVERAGED = dict(ema_decay=0.997, iterations=7000)  # a horizon of 333 steps
 
 
-@pytest.mark.parametrize("settings, step, seconds, expected", [
-    (AVERAGED, 6999, 0.0, 0.997),                            # the four systems: as published
-    (dict(AVERAGED, iterations=20000), 19999, 0.0, 0.997),
-    (dict(AVERAGED, iterations=5000), 4999, 0.0, 0.997),     # just long enough
-    (dict(AVERAGED, iterations=2500), 2499, 0.0, 1 - 4 * 0.003),   # half of it: a quarter of the horizon
-    (dict(AVERAGED, iterations=1000), 999, 0.0, 1 - 25 * 0.003),   # a fifth: 1/25, which is 13 steps
-    (dict(AVERAGED, iterations=700), 699, 0.0, 0.0),         # 6.5 steps would be too few to help
-    (dict(AVERAGED, iterations=300), 299, 0.0, 0.0),
-    (AVERAGED, 0, 0.0, 0.1),                                 # the initial weights are left behind
-    (AVERAGED, 80, 0.0, 0.9),
-    # With a wallclock cap the length is what the pace so far will give.
-    (dict(AVERAGED, max_wallclock_seconds=600.0), 4650, 400.0, 0.997),     # 6975 steps
-    (dict(AVERAGED, max_wallclock_seconds=600.0), 1250, 300.0, 1 - 4 * 0.003),   # 2500 steps
-    (dict(AVERAGED, max_wallclock_seconds=600.0), 100, 200.0, 0.0),        # 300 steps
-    # The record of 2026-04-09, 4,650 steps: its own decay whatever the length.
-    (dict(ema_decay=0.9965, ema_full_steps=1, iterations=20000), 4650, 0.0, 0.9965),
-    (dict(ema_decay=0.9965, ema_full_steps=1, iterations=300), 299, 0.0, 300 / 309),
-])
+@pytest.mark.parametrize(
+    "settings, step, seconds, expected",
+    [
+        (AVERAGED, 6999, 0.0, 0.997),  # the four systems: as published
+        (dict(AVERAGED, iterations=20000), 19999, 0.0, 0.997),
+        (dict(AVERAGED, iterations=5000), 4999, 0.0, 0.997),  # just long enough
+        (
+            dict(AVERAGED, iterations=2500),
+            2499,
+            0.0,
+            1 - 4 * 0.003,
+        ),  # half of it: a quarter of the horizon
+        (
+            dict(AVERAGED, iterations=1000),
+            999,
+            0.0,
+            1 - 25 * 0.003,
+        ),  # a fifth: 1/25, which is 13 steps
+        (dict(AVERAGED, iterations=700), 699, 0.0, 0.0),  # 6.5 steps would be too few to help
+        (dict(AVERAGED, iterations=300), 299, 0.0, 0.0),
+        (AVERAGED, 0, 0.0, 0.1),  # the initial weights are left behind
+        (AVERAGED, 80, 0.0, 0.9),
+        # With a wallclock cap the length is what the pace so far will give.
+        (dict(AVERAGED, max_wallclock_seconds=600.0), 4650, 400.0, 0.997),  # 6975 steps
+        (dict(AVERAGED, max_wallclock_seconds=600.0), 1250, 300.0, 1 - 4 * 0.003),  # 2500 steps
+        (dict(AVERAGED, max_wallclock_seconds=600.0), 100, 200.0, 0.0),  # 300 steps
+        # The record of 2026-04-09, 4,650 steps: its own decay whatever the length.
+        (dict(ema_decay=0.9965, ema_full_steps=1, iterations=20000), 4650, 0.0, 0.9965),
+        (dict(ema_decay=0.9965, ema_full_steps=1, iterations=300), 299, 0.0, 300 / 309),
+    ],
+)
 def test_the_average_forgets_sooner_in_a_short_run(settings, step, seconds, expected):
     config = tiny_config(**settings)
     assert train_gpt.ema_decay_at(config, step, seconds) == pytest.approx(expected, abs=1e-12)
@@ -487,94 +553,3 @@ def test_a_short_run_exports_its_raw_weights_and_says_so():
     kind, (got,) = averaged(ema_decay=0.997, ema_full_steps=5000, iterations=300).exported()
     assert torch.equal(got, RECORDED[-1])
     assert kind == "raw weights (a short run: see EMA_FULL_STEPS)"
-
-
-def recorded_run(made, monkeypatch, steps=5):
-    """Take `steps` training steps; returns the raw weights before and after each."""
-    history, original = [weights(made.model)], train_gpt.reduce_clip_step
-
-    def recording(*arguments):
-        original(*arguments)
-        history.append(weights(made.model))
-    monkeypatch.setattr(train_gpt, "reduce_clip_step", recording)
-    made.step_started = train_gpt.time.monotonic()
-    for _ in range(steps):
-        made.one_step()
-    return history
-
-
-@pytest.mark.parametrize("settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)])
-def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, trainer, monkeypatch):
-    """Five steps, a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is step 4's."""
-    made = trainer(iterations=5, warmdown_iters=4, ema_full_steps=1, **settings)
-    history = recorded_run(made, monkeypatch)
-    exported = made.export()["state_dict"]
-    moved = 0
-    for name in history[0]:
-        ema, means = history[0][name], []
-        for values, decay in zip(history[1:], (1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14)):
-            ema = decay * ema + (1 - decay) * values[name]
-            means.append(ema)
-        torch.testing.assert_close(exported[name], means[3] if settings else means[4], atol=1e-6, rtol=1e-5)
-        moved += not torch.equal(exported[name], history[-1][name])
-    assert moved > 10
-
-
-# ---------------------------------------------------------------------------------------------------- warm-up
-def with_warm_up(made, monkeypatch):
-    """Make the trainer believe that it compiles, and count the steps of its warm-up."""
-    steps, original = [], train_gpt.reduce_clip_step
-
-    def counting(*arguments):
-        steps.append(1)
-        original(*arguments)
-    made.runtime.compiling = True
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "reduce_clip_step", counting)
-        made.warm_up()
-    return len(steps)
-
-
-def flat(tree, at=""):
-    """{path: leaf} of a tree of dictionaries and lists."""
-    if isinstance(tree, (dict, list, tuple)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {path: leaf for key, value in items for path, leaf in flat(value, f"{at}/{key}").items()}
-    return {at: tree}
-
-
-def same(left, right):
-    left, right = flat(left), flat(right)
-    assert left.keys() == right.keys()
-    different = [path for path, leaf in left.items() if not (
-        torch.equal(leaf, right[path]) if isinstance(leaf, torch.Tensor) else leaf == right[path])]
-    return not different
-
-
-@pytest.mark.parametrize("trained", [0, 2])
-def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, trainer, monkeypatch):
-    monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
-    made = trainer(warmup_steps=3, swa_enabled=True, **EVERYTHING, ve_last_n=1, late_qat_threshold=0.5)
-    recorded_run(made, monkeypatch, trained)
-    before, position = train_gpt.private_copy(made.training_state()), made.stream.position
-    assert with_warm_up(made, monkeypatch) == 3
-    assert same(train_gpt.private_copy(made.training_state()), before)
-    assert made.stream.position == position
-    assert (made.step, made.stopped_early) == (trained, False)
-
-
-def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
-    finals = []
-    for warm in (True, False):
-        made = trainer(warmup_steps=2, run_dir=str(tmp_path / f"warm_{warm}"), **EVERYTHING, ve_last_n=1)
-        if warm:
-            assert with_warm_up(made, monkeypatch) == 2
-        finals.append(recorded_run(made, monkeypatch, 3)[-1])
-    assert same(*finals)
-
-
-def test_nothing_is_warmed_up_where_nothing_is_compiled(trainer, monkeypatch):
-    made = trainer(warmup_steps=3)
-    monkeypatch.setattr(made, "accumulate", lambda *arguments: pytest.fail("a step without compilation"))
-    made.warm_up()

@@ -14,7 +14,7 @@ import time
 import traceback
 
 import pytest
-from conftest import ROOT, environment, launch, read_json
+from helpers import ROOT, environment, launch, read_json
 
 pytest.importorskip("python_minifier", reason="pip install -r slurm/requirements.txt")
 sys.path.insert(0, str(ROOT / "slurm"))

@@ -1,133 +1,150 @@
-"""Every published system is a preset: it has the reference's settings and runs from text to score."""
-import contextlib
+"""Every published system is a preset: it has the reference's settings and runs from text to score.
+Every published system is a preset: it has the reference's settings and runs from text to score."""
+
 import dataclasses
-import gc
-import io
 import math
-import os
 import pydoc_data.topics
-import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, events, read_json
+from helpers import ROOT, TINY, events, preset_config, read_json, run_main
 
 import train_gpt
 from train_gpt import GPT, PRESETS, Config
 
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """What a run left: exit code, what it printed, and its directory."""
-    code: int
-    out: str
-    err: str
-    dir: Path
-
-    @property
-    def lines(self):
-        return self.out.splitlines()
-
-    def scores(self):
-        return read_json(self.dir / "scores.json")["scores"]
-
-
-def run_main(run_dir, arguments=(), cwd=None, **settings):
-    """train_gpt.main() in this process, `settings` as its environment: a child spends seconds on imports."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with pytest.MonkeyPatch.context() as patch, redirected[0], redirected[1]:
-        patch.setattr(os, "environ", environment(run_dir=run_dir, **settings))
-        patch.setattr(sys, "argv", ["train_gpt.py", *arguments])
-        patch.chdir(cwd or Path(run_dir).parent)
-        try:
-            train_gpt.main()
-        except train_gpt.GolfError as error:
-            code = error.code
-            print(f"error: {error}", file=sys.stderr)
-        except SystemExit as leaving:
-            code = leaving.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    if code:
-        gc.collect()  # a stopped run's lock goes with its Runtime, which the exception's frames may still hold
-    return Finished(code, out.getvalue(), err.getvalue(), Path(run_dir))
-
-
 # --------------------------------------------------------------------------------------------------
-# The settings, by hand from REFERENCE
+# The settings, by hand from docs/REFERENCE.md
 # --------------------------------------------------------------------------------------------------
 # §4, §5 and §7 give these once for all systems.
 COMMON = dict(
-    vocab_size=1024, model_dim=512, num_heads=8, num_kv_heads=4, rope_dims=16, rope_base=10000.0,
-    logit_softcap=30.0, bigram_dim=128, qk_gain_init=1.5, embed_init_std=0.005,
-    nfm_hidden_dim=256, nfm_loss_weight=0.1, flow_latent_dim=64, flow_hidden_dim=256, flow_init_scale=0.01,
-    e2e_ttt_mini_batch=16, e2e_ttt_base_lr=1.0,
-    train_batch_tokens=786_432, train_seq_len=2048, micro_batch_tokens=98_304, warmup_steps=20,
-    matrix_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500,
-    muon_ns_steps=5, embed_lr=0.035, scalar_lr=0.025, beta1=0.9, beta2=0.95, adam_eps=1e-8, muon_wd=0.04, adam_wd=0.04,
+    vocab_size=1024,
+    model_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    rope_dims=16,
+    rope_base=10000.0,
+    logit_softcap=30.0,
+    bigram_dim=128,
+    qk_gain_init=1.5,
+    embed_init_std=0.005,
+    nfm_hidden_dim=256,
+    nfm_loss_weight=0.1,
+    flow_latent_dim=64,
+    flow_hidden_dim=256,
+    flow_init_scale=0.01,
+    e2e_ttt_mini_batch=16,
+    e2e_ttt_base_lr=1.0,
+    train_batch_tokens=786_432,
+    train_seq_len=2048,
+    micro_batch_tokens=98_304,
+    warmup_steps=20,
+    matrix_lr=0.025,
+    muon_momentum=0.99,
+    muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=1500,
+    muon_ns_steps=5,
+    embed_lr=0.035,
+    scalar_lr=0.025,
+    beta1=0.9,
+    beta2=0.95,
+    adam_eps=1e-8,
+    muon_wd=0.04,
+    adam_wd=0.04,
     grad_clip_norm=0.3,
-    ema_decay=0.997, swa_every=50, swa_start_scale=0.2,
-    block_bits=6, zstd_level=16, lzma_preset=6, budget_bytes=16_000_000,
-    dtype="bfloat16", eval_stride=64, ttt_lr=0.002, ttt_momentum=0.9, ttt_chunk_tokens=32_768,
-    ttt_batch_seqs=32, ttt_grad_clip=1.0, slot_lr=0.003, slot_steps=5)
+    ema_decay=0.997,
+    swa_every=50,
+    swa_start_scale=0.2,
+    block_bits=6,
+    zstd_level=16,
+    lzma_preset=6,
+    budget_bytes=16_000_000,
+    dtype="bfloat16",
+    eval_stride=64,
+    ttt_lr=0.002,
+    ttt_momentum=0.9,
+    ttt_chunk_tokens=32_768,
+    ttt_batch_seqs=32,
+    ttt_grad_clip=1.0,
+    slot_lr=0.003,
+    slot_steps=5,
+)
 
 COLUMNS = {
-    "trunk":
-        "num_layers mlp_mult gated_attention value_residual xsa_last_n bigram_vocab_size ve_dim ve_last_n",
+    "trunk": "num_layers mlp_mult gated_attention value_residual xsa_last_n bigram_vocab_size "
+    "ve_dim ve_last_n",
     "refiners": "e2e_ttt_enabled flow_enabled nfm_enabled",
-    "steps": "iterations warmdown_iters warmdown_shape max_wallclock_seconds swa_enabled late_qat_threshold",
+    "steps": "iterations warmdown_iters warmdown_shape max_wallclock_seconds swa_enabled "
+    "late_qat_threshold",
     "packing": "embed_bits compressor",
-    "scoring": "eval_seq_len ttt_enabled ttt_epochs ttt_freeze_blocks slot"}
+    "scoring": "eval_seq_len ttt_enabled ttt_epochs ttt_freeze_blocks slot",
+}
 TABLE = {
-    # §3 the default; §4 trunk with NativeFlowMatcher; §6 embeddings int8, zstd; §7 window 1024, 10 epochs,
-    # 2 blocks frozen
-    "nfm_7k": [(11, 3.0, True, True, 11, 4096, 0, 2), (False, False, True),
-               (7000, 2800, "linear", 0.0, False, 0.0), (8, "zstd"), (1024, True, 10, 2, "off")],
+    # §3 the default; §4 trunk with NativeFlowMatcher; §6 embeddings int8, zstd; §7 window 1024, 10
+    # epochs, 2 blocks frozen
+    "nfm_7k": [
+        (11, 3.0, True, True, 11, 4096, 0, 2),
+        (False, False, True),
+        (7000, 2800, "linear", 0.0, False, 0.0),
+        (8, "zstd"),
+        (1024, True, 10, 2, "off"),
+    ],
     # §3 its matched base: no NFM; §7 window 2048
-    "base_7k": [(11, 3.0, True, True, 11, 4096, 0, 2), (False, False, False),
-                (7000, 2800, "linear", 0.0, False, 0.0), (8, "zstd"), (2048, True, 10, 2, "off")],
+    "base_7k": [
+        (11, 3.0, True, True, 11, 4096, 0, 2),
+        (False, False, False),
+        (7000, 2800, "linear", 0.0, False, 0.0),
+        (8, "zstd"),
+        (2048, True, 10, 2, "off"),
+    ],
     # §5 20,000 steps, cosine over the last 12,000; §6 everything int6
-    "base_20k": [(11, 3.0, True, True, 11, 4096, 0, 2), (False, False, False),
-                 (20000, 12000, "cosine", 0.0, False, 0.0), (6, "zstd"), (2048, True, 10, 2, "off")],
+    "base_20k": [
+        (11, 3.0, True, True, 11, 4096, 0, 2),
+        (False, False, False),
+        (20000, 12000, "cosine", 0.0, False, 0.0),
+        (6, "zstd"),
+        (2048, True, 10, 2, "off"),
+    ],
     # §3 the same with FlowRefiner
-    "flow_20k": [(11, 3.0, True, True, 11, 4096, 0, 2), (False, True, False),
-                 (20000, 12000, "cosine", 0.0, False, 0.0), (6, "zstd"), (2048, True, 10, 2, "off")],
-    # §4 #1166: 10 layers, no gate, no value residual, XSA 4, Bigram 1536, VE128 on 8-9, both refiners, SWA,
-    # QAT, lzma
-    "ttt_linear_10l": [(10, 3.0, False, False, 4, 1536, 128, 2), (True, True, False),
-                       (7185, 4311, "linear", 0.0, True, 0.15), (8, "lzma"), (2048, False, 10, 2, "off")],
+    "flow_20k": [
+        (11, 3.0, True, True, 11, 4096, 0, 2),
+        (False, True, False),
+        (20000, 12000, "cosine", 0.0, False, 0.0),
+        (6, "zstd"),
+        (2048, True, 10, 2, "off"),
+    ],
+    # §4 #1166: 10 layers, no gate, no value residual, XSA 4, Bigram 1536, VE128 on 8-9, both
+    # refiners, SWA, QAT, lzma
+    "ttt_linear_10l": [
+        (10, 3.0, False, False, 4, 1536, 128, 2),
+        (True, True, False),
+        (7185, 4311, "linear", 0.0, True, 0.15),
+        (8, "lzma"),
+        (2048, False, 10, 2, "off"),
+    ],
     # §3 its 11-layer variant, VE128 on 9-10
-    "ttt_linear_11l": [(11, 3.0, False, False, 4, 1536, 128, 2), (True, True, False),
-                       (7185, 4311, "linear", 0.0, True, 0.15), (8, "lzma"), (2048, False, 10, 2, "off")],
-    # §4 #1150: MLP 2.8, XSA 4, VE128 on 9-10, EMA + SWA, lzma, 600 s cap, TTT of 3 epochs, nothing frozen,
-    # SLOT; steps, warmdown and QAT are those of the #549 base
-    "slot_11l": [(11, 2.8, False, False, 4, 1536, 128, 2), (False, False, False),
-                 (9000, 3500, "linear", 600.0, True, 0.15), (8, "lzma"), (2048, True, 3, 0, "causal")],
+    "ttt_linear_11l": [
+        (11, 3.0, False, False, 4, 1536, 128, 2),
+        (True, True, False),
+        (7185, 4311, "linear", 0.0, True, 0.15),
+        (8, "lzma"),
+        (2048, False, 10, 2, "off"),
+    ],
+    # §4 #1150: MLP 2.8, XSA 4, VE128 on 9-10, EMA + SWA, lzma, 600 s cap, TTT of 3 epochs, nothing
+    # frozen, SLOT; steps, warmdown and QAT are those of the #549 base
+    "slot_11l": [
+        (11, 2.8, False, False, 4, 1536, 128, 2),
+        (False, False, False),
+        (9000, 3500, "linear", 600.0, True, 0.15),
+        (8, "lzma"),
+        (2048, True, 3, 0, "causal"),
+    ],
 }
 SYSTEMS = list(TABLE)
-PARAMETERS = {"nfm_7k": 27_530_952, "base_7k": 27_137_223, "base_20k": 27_137_223, "flow_20k": 27_235_848,
-              "ttt_linear_10l": 25_749_398, "ttt_linear_11l": 28_110_750,
-              # 26,928,220 at MLP x3, less 104 hidden units of two 512-wide matrices in each of 11 layers
-              "slot_11l": 26_928_220 - 11 * 2 * 512 * (1536 - 1432)}
-
-
-def preset(name, **changes):
-    return Config.from_env({"PRESET": name, **{key.upper(): str(value) for key, value in changes.items()}})
 
 
 def row_of(name):
     fields = " ".join(COLUMNS.values()).split()
     return dict(zip(fields, [value for part in TABLE[name] for value in part], strict=True))
-
-
-def count(config):
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
 
 
 def test_the_presets_are_the_published_systems_and_the_demo():
@@ -137,7 +154,7 @@ def test_the_presets_are_the_published_systems_and_the_demo():
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_preset_has_the_settings_of_the_reference(name):
-    config, expected = preset(name).as_dict(), {**COMMON, **row_of(name)}
+    config, expected = preset_config(name).as_dict(), {**COMMON, **row_of(name)}
     assert {field: config[field] for field in expected} == expected
 
 
@@ -147,20 +164,24 @@ def test_the_tables_miss_no_setting_that_could_change_a_result():
     assert judged >= {field for name in SYSTEMS for field in PRESETS[name]}
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_a_preset_has_the_published_number_of_parameters(name):
-    assert count(preset(name)) == PARAMETERS[name]
-
-
-def test_slot_11l_has_its_base_s_parameters_at_mlp_3():
-    assert count(preset("slot_11l", mlp_mult=3)) == 26_928_220
-
-
 def test_the_demo_has_every_feature_of_the_submission():
-    demo, submission = preset("demo").as_dict(), preset("nfm_7k").as_dict()
-    features = ("gated_attention", "value_residual", "nfm_enabled", "flow_enabled", "e2e_ttt_enabled",
-                "ve_dim", "ema_decay", "swa_enabled", "compressor", "block_bits", "embed_bits", "ttt_enabled",
-                "slot", "eval_stride")
+    demo, submission = preset_config("demo").as_dict(), preset_config("nfm_7k").as_dict()
+    features = (
+        "gated_attention",
+        "value_residual",
+        "nfm_enabled",
+        "flow_enabled",
+        "e2e_ttt_enabled",
+        "ve_dim",
+        "ema_decay",
+        "swa_enabled",
+        "compressor",
+        "block_bits",
+        "embed_bits",
+        "ttt_enabled",
+        "slot",
+        "eval_stride",
+    )
     assert [demo[f] for f in features] == [submission[f] for f in features]
     assert demo["xsa_last_n"] == demo["num_layers"]
 
@@ -168,15 +189,32 @@ def test_the_demo_has_every_feature_of_the_submission():
 # --------------------------------------------------------------------------------------------------
 # The whole path at a reduced size
 # --------------------------------------------------------------------------------------------------
-# Wide enough that block matrices and the embedding are large ones (int6, int8), and a warmdown that ends
-# below the thresholds of SWA and late QAT. What makes a preset itself is not in here.
+# Wide enough that block matrices and the embedding are large ones (int6, int8), and a warmdown that
+# ends below the thresholds of SWA and late QAT. What makes a preset itself is not in here.
 FREE = {"xsa_last_n", "ttt_freeze_blocks", "nfm_hidden_dim"}
 REDUCED = {name: value for name, value in TINY.items() if name not in FREE} | dict(
     ema_full_steps=1,  # average as in a long run
-    num_layers=2, model_dim=176, nfm_hidden_dim=16, train_batch_tokens=256, micro_batch_tokens=128,
-    iterations=8, warmdown_iters=8, swa_every=1, eval_stride=32, eval_batch_seqs=16, ttt_chunk_tokens=512)
-FILES = {"config.json", "manifest.json", "train.log", "metrics.jsonl", "final_model.pt",
-         "final_model.int6.ptz", "scores.json"}
+    num_layers=2,
+    model_dim=176,
+    nfm_hidden_dim=16,
+    train_batch_tokens=256,
+    micro_batch_tokens=128,
+    iterations=8,
+    warmdown_iters=8,
+    swa_every=1,
+    eval_stride=32,
+    eval_batch_seqs=16,
+    ttt_chunk_tokens=512,
+)
+FILES = {
+    "config.json",
+    "manifest.json",
+    "train.log",
+    "metrics.jsonl",
+    "final_model.pt",
+    "final_model.int6.ptz",
+    "scores.json",
+}
 LAST = {"ttt_linear_10l": [], "ttt_linear_11l": [], "slot_11l": ["legal_ttt_slot_causal"]}
 
 
@@ -193,10 +231,15 @@ def finished(request, tiny_data, tmp_path_factory):
 def test_a_preset_runs_from_text_to_its_scores(finished):
     name, run = finished
     last = LAST.get(name, ["legal_ttt"])
-    assert list(run.scores()) == ["pre_quant", "final_int6_roundtrip", "final_int6_sliding_window", *last]
+    assert list(run.scores()) == [
+        "pre_quant",
+        "final_int6_roundtrip",
+        "final_int6_sliding_window",
+        *last,
+    ]
     result = read_json(run.dir / "scores.json")
     assert result["finished"] and result["preset"] == name and result["steps"] == 8
-    assert FILES <= {path.name for path in run.dir.iterdir()}
+    assert {path.name for path in run.dir.iterdir()} >= FILES
     targets = read_json(run.dir / "manifest.json")["data"]["val_targets"]
     for score in run.scores().values():
         assert score["legal"] and math.isfinite(score["val_bpb"]) and score["tokens"] == targets
@@ -211,7 +254,9 @@ def test_a_preset_s_artifact_brings_the_trained_model_back(finished):
     name, run = finished
     config, state = train_gpt.unpack_artifact((run.dir / "final_model.int6.ptz").read_bytes())
     reference = read_json(run.dir / "config.json")["config"]
-    assert config.as_dict("arch", "eval") == {f: reference[f] for f in config.as_dict("arch", "eval")}
+    assert config.as_dict("arch", "eval") == {
+        f: reference[f] for f in config.as_dict("arch", "eval")
+    }
     trained = train_gpt.load_weights(run.dir / "final_model.pt").state_dict
     assert trained.keys() == state.keys()
     for tensor, weight in trained.items():
@@ -220,8 +265,11 @@ def test_a_preset_s_artifact_brings_the_trained_model_back(finished):
 
 def test_a_preset_says_how_it_packed_and_averaged(finished):
     name, run = finished
-    lzma, swa = preset(name).compressor == "lzma", preset(name).swa_enabled
-    assert any(line.startswith(f"Serialized model int6+{'lzma' if lzma else 'zstd'}: ") for line in run.lines)
+    lzma, swa = preset_config(name).compressor == "lzma", preset_config(name).swa_enabled
+    assert any(
+        line.startswith(f"Serialized model int6+{'lzma' if lzma else 'zstd'}: ")
+        for line in run.lines
+    )
     averaged = f"export:{'mean of 1 snapshots of the ' * swa}EMA weights (decay "
     assert any(line.startswith(averaged) for line in run.lines)
 
@@ -230,7 +278,7 @@ def test_a_preset_says_how_it_packed_and_averaged(finished):
 def test_every_parameter_of_a_preset_receives_a_gradient(name):
     """A part that is computed and not used, or used behind a constant, would leave some without."""
     torch.manual_seed(1)
-    model = GPT(preset(name, **{**REDUCED, "dtype": "float32"}))
+    model = GPT(preset_config(name, **{**REDUCED, "dtype": "float32"}))
     with torch.no_grad():
         for parameter in model.parameters():  # off the zeros that some start from
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -243,21 +291,36 @@ def test_every_parameter_of_a_preset_receives_a_gradient(name):
 @pytest.fixture(scope="module")
 def slot_run(tiny_data, tmp_path_factory):
     changes = dict(model_dim=32, preset="slot_11l", dtype="float32", ttt_enabled=False, slot="off")
-    run = run_main(tmp_path_factory.mktemp("slot") / "run", **{**tiny_data.settings, **REDUCED, **changes})
+    run = run_main(
+        tmp_path_factory.mktemp("slot") / "run", **{**tiny_data.settings, **REDUCED, **changes}
+    )
     assert run.code == 0, run.err
     return run
 
 
-@pytest.mark.parametrize("slot, ttt, label, legal", [
-    ("off", True, "legal_ttt", True),
-    ("causal", False, "slot_causal", True),
-    ("causal", True, "legal_ttt_slot_causal", True),
-    ("published", False, "illegal_slot_published", False),
-    ("published", True, "illegal_ttt_slot_published", False)])
+@pytest.mark.parametrize(
+    "slot, ttt, label, legal",
+    [
+        ("off", True, "legal_ttt", True),
+        ("causal", False, "slot_causal", True),
+        ("causal", True, "legal_ttt_slot_causal", True),
+        ("published", False, "illegal_slot_published", False),
+        ("published", True, "illegal_ttt_slot_published", False),
+    ],
+)
 def test_the_last_score_is_named_by_what_adapts_and_whether_that_is_legal(
-        slot, ttt, label, legal, slot_run, tiny_data, tmp_path):
-    run = run_main(tmp_path / "run", eval_only=slot_run.dir / "final_model.int6.ptz", device="cpu", slot=slot,
-                   audit=False, ttt_enabled=ttt, data_path=tiny_data.data_path, tokenizer_path=tiny_data.tokenizer_path)
+    slot, ttt, label, legal, slot_run, tiny_data, tmp_path
+):
+    run = run_main(
+        tmp_path / "run",
+        eval_only=slot_run.dir / "final_model.int6.ptz",
+        device="cpu",
+        slot=slot,
+        audit=False,
+        ttt_enabled=ttt,
+        data_path=tiny_data.data_path,
+        tokenizer_path=tiny_data.tokenizer_path,
+    )
     assert run.code == 0, run.err
     assert list(run.scores()) == ["final_int6_roundtrip", "final_int6_sliding_window", label]
     assert run.scores()[label]["legal"] is legal
@@ -276,7 +339,7 @@ def test_without_adaptation_the_sliding_window_is_the_last_score(slot_run):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_full_size_preset_trains_and_fits_the_budget(name, capsys):
     torch.manual_seed(0)
-    config = preset(name)
+    config = preset_config(name)
     model = GPT(config).train()
     muon, adamw = train_gpt.build_optimizers(model, config)
     text = "\n".join(pydoc_data.topics.topics[topic] for topic in sorted(pydoc_data.topics.topics))
@@ -295,6 +358,9 @@ def test_a_full_size_preset_trains_and_fits_the_budget(name, capsys):
         config = dataclasses.replace(config, budget_bytes=20_000_000)
     blob, int5 = train_gpt.fit_budget(config, model.state_dict(), code)
     with capsys.disabled():
-        print(f"\n{name}: artifact {len(blob)} + code {code} = {len(blob) + code} bytes, int5 {int5}, {losses}")
+        print(
+            f"\n{name}: artifact {len(blob)} + code {code} = {len(blob) + code} bytes, "
+            f"int5 {int5}, {losses}"
+        )
     assert len(blob) + code <= config.budget_bytes
     assert train_gpt.unpack_artifact(blob)[0].as_dict("arch") == config.as_dict("arch")

@@ -1,31 +1,15 @@
 """NativeFlowMatcher, FlowRefiner, TTT-Linear and rounding in training, each against its formula."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_near, random_batch, randomised, tiny_config
 
 import train_gpt
-from conftest import tiny_config
 
 BOS = train_gpt.BOS
-
-
-@pytest.fixture
-def double():
-    """float64 everywhere, constants made inside the model included."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@torch.no_grad()
-def randomised(module):
-    """Every parameter away from its initial value, gates half open."""
-    for param in module.parameters():
-        noise = torch.randn_like(param)
-        param.copy_(noise / param.size(-1) ** 0.5 if param.dim() > 1 else 0.5 * noise)
-    return module
 
 
 def build(**changes):
@@ -33,40 +17,37 @@ def build(**changes):
     return config, randomised(train_gpt.GPT(config, train_gpt.cpu_attention))
 
 
-def batch(config, length=21, rows=2):
-    ids = torch.randint(BOS + 1, config.vocab_size, (rows, length + 1))
-    return ids[:, :-1], ids[:, 1:]
-
-
 def without(refiner, model, config_changes):
-    """The same weights in a model that lacks one refiner: its hidden states are what the refiner receives."""
+    """The same weights in a model that lacks one refiner: its hidden states are what the refiner
+    receives."""
     plain = train_gpt.GPT(tiny_config(**config_changes), train_gpt.cpu_attention)
     state = model.state_dict()
-    plain.load_state_dict({name: state[name] for name in state if not name.startswith(f"{refiner}.")})
+    plain.load_state_dict(
+        {name: state[name] for name in state if not name.startswith(f"{refiner}.")}
+    )
     return plain
-
-
-def assert_near(mine, expected, atol, rtol, name):
-    torch.testing.assert_close(mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
 
 
 def gelu(x):
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-# ------------------------------------------------------------------------------------------ NativeFlowMatcher
+# -------------------------------------------------------------------------------- NativeFlowMatcher
 def velocity(w, x, t):
-    """v(x, t) of REFERENCE §4 from the state-dict; t has x's leading shape or is a scalar."""
+    """v(x, t) of docs/REFERENCE.md §4 from the state-dict; t has x's leading shape or is a scalar.
+    v(x, t) of docs/REFERENCE.md §4 from the state-dict; t has x's leading shape or is a scalar."""
     half = x.size(-1) // 2
     frequencies = torch.tensor([10000.0 ** (-j / half) for j in range(half)])
     angle = t[..., None] * frequencies
-    tau = gelu(torch.cat([angle.cos(), angle.sin()], -1) @ w["nfm.time.weight"].T + w["nfm.time.bias"])
+    tau = gelu(
+        torch.cat([angle.cos(), angle.sin()], -1) @ w["nfm.time.weight"].T + w["nfm.time.bias"]
+    )
     return gelu(x @ w["nfm.inp.weight"].T + w["nfm.inp.bias"] + tau) @ w["nfm.out.weight"].T
 
 
 def test_the_flow_matcher_takes_one_gated_euler_step_at_time_one(double):
     config, model = build()
-    ids, _ = batch(config)
+    ids, _ = random_batch(config)
     x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
     expected = x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0))
     torch.testing.assert_close(model.hidden(ids), expected, atol=1e-10, rtol=1e-10)
@@ -76,13 +57,15 @@ def test_the_flow_matcher_takes_one_gated_euler_step_at_time_one(double):
 @pytest.mark.parametrize("weight", [0.1, 0.7])
 def test_training_adds_the_weighted_flow_matching_loss(weight, double):
     config, model = build(nfm_loss_weight=weight)
-    ids, targets = batch(config)
+    ids, targets = random_batch(config)
     keys = torch.tensor([3, -4])
     x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
     z, t = (draw.double() for draw in train_gpt.draw_noise(keys, ids.size(1), config.model_dim))
     x_t = (1 - t[..., None]) * z + t[..., None] * x
     flow = (velocity(w, x_t, t) - (x - z)).square().mean()
-    cross_entropy = F.cross_entropy(model.logits(model.hidden(ids)).flatten(0, 1), targets.flatten())
+    cross_entropy = F.cross_entropy(
+        model.logits(model.hidden(ids)).flatten(0, 1), targets.flatten()
+    )
     total = cross_entropy + weight * flow
     assert model.train()(ids, targets, keys).item() == pytest.approx(total.item(), abs=1e-6)
     assert model.eval()(ids, targets, keys).item() == pytest.approx(cross_entropy.item(), abs=1e-6)
@@ -93,19 +76,25 @@ def test_the_flow_loss_sends_no_gradient_into_the_trunk():
     for weight in (0.0, 0.5):
         torch.manual_seed(0)
         config, model = build(nfm_loss_weight=weight)
-        ids, targets = batch(config)
+        ids, targets = random_batch(config)
         model.train()(ids, targets, torch.arange(len(ids))).backward()
         gradients[weight] = {name: p.grad for name, p in model.named_parameters()}
     for name, gradient in gradients[0.0].items():
         if not name.startswith("nfm."):
             assert torch.equal(gradient, gradients[0.5][name]), name
     moved = {name for name, g in gradients[0.0].items() if not torch.equal(g, gradients[0.5][name])}
-    assert moved == {"nfm.inp.weight", "nfm.inp.bias", "nfm.time.weight", "nfm.time.bias", "nfm.out.weight"}
+    assert moved == {
+        "nfm.inp.weight",
+        "nfm.inp.bias",
+        "nfm.time.weight",
+        "nfm.time.bias",
+        "nfm.out.weight",
+    }
 
 
 def test_a_training_forward_without_given_noise_draws_its_own():
     config, model = build()
-    ids, targets = batch(config)
+    ids, targets = random_batch(config)
     with torch.no_grad():
         first, second = model.train()(ids, targets), model(ids, targets)
     assert first != second
@@ -114,8 +103,10 @@ def test_a_training_forward_without_given_noise_draws_its_own():
 def test_the_time_embedding_of_time_one_is_computed_for_one_row():
     config, model = build()
     rows = []
-    model.nfm.time.register_forward_hook(lambda module, inputs, y: rows.append(y.numel() // y.size(-1)))
-    model.eval().hidden(batch(config)[0])
+    model.nfm.time.register_forward_hook(
+        lambda module, inputs, y: rows.append(y.numel() // y.size(-1))
+    )
+    model.eval().hidden(random_batch(config)[0])
     assert rows in ([], [1])  # [] where it was computed before
 
 
@@ -125,8 +116,13 @@ def drawn(config, step, first, count):
     return train_gpt.draw_noise(keys, config.train_seq_len, config.model_dim)
 
 
-@pytest.mark.parametrize("odd", [dict(), dict(train_seq_len=33, train_batch_tokens=132, model_dim=33,
-                                              num_heads=1, num_kv_heads=1)])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        dict(),
+        dict(train_seq_len=33, train_batch_tokens=132, model_dim=33, num_heads=1, num_kv_heads=1),
+    ],
+)
 @pytest.mark.parametrize("cuts", [[4], [1, 3], [2, 2], [1, 1, 1, 1]])
 def test_flow_noise_does_not_depend_on_how_ranks_and_micro_batches_slice_a_step(cuts, odd):
     config = tiny_config(**odd)
@@ -149,8 +145,12 @@ def test_flow_noise_leaves_the_global_generator_alone():
 
 
 def test_flow_noise_differs_between_sequences_steps_and_seeds():
-    draws = [drawn(tiny_config(seed=seed), step, first, 1)
-             for seed in (42, 43) for step in (-1, 0, 1) for first in (0, 1)]
+    draws = [
+        drawn(tiny_config(seed=seed), step, first, 1)
+        for seed in (42, 43)
+        for step in (-1, 0, 1)
+        for first in (0, 1)
+    ]
     for kind in zip(*draws):
         assert len({d.numpy().tobytes() for d in kind}) == len(draws)
 
@@ -165,12 +165,14 @@ def test_flow_noise_is_standard_normal_and_its_times_are_uniform():
     count = z.numel()
     z = z.double()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert z.pow(power).mean().item() == pytest.approx(moment, abs=4 * math.sqrt(variance / count))
+        assert z.pow(power).mean().item() == pytest.approx(
+            moment, abs=4 * math.sqrt(variance / count)
+        )
     for bound in (0.5, 1, 2, 3, 4):
         tail = math.erfc(bound / math.sqrt(2))
         found = (z.abs() > bound).double().mean().item()
         assert found == pytest.approx(tail, abs=4 * math.sqrt(tail / count))
-    assert 0 < t.min() and t.max() < 1
+    assert t.min() > 0 and t.max() < 1
     assert t.mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / t.numel()))
     assert t.var().item() == pytest.approx(1 / 12, abs=0.005)
 
@@ -198,7 +200,7 @@ def test_flow_noise_is_not_drawn_where_nothing_uses_it(changes):
     assert train_gpt.flow_noise_keys(tiny_config(**changes), 0, 0, 2, torch.device("cpu")) is None
 
 
-# ------------------------------------------------------------------------------------------------ FlowRefiner
+# -------------------------------------------------------------------------------------- FlowRefiner
 FLOW = dict(nfm_enabled=False, flow_enabled=True, flow_latent_dim=8, flow_hidden_dim=24)
 
 
@@ -211,7 +213,7 @@ def flow_refiner(w, x):
 
 def test_the_flow_refiner_follows_its_formula(double):
     config, model = build(**FLOW)
-    ids, _ = batch(config)
+    ids, _ = random_batch(config)
     x = without("flow", model, dict(nfm_enabled=False)).hidden(ids)
     expected = flow_refiner(model.state_dict(), x)
     torch.testing.assert_close(model.hidden(ids), expected, atol=1e-10, rtol=1e-10)
@@ -236,7 +238,7 @@ def test_flow_init_scale_scales_the_initial_up_projection_only():
     assert states[1.0]["flow.gate"] == -5
 
 
-# ------------------------------------------------------------------------------------------------- TTT-Linear
+# --------------------------------------------------------------------------------------- TTT-Linear
 TTT = dict(nfm_enabled=False, e2e_ttt_enabled=True)
 
 
@@ -246,7 +248,7 @@ def layer_norm(x, gain, bias, eps):
 
 
 def inner_steps(q, k, v, w, b, gain, bias, rate, mini_batch):
-    """Outputs of one head's f(k) = k + LN(kW + b), which takes one autograd step per token. q, k, v (T, d).
+    """Outputs of one head's f(k) = k + LN(kW + b), one autograd step per token; q, k, v (T, d).
 
     All gradients of a mini-batch are taken at its start; token i uses those of tokens <= i of it.
     """
@@ -254,7 +256,12 @@ def inner_steps(q, k, v, w, b, gain, bias, rate, mini_batch):
     for i in range(len(q)):
         if i % mini_batch == 0:
             w_start, b_start, w_now, b_now = w, b, w, b
-        loss = 0.5 * (layer_norm(k[i] @ w_start + b_start, gain, bias, 1e-6) - (v[i] - k[i])).square().sum()
+        loss = (
+            0.5
+            * (layer_norm(k[i] @ w_start + b_start, gain, bias, 1e-6) - (v[i] - k[i]))
+            .square()
+            .sum()
+        )
         dw, db = torch.autograd.grad(loss, (w_start, b_start), create_graph=True)
         w_now, b_now = w_now - rate * dw, b_now - rate * db
         outputs.append(q[i] + layer_norm(q[i] @ w_now + b_now, gain, bias, 1e-6))
@@ -264,7 +271,8 @@ def inner_steps(q, k, v, w, b, gain, bias, rate, mini_batch):
 
 
 def plain_ttt(config, w, x):
-    """The refiner on x (B, T, D) from its own state-dict: loops over sequences, heads and tokens."""
+    """The refiner on x (B, T, D) from its own state-dict: loops over sequences, heads and tokens.
+    The refiner on x (B, T, D) from its own state-dict: loops over sequences, heads and tokens."""
     d, rows = config.head_dim, []
     for row in x:
         q, k, v = (row @ w[f"{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
@@ -272,16 +280,36 @@ def plain_ttt(config, w, x):
         for h in range(config.num_heads):
             part = slice(h * d, (h + 1) * d)
             state = w["w"][h], w["b"][h, 0], w["ln_gain"][h, 0], w["ln_bias"][h, 0]
-            heads.append(inner_steps(q[:, part], k[:, part], v[:, part], *state, config.e2e_ttt_base_lr / d,
-                                     config.e2e_ttt_mini_batch))
+            heads.append(
+                inner_steps(
+                    q[:, part],
+                    k[:, part],
+                    v[:, part],
+                    *state,
+                    config.e2e_ttt_base_lr / d,
+                    config.e2e_ttt_mini_batch,
+                )
+            )
         z = layer_norm(torch.cat(heads, -1), w["norm.weight"], w["norm.bias"], 1e-5)
         rows.append(row + torch.sigmoid(w["gate"]) * (z @ w["proj.weight"].T))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("length, mini_batch, base_lr", [
-    (5, 16, 1.0), (16, 16, 1.0), (37, 16, 1.0), (48, 16, 4.0), (9, 1, 1.0), (20, 7, 1.0), (20, 7, 0.0)])
-def test_ttt_linear_equals_inner_gradient_steps_taken_token_by_token(length, mini_batch, base_lr, double):
+@pytest.mark.parametrize(
+    "length, mini_batch, base_lr",
+    [
+        (5, 16, 1.0),
+        (16, 16, 1.0),
+        (37, 16, 1.0),
+        (48, 16, 4.0),
+        (9, 1, 1.0),
+        (20, 7, 1.0),
+        (20, 7, 0.0),
+    ],
+)
+def test_ttt_linear_equals_inner_gradient_steps_taken_token_by_token(
+    length, mini_batch, base_lr, double
+):
     config, model = build(**TTT, e2e_ttt_mini_batch=mini_batch, e2e_ttt_base_lr=base_lr)
     ttt = model.ttt
     x, weigh = torch.randn(2, 2, length, config.model_dim)
@@ -311,7 +339,9 @@ def test_the_inner_state_restarts_with_every_sequence(double):
     x = torch.randn(3, 20, config.model_dim)
     together = model.ttt(x)
     for row in range(3):
-        torch.testing.assert_close(model.ttt(x[row:row + 1]), together[row:row + 1], atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            model.ttt(x[row : row + 1]), together[row : row + 1], atol=1e-12, rtol=0
+        )
 
 
 def test_ttt_linear_is_causal_bit_for_bit():
@@ -335,16 +365,19 @@ def test_the_memory_of_ttt_linear_is_linear_in_length():
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
+
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = model.ttt(x)
         assert y.requires_grad
         return sum(sizes.values())
+
     sizes = [kept(length) for length in (128, 256, 512)]
     assert sizes[2] - sizes[1] <= 2.1 * (sizes[1] - sizes[0])  # a quadratic term would make it 4
 
 
 def test_the_inner_steps_stay_out_of_bfloat16():
-    """The inner state sums hundreds of steps; only the projections and their input may be rounded."""
+    """The inner state sums hundreds of steps; only the projections and their input may be rounded.
+    The inner state sums hundreds of steps; only the projections and their input may be rounded."""
     config, model = build(**TTT)
     x = torch.randn(1, 64, config.model_dim)
     exact = model.ttt(x)
@@ -366,21 +399,30 @@ def test_a_fresh_gate_is_almost_closed():
 
 def test_refiners_follow_in_the_order_ttt_flow_nfm(double):
     config, model = build(**{**FLOW, "nfm_enabled": True, "e2e_ttt_enabled": True})
-    ids, _ = batch(config, 20)
+    ids, _ = random_batch(config, 20)
     w = model.state_dict()
     plain = without("ttt", model, {**FLOW, "nfm_enabled": True})
     plain = without("nfm", without("flow", plain, {}), dict(nfm_enabled=False))
     x = plain.hidden(ids)
-    x = plain_ttt(config, {n[4:]: p.requires_grad_() for n, p in w.items() if n.startswith("ttt.")}, x)
+    x = plain_ttt(
+        config, {n[4:]: p.requires_grad_() for n, p in w.items() if n.startswith("ttt.")}, x
+    )
     x = flow_refiner(w, x)
     x = x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0))
     torch.testing.assert_close(model.hidden(ids), x, atol=1e-9, rtol=1e-9)
 
 
-# --------------------------------------------------------------------------------------- rounding in training
+# ----------------------------------------------------------------------------- rounding in training
 # Widths at which some matrices exceed the artifact's float16 limit and others do not.
-QAT = dict(num_layers=2, model_dim=288, mlp_mult=1.0, e2e_ttt_enabled=True, nfm_hidden_dim=256, ve_dim=8,
-           late_qat_threshold=0.15)
+QAT = dict(
+    num_layers=2,
+    model_dim=288,
+    mlp_mult=1.0,
+    e2e_ttt_enabled=True,
+    nfm_hidden_dim=256,
+    ve_dim=8,
+    late_qat_threshold=0.15,
+)
 
 
 def through_the_artifact(config, model):
@@ -389,11 +431,16 @@ def through_the_artifact(config, model):
 
 
 def large_ones_rounded(config, model):
-    """The state-dict, but exactly the tensors stored as integers as the artifact will give them back."""
+    """The state-dict, but exactly the tensors stored as integers as the artifact will give them
+    back."""
     packed = through_the_artifact(config, model)
     state = model.state_dict()
-    schemes = {name: train_gpt.scheme_of(name, tensor.shape, config) for name, tensor in state.items()}
-    return {name: packed[name] if schemes[name].startswith("int") else state[name] for name in state}
+    schemes = {
+        name: train_gpt.scheme_of(name, tensor.shape, config) for name, tensor in state.items()
+    }
+    return {
+        name: packed[name] if schemes[name].startswith("int") else state[name] for name in state
+    }
 
 
 def twin(config_changes, state):
@@ -408,12 +455,14 @@ def loss_and_gradients(model, ids, targets, noise):
     model.zero_grad()
     loss = model(ids, targets, noise)
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def qat_case(**changes):
     config, model = build(**{**QAT, **changes})
-    ids, targets = batch(config, 12)
+    ids, targets = random_batch(config, 12)
     return config, model.train(), (ids, targets, torch.arange(len(ids)))
 
 
@@ -431,7 +480,9 @@ def test_with_the_blend_at_one_training_sees_the_weights_of_the_artifact(bits):
 
 def test_rounding_moves_the_loss_and_covers_both_widths():
     config, model, case = qat_case()
-    schemes = {name: train_gpt.scheme_of(name, t.shape, config) for name, t in model.state_dict().items()}
+    schemes = {
+        name: train_gpt.scheme_of(name, t.shape, config) for name, t in model.state_dict().items()
+    }
     assert set(schemes.values()) == {"int6", "int8", "fp16", "fp32"}
     with torch.no_grad():
         raw = model(*case)
@@ -474,9 +525,17 @@ def test_scales_follow_the_weights():
 
 
 def test_training_and_artifact_agree_on_a_large_tensor_that_is_no_layer_weight():
-    """TTT-Linear's inner W exceeds the float16 limit at two heads of 192; both or neither may round it."""
-    wide = dict(num_layers=1, model_dim=384, num_heads=2, num_kv_heads=1, mlp_mult=0.25, ve_dim=0,
-                nfm_enabled=False)
+    """TTT-Linear's inner W exceeds the float16 limit at two heads of 192; both or neither may
+    round it."""
+    wide = dict(
+        num_layers=1,
+        model_dim=384,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_mult=0.25,
+        ve_dim=0,
+        nfm_enabled=False,
+    )
     config, model, case = qat_case(**wide)
     assert model.ttt.w.numel() > train_gpt.HALF_LIMIT
     model.set_qat(1.0)
@@ -492,6 +551,7 @@ def test_a_compiled_model_sees_the_switch_without_compiling_again():
     def counting(graph, inputs):
         graphs.append(graph)
         return graph.forward
+
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counting)
     losses = set()
@@ -507,13 +567,15 @@ def test_a_compiled_model_sees_the_switch_without_compiling_again():
 
 
 @pytest.mark.parametrize("scale, on", [(1.0, False), (0.15, False), (0.149, True), (0.0, True)])
-def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(scale, on, tiny_data, runtime):
+def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(
+    scale, on, tiny_data, runtime
+):
     paths = dict(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path))
     config = tiny_config(**{**QAT, **paths, "num_layers": 1, "ve_dim": 0})
     val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     trainer = train_gpt.Trainer(config, runtime(config), val)
     model = randomised(trainer.model).train()
-    ids, targets = batch(config, 12)
+    ids, targets = random_batch(config, 12)
     case = (ids, targets, torch.arange(len(ids)))
     with torch.no_grad():
         raw = model(*case)

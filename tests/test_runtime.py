@@ -1,4 +1,6 @@
-"""Atomic files, tensors on disk, the run directory and its lock, the log, signals, limits, exit codes."""
+"""Atomic files, tensors on disk, the run directory and its lock, the log, signals, limits, exit
+codes."""
+
 import contextlib
 import hashlib
 import io
@@ -13,13 +15,21 @@ import time
 
 import pytest
 import torch
+from helpers import contents, events, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import events, tiny_config
-from train_gpt import ArtifactError, Comm, ConfigError, ResourceError, Runtime
-from train_gpt import load_tensors, save_tensors, write_atomic
+from train_gpt import (
+    ArtifactError,
+    Comm,
+    ConfigError,
+    ResourceError,
+    Runtime,
+    load_tensors,
+    save_tensors,
+    write_atomic,
+)
 
 
 @contextlib.contextmanager
@@ -35,6 +45,7 @@ def files_at_most(size):
 
 # Atomic files
 
+
 @pytest.fixture
 def old_file(tmp_path):
     path = tmp_path / "state"
@@ -43,12 +54,16 @@ def old_file(tmp_path):
 
 
 def assert_old_file_alone(path):
-    assert path.read_bytes() == b"old" and [item.name for item in path.parent.iterdir()] == ["state"]
+    assert path.read_bytes() == b"old" and [item.name for item in path.parent.iterdir()] == [
+        "state"
+    ]
 
 
 def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(old_file):
     write_atomic(old_file, [b"new"])
-    assert old_file.read_bytes() == b"new" and [item.name for item in old_file.parent.iterdir()] == ["state"]
+    assert old_file.read_bytes() == b"new" and [
+        item.name for item in old_file.parent.iterdir()
+    ] == ["state"]
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file(old_file):
@@ -56,7 +71,9 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(old_file):
         yield b"half of the new"
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ResourceError, match=f"cannot write {old_file}: No space left on device: free space"):
+    with pytest.raises(
+        ResourceError, match=f"cannot write {old_file}: No space left on device: free space"
+    ):
         write_atomic(old_file, fail())
     assert_old_file_alone(old_file)
 
@@ -82,7 +99,9 @@ def test_the_old_file_is_replaced_only_when_the_new_one_is_on_the_disk(old_file,
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]
+        )
     write_atomic(old_file, [b"new"])
     assert calls[:2] == ["fsync", "replace"]
 
@@ -113,10 +132,19 @@ def test_json_is_written_whole(tmp_path):
 # Tensors on disk
 
 STATE = dict(
-    step=7, seconds=1.5, name="run", none=None, flags=[True, False],
-    model={"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)},
-    counts=torch.tensor(2 ** 40), empty=torch.zeros(0, 4),
-    infinite=torch.tensor([float("inf"), float("nan"), -0.0]))
+    step=7,
+    seconds=1.5,
+    name="run",
+    none=None,
+    flags=[True, False],
+    model={
+        "a.weight": torch.arange(6.0).reshape(2, 3),
+        "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    },
+    counts=torch.tensor(2**40),
+    empty=torch.zeros(0, 4),
+    infinite=torch.tensor([float("inf"), float("nan"), -0.0]),
+)
 
 
 def equal(a, b):
@@ -156,9 +184,11 @@ def test_any_damage_to_a_saved_tree_is_noticed(saved, data):
     kind = data.draw(st.sampled_from(["change", "cut", "grow"]))
     at = data.draw(st.integers(0, len(blob) - 1))
     if kind == "change":
-        damaged = blob[:at] + bytes([blob[at] ^ data.draw(st.integers(1, 255))]) + blob[at + 1:]
+        damaged = blob[:at] + bytes([blob[at] ^ data.draw(st.integers(1, 255))]) + blob[at + 1 :]
     else:
-        damaged = blob[:at] if kind == "cut" else blob + data.draw(st.binary(min_size=1, max_size=40))
+        damaged = (
+            blob[:at] if kind == "cut" else blob + data.draw(st.binary(min_size=1, max_size=40))
+        )
     hurt = path.with_name("damaged.pt")
     hurt.write_bytes(damaged)
     with pytest.raises(ArtifactError, match=f"^{hurt}: "):
@@ -195,15 +225,12 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
     save_tensors(path, STATE)
     with files_at_most(10_000), pytest.raises(ResourceError, match=f"cannot write {path}"):
         save_tensors(path, dict(STATE, large=torch.zeros(100_000)))
-    assert equal(load_tensors(path), STATE) and [item.name for item in tmp_path.iterdir()] == ["step.pt"]
+    assert equal(load_tensors(path), STATE) and [item.name for item in tmp_path.iterdir()] == [
+        "step.pt"
+    ]
 
 
 # The run directory
-
-def contents(folder):
-    """{relative path: bytes} of the files below."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -216,16 +243,24 @@ def earlier_run(tmp_path, config):
     """Files of a run that was stopped; returns its folder."""
     folder = tmp_path / "deep" / "run"
     (folder / "checkpoint").mkdir(parents=True)
-    for name in ("config.json", "train.log", "metrics.jsonl", "final_model.pt",
-                 "checkpoint/step_00000003.pt"):
+    for name in (
+        "config.json",
+        "train.log",
+        "metrics.jsonl",
+        "final_model.pt",
+        "checkpoint/step_00000003.pt",
+    ):
         (folder / name).write_text(f"earlier {name}\n")
     return folder
 
 
 def moved_away(folder, number):
     """What old_<number> must hold after `folder` was begun again."""
-    return {f"old_{number}/{name}": value for name, value in contents(folder).items()
-            if name != "lock" and not name.startswith("old_")}
+    return {
+        f"old_{number}/{name}": value
+        for name, value in contents(folder).items()
+        if name != "lock" and not name.startswith("old_")
+    }
 
 
 def test_a_run_directory_is_made_with_its_parents(config, runtime, tmp_path):
@@ -238,13 +273,17 @@ def test_a_run_directory_is_made_with_its_parents(config, runtime, tmp_path):
 def test_an_earlier_run_is_kept_in_place(config, runtime, earlier_run, resume):
     before = contents(earlier_run)
     runtime(tiny_config(run_dir=config.run_dir, resume=resume))
-    assert {name: value for name, value in contents(earlier_run).items() if name != "lock"} == before
+    assert {
+        name: value for name, value in contents(earlier_run).items() if name != "lock"
+    } == before
 
 
 def test_resume_never_keeps_the_earlier_run_aside(config, earlier_run):
     fresh = tiny_config(run_dir=config.run_dir, resume="never")
     for number in (1, 2, 3):
-        kept = {name: value for name, value in contents(earlier_run).items() if name.startswith("old_")}
+        kept = {
+            name: value for name, value in contents(earlier_run).items() if name.startswith("old_")
+        }
         expected = {**kept, **moved_away(earlier_run, number)}
         Runtime(fresh, {}).close()
         after = contents(earlier_run)
@@ -257,8 +296,10 @@ def test_resume_never_works_after_an_older_run_was_deleted(config, earlier_run):
     for name in ("old_2", "old_11", "old_notes"):
         (earlier_run / name).mkdir()
         (earlier_run / name / "config.json").write_text(name)
-    expected = {**{f"{name}/config.json": name.encode() for name in ("old_2", "old_11", "old_notes")},
-                **moved_away(earlier_run, 1)}
+    expected = {
+        **{f"{name}/config.json": name.encode() for name in ("old_2", "old_11", "old_notes")},
+        **moved_away(earlier_run, 1),
+    }
     Runtime(tiny_config(run_dir=config.run_dir, resume="never"), {}).close()
     assert {k: v for k, v in contents(earlier_run).items() if k.startswith("old_")} == expected
 
@@ -300,7 +341,9 @@ def test_a_second_run_in_one_directory_is_refused_and_touches_nothing(config, ea
     for resume in ("auto", "never"):
         with pytest.raises(ConfigError) as error:
             Runtime(tiny_config(run_dir=config.run_dir, resume=resume), {})
-        assert f"RUN_DIR={config.run_dir} is in use by another process: wait for it" in str(error.value)
+        assert f"RUN_DIR={config.run_dir} is in use by another process: wait for it" in str(
+            error.value
+        )
     assert contents(earlier_run) == before
 
 
@@ -321,9 +364,18 @@ def test_a_finished_run_gives_the_lock_back(config, holder):
 
 # The log
 
-@pytest.mark.parametrize("before,after", [
-    (None, b"new\n"), (b"", b"new\n"), (b"whole\n", b"whole\nnew\n"), (b"whole\nbrok", b"whole\nbrok\nnew\n"),
-    (b"brok", b"brok\nnew\n"), (b"\n", b"\nnew\n")])
+
+@pytest.mark.parametrize(
+    "before,after",
+    [
+        (None, b"new\n"),
+        (b"", b"new\n"),
+        (b"whole\n", b"whole\nnew\n"),
+        (b"whole\nbrok", b"whole\nbrok\nnew\n"),
+        (b"brok", b"brok\nnew\n"),
+        (b"\n", b"\nnew\n"),
+    ],
+)
 def test_a_line_that_a_killed_process_left_unfinished_is_ended(tmp_path, before, after):
     path = tmp_path / "lines"
     if before is not None:
@@ -342,7 +394,9 @@ def test_the_log_shows_on_the_terminal_what_the_file_keeps(config, runtime, tmp_
     assert (tmp_path / "deep/run/train.log").read_text() == "step:1/2 train_loss:5.9513\nünïcode\n"
 
 
-def test_a_progress_line_is_rewritten_and_never_kept(config, runtime, tmp_path, capsys, monkeypatch):
+def test_a_progress_line_is_rewritten_and_never_kept(
+    config, runtime, tmp_path, capsys, monkeypatch
+):
     made = runtime(config)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for text in ("eta:3s", "eta:2s"):
@@ -383,6 +437,7 @@ def test_a_log_on_a_full_disk_costs_the_line_and_not_the_run(config, runtime, tm
 
 # Signals and time limits
 
+
 def signalled(config, sequence, pipe):
     """Send ourselves signals at given times and tell what came of it."""
     made = Runtime(config, {})
@@ -398,15 +453,21 @@ def signalled(config, sequence, pipe):
     time.monotonic = real
 
 
-@pytest.mark.parametrize("sequence,exit_code,known_as", [
-    ([(0, "SIGTERM")], 0, "SIGTERM"),
-    ([(0, "SIGUSR1")], 0, "SIGUSR1"),
-    ([(0, "SIGUSR1"), (0.1, "SIGTERM"), (0.4, "SIGTERM")], 0, "SIGUSR1"),
-     # one wish, delivered by several messengers
-    ([(0, "SIGTERM"), (0.6, "SIGTERM")], 128 + signal.SIGTERM, "SIGTERM"),
-    ([(0, "SIGTERM"), (60, "SIGUSR1")], 128 + signal.SIGUSR1, "SIGTERM"),
-    ([(0, "SIGUSR1"), (0.3, "SIGUSR1"), (0.6, "SIGTERM")], 128 + signal.SIGTERM, "SIGUSR1")])
-def test_one_signal_asks_to_stop_and_a_later_one_exits_at_once(config, sequence, exit_code, known_as):
+@pytest.mark.parametrize(
+    "sequence,exit_code,known_as",
+    [
+        ([(0, "SIGTERM")], 0, "SIGTERM"),
+        ([(0, "SIGUSR1")], 0, "SIGUSR1"),
+        ([(0, "SIGUSR1"), (0.1, "SIGTERM"), (0.4, "SIGTERM")], 0, "SIGUSR1"),
+        # one wish, delivered by several messengers
+        ([(0, "SIGTERM"), (0.6, "SIGTERM")], 128 + signal.SIGTERM, "SIGTERM"),
+        ([(0, "SIGTERM"), (60, "SIGUSR1")], 128 + signal.SIGUSR1, "SIGTERM"),
+        ([(0, "SIGUSR1"), (0.3, "SIGUSR1"), (0.6, "SIGTERM")], 128 + signal.SIGTERM, "SIGUSR1"),
+    ],
+)
+def test_one_signal_asks_to_stop_and_a_later_one_exits_at_once(
+    config, sequence, exit_code, known_as
+):
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=signalled, args=(config, sequence, theirs))
     process.start()
@@ -424,11 +485,24 @@ def test_signals_are_left_alone_until_they_are_watched(config, runtime):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("limit,slurm_seconds,left", [
-    (0, None, None), (100, None, 90), (0, 100, 90), (100, 1000, 90), (1000, 100, 90), (10_000, None, 9940)])
-def test_the_time_left_is_the_nearest_limit_less_a_margin(config, runtime, limit, slurm_seconds, left):
+@pytest.mark.parametrize(
+    "limit,slurm_seconds,left",
+    [
+        (0, None, None),
+        (100, None, 90),
+        (0, 100, 90),
+        (100, 1000, 90),
+        (1000, 100, 90),
+        (10_000, None, 9940),
+    ],
+)
+def test_the_time_left_is_the_nearest_limit_less_a_margin(
+    config, runtime, limit, slurm_seconds, left
+):
     """The margin is a tenth of the limit, at most a minute."""
-    environ = {} if slurm_seconds is None else {"SLURM_JOB_END_TIME": str(time.time() + slurm_seconds)}
+    environ = (
+        {} if slurm_seconds is None else {"SLURM_JOB_END_TIME": str(time.time() + slurm_seconds)}
+    )
     made = runtime(tiny_config(run_dir=config.run_dir, time_limit_seconds=float(limit)), **environ)
     if left is None:
         assert made.stop.remaining() == float("inf") and not made.stop.wanted(1e9)
@@ -455,9 +529,12 @@ def test_a_phase_that_cannot_finish_in_time_is_not_begun(config, runtime):
 
 # Devices and ranks
 
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_an_error(config):
-    with pytest.raises(ConfigError, match="DEVICE=cuda: no CUDA device here: unset DEVICE or use DEVICE=cpu"):
+    with pytest.raises(
+        ConfigError, match="DEVICE=cuda: no CUDA device here: unset DEVICE or use DEVICE=cpu"
+    ):
         Runtime(tiny_config(run_dir=config.run_dir, device="cuda"), {})
 
 
@@ -470,6 +547,7 @@ def test_one_rank_agrees_with_itself():
 
 # How a run ends
 
+
 def ending(runtime, error):
     """The exit code with which `error` ends a run."""
     with pytest.raises(SystemExit) as ended, train_gpt.reported_errors(runtime):
@@ -477,24 +555,41 @@ def ending(runtime, error):
     return ended.value.code
 
 
-@pytest.mark.parametrize("kind,code", [
-    ("ConfigError", 2), ("DataError", 3), ("ArtifactError", 4), ("DivergedError", 5), ("LegalityError", 6),
-    ("ResourceError", 7)])
-def test_an_error_a_user_can_act_on_is_told_once_in_each_place(config, runtime, tmp_path, capsys, kind, code):
+@pytest.mark.parametrize(
+    "kind,code",
+    [
+        ("ConfigError", 2),
+        ("DataError", 3),
+        ("ArtifactError", 4),
+        ("DivergedError", 5),
+        ("LegalityError", 6),
+        ("ResourceError", 7),
+    ],
+)
+def test_an_error_a_user_can_act_on_is_told_once_in_each_place(
+    config, runtime, tmp_path, capsys, kind, code
+):
     made = runtime(config)
     assert ending(made, getattr(train_gpt, kind)("what is wrong: what to do")) == code
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "error: what is wrong: what to do\n")
     assert (tmp_path / "deep/run/train.log").read_text() == "error: what is wrong: what to do\n"
     (event,) = events(tmp_path / "deep/run")
-    assert (event["event"], event["code"], event["message"]) == ("error", code, "what is wrong: what to do")
+    assert (event["event"], event["code"], event["message"]) == (
+        "error",
+        code,
+        "what is wrong: what to do",
+    )
 
 
 def test_a_stopped_run_says_so_where_launchers_look(config, runtime, tmp_path, capsys):
     made = runtime(config)
     made.stop.reason = "SIGUSR1"
     assert ending(made, train_gpt.Stopped("in training after step 3/6")) == 75
-    line = "stopped signal:SIGUSR1 phase:in training after step 3/6; run the same command again to go on\n"
+    line = (
+        "stopped signal:SIGUSR1 phase:in training after step 3/6; "
+        "run the same command again to go on\n"
+    )
     assert capsys.readouterr() == (line, "")
     assert (tmp_path / "deep/run/train.log").read_text() == line
     (event,) = events(tmp_path / "deep/run")
@@ -504,6 +599,8 @@ def test_a_stopped_run_says_so_where_launchers_look(config, runtime, tmp_path, c
 
 def test_an_unexpected_error_keeps_its_traceback(config, runtime, tmp_path, capsys):
     assert ending(runtime(config), ZeroDivisionError("by our own mistake")) == 1
-    assert re.search(r"Traceback.*\n(.*\n)*.*ZeroDivisionError: by our own mistake", capsys.readouterr().err)
+    assert re.search(
+        r"Traceback.*\n(.*\n)*.*ZeroDivisionError: by our own mistake", capsys.readouterr().err
+    )
     (event,) = events(tmp_path / "deep/run")
     assert (event["code"], event["message"]) == (1, "ZeroDivisionError: by our own mistake")

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import events, launch, tiny_config
+from helpers import events, launch, tiny_config
 
 import train_gpt
 from train_gpt import DataError, ShuffledStream, TrainStream, write_shard
@@ -195,12 +195,18 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def whole(tiny_data, tmp_path_factory):
-    """(settings, folder) of a shuffled run of 6 steps, more than a pass, with checkpoints on the way."""
+    """(settings, folder) of a shuffled run of 6 steps, more than a pass, with checkpoints on the
+    way."""
     folder = tmp_path_factory.mktemp("shuffled")
     settings = dict(
-        tiny_data.settings, shuffle=True, dtype="float32", train_batch_tokens=8192, checkpoint_every=2,
-        ttt_enabled=False, eval_stride=64,
-    )  # fmt: skip
+        tiny_data.settings,
+        shuffle=True,
+        dtype="float32",
+        train_batch_tokens=8192,
+        checkpoint_every=2,
+        ttt_enabled=False,
+        eval_stride=64,
+    )
     done = launch({**settings, "run_dir": folder / "run"}, folder)
     assert done.returncode == 0, done.stderr
     return settings, folder / "run"

@@ -1,4 +1,6 @@
-"""The job scripts on a real SLURM with pretend nodes (tests/slurm_node.sh), and what needs none without."""
+"""The job scripts on a real SLURM with pretend nodes (tests/slurm_node.sh), and what needs none
+without."""
+
 import os
 import re
 import shutil
@@ -8,16 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-
-from conftest import ROOT, environment, read_json
+from helpers import ROOT, environment, read_json
 
 SLURM = ROOT / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 NODE = Path(__file__).with_name("slurm_node.sh")
 
-# Stands in for train_gpt.py where only the launcher is tested: it counts to ITERATIONS, remembers how far it
-# came, and does as the real one with signals, the STOPPED file, exit codes and variables like its own.
-STAND_IN = '''
+# Stands in for train_gpt.py where only the launcher is tested: it counts to ITERATIONS, remembers
+# how far it came, and does as the real one with signals, the STOPPED file, exit codes and variables
+# like its own.
+STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
 
@@ -45,7 +47,7 @@ while steps < int(os.environ["ITERATIONS"]):
         sys.exit(75)
 print(f"rank {rank} of {world} finished with SEED {os.environ.get('SEED')}", flush=True)
 sys.exit(int(os.environ.get("EXIT_WITH", "0")))
-'''
+"""
 
 
 def finished(*command, **options):
@@ -56,10 +58,12 @@ def bash(script, *arguments, **variables):
     return finished("bash", str(script), *arguments, env=environment(**variables))
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Without SLURM
-# ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script", [*SCRIPTS, SLURM / "common.sh", NODE], ids=lambda path: path.name)
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, SLURM / "common.sh", NODE], ids=lambda path: path.name
+)
 def test_the_script_is_sound_bash(script):
     parsed = finished("bash", "-n", str(script))
     assert (parsed.returncode, parsed.stderr) == (0, "")
@@ -80,7 +84,9 @@ def test_help_prints_the_header_and_its_options_stay_out_of_it(script):
 def test_no_site_is_named_in_the_scripts():
     for script in [*SCRIPTS, SLURM / "common.sh"]:
         text = script.read_text()
-        assert not re.findall(r"--(?:partition|account|qos)[= ]\w|/(?:home|scratch|gpfs|lustre)\b", text)
+        assert not re.findall(
+            r"--(?:partition|account|qos)[= ]\w|/(?:home|scratch|gpfs|lustre)\b", text
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -101,7 +107,10 @@ def test_seeds_are_listed_as_one_task_each():
 def test_the_ablation_lists_the_matrix_and_both_sweeps_each_configuration_once():
     lines = bash(SLURM / "ablation.sbatch", "--list").stdout.splitlines()
     tasks = [dict(word.split("=") for word in line.split()[2:]) for line in lines]
-    found = [(t["NFM_ENABLED"], t["TTT_ENABLED"], t["NFM_LOSS_WEIGHT"], t["NFM_HIDDEN_DIM"]) for t in tasks]
+    found = [
+        (t["NFM_ENABLED"], t["TTT_ENABLED"], t["NFM_LOSS_WEIGHT"], t["NFM_HIDDEN_DIM"])
+        for t in tasks
+    ]
     matrix = [(nfm, ttt, "0.10", "256") for nfm in "01" for ttt in "01"]
     weights = [("1", "0", weight, "256") for weight in ("0.01", "0.05", "0.20")]
     widths = [("1", "0", "0.10", width) for width in ("128", "512")]
@@ -120,25 +129,30 @@ def test_artifacts_may_be_runs_or_files():
     ]
 
 
-@pytest.mark.parametrize("script, variables, message", [
-    ("train_seeds", {"SEEDS": "1 x"}, "SEEDS holds 'x'"),
-    ("train_seeds", {"SEEDS": " "}, "SEEDS is empty"),
-    ("train_seeds", {"SEEDS": "1 2 1"}, "two tasks would share the run folder nfm_7k_seed1"),
-    ("train_seeds", {"RUN_DIR": "runs/a"}, "RUN_DIR and RUN_ID name one run"),
-    ("evaluate", {}, "ARTIFACTS is empty"),
-    ("evaluate", {"ARTIFACTS": "a/x b/x"}, "two tasks would share the run folder eval_x"),
-])
+@pytest.mark.parametrize(
+    "script, variables, message",
+    [
+        ("train_seeds", {"SEEDS": "1 x"}, "SEEDS holds 'x'"),
+        ("train_seeds", {"SEEDS": " "}, "SEEDS is empty"),
+        ("train_seeds", {"SEEDS": "1 2 1"}, "two tasks would share the run folder nfm_7k_seed1"),
+        ("train_seeds", {"RUN_DIR": "runs/a"}, "RUN_DIR and RUN_ID name one run"),
+        ("evaluate", {}, "ARTIFACTS is empty"),
+        ("evaluate", {"ARTIFACTS": "a/x b/x"}, "two tasks would share the run folder eval_x"),
+    ],
+)
 def test_what_cannot_be_submitted_is_refused_with_one_message(script, variables, message):
     refused = bash(SLURM / f"{script}.sbatch", "--list", **variables)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"slurm: error: {message}") and refused.stderr.count("\n") == 1
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On a real SLURM
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def why_slurm_cannot_run():
-    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name)]
+    missing = [
+        name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name)
+    ]
     if missing:
         packages = "slurmctld slurmd slurm-client munge"
         return f"SLURM is not installed ({', '.join(missing)} missing): apt-get install {packages}"
@@ -163,11 +177,21 @@ class Job:
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
             found = self.tasks()
-            ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
+            ended = {
+                "COMPLETED",
+                "FAILED",
+                "CANCELLED",
+                "TIMEOUT",
+                "NODE_FAIL",
+                "BOOT_FAIL",
+                "DEADLINE",
+            }
             if len(found) == tasks and all(task["JobState"] in ended for task in found.values()):
                 return found
             time.sleep(0.5)
-        pytest.fail(f"job {self.number} has not ended after {limit} s: {self.tasks()}\n{self.output()}")
+        pytest.fail(
+            f"job {self.number} has not ended after {limit} s: {self.tasks()}\n{self.output()}"
+        )
 
     def wait_for_output(self, text, limit=200):
         deadline = time.monotonic() + limit
@@ -205,10 +229,21 @@ class Cluster:
     def submit(self, script, name, *options, **variables):
         """Submit a job script as a user does; it runs the stand-in unless told otherwise."""
         runs = self.folder / name
-        settings = {"GOLF_PYTHON": sys.executable, "GOLF_RUNS": str(runs), "GOLF_LOGS": str(runs / "log"),
-                    "GOLF_SCRIPT": str(self.stand_in), "iterations": "3"}
-        done = self.call("bash", str(SLURM / f"{script}.sbatch"), "--cpus-per-task=1", "--time=10", *options,
-                         **{**settings, **variables})
+        settings = {
+            "GOLF_PYTHON": sys.executable,
+            "GOLF_RUNS": str(runs),
+            "GOLF_LOGS": str(runs / "log"),
+            "GOLF_SCRIPT": str(self.stand_in),
+            "iterations": "3",
+        }
+        done = self.call(
+            "bash",
+            str(SLURM / f"{script}.sbatch"),
+            "--cpus-per-task=1",
+            "--time=10",
+            *options,
+            **{**settings, **variables},
+        )
         assert done.returncode == 0, done.stderr
         return Job(self, done.stdout.strip(), runs)
 
@@ -223,9 +258,9 @@ class Cluster:
         finished("bash", str(NODE), "stop", str(self.folder / "slurm"))
 
 
-# SLURM looks at time limits every 30 s. The job that is to be hit by its limit gets a short one as soon as it
-# trains, and waits a little at every step until it is hit. Each start begins with a long limit, so that the
-# second one finishes.
+# SLURM looks at time limits every 30 s. The job that is to be hit by its limit gets a short one as
+# soon as it trains, and waits a little at every step until it is hit. Each start begins with a long
+# limit, so that the second one finishes.
 LONG_LIMIT = 'scontrol update JobId="$SLURM_JOB_ID" TimeLimit=20\n'
 HIT_BY_THE_LIMIT = f"""
 import os, subprocess, sys, time
@@ -250,7 +285,8 @@ train_gpt.main()
 
 
 def submit_real_jobs(cluster):
-    """The runs of train_gpt.py itself. They compute while the tests below wait for jobs that mostly sleep."""
+    """The runs of train_gpt.py itself. They compute while the tests below wait for jobs that
+    mostly sleep."""
     two = cluster.submit_real("train_seeds", "two_seeds", SEEDS="1 2")
     runs = " ".join(str(two.runs / f"nfm_7k_seed{seed}") for seed in (1, 2))
     setup, limited = cluster.folder / "setup.sh", cluster.folder / "limited.py"
@@ -258,10 +294,16 @@ def submit_real_jobs(cluster):
     limited.write_text(HIT_BY_THE_LIMIT)
     return {
         "two_seeds": two,
-        "evaluation": cluster.submit_real("evaluate", "evaluation", f"--dependency=afterok:{two.number}",
-                                          ARTIFACTS=runs, ttt_epochs="2"),
-        "time_limit": cluster.submit_real("train_seeds", "time_limit", SEEDS="2", GOLF_SETUP=str(setup),
-                                          GOLF_SCRIPT=str(limited)),
+        "evaluation": cluster.submit_real(
+            "evaluate",
+            "evaluation",
+            f"--dependency=afterok:{two.number}",
+            ARTIFACTS=runs,
+            ttt_epochs="2",
+        ),
+        "time_limit": cluster.submit_real(
+            "train_seeds", "time_limit", SEEDS="2", GOLF_SETUP=str(setup), GOLF_SCRIPT=str(limited)
+        ),
     }
 
 
@@ -270,7 +312,9 @@ def cluster(tmp_path_factory, tiny_data):
     reason = why_slurm_cannot_run()
     if reason:
         pytest.skip(reason)
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), {**tiny_data.settings, "iterations": "300"})
+    cluster = Cluster(
+        tmp_path_factory.mktemp("cluster"), {**tiny_data.settings, "iterations": "300"}
+    )
     try:
         cluster.jobs = submit_real_jobs(cluster)
         yield cluster
@@ -285,18 +329,27 @@ def test_a_warned_run_saves_itself_and_the_requeued_job_goes_on(cluster):
     (task,) = job.wait().values()
     assert (task["JobState"], task["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert "stopped with everything saved: requeue 1 of at most 20" in job.output()
-    begun = [(int(steps), mode) for steps, mode in re.findall(r"starts at (\d+) RESUME=(\w+)", job.output())]
+    begun = [
+        (int(steps), mode)
+        for steps, mode in re.findall(r"starts at (\d+) RESUME=(\w+)", job.output())
+    ]
     assert begun[0] == (0, "never")
-    assert begun[1:] == [(begun[1][0], "auto")] and 0 < begun[1][0] < 30  # a fresh start is meant once
+    assert (
+        begun[1:] == [(begun[1][0], "auto")] and 0 < begun[1][0] < 30
+    )  # a fresh start is meant once
     assert "finished with SEED 7" in job.output()
 
 
 def test_a_job_requeues_itself_only_so_often(cluster):
-    job = cluster.submit("train_seeds", "bounded", SEEDS="7", iterations="300", GOLF_MAX_REQUEUES="0")
+    job = cluster.submit(
+        "train_seeds", "bounded", SEEDS="7", iterations="300", GOLF_MAX_REQUEUES="0"
+    )
     job.wait_for_output("starts at 0")
     job.warn()
     (task,) = job.wait().values()
-    assert (task["JobState"], task["Restarts"], task["ExitCode"]) == ("FAILED", "0", "75:0"), job.output()
+    assert (task["JobState"], task["Restarts"], task["ExitCode"]) == ("FAILED", "0", "75:0"), (
+        job.output()
+    )
     assert f"submit again with GOLF_RUNS={job.runs}" in job.output()
 
 
@@ -312,12 +365,16 @@ def test_a_cancelled_run_saves_itself_and_is_not_requeued(cluster):
 def test_a_failed_run_fails_its_job_with_the_same_exit_code(cluster):
     job = cluster.submit("train_seeds", "failed", SEEDS="7", EXIT_WITH="3")
     (task,) = job.wait().values()
-    assert (task["JobState"], task["Restarts"], task["ExitCode"]) == ("FAILED", "0", "3:0"), job.output()
+    assert (task["JobState"], task["Restarts"], task["ExitCode"]) == ("FAILED", "0", "3:0"), (
+        job.output()
+    )
 
 
 @pytest.mark.slow
 def test_nodes_meet_through_torchrun_and_a_warning_reaches_every_process(cluster):
-    job = cluster.submit("train_multinode", "nodes", "--nodes=2", "--gres=gpu:1", SEED="5", iterations="50")
+    job = cluster.submit(
+        "train_multinode", "nodes", "--nodes=2", "--gres=gpu:1", SEED="5", iterations="50"
+    )
     for rank in (0, 1):
         job.wait_for_output(f"rank {rank} of 2 starts at 0")
     job.warn()
@@ -339,7 +396,9 @@ def test_a_job_with_several_processes_per_node_is_warned_through_torchrun(cluste
 
 def test_an_array_of_two_seeds_runs_to_the_end(cluster):
     tasks = cluster.jobs["two_seeds"].wait(tasks=2)
-    assert {task["JobState"] for task in tasks.values()} == {"COMPLETED"}, cluster.jobs["two_seeds"].output()
+    assert {task["JobState"] for task in tasks.values()} == {"COMPLETED"}, cluster.jobs[
+        "two_seeds"
+    ].output()
     results = [cluster.jobs["two_seeds"].scores(f"nfm_7k_seed{seed}") for seed in (1, 2)]
     assert [result["finished"] for result in results] == [True, True]
     assert [result["seed"] for result in results] == [1, 2]
@@ -349,14 +408,20 @@ def test_an_array_of_two_seeds_runs_to_the_end(cluster):
 def test_an_evaluation_waits_for_the_runs_it_scores(cluster):
     training = cluster.jobs["two_seeds"].wait(tasks=2)
     tasks = cluster.jobs["evaluation"].wait(tasks=2)
-    assert {task["JobState"] for task in tasks.values()} == {"COMPLETED"}, cluster.jobs["evaluation"].output()
-    assert min(t["StartTime"] for t in tasks.values()) >= max(t["EndTime"] for t in training.values())
+    assert {task["JobState"] for task in tasks.values()} == {"COMPLETED"}, cluster.jobs[
+        "evaluation"
+    ].output()
+    assert min(t["StartTime"] for t in tasks.values()) >= max(
+        t["EndTime"] for t in training.values()
+    )
     for seed in (1, 2):
         trained = cluster.jobs["two_seeds"].scores(f"nfm_7k_seed{seed}")["scores"]
         scored = cluster.jobs["evaluation"].scores(f"eval_nfm_7k_seed{seed}")["scores"]
         sliding = "final_int6_sliding_window"
         assert scored[sliding]["val_bpb"] == trained[sliding]["val_bpb"]
-        assert scored["legal_ttt"]["val_bpb"] != trained["legal_ttt"]["val_bpb"]  # it was given more epochs
+        assert (
+            scored["legal_ttt"]["val_bpb"] != trained["legal_ttt"]["val_bpb"]
+        )  # it was given more epochs
 
 
 def test_a_job_hit_by_its_time_limit_finishes_with_the_uninterrupted_result(cluster):

@@ -1,4 +1,5 @@
-"""Files and text of strangers: nothing raw reaches a terminal, no size or setting eats memory or time."""
+"""Files and text of strangers: nothing raw reaches a terminal, no size or setting eats memory or
+time."""
 
 import dataclasses
 import hashlib
@@ -12,7 +13,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, environment, tiny_config
+from helpers import ROOT, environment, tiny_config
 
 import train_gpt
 from train_gpt import ArtifactError, Config, ConfigError, printable
@@ -51,9 +52,12 @@ def test_nothing_raw_is_logged(runtime, tmp_path, capsys):
 
 def run_script(settings, folder):
     return subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py")], cwd=folder, env=environment(**settings),
-        capture_output=True, timeout=240,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        cwd=folder,
+        env=environment(**settings),
+        capture_output=True,
+        timeout=240,
+    )
 
 
 def only_printable(output):
@@ -89,22 +93,44 @@ def test_every_number_that_an_artifact_carries_has_an_upper_bound(field):
         assert field.type is bool or field.metadata["choices"]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(ttt_epochs=10**9), dict(slot_steps=10**9), dict(eval_batch_seqs=10**18), dict(ttt_batch_seqs=10**6),
-    dict(eval_seq_len=1 << 18, ttt_chunk_tokens=1 << 18), dict(ttt_chunk_tokens=1 << 30),
-    dict(eval_batch_seqs=4096), dict(ttt_batch_seqs=2048), dict(eval_batch_seqs=1024, model_dim=1024),
-    dict(eval_seq_len=1 << 17, eval_batch_seqs=64, ttt_chunk_tokens=1 << 17, eval_stride=1024),
-    dict(eval_seq_len=2048, eval_stride=1), dict(rope_base=1e308), dict(ttt_lr=1e9), dict(slot_lr=1e9)],
-    ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(ttt_epochs=10**9),
+        dict(slot_steps=10**9),
+        dict(eval_batch_seqs=10**18),
+        dict(ttt_batch_seqs=10**6),
+        dict(eval_seq_len=1 << 18, ttt_chunk_tokens=1 << 18),
+        dict(ttt_chunk_tokens=1 << 30),
+        dict(eval_batch_seqs=4096),
+        dict(ttt_batch_seqs=2048),
+        dict(eval_batch_seqs=1024, model_dim=1024),
+        dict(eval_seq_len=1 << 17, eval_batch_seqs=64, ttt_chunk_tokens=1 << 17, eval_stride=1024),
+        dict(eval_seq_len=2048, eval_stride=1),
+        dict(rope_base=1e308),
+        dict(ttt_lr=1e9),
+        dict(slot_lr=1e9),
+    ],
+    ids=str,
+)
 def test_a_setting_that_would_eat_memory_or_time_is_refused(changes):
     with pytest.raises(ConfigError, match="at most"):
         Config(**changes)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(eval_batch_seqs=128, eval_seq_len=2048), dict(eval_batch_seqs=512), dict(eval_stride=1),
-    dict(eval_seq_len=8192, ttt_chunk_tokens=1 << 16), dict(ttt_epochs=30), dict(slot_steps=24),
-    dict(ttt_chunk_tokens=1 << 20)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(eval_batch_seqs=128, eval_seq_len=2048),
+        dict(eval_batch_seqs=512),
+        dict(eval_stride=1),
+        dict(eval_seq_len=8192, ttt_chunk_tokens=1 << 16),
+        dict(ttt_epochs=30),
+        dict(slot_steps=24),
+        dict(ttt_chunk_tokens=1 << 20),
+    ],
+    ids=str,
+)
 def test_what_the_field_uses_is_allowed(changes):
     Config(**changes)
 
@@ -127,7 +153,10 @@ def archive_of(state):
 def deflated(archive):
     """The same entries, compressed."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(io.BytesIO(archive)) as old,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
     return buffer.getvalue()
@@ -154,13 +183,17 @@ def test_a_checkpoint_with_compressed_entries_is_refused(tmp_path):
     archive = archive_of(dict(x=torch.zeros(1 << 20)))
     packed = deflated(archive)
     assert len(packed) < len(archive) / 100
-    with pytest.raises(ArtifactError, match="w.pt: not a checkpoint of tensors .its entries are compressed"):
+    with pytest.raises(
+        ArtifactError, match="w.pt: not a checkpoint of tensors .its entries are compressed"
+    ):
         train_gpt.load_tensors(seal(tmp_path / "w.pt", packed))
 
 
 def test_a_checkpoint_with_overlapping_entries_is_refused(tmp_path):
     archive = archive_of(dict(x=torch.zeros(1 << 12)))
-    with pytest.raises(ArtifactError, match="not a checkpoint of tensors .its entries are larger than the"):
+    with pytest.raises(
+        ArtifactError, match="not a checkpoint of tensors .its entries are larger than the"
+    ):
         train_gpt.load_tensors(seal(tmp_path / "w.pt", overlapping(archive)))
 
 
@@ -191,13 +224,16 @@ HOSTILE = dict(
     list=dict(config={}, state_dict=[torch.zeros(2)], info={}),
     escapes=dict(config={"\x1b[2J": 1}, state_dict={}, info={}),
     info=dict(config={}, state_dict={}, info=7),
-    tensor=torch.zeros(3), empty=[], none=None,
-)  # fmt: skip
+    tensor=torch.zeros(3),
+    empty=[],
+    none=None,
+)
 
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory):
-    """{name: line} of what a process with 6 GB says to hostile files, and what it prints besides."""
+    """{name: line} of what a process with 6 GB says to hostile files, and what it prints besides.
+    {name: line} of what a process with 6 GB says to hostile files, and what it prints besides."""
     folder = tmp_path_factory.mktemp("hostile")
     for name, content in HOSTILE.items():
         train_gpt.save_tensors(folder / f"{name}.pt", content)
@@ -206,9 +242,13 @@ def refusals(tmp_path_factory):
         os.truncate(folder / name, 40 << 30)  # sparse: takes no room
     paths = sorted(map(str, folder.iterdir()))
     done = subprocess.run(
-        [sys.executable, "-c", BOUNDED, *paths], cwd=ROOT, env=environment(), capture_output=True, text=True,
+        [sys.executable, "-c", BOUNDED, *paths],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     return {os.path.basename(path): (path, line) for path, line in zip(paths, lines, strict=True)}

@@ -6,25 +6,9 @@ import types
 
 import pytest
 import torch
-from conftest import events, tiny_config
+from helpers import EVERY_PART, events, tiny_config, weights
 
 import train_gpt
-
-
-@pytest.fixture
-def trainer(tiny_data, runtime):
-    """make(**changes) -> Trainer on the tiny data, each in the test's own directory."""
-
-    def make(**changes):
-        config = tiny_config(
-            data_path=str(tiny_data.data_path),
-            tokenizer_path=str(tiny_data.tokenizer_path),
-            **{"num_layers": 1, "xsa_last_n": 1, **changes},
-        )
-        val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
-        return train_gpt.Trainer(config, runtime(config), val)
-
-    return make
 
 
 def copy_of(made, name):
@@ -281,3 +265,132 @@ def test_times_survive_a_stop(trainer, tmp_path):
     assert again.timer.seconds == made.timer.seconds and again.timer.seconds["optimiser"] > 0
     again.one_step()
     assert again.timer.recent(1) == again.timer.steps[-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rates and averages of a run
+# --------------------------------------------------------------------------------------------------
+def test_the_scale_reaches_every_rate(trainer):
+    made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
+    made.step = 5
+    made.set_lrs(0.5)
+    assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (
+        0.015,
+        [0.02, 0.01],
+    )
+    assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
+
+
+def recorded_run(made, monkeypatch, steps=5):
+    """Take `steps` training steps; returns the raw weights before and after each."""
+    history, original = [weights(made.model)], train_gpt.reduce_clip_step
+
+    def recording(*arguments):
+        original(*arguments)
+        history.append(weights(made.model))
+
+    monkeypatch.setattr(train_gpt, "reduce_clip_step", recording)
+    made.step_started = train_gpt.time.monotonic()
+    for _ in range(steps):
+        made.one_step()
+    return history
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)]
+)
+def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, trainer, monkeypatch):
+    """Five steps, a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is
+    step 4's."""
+    made = trainer(iterations=5, warmdown_iters=4, ema_full_steps=1, **settings)
+    history = recorded_run(made, monkeypatch)
+    exported = made.export()["state_dict"]
+    moved = 0
+    for name in history[0]:
+        ema, means = history[0][name], []
+        for values, decay in zip(history[1:], (1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14)):
+            ema = decay * ema + (1 - decay) * values[name]
+            means.append(ema)
+        torch.testing.assert_close(
+            exported[name], means[3] if settings else means[4], atol=1e-6, rtol=1e-5
+        )
+        moved += not torch.equal(exported[name], history[-1][name])
+    assert moved > 10
+
+
+# --------------------------------------------------------------------------------------------------
+# Warm-up
+# --------------------------------------------------------------------------------------------------
+def with_warm_up(made, monkeypatch):
+    """Make the trainer believe that it compiles, and count the steps of its warm-up."""
+    steps, original = [], train_gpt.reduce_clip_step
+
+    def counting(*arguments):
+        steps.append(1)
+        original(*arguments)
+
+    made.runtime.compiling = True
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "reduce_clip_step", counting)
+        made.warm_up()
+    return len(steps)
+
+
+def flat(tree, at=""):
+    """{path: leaf} of a tree of dictionaries and lists."""
+    if isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {
+            path: leaf for key, value in items for path, leaf in flat(value, f"{at}/{key}").items()
+        }
+    return {at: tree}
+
+
+def same_tree(left, right):
+    left, right = flat(left), flat(right)
+    assert left.keys() == right.keys()
+    different = [
+        path
+        for path, leaf in left.items()
+        if not (
+            torch.equal(leaf, right[path])
+            if isinstance(leaf, torch.Tensor)
+            else leaf == right[path]
+        )
+    ]
+    return not different
+
+
+@pytest.mark.parametrize("trained", [0, 2])
+def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, trainer, monkeypatch):
+    monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
+    made = trainer(
+        warmup_steps=3, swa_enabled=True, **dict(EVERY_PART, ve_last_n=1), late_qat_threshold=0.5
+    )
+    recorded_run(made, monkeypatch, trained)
+    before, position = train_gpt.private_copy(made.training_state()), made.stream.position
+    assert with_warm_up(made, monkeypatch) == 3
+    assert same_tree(train_gpt.private_copy(made.training_state()), before)
+    assert made.stream.position == position
+    assert (made.step, made.stopped_early) == (trained, False)
+
+
+def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_gpt.Runtime, "compiled", lambda self, function: function)
+    finals = []
+    for warm in (True, False):
+        made = trainer(
+            warmup_steps=2, run_dir=str(tmp_path / f"warm_{warm}"), **dict(EVERY_PART, ve_last_n=1)
+        )
+        if warm:
+            assert with_warm_up(made, monkeypatch) == 2
+        finals.append(recorded_run(made, monkeypatch, 3)[-1])
+    assert same_tree(*finals)
+
+
+def test_nothing_is_warmed_up_where_nothing_is_compiled(trainer, monkeypatch):
+    made = trainer(warmup_steps=3)
+    monkeypatch.setattr(
+        made, "accumulate", lambda *arguments: pytest.fail("a step without compilation")
+    )
+    made.warm_up()

@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import launch, read_json, tiny_config
+from helpers import launch, read_json, tiny_config
 
 import train_gpt
 

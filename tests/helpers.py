@@ -1,0 +1,622 @@
+"""What several test modules share: tiny settings, random models, and three ways to run the script.
+
+    run_main   main() in this process: cheapest, for all that needs no process of its own
+    Children   processes forked from a server with PyTorch in it: they can be killed and stopped
+    launch     python or torchrun as a user starts them: for what only a fresh interpreter can show
+
+Everything is small, hermetic and on the CPU. Fixtures are in conftest.py.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import site
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+
+# Runs keep a key in the user's home; those of the tests have one of their own.
+HOME = tempfile.TemporaryDirectory(prefix="golf_home_")
+VOCAB = 384
+SEQ, STRIDE, CHUNK = 64, 16, 256
+# A model with every feature of the trunk that trains a step in milliseconds.
+TINY = dict(
+    vocab_size=VOCAB,
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_dims=4,
+    xsa_last_n=2,
+    bigram_vocab_size=64,
+    bigram_dim=16,
+    nfm_hidden_dim=16,
+    iterations=6,
+    train_batch_tokens=512,
+    train_seq_len=SEQ,
+    micro_batch_tokens=256,
+    warmdown_iters=3,
+    warmup_steps=0,
+    train_log_every=1,
+    val_loss_every=0,
+    checkpoint_every=0,
+    checkpoint_seconds=0.0,
+    eval_checkpoint_seconds=0.0,
+    eval_seq_len=SEQ,
+    eval_stride=STRIDE,
+    eval_batch_seqs=4,
+    ttt_chunk_tokens=CHUNK,
+    ttt_epochs=1,
+    ttt_batch_seqs=2,
+    ttt_freeze_blocks=1,
+    device="cpu",
+)
+# What the trunk of TINY lacks.
+EVERY_PART = dict(
+    ve_dim=8,
+    ve_last_n=2,
+    flow_enabled=True,
+    flow_latent_dim=8,
+    flow_hidden_dim=16,
+    e2e_ttt_enabled=True,
+)
+
+
+def tiny_config(**changes):
+    """A Config of TINY with `changes`, for tests that stay in this process."""
+    return train_gpt.Config(**{**TINY, "dtype": "float32", **changes})
+
+
+def preset_config(name, **changes):
+    """A preset with `changes`, as its variables would give it."""
+    text = {key.upper(): str(value) for key, value in changes.items()}
+    return train_gpt.Config.from_env({"PRESET": name, **text})
+
+
+# ---- data ----
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyData:
+    """Two training shards, one validation shard and their tokenizer (384 pieces, byte fallback)."""
+
+    data_path: Path
+    tokenizer_path: Path
+
+    @property
+    def paths(self):
+        return dict(data_path=str(self.data_path), tokenizer_path=str(self.tokenizer_path))
+
+    @property
+    def settings(self):
+        return dict(TINY, **self.paths)
+
+
+def train_tokenizer(texts, path, vocab_size=VOCAB, **options):
+    """Train a SentencePiece model like the challenge's, write it to `path` and return it."""
+    model = io.BytesIO()
+    settings = dict(
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        character_coverage=0.999,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
+        model_writer=model,
+        vocab_size=vocab_size,
+        **{**settings, **options},
+    )
+    Path(path).write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+# ---- models ----
+
+
+@torch.no_grad()
+def randomised(module):
+    """Every parameter away from its initial value, which could hide what it multiplies."""
+    for param in module.parameters():
+        noise = torch.randn_like(param)
+        param.copy_(noise / param.size(-1) ** 0.5 if param.dim() > 1 else 0.5 * noise)
+    return module
+
+
+@torch.no_grad()
+def random_model(config, attend=train_gpt.cpu_attention, seed=0, spread=0.15):
+    """A model a little off its initial weights, in training mode as a trainer would leave it."""
+    torch.manual_seed(seed)
+    model = train_gpt.GPT(config, attend)
+    for param in model.parameters():
+        param.add_(spread * torch.randn_like(param))
+    return model.train()
+
+
+def random_batch(config, length=21, rows=2):
+    """ids and targets (rows, length); documents begin inside the rows."""
+    ids = torch.randint(train_gpt.BOS + 1, config.vocab_size, (rows, length + 1))
+    ids[0, 0] = ids[:, length // 3] = ids[1, length // 2] = train_gpt.BOS
+    return ids[:, :-1], ids[:, 1:]
+
+
+def weights(model):
+    """{name: copy} of the state."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(left, right):
+    """Whether two states are the same bits."""
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def count(module):
+    return sum(param.numel() for param in module.parameters())
+
+
+def assert_near(mine, expected, atol, rtol, name):
+    torch.testing.assert_close(
+        mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}"
+    )
+
+
+# ---- evaluations in this process ----
+
+
+class Seen(train_gpt.Observer):
+    """nll of every target as the loop counted it."""
+
+    def __init__(self, num_targets):
+        self.nll = np.full(num_targets, np.nan)
+
+    def scored(self, targets, logps, nll):
+        assert np.isnan(self.nll[targets]).all()
+        self.nll[targets] = nll.double().numpy()
+
+
+@dataclasses.dataclass
+class Case:
+    """A configuration, a runtime and a validation stream."""
+
+    config: train_gpt.Config
+    runtime: train_gpt.Runtime
+    stream: train_gpt.ValidationSet
+
+    def model(self):
+        choice = train_gpt.pick_attention(self.runtime.device, self.runtime.dtype)
+        return random_model(self.config, choice.function)
+
+    def run(self, model=None, stream=None, stride=None, **options):
+        """(Score, Seen) of one evaluation."""
+        model, stream = model or self.model(), stream or self.stream
+        options.setdefault("observer", Seen(stream.num_targets))
+        score = train_gpt.evaluate(model, stream, self.config, self.runtime, stride, **options)
+        return score, options["observer"]
+
+    def log(self):
+        return log_of(self.runtime.dir)
+
+    def checkpoints(self, name="eval"):
+        """Keeps states of this name in the run's directory, none unless the evaluation stops."""
+        return train_gpt.Checkpointer(self.runtime, name, self.config.eval_checkpoint_seconds)
+
+
+def replaced(stream, low, high=None):
+    """`stream` with each token of [low, high) replaced by another."""
+    tokens = np.array(stream.tokens)
+    tokens[low:high] = (tokens[low:high] + 7) % VOCAB
+    return stream.replaced(tokens)
+
+
+# ---- what a run leaves ----
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def log_of(run_dir):
+    return (Path(run_dir) / "train.log").read_text()
+
+
+def json_lines(run_dir):
+    """(events, number of lines that do not parse)."""
+    good, bad = [], 0
+    for line in filter(None, (Path(run_dir) / "metrics.jsonl").read_text().splitlines()):
+        try:
+            good.append(json.loads(line))
+        except ValueError:
+            bad += 1
+    return good, bad
+
+
+def events(run_dir, kind=None):
+    """Events of metrics.jsonl, those of one kind if given; every line must parse."""
+    found, bad = json_lines(run_dir)
+    assert not bad
+    return [event for event in found if kind in (None, event["event"])]
+
+
+def steps_of(run_dir):
+    """Steps logged so far, [] before the first; a line may be unfinished."""
+    path = Path(run_dir) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [int(step) for step in re.findall(r'"event": "step".*?"step": (\d+)', text)]
+
+
+def exact_scores(output):
+    """{label: bits per byte as printed} of the exact lines."""
+    return dict(re.findall(r"^(\w+)_exact .*val_bpb:(\S+)", output, re.M))
+
+
+def newest(run_dir):
+    """Path of the newest training checkpoint."""
+    return sorted((Path(run_dir) / "checkpoint").glob("step_*.pt"))[-1]
+
+
+def contents(folder):
+    """{relative path: bytes} of the files below."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# ---- run the script ----
+
+
+def environment(**settings):
+    """Environment for a run: what it needs to start, and `settings` as variables in capitals."""
+    keep = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    keep["HOME"] = HOME.name
+    keep["PYTHONUSERBASE"] = site.getuserbase()  # else it would follow HOME
+    text = {
+        name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
+        for name, value in settings.items()
+    }
+    return {**keep, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **text}
+
+
+def launch(settings, cwd, ranks=1, script=ROOT / "train_gpt.py", timeout=240, arguments=()):
+    """Run the script as a user would; returns the CompletedProcess, stdout and stderr as text."""
+    return subprocess.run(
+        [*python_command(ranks), str(script), *arguments],
+        cwd=cwd,
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def python_command(ranks):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else [])]
+
+
+def torchrun(settings, script, **options):
+    """A running torchrun of two ranks (`launch` waits for the end)."""
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
+    command = [*python_command(2), str(script)]
+    return subprocess.Popen(command, env=environment(**settings), text=True, **options)
+
+
+def descendants(pid):
+    """Process ids below `pid`: torchrun puts its workers into sessions of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found += [int(path.parent.name), *descendants(int(path.parent.name))]
+    return found
+
+
+def kill_tree(process):
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What a run left: exit code, what it printed, and its directory."""
+
+    code: int
+    out: str
+    err: str
+    dir: Path
+
+    @property
+    def lines(self):
+        return self.out.splitlines()
+
+    def scores(self):
+        return read_json(self.dir / "scores.json")["scores"]
+
+
+def run_main(run_dir=None, arguments=(), cwd=None, **settings):
+    """train_gpt.main() in this process, `settings` as its environment; returns Finished.
+
+    A process of its own would spend seconds on imports.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    if run_dir is not None:
+        settings["run_dir"] = run_dir
+    with pytest.MonkeyPatch.context() as patch, redirected[0], redirected[1]:
+        patch.setattr(os, "environ", environment(**settings))
+        patch.setattr(sys, "argv", ["train_gpt.py", *arguments])
+        patch.chdir(cwd or Path(run_dir).parent)
+        try:
+            train_gpt.main()
+        except train_gpt.GolfError as error:
+            code = error.code
+            print(f"error: {error}", file=sys.stderr)
+        except SystemExit as leaving:
+            code = leaving.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if code:
+        gc.collect()  # a stopped run's lock goes with its Runtime, which frames may still hold
+    return Finished(code, out.getvalue(), err.getvalue(), Path(settings.get("run_dir") or ""))
+
+
+# ---- runs that are killed, stopped and repeated ----
+
+SERVER = """
+import json, os, runpy, sys
+import numpy, sentencepiece, torch, torch._dynamo, torch.distributed, zstandard
+sys.path.insert(0, sys.argv[1])
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork() == 0:  # waits for the run and leaves its exit status in a file
+        pid = os.fork()
+        if pid == 0:
+            break
+        for name in ("pid", "rc"):
+            value = pid if name == "pid" else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with open(job["files"] + "tmp", "w") as file:
+                print(value, file=file)
+            os.rename(job["files"] + "tmp", job["files"] + name)
+        os._exit(0)
+    while os.waitpid(-1, os.WNOHANG)[0]:
+        pass
+else:
+    os._exit(0)
+os.environ.clear()
+os.environ.update(job["environ"])
+os.chdir(job["cwd"])
+for number, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(job["files"] + name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+sys.argv[:] = [job["script"]]
+runpy.run_path(job["script"], run_name="__main__")
+"""
+# 12 steps of a small model that validates, saves every 2 steps and after every item of an
+# evaluation.
+QUICK = dict(
+    num_layers=2,
+    xsa_last_n=1,
+    iterations=12,
+    warmdown_iters=4,
+    checkpoint_every=2,
+    eval_stride=32,
+    micro_batch_tokens=512,
+    eval_batch_seqs=8,
+    val_loss_every=5,
+    eval_checkpoint_seconds=1e-9,
+    dtype="float32",
+)
+MAIN = """
+try:
+    train_gpt.main()
+except train_gpt.GolfError as error:
+    sys.exit(print(f"error: {error}", file=sys.stderr) or error.code)
+"""
+# Every durable write ends in a rename. AT="name number what" lets this happen at one of those of
+# files name*: die with half of it written, with the whole but unnamed, or named; hold on and say
+# so; or get a signal.
+AT_WRITE = """
+replace, count, (name, number, what) = os.replace, [], os.environ.pop("AT").split()
+def at_write(source, target):
+    match = os.path.basename(target).startswith(name.strip("*"))
+    count.extend([1] * match)
+    hit = match and len(count) == int(number)
+    if hit and what == "half":
+        os.truncate(source, os.path.getsize(source) // 2)
+    if not hit or what not in ("half", "whole"):
+        replace(source, target)
+    if hit and what in ("half", "whole", "named"):
+        os.kill(os.getpid(), 9)
+    while hit and what == "hold":
+        open(os.environ["RUN_DIR"] + ".held", "w").close()
+        time.sleep(0.01)
+    if hit:
+        os.kill(os.getpid(), int(what))
+os.replace = at_write
+"""
+
+
+def at_step(step, action):
+    """A patch that runs `action` in the step after `step` others; it may use `self`, change
+    `loss`."""
+    return f"""
+accumulate = train_gpt.Trainer.accumulate
+def at_step(self, step, stream):
+    loss = accumulate(self, step, stream)
+    if step == {step}:
+        {action}
+    return loss
+train_gpt.Trainer.accumulate = at_step
+"""
+
+
+class Group:
+    """The processes of one run, one per rank."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def _read(self, name, rank, timeout=30.0):
+        path, end = Path(f"{self.files[rank]}{name}"), time.monotonic() + timeout
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.002)
+        return path.read_text() if path.exists() else None
+
+    def pid(self, rank=0):
+        return int(self._read("pid", rank))
+
+    def kill(self, number=signal.SIGKILL, ranks=None):
+        for rank in range(len(self.files)) if ranks is None else ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid(rank), number)
+
+    def wait(self, timeout=240.0):
+        """Exit status of every rank (negative for signals); None if one runs after `timeout`."""
+        end = time.monotonic() + timeout
+        codes = [
+            self._read("rc", rank, max(0.0, end - time.monotonic()))
+            for rank in range(len(self.files))
+        ]
+        return None if None in codes else [int(code) for code in codes]
+
+    def stdout(self, rank=0):
+        return self._read("stdout", rank) or ""
+
+    def stderr(self, rank=0):
+        return self._read("stderr", rank) or ""
+
+    def until(self, holds, timeout=240.0):
+        """Wait until holds() is true; False when the run ended before."""
+        end = time.monotonic() + timeout
+        while not holds():
+            if self.wait(0.0) is not None:
+                return holds()
+            shown = f"{self.stdout()}\n{self.stderr()}"
+            assert time.monotonic() < end, f"waited {timeout} s in vain:\n{shown}"
+            time.sleep(0.001)
+        return True
+
+
+class Children:
+    """Starts runs by forking the server; `folder` holds output, run directories and scripts."""
+
+    def __init__(self, folder, data):
+        self.folder, self.data = Path(folder), data
+        self.count, self.groups, self.made = 0, [], {}
+        command = [sys.executable, "-c", SERVER, str(ROOT)]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment())
+
+    def new(self, name):
+        self.count += 1
+        return self.folder / f"{self.count:03d}_{name}"
+
+    def script(self, patch):
+        """A file that imports train_gpt, runs `patch` and then main()."""
+        path = self.new("wrapper.py")
+        path.write_text(
+            f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"import train_gpt\n{patch}\n{MAIN}"
+        )
+        return path
+
+    def settings(self, run_dir, **changes):
+        return {**self.data.settings, **QUICK, "run_dir": run_dir, **changes}
+
+    def start(self, run_dir, ranks=1, patch=None, script=ROOT / "train_gpt.py", **changes):
+        """A running Group of QUICK with `changes`, of the script or with a patch of it."""
+        script = self.script(patch) if patch else script
+        settings = self.settings(run_dir, **changes)
+        return self.start_script(script, settings, self.folder, ranks)
+
+    def start_script(self, script, settings, cwd, ranks=1):
+        """A running Group of any script and settings."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = Group([str(self.new(f"rank{rank}_")) for rank in range(ranks)])
+        for rank, files in enumerate(group.files):
+            place = dict(rank=rank, local_rank=rank, world_size=ranks, master_addr="localhost")
+            ranked = dict(place, master_port=port) if ranks > 1 else {}
+            environ = environment(**settings, **ranked)
+            job = dict(files=files, script=str(script), environ=environ, cwd=str(cwd))
+            print(json.dumps(job), file=self.server.stdin, flush=True)
+        self.groups.append(group)
+        return group
+
+    def finish(self, run_dir, ranks=1, patch=None, code=0, **changes):
+        """Run to the end and check the exit status of rank 0 (all ranks where it is 0)."""
+        group = self.start(run_dir, ranks, patch, **changes)
+        codes = group.wait()
+        expected = [code] * (ranks if code == 0 else 1)
+        output = f"{group.stdout()[-2000:]}\n{group.stderr()[-3000:]}"
+        assert codes and codes[: len(expected)] == expected, f"{codes}\n{output}"
+        return group
+
+    def once(self, name, **options):
+        """(directory, output) of a run that is made once for all modules."""
+        if name not in self.made:
+            run_dir = self.new(name)
+            self.made[name] = run_dir, self.finish(run_dir, **options).stdout()
+        return self.made[name]
+
+    def copy(self, run_dir):
+        """A copy of a run's directory."""
+        target = self.new("copy")
+        shutil.copytree(run_dir, target)
+        return target
+
+    def unscored(self, run_dir):
+        """A copy of a finished run that has still to be scored."""
+        target = self.copy(run_dir)
+        for path in [target / "scores.json", *(target / "checkpoint").glob("eval_*")]:
+            path.unlink()
+        return target
+
+    def close(self):
+        for group in self.groups:
+            if group.wait(0.0) is None:
+                group.kill()
+        self.server.stdin.close()
+        self.server.wait(10)
+
+
+def outcome(run_dir):
+    """What must not depend on interruptions: hashes of tensors and artifact, scores."""
+    saved = train_gpt.load_tensors(Path(run_dir) / "final_model.pt")["state_dict"]
+    results = read_json(Path(run_dir) / "scores.json")
+    for score in results["scores"].values():
+        del score["eval_time_s"], score["audited"]  # an audit may come after the score
+    return dict(
+        weights={name: tensor.numpy().tobytes() for name, tensor in saved.items()},
+        artifact=(Path(run_dir) / "final_model.int6.ptz").read_bytes(),
+        **{name: results[name] for name in ("scores", "finished", "steps")},
+    )
