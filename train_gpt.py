@@ -754,6 +754,43 @@ TTT_LINEAR = dict(
     warmdown_iters=4311,
     ttt_enabled=False,
 )
+# The records of 04-05 to 04-09 on 8,192 pieces: none of #1170's small parts, more width and depth.
+SP8192 = dict(
+    BASE,
+    vocab_size=8192,
+    mlp_mult=4.0,
+    bigram_vocab_size=0,
+    smear_enabled=False,
+    gated_attention=False,
+    value_residual=False,
+    skip_gates=True,
+    num_loops=2,
+    shuffle=True,
+    iterations=20000,  # never reached: the cap ends the run
+    max_wallclock_seconds=600.0,
+    embed_lr=0.03,
+    embed_wd=0.085,
+    scalar_lr=0.02,
+    scalar_wd=0.02,
+    muon_row_norm=True,
+    data_path="./data/datasets/fineweb10B_sp8192",
+    tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+)
+RECORD_0409 = dict(
+    SP8192,
+    loop_start=3,
+    loop_end=5,
+    loop_at=0.35,
+    parallel_last_n=4,
+    qk_gain_init=5.25,
+    matrix_lr=0.022,
+    muon_wd=0.095,
+    ema_decay=0.9965,
+    warmdown_frac=0.72,
+    ttt_lr=0.005,
+    ttt_epochs=3,
+    ttt_freeze_blocks=0,
+)
 PRESETS = {
     "nfm_7k": {},  # the defaults themselves
     "base_7k": BASE,
@@ -771,6 +808,38 @@ PRESETS = {
         ttt_epochs=3,
         ttt_freeze_blocks=0,
         slot="causal",
+    ),
+    "record_0405": dict(
+        SP8192,
+        loop_start=4,
+        loop_end=5,
+        loop_at=0.5,
+        qk_gain_init=4.0,
+        matrix_lr=0.02,
+        muon_wd=0.085,
+        warmdown_frac=0.667,
+        ttt_enabled=False,
+    ),
+    "record_0409": RECORD_0409,
+    # The 04-09 record with what later records added and the small parts that cost few bytes.
+    "frontier_8192": dict(
+        RECORD_0409,
+        smear_enabled=True,
+        smear_inputs=12,
+        gated_attention=True,
+        gate_inputs=12,
+    ),
+    # The same on 1,024 pieces, where pairs of tokens still tell much: with the bigram table.
+    "frontier_1024": dict(
+        RECORD_0409,
+        vocab_size=1024,
+        bigram_vocab_size=4096,
+        smear_enabled=True,
+        smear_inputs=12,
+        gated_attention=True,
+        gate_inputs=12,
+        data_path="./data/datasets/fineweb10B_sp1024",
+        tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model",
     ),
     # The whole path of nfm_7k at a size that two CPU cores train in two minutes.
     # The wallclock cap keeps a slow machine inside five minutes; a fast one takes all steps.

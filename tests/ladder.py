@@ -174,9 +174,8 @@ def write_document(cells, path):
         "non-overlapping windows. All rungs are packed by the same quantiser into the same bytes. "
         "`python tests/ladder.py` trains what is missing and writes this page.",
         "A small model's verdict after minutes does not overrule the published one at full size: "
-        "parts that need a long run (a high QK gain, weight decay, recurrence that costs compute) look "
-        'worse here than there. Seed noise is the column "seeds apart"; a change below it shows '
-        "nothing.",
+        "parts that need a long run (a high QK gain, weight decay, costly recurrence) look worse "
+        'here than there. Seed noise is the column "seeds apart"; a change below it shows nothing.',
     ]
     for steps in sorted(cells.steps.unique()):
         parts += [f"## {steps} steps", report(cells, steps)]
