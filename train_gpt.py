@@ -772,8 +772,9 @@ PRESETS = {
         ttt_freeze_blocks=0,
         slot="causal",
     ),
-    # The whole path of nfm_7k at a size that two CPU cores train in two minutes.
-    # The wallclock cap keeps a slow machine inside five minutes; a fast one takes all steps.
+    # The whole path of nfm_7k at a size that two free CPU cores do in under four minutes.
+    # The number of steps is fixed: the same machine gives the same digits. The wallclock cap is a
+    # guard for slow ones, which would warm down earlier.
     "demo": dict(
         audit=True,
         num_layers=5,
@@ -784,11 +785,11 @@ PRESETS = {
         xsa_last_n=5,
         nfm_hidden_dim=96,
         iterations=400,
-        warmdown_iters=130,
-        max_wallclock_seconds=150.0,
-        train_batch_tokens=8192,
+        warmdown_iters=160,
+        max_wallclock_seconds=480.0,
+        train_batch_tokens=4096,
         train_seq_len=256,
-        micro_batch_tokens=8192,
+        micro_batch_tokens=4096,
         # Small batches are noisy: lower Adam rates. A short run: a momentum that forgets sooner.
         embed_lr=0.01,
         scalar_lr=0.01,
@@ -797,15 +798,18 @@ PRESETS = {
         muon_momentum_warmup_steps=100,
         warmup_steps=0,
         train_log_every=25,
-        val_loss_every=200,
+        val_loss_every=60,
         checkpoint_every=0,
         checkpoint_seconds=60.0,
         eval_checkpoint_seconds=30.0,
         eval_seq_len=256,
+        # Measured on a model of 300 steps, bits per byte with windows that do not overlap: 2.0658
+        # without test-time training, 2.0387 with this, 2.0565 at five times the rate.
+        ttt_lr=0.02,
         ttt_epochs=1,
-        ttt_chunk_tokens=16384,
-        ttt_batch_seqs=16,
-        ttt_freeze_blocks=1,
+        ttt_chunk_tokens=8192,
+        ttt_batch_seqs=8,
+        ttt_freeze_blocks=0,
         data_path="./data/datasets/demo_sp1024",
         tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
     ),
