@@ -5214,7 +5214,12 @@ BROKEN_BY = {
     TrainedAheadError: "C3 trained_is_scored",
     LookedAheadError: "C1 future_flip",
 }
+SWEPT = 16  # positions of a first window that every score's sweep looks at
 LN_2 = 0.6931471805599453  # written out: the audit counts for itself
+
+
+class SweepError(LegalityError):
+    """A dense sweep found something, on all ranks: the rest is not worth its time."""
 
 
 class Watch(Observer):
@@ -5436,6 +5441,8 @@ class Audit:
                 detail += f"; {len(failures)} differ: {some}"
             checks.append(dict(name=name, passed=passed, detail=detail))
             verdict = "pass" if passed else "FAIL"
+            if passed and not self.comm.any_rank(self.counts[name]):
+                verdict = "not_reached"  # after a sweep that found something
             self.runtime.log(f"legality {name} {verdict} {detail}")
         return checks
 
@@ -5465,8 +5472,8 @@ class Audit:
     def beginning(self, job):
         """The part of the text that a job is run on: some rounds, with TTT a chunk before them."""
         config = self.config
-        # At least three batches, and more than one round of all ranks.
-        batches = max(3, self.comm.world + 1)
+        # At least two batches after the first window, and more than one round of all ranks.
+        batches = max(2, self.comm.world + 1)
         windows = batches * config.eval_batch_seqs
         targets = config.eval_seq_len + windows * job.stride
         if job.ttt:
@@ -5517,9 +5524,23 @@ class Audit:
         for place in places:
             # Target `place` is token place + 1: it and all that follows are replaced.
             other = self.changed(stream, place + 1)
-            twin = Recorder(other, vocab, keep=[place], hash_state=job.ttt)
+            # Without test-time training the state hardly moves: once is enough.
+            hash_state = job.ttt or place == places[-1]
+            twin = Recorder(other, vocab, keep=[place], hash_state=hash_state)
             self.evaluation(job, other, twin).run(last_target=place)
             self.check_twin(job, base, twin, place)
+
+    def check_job_or_note(self, job):
+        """check_job, of which an error is a finding too."""
+        try:
+            self.check_job(job)
+        except SweepError:
+            raise
+        except LegalityError as error:
+            if self.comm.world > 1:
+                raise  # the other ranks wait in the middle of an evaluation
+            check = BROKEN_BY.get(type(error), "C4 coverage")
+            self.note(check, False, f"{job.label}: {error}")
 
     def check_plan(self, job):
         """C3 and C4 of the plan of the whole evaluation, which no short run shows."""
@@ -5584,7 +5605,7 @@ class Audit:
         same_state = True
         for first, state in twin.state_entering.items():
             same_state &= state == base.state_entering.get(first)
-        if job.ttt:
+        if twin.hash_state:
             self.note("C3 twin_run", same_state, where)
         if same_state:
             # Otherwise the state is to blame for what differs.
@@ -5593,14 +5614,10 @@ class Audit:
             self.note("C1 own_token", twin.same_distribution(base, place), where)
 
     def sweep_windows(self, job, evaluation):
-        """Dense sweeps of a first and a later window with the weights of the artifact."""
-        length = evaluation.windows[0].end
-        # The score to report is swept in full; the others run the same code.
-        step = 1
-        if job != evaluation_jobs(self.config)[-1]:
-            step = max(1, length // 16)
-        self.sweep(job, evaluation, 0, step)
+        """Dense sweep of a later window, and of a part of a first one, before the first round."""
         self.sweep_later(job, evaluation)
+        length = evaluation.windows[0].end
+        self.sweep(job, evaluation, 0, max(1, length // SWEPT))
 
     def sweep_later(self, job, evaluation):
         """Dense sweep of a window that scores its last `stride` targets."""
@@ -5608,13 +5625,22 @@ class Audit:
         if 0 < job.stride < length:
             self.sweep(job, evaluation, length - job.stride, 1)
 
+    def sweep_first(self):
+        """Dense sweep of all positions of a first window, the longest of the checks."""
+        _, sliding, *_ = evaluation_jobs(self.config)
+        evaluation = self.evaluation(sliding, self.beginning(sliding))
+        with evaluation_mode(self.model, 0):
+            self.sweep(sliding, evaluation, 0, 1)
+
     def sweep(self, job, evaluation, known, step):
         """C1 for the scored positions of a window of which the first `known` are scored before.
 
         For every position j (each `step`-th) the token that it predicts is replaced in a copy of
         the window: the distribution at j and the scores before it must be the same. The copies are
-        laid out as one text and go through the function that scores, in its own batches.
+        laid out as one text and go through the function that scores, in its own batches. Raises
+        SweepError where something differs.
         """
+        state = state_hash(evaluation)
         size = self.config.eval_batch_seqs
         length = evaluation.windows[0].end
         span = length + 1
@@ -5639,13 +5665,20 @@ class Audit:
             for row, target in zip(rows[part], targets[part]):
                 first = row * span + known
                 self.check_flip(job, base, twin, first, target)
+        unchanged = state_hash(evaluation) == state
+        self.note("C3 state_unchanged", unchanged, f"{job.label}: in a sweep")
+        # With another state other scores are no wonder.
+        if self.comm.any_rank(unchanged and self.failures["C1 dense_sweep"]):
+            raise SweepError(job.label)
 
     def check_flip(self, job, base, twin, first, target):
         """Compare what lies in a window from its first scored target up to `target`."""
+        where = f"{job.label}, scored position {target - first}"
         before = slice(first, target)
         same_nll = np.array_equal(twin.nll[before], base.nll[before])
+        self.note("C1 future_flip", same_nll, where)
         same = twin.same_distribution(base, target)
-        where = f"{job.label}, scored position {target - first}"
+        self.note("C1 own_token", same, where)
         self.note("C1 dense_sweep", same and same_nll, where)
 
     def replacement(self, token):
@@ -5703,14 +5736,13 @@ def audit(model, stream, config, runtime):
     checker = Audit(model, stream, config, runtime)
     checker.check_bytes()
     checker.check_boundary()
-    for job in evaluation_jobs(config):
-        try:
-            checker.check_job(job)
-        except LegalityError as error:
-            if runtime.comm.world > 1:
-                raise  # the other ranks wait in the middle of an evaluation
-            check = BROKEN_BY.get(type(error), "C4 coverage")
-            checker.note(check, False, f"{job.label}: {error}")
+    try:
+        # The score to report first.
+        for job in reversed(evaluation_jobs(config)):
+            checker.check_job_or_note(job)
+        checker.sweep_first()
+    except SweepError:
+        pass  # noted
     return checker.report()
 
 
