@@ -62,6 +62,7 @@ import zstandard
 from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -169,13 +170,30 @@ class Config:
     rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
     logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
-    bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table", 2, 1 << 20)
+    bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table, 0 = off", 0, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
     ve_last_n: int = arch_option(2, "last layers that receive the value embedding", 1, 64)
     xsa_last_n: int = arch_option(11, "last layers with exclusive self-attention", 0, 64)
     gated_attention: bool = arch_option(True, "per-head sigmoid gate on the attention output")
     value_residual: bool = arch_option(True, "mix layer 0's values into every layer")
+
+    # Architecture: what later records have instead or in addition.
+    embed_dim: int = arch_option(0, "width of the token embedding, 0 = MODEL_DIM", 0, 4096)
+    smear_enabled: bool = arch_option(True, "mix each position with its predecessor")
+    smear_inputs: int = arch_option(
+        0, "leading channels that set the smear gate, 0 = one constant per channel", 0, 4096
+    )
+    gate_inputs: int = arch_option(
+        0, "leading channels that set the attention gate, 0 = all, with a bias", 0, 4096
+    )
+    num_loops: int = arch_option(0, "further passes through layers LOOP_START to LOOP_END", 0, 8)
+    loop_start: int = arch_option(3, "first of the looped layers", 0, 63)
+    loop_end: int = arch_option(5, "last of the looped layers", 0, 63)
+    skip_gates: bool = arch_option(False, "learned mean of stream and skip instead of a sum")
+    parallel_last_n: int = arch_option(
+        0, "last layers whose attention and MLP read the same state", 0, 64
+    )
 
     # Architecture: the refiners between the trunk and the logits, each off or on by itself.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
@@ -241,16 +259,28 @@ class Config:
     swa_enabled: bool = train_option(False, "export the mean of snapshots taken late in the run")
     swa_every: int = train_option(50, "steps between snapshots", 1)
     swa_start_scale: float = train_option(0.2, "rate scale below which snapshots start", 0, 1)
+    loop_at: float = train_option(0.35, "share of the run after which layers are looped", 0, 1)
     late_qat_threshold: float = train_option(
         0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1
     )
 
     # Compression.
-    block_bits: int = train_option(6, "bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = train_option(8, "bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = train_option("zstd", "compressor of the artifact", choices=("zstd", "lzma"))
-    zstd_level: int = train_option(16, "zstd level", 1, 22)
-    lzma_preset: int = train_option(6, "lzma preset", 0, 9)
+    quantizer: str = train_option(
+        "lite",
+        "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
+        "make up for each other's errors, steps that fill BUDGET_BYTES",
+        choices=("lite", "gptq"),
+    )
+    calibration_tokens: int = train_option(
+        65536, "training tokens that QUANTIZER=gptq looks at", 1, 1 << 24
+    )
+    block_bits: int = train_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = train_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = train_option(
+        "zstd", "lite: compressor of the artifact; gptq takes zstd", choices=("zstd", "lzma")
+    )
+    zstd_level: int = train_option(16, "lite: zstd level", 1, 22)
+    lzma_preset: int = train_option(6, "lite: lzma preset", 0, 9)
     budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
 
     # Evaluation: windows and arithmetic.
@@ -370,6 +400,11 @@ class Config:
     def mlp_hidden(self):
         # A multiple of 8 keeps the matrix products on the fast path of tensor cores.
         return int(self.mlp_mult * self.model_dim) // 8 * 8
+
+    @property
+    def artifact_compressor(self):
+        # The sorted codes of gptq are made for zstd, which takes a tenth of lzma's time for them.
+        return "zstd" if self.quantizer == "gptq" else self.compressor
 
     @classmethod
     def from_env(cls, environ, brought=None):
@@ -665,7 +700,16 @@ def check_model_fit(config):
     require(config, config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
     fits = config.ttt_freeze_blocks <= config.num_layers
     require(config, fits, "ttt_freeze_blocks num_layers", "lower the first")
+    for name in ("embed_dim", "smear_inputs", "gate_inputs"):
+        fits = getattr(config, name) <= config.model_dim
+        require(config, fits, f"{name} model_dim", "lower the first")
+    fits = config.parallel_last_n <= config.num_layers
+    require(config, fits, "parallel_last_n num_layers", "lower the first")
     # What is off may have any size.
+    fits = config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers
+    expected = "use layers of the model, the first not after the last"
+    require(config, fits, "loop_start loop_end num_layers", expected)
+    require(config, config.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 or at least 2")
     fits = config.ve_dim == 0 or config.ve_last_n <= config.num_layers
     require(config, fits, "ve_last_n num_layers", "lower the first")
 
@@ -1947,6 +1991,7 @@ class Scheme(typing.NamedTuple):
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
+        Scheme("grid", np.int16, 0),  # integers whose steps differ by row and column, see Grid
         Scheme("int5", np.int8, 5),
         Scheme("int6", np.int8, 6),
         Scheme("int8", np.int8, 8),
@@ -1955,7 +2000,16 @@ SCHEMES = {
     )
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
-CONTROL = ("scale", "scales", "resid_mix", "q_gain", "skip_weights", "gate", "vr_lambda")
+CONTROL = (
+    "scale",
+    "scales",
+    "resid_mix",
+    "q_gain",
+    "skip_weights",
+    "skip_gates",
+    "gate",
+    "vr_lambda",
+)
 HALF_LIMIT = 65_536  # tensors up to this many elements stay float16, but for block matrices
 # The six matrices of a block, where most of the weights are.
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
@@ -2037,6 +2091,49 @@ def quantize_rows(weight, bits):
     return codes.to(torch.int8), scales
 
 
+# The grid of QUANTIZER=gptq: entry (i, j) of a matrix is stored as an integer times
+# unit * 2^(row[i] / 2) * 2^(column[j] / 2). `unit` is the dial that sets the file's size.
+STEPS_PER_OCTAVE = 2  # a finer choice of steps costs more bytes than it saves
+UNIT_LIMITS = (2.0**-60, 2.0**10)  # with these no stored step overflows or vanishes
+MAX_EXPONENT = 64  # of a row or a column, in half octaves
+MAX_CODE = 127 * 256 + 127  # codes travel as two signed bytes
+
+
+class Grid(typing.NamedTuple):
+    """Exponents of a matrix's steps, in half octaves, int8."""
+
+    row: np.ndarray  # (R,)
+    column: np.ndarray  # (C,)
+
+
+def gptq_scheme_of(name, shape):
+    """Name of the scheme under QUANTIZER=gptq: matrices on the grid, the rest in half precision.
+
+    Half precision of the control scalars loses nothing that could be measured.
+    """
+    is_matrix = len(shape) == 2 and name.endswith(".weight")
+    return "grid" if is_matrix else "fp16"
+
+
+def exact_power(exponents):
+    """2^(n / 2) as float32 of integers n; a table and ldexp give the same bits on every machine."""
+    n = np.asarray(exponents).astype(np.int32)
+    roots = np.array([1.0, 1.4142135623730951])
+    return np.ldexp(roots[n & 1], n >> 1).astype(np.float32)
+
+
+def grid_steps(grid, units):
+    """Steps of the rows (R, 1), times `units` (R,) or a number, and of the columns (1, C)."""
+    rows = exact_power(grid.row) * np.float32(units)
+    return rows[:, None], exact_power(grid.column)[None, :]
+
+
+def to_exponents(steps):
+    """Nearest half octaves (int8) of positive steps, a float64 tensor."""
+    exponents = (STEPS_PER_OCTAVE * steps.log2()).round()
+    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8).numpy()
+
+
 class Quantizable:
     """A module whose weight can be rounded in training as the artifact will round it (late QAT).
 
@@ -2094,7 +2191,8 @@ def tail_attention(q, k, v):
     n = q.size(2)
     length = k.size(2)
     # Query i is position T - n + i; is_causal would take it for position i.
-    seen = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+    every = torch.ones(n, length, dtype=torch.bool, device=q.device)
+    seen = every.tril(length - n)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.transpose(1, 2)
 
@@ -2160,11 +2258,14 @@ class BlockedAttention(torch.autograd.Function):
         scores = q @ k.mT  # (b, K, H/K * n, s)
         # Only the last n keys can lie in a query's future.
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        latest = scores.unflatten(2, (-1, n))[..., -n:]
-        latest.masked_fill_(future, -torch.inf)
+        by_head = scores.unflatten(2, (-1, n))  # (b, K, H/K, n, s), the same memory
+        by_head[..., -n:].masked_fill_(future, -torch.inf)
         p = scores.softmax(-1)
         ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
-        return (ds @ k).unflatten(2, (-1, n)), ds.mT @ q, p.mT @ grad
+        dq = (ds @ k).unflatten(2, (-1, n))
+        dk = ds.mT @ q
+        dv = p.mT @ grad
+        return dq, dk, dv
 
 
 def cpu_attention(q, k, v):
@@ -2297,8 +2398,11 @@ class RMSNorm(torch.autograd.Function):
             value = x[part].to(wide, copy=True)
             norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
             mean_square = norm.square() / x.size(-1)
-            inverse[part] = torch.rsqrt(mean_square + NORM_EPS)
-            value.mul_(inverse[part] if gain is None else inverse[part] * gain)
+            scale = torch.rsqrt(mean_square + NORM_EPS)
+            inverse[part] = scale
+            if gain is not None:
+                scale = scale * gain
+            value.mul_(scale)
             if cos is not None:
                 rotate_(value, cos, sin)
             y[part] = value
@@ -2323,7 +2427,8 @@ class RMSNorm(torch.autograd.Function):
             # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
             along = dot * scale * inverse[part].square()
             slope.mul_(scale)
-            dx[part] = slope.addcmul_(value, along, value=-1 / x.size(-1))
+            slope.addcmul_(value, along, value=-1 / x.size(-1))
+            dx[part] = slope
         return dx, dgain, None, None
 
 
@@ -2430,7 +2535,9 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.attn_gate = None
         if config.gated_attention:
-            self.attn_gate = Linear(dim, config.num_heads, bias=True)
+            # A gate of a few channels needs no bias: it starts half open, the others almost open.
+            inputs = config.gate_inputs or dim
+            self.attn_gate = Linear(inputs, config.num_heads, bias=not config.gate_inputs)
         self.vr_lambda = None
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
@@ -2452,8 +2559,9 @@ class Attention(nn.Module):
         v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        n = q.size(1)
-        q = RMSNorm.apply(q, self.q_gain[:, None], cos[-n:], sin[-n:])
+        n = q.size(1)  # the positions that ask are the last ones
+        gain = self.q_gain[:, None]  # (H, 1)
+        q = RMSNorm.apply(q, gain, cos[-n:], sin[-n:])
         k = RMSNorm.apply(k, None, cos, sin)
         attend = self.attend if last is None else tail_attention
         y = attend(q, k, v)  # (B, T, H, d)
@@ -2486,12 +2594,19 @@ class Attention(nn.Module):
             q, k, v = outputs
             return q, k, v, None
         q, gate, k, v = outputs
-        return q, k, v, gate + self.attn_gate.bias.to(gate.dtype)
+        if self.attn_gate.bias is not None:
+            gate = gate + self.attn_gate.bias.to(gate.dtype)
+        return q, k, v, gate
 
     def product(self, x, scale, layers):
         """(outputs of x without bias, one per layer) by one product."""
-        weight = torch.cat([layer.effective_weight() for layer in layers])
-        outputs = F.linear(x, weight * scale)
+        weights = []
+        for layer in layers:
+            # A gate of the leading channels gives no weight to the others.
+            missing = x.size(-1) - layer.in_features
+            weight = layer.effective_weight()
+            weights.append(F.pad(weight, (0, missing)) if missing else weight)
+        outputs = F.linear(x, torch.cat(weights) * scale)
         return outputs.split([layer.out_features for layer in layers], -1)
 
     def heads(self, x):
@@ -2507,8 +2622,13 @@ class Attention(nn.Module):
         return mix[0] * first + mix[1] * own
 
 
+def leaky_square(x):
+    """leaky_relu(x, 0.5)^2: ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549."""
+    return F.leaky_relu(x, 0.5).square()
+
+
 class MLP(nn.Module):
-    """W2 leaky_relu(W1 x, 0.5)^2: ReLU^2 (Primer, arXiv 2109.08668), leaky as in #549."""
+    """W2 f(W1 x), f the squared leaky ReLU."""
 
     def __init__(self, config):
         super().__init__()
@@ -2517,8 +2637,14 @@ class MLP(nn.Module):
 
     def forward(self, x, scale, out_scale):
         """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
-        hidden = F.leaky_relu(self.fc(x, scale), 0.5).square()  # (B, T, hidden)
+        hidden = leaky_square(self.fc(x, scale))  # (B, T, hidden)
         return self.proj(hidden, out_scale[:, None])
+
+
+def residual_mix(x, x0, mix):
+    """mix[0] * x + mix[1] * x0 per channel: the first stream (B, T, D) stays within reach."""
+    mix = mix.to(x.dtype)  # (2, D)
+    return torch.addcmul(x * mix[0], x0, mix[1])
 
 
 class Block(nn.Module):
@@ -2533,6 +2659,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(dim))
         mix = torch.stack([torch.ones(dim), torch.zeros(dim)])  # (2, D): the stream as it is
         self.resid_mix = nn.Parameter(mix)
+        self.parallel = layer >= config.num_layers - config.parallel_last_n
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
         self.norm_scale = (layer + 1) ** -0.5
 
@@ -2542,12 +2669,15 @@ class Block(nn.Module):
         x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` =
         n the stream (B, n, D) of the last n positions is all that is computed.
         """
-        mix = self.resid_mix.to(x.dtype)
-        x = torch.addcmul(x * mix[0], x0, mix[1])
+        x = residual_mix(x, x0, self.resid_mix)
         scale = self.norm_scale
-        y, own = self.attn(rms_norm(x), scale, self.attn_scale, angles, v0, ve, last)
-        x = x[:, -y.size(1) :] + y
-        x = x + self.mlp(rms_norm(x), scale, self.mlp_scale)
+        normed = rms_norm(x)
+        y, own = self.attn(normed, scale, self.attn_scale, angles, v0, ve, last)
+        n = y.size(1)
+        x = x[:, -n:] + y
+        # A parallel MLP does not see what attention has just added (as in GPT-J).
+        mlp_input = normed[:, -n:] if self.parallel else rms_norm(x)
+        x = x + self.mlp(mlp_input, scale, self.mlp_scale)
         return x, own
 
 
@@ -2582,12 +2712,18 @@ class BigramHash(nn.Module):
         return self.proj(self.embed(self.rows(ids))) * self.scale
 
 
-class SmearGate(nn.Module):
-    """Mix each position with its predecessor, by one gate per channel.
+def predecessors(x, ids):
+    """x (B, T, D) shifted by one position: zero at position 0 and where a document begins.
 
-    Nothing comes before position 0 or before a document's BOS, so that no document leaks into the
-    next one.
+    A BOS token takes nothing from before it, so that no document leaks into the next one.
     """
+    before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D)
+    inside = (ids != BOS).unsqueeze(-1)  # (B, T, 1)
+    return before * inside.to(x.dtype)
+
+
+class SmearGate(nn.Module):
+    """Mix each position with its predecessor, by one gate per channel."""
 
     def __init__(self, config):
         super().__init__()
@@ -2595,10 +2731,27 @@ class SmearGate(nn.Module):
 
     def forward(self, x, ids):
         """x (B, T, D) and its tokens (B, T) -> (1 - g) * x_i + g * x_{i-1}."""
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D), shifted by one position
-        inside = (ids != BOS).unsqueeze(-1)  # (B, T, 1)
-        before = before * inside.to(x.dtype)
+        before = predecessors(x, ids)
         return x + opening(self.gate, x) * (before - x)
+
+
+class InputSmearGate(nn.Module):
+    """SmearGate v2: each token decides by its first channels how much of its predecessor it adds.
+
+    Part of the records from 2026-04-16 on. Strength and weights start at zero: nothing is added.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = Linear(config.smear_inputs, 1)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, ids):
+        """x (B, T, D) and its tokens (B, T) -> x_i + scale * g(x_i) * x_{i-1}."""
+        channels = x[..., : self.proj.in_features]
+        gate = torch.sigmoid(self.proj(channels))  # (B, T, 1)
+        strength = (self.scale * gate).to(x.dtype)
+        return torch.addcmul(x, strength, predecessors(x, ids))
 
 
 class ValueEmbedding(nn.Module):
@@ -2677,13 +2830,16 @@ def draw_noise(keys, length, width):
 
     def uniform(bits):
         # 23 bits and a half are what float32 holds exactly: never 0, never 1.
-        return ((bits & (2**23 - 1)).float() + 0.5) * 2.0**-23
+        integer = bits & (2**23 - 1)
+        return (integer.float() + 0.5) * 2.0**-23
 
-    high = uniform(hashes >> 40)
+    high = uniform(hashes >> 40)  # (B, pairs + T)
     low = uniform(hashes[:, :pairs])
-    halves = torch.cat([high[:, :pairs], low], 1)[:, : length * width]
-    z = math.sqrt(2) * torch.erfinv(2 * halves - 1)  # the normal's inverse distribution function
-    return z.view(batch, length, width), high[:, pairs:]
+    t = high[:, pairs:]
+    both = torch.cat([high[:, :pairs], low], 1)
+    share = both[:, : length * width]  # of the normal distribution that lies below z
+    z = math.sqrt(2) * torch.erfinv(2 * share - 1)
+    return z.view(batch, length, width), t
 
 
 class NativeFlowMatcher(nn.Module):
@@ -2793,7 +2949,8 @@ class TTTLinear(nn.Module):
             part = slice(low, low + self.mini_batch)
             q_part = q[:, :, part]  # (B, H, n, d)
             k_part = k[:, :, part]
-            gradient = self.inner_gradient(k_part @ w + b, target[:, :, part])  # (B, H, n, d)
+            z = k_part @ w + b
+            gradient = self.inner_gradient(z, target[:, :, part])  # (B, H, n, d)
             # Row i of W's change seen by query i is the sum over j <= i of k_j^T gradient_j; the 1
             # is the bias's share.
             seen = (q_part @ k_part.mT + 1).tril()  # (B, H, n, n)
@@ -2822,20 +2979,51 @@ class TTTLinear(nn.Module):
         return centred * inverse, inverse
 
 
+# Logits that exist at the same time in training: 512 MB of float32. A vocabulary of 1024 pieces
+# stays below it at the default micro-batch.
+LOGITS_AT_ONCE = 2**27
+
+
+def layer_order(config, looped):
+    """Layers in the order in which the trunk visits them.
+
+    Depth recurrence: LOOP_START to LOOP_END run NUM_LOOPS more times in place, which makes the
+    network deeper without a further parameter.
+    """
+    layers = list(range(config.num_layers))
+    if not looped:
+        return layers
+    after = config.loop_end + 1
+    repeated = layers[config.loop_start : after] * (config.num_loops + 1)
+    return layers[: config.loop_start] + repeated + layers[after:]
+
+
 class GPT(nn.Module):
     """The language model of `config`; `attend(q, k, v)` is the attention backend."""
 
     def __init__(self, config, attend=sdpa_attention):
         super().__init__()
         self.config = config
-        self.tok_emb = Embedding(config.vocab_size, config.model_dim)
-        self.bigram = BigramHash(config)
-        self.smear = SmearGate(config)
+        width = config.embed_dim or config.model_dim
+        self.tok_emb = Embedding(config.vocab_size, width)
+        # A narrower embedding (ALBERT, Lan et al. 2019, arXiv 1909.11942) has a way in and one out.
+        narrow = width < config.model_dim
+        self.embed_in = Linear(width, config.model_dim) if narrow else None
+        self.embed_out = Linear(config.model_dim, width) if narrow else None
+        self.bigram = BigramHash(config) if config.bigram_vocab_size else None
+        self.smear = None
+        if config.smear_enabled:
+            self.smear = InputSmearGate(config) if config.smear_inputs else SmearGate(config)
         layers = range(config.num_layers)
         self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
-        # U-Net: the first half of the layers (rounded down) are encoders, the rest decoders.
-        self.num_encoder_layers = config.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(self.num_encoder_layers, config.model_dim))
+        # Whether layers are looped now: training begins without, everything else is with it. It
+        # changes a few times in a run at most, and each value has its own compiled graph.
+        self.looped = config.num_loops > 0
+        num_skips = len(layer_order(config, self.looped)) // 2
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
+        self.skip_gates = None
+        if config.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips, config.model_dim))
         self.ve = ValueEmbedding(config) if config.ve_dim else None
         self.ttt = TTTLinear(config) if config.e2e_ttt_enabled else None
         self.flow = FlowRefiner(config) if config.flow_enabled else None
@@ -2857,8 +3045,9 @@ class GPT(nn.Module):
         """Start as REFERENCE section 4 says: what a residual branch adds is zero at first."""
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
         # Table zero, projection orthogonal: with both zero neither would ever get a gradient.
-        nn.init.zeros_(self.bigram.embed.weight)
-        nn.init.orthogonal_(self.bigram.proj.weight)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+            nn.init.orthogonal_(self.bigram.proj.weight)
         for block in self.blocks:
             attn = block.attn
             mlp = block.mlp
@@ -2868,6 +3057,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(layer.weight)
             if attn.attn_gate is not None:
                 nn.init.zeros_(attn.attn_gate.weight)
+            if attn.attn_gate is not None and attn.attn_gate.bias is not None:
                 nn.init.constant_(attn.attn_gate.bias, 4.0)  # sigmoid(4) = 0.98: almost open
         if self.ve is not None:
             nn.init.normal_(self.ve.embed.weight, std=0.01)
@@ -2876,6 +3066,11 @@ class GPT(nn.Module):
             self.flow.up.weight.mul_(self.config.flow_init_scale)
         if self.nfm is not None:
             nn.init.zeros_(self.nfm.out.weight)
+        if self.embed_in is not None:
+            nn.init.orthogonal_(self.embed_in.weight)
+            nn.init.orthogonal_(self.embed_out.weight)
+        if self.config.smear_enabled and self.config.smear_inputs:
+            nn.init.zeros_(self.smear.proj.weight)
 
     def quantizable(self):
         """(name, module) of every module whose weight late QAT could round."""
@@ -2905,19 +3100,33 @@ class GPT(nn.Module):
             return
         alike = {}  # modules by number of columns and bits
         for module in rounded:
-            alike.setdefault((module.weight.size(1), module.bits), []).append(module)
+            kind = module.weight.size(1), module.bits
+            alike.setdefault(kind, []).append(module)
         for (_, bits), modules in alike.items():
             rows = torch.cat([module.weight for module in modules]).float()  # (R, C)
             scales = row_scales(rows, bits).float()  # (R, 1)
             targets = [module.qat_scale for module in modules]
-            torch._foreach_copy_(targets, scales.split([len(target) for target in targets]))
+            parts = scales.split([len(target) for target in targets])
+            torch._foreach_copy_(targets, parts)
 
     def embed(self, ids):
         """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
-        x = self.tok_emb(ids) + self.bigram(ids)
+        x = self.tok_emb(ids)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.bigram is not None:
+            x = x + self.bigram(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        return self.smear(rms_norm(x), ids)
+        x = rms_norm(x)
+        return x if self.smear is None else self.smear(x, ids)
+
+    def add_skip(self, x, skip, index):
+        """The stream x (B, T, D) and what an encoder left, as the index-th decoder joins them."""
+        weight = self.skip_weights[index].to(x.dtype)
+        if self.skip_gates is None:
+            return torch.addcmul(x, weight, skip)
+        return torch.lerp(weight * skip, x, opening(self.skip_gates[index], x))
 
     def trunk(self, ids, last=None):
         """Normalised states (B, T, D) of ids (B, T), before the refiners.
@@ -2927,23 +3136,24 @@ class GPT(nn.Module):
         """
         x = x0 = self.embed(ids)
         length = ids.size(1)
-        assert length <= len(self.rotary_cos), f"{length} positions, {len(self.rotary_cos)} angles"
+        assert length <= len(self.rotary_cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
         value_embeddings = self.ve(ids) if self.ve is not None else {}
         v0 = None  # layer 0's values
         skips = []
-        for i, block in enumerate(self.blocks):
-            decoder = i - self.num_encoder_layers
+        # U-Net: the first half of the visits (rounded down) are encoders, the rest decoders.
+        order = layer_order(self.config, self.looped)
+        num_encoders = len(order) // 2
+        for visit, layer in enumerate(order):
             # A decoder first adds what its mirror image among the encoders left.
-            if decoder >= 0 and skips:
-                weight = self.skip_weights[decoder].to(x.dtype)
-                x = torch.addcmul(x, weight, skips.pop())
-            is_last = block is self.blocks[-1]
-            asked = last if is_last else None
-            x, own = block(x, x0, angles, v0, value_embeddings.get(i), asked)
+            if visit >= num_encoders and skips:
+                x = self.add_skip(x, skips.pop(), visit - num_encoders)
+            asked = last if visit == len(order) - 1 else None
+            block = self.blocks[layer]
+            x, own = block(x, x0, angles, v0, value_embeddings.get(layer), asked)
             if v0 is None:
                 v0 = own
-            if decoder < 0:
+            if visit < num_encoders:
                 skips.append(x)
         return rms_norm(x)
 
@@ -2966,14 +3176,40 @@ class GPT(nn.Module):
             x = self.nfm(x)
         return x, flow_input
 
+    def head_input(self, hidden):
+        """What the tied embedding multiplies: states (..., D), or narrower as EMBED_DIM says."""
+        return hidden if self.embed_out is None else self.embed_out(hidden)
+
     def logits(self, hidden):
         """float32 logits (..., V) of states (..., D), softly capped (Gemma 2, arXiv 2408.00118)."""
         cap = self.config.logit_softcap
         # The division belongs to the weight: it is smaller than the logits.
-        raw = F.linear(hidden, self.tok_emb.effective_weight() / cap)
+        raw = F.linear(self.head_input(hidden), self.tok_emb.effective_weight() / cap)
         if raw.dtype == torch.bfloat16:
             raw = raw.float()
         return cap * torch.tanh(raw)
+
+    def cross_entropy(self, hidden, targets, reduction="mean"):
+        """Nats of targets (B, T) given states (B, T, D): their mean, or with "none" all (B*T,).
+
+        The logits of a large vocabulary would outweigh all else that training keeps. Beyond
+        LOGITS_AT_ONCE they are computed block by block of positions, and again in the backward.
+        """
+        states = hidden.flatten(0, 1)  # (B*T, D)
+        targets = targets.flatten()  # (B*T,)
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if rows >= targets.size(0):
+            return F.cross_entropy(self.logits(states), targets, reduction=reduction)
+
+        def block_nats(states, targets):
+            return F.cross_entropy(self.logits(states), targets, reduction="none")
+
+        nats = [
+            checkpoint(block_nats, *block, use_reentrant=False, preserve_rng_state=False)
+            for block in zip(states.split(rows), targets.split(rows))
+        ]
+        nats = torch.cat(nats)
+        return nats.mean() if reduction == "mean" else nats
 
     def forward(self, ids, targets, noise_keys=None):
         """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
@@ -2982,8 +3218,7 @@ class GPT(nn.Module):
         noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
         """
         hidden, flow_input = self.refine(self.trunk(ids))
-        logits = self.logits(hidden)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = self.cross_entropy(hidden, targets)
         weight = self.config.nfm_loss_weight
         if self.nfm is not None and self.training and weight:
             if noise_keys is None:
@@ -3007,10 +3242,263 @@ def flow_noise_keys(config, step, first, count, device):
     """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
-    digest = hashlib.sha256(f"{config.seed}/{step}".encode()).digest()
+    place = f"{config.seed}/{step}"
+    digest = hashlib.sha256(place.encode()).digest()
     start = as_int64(int.from_bytes(digest[:8], "little"))
     sequences = torch.arange(first, first + count, device=device)
     return mix64(start + sequences * as_int64(GOLDEN_RATIO))
+
+
+# ==================================================================================================
+# Calibration
+# What the loss does when a matrix changes, to second order: an error E in a weight (R, C) costs
+# 1/2 sum_i d_i (E H E^T)_ii nats per token. H is the second moment of the matrix's input (OBS,
+# Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the sensitivity of output i: its gradient's
+# second moment on labels drawn from the model itself, which is the Fisher information (K-FAC,
+# arXiv 1503.05671). Only training text is read.
+# ==================================================================================================
+UNIT_TOKENS = 8192  # tokens of one forward and backward pass, the atom that ranks share out
+UNSEEN_COUNT = 2.0  # readings that each row of an embedding is credited with
+SUM_BITS = 36  # precision of the largest entry of a first term; float32 itself has 24
+# Measured on one core of a CPU, with a margin of about two.
+CALIBRATION_COST = 2.0  # seconds of a calibration token in seconds of a training token
+SOLVING_SECONDS = 4e-6  # a parameter's share of all solutions and packings
+
+
+class Sensitivity(typing.NamedTuple):
+    """Second-order knowledge of one matrix (R, C)."""
+
+    hessian: str  # name of its H
+    row_weight: torch.Tensor  # d (R,), nats per token
+
+
+class Knowledge(typing.NamedTuple):
+    """What calibration found, in float64 on the CPU."""
+
+    hessians: dict  # H (C, C) by name
+    sensitivities: dict  # Sensitivity by parameter name
+
+
+class ExactSum:
+    """Sums by name that do not depend on the order of their terms, hence not on the world size.
+
+    Floating-point sums round differently in every order. Here a term is rounded to multiples of a
+    power of two, whose sum is exact. The first term under a name chooses it: all ranks must start
+    with the same one.
+    """
+
+    def __init__(self):
+        self.totals = {}
+        self.resolution = {}
+
+    def add(self, name, value):
+        """Add a tensor to the sum of this name."""
+        value = value.detach().double()
+        if name not in self.totals:
+            # A first term of zeros says nothing about size: 1e-30 stands for it.
+            exponent = math.frexp(max(float(value.abs().max()), 1e-30))[1]
+            self.resolution[name] = 2.0 ** (exponent - SUM_BITS)
+            self.totals[name] = torch.zeros_like(value, dtype=torch.int64)
+        # Saturation keeps a wild term from overflowing; 2^12 terms of this size still fit.
+        steps = (value / self.resolution[name]).round().clamp(-(2.0**50), 2.0**50)
+        self.totals[name] += steps.long()
+
+    def forget(self):
+        """Keep the resolutions, drop the terms."""
+        for total in self.totals.values():
+            total.zero_()
+
+    def result(self, comm):
+        """{name: float64 sum over all ranks}, on the CPU."""
+        sums = {}
+        for name in sorted(self.totals):  # ranks must meet in the same order
+            total = self.totals[name]
+            if comm.world > 1:
+                comm.all_reduce(total).wait()
+            sums[name] = total.cpu().double() * self.resolution[name]
+        return sums
+
+
+def hessian_name(module_name):
+    """Name of the H of a Linear: queries, keys, values and gates read one input and share one H."""
+    stem, _, leaf = module_name.rpartition(".")
+    if leaf in ("c_k", "c_v", "attn_gate"):
+        return f"{stem}.c_q"
+    return module_name
+
+
+def gram(x):
+    """Sum of x x^T over tokens (C, C), float32, of x (..., C).
+
+    Hooks run under the forward's autocast, whose bfloat16 product would not be positive definite.
+    """
+    x = x.detach().float().reshape(-1, x.size(-1))  # (tokens, C)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.T @ x
+
+
+class CalibrationHooks:
+    """Adds to `sums` what passes through the real forward and backward while the context is open.
+
+    A Linear contributes the Gram matrix of its inputs. An embedding's input is a one-hot vector:
+    its H is diagonal over rows, and what couples its columns is the gradient of its output. A layer
+    that is visited more than once adds up all its visits.
+    """
+
+    def __init__(self, model, sums):
+        self.model = model
+        self.sums = sums
+        self.handles = []
+
+    def __enter__(self):
+        tapped = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, Embedding):
+                hook = module.register_forward_hook(self.embedding_hook(name))
+                self.handles.append(hook)
+            if not isinstance(module, (Attention, Linear)):
+                continue
+            # Attention multiplies by the weights of its projections itself, in one product. It
+            # comes before them here, so that its input is read and their hooks are not needed.
+            is_attention = isinstance(module, Attention)
+            source = f"{name}.c_q" if is_attention else hessian_name(name)
+            if source not in tapped:
+                tapped.add(source)
+                self.handles.append(module.register_forward_pre_hook(self.input_hook(source)))
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def input_hook(self, source):
+        def before_forward(module, args):
+            self.sums.add(f"hessian/{source}", gram(args[0]))
+
+        return before_forward
+
+    def embedding_hook(self, name):
+        def after_forward(module, args, output):
+            rows = torch.bincount(args[0].flatten().long(), minlength=module.num_embeddings)
+            self.sums.add(f"count/{name}", rows)
+            output.register_hook(lambda grad: self.sums.add(f"hessian/{name}", gram(grad)))
+
+        return after_forward
+
+
+def drawn_labels(log_probs, unit, seed):
+    """One label per position (n,) drawn from log_probs (n, V): a function of seed and unit alone.
+
+    The Fisher information needs the model's own labels; with the data's, errors that the model
+    makes anyway would count as sensitivity.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + unit)
+    height = torch.rand(len(log_probs), 1, generator=generator).to(log_probs.device)
+    below = log_probs.exp().cumsum(-1) < height  # (n, V)
+    return below.sum(-1).clamp(max=log_probs.size(-1) - 1)
+
+
+def calibrate_unit(model, ids, unit, runtime, sums):
+    """Add what one batch of training tokens `ids` (B, T) says to `sums`."""
+    with runtime.autocast():
+        hidden = model.hidden(ids)  # (B, T, D)
+        logits = model.logits(hidden).flatten(0, 1)  # (B * T, V)
+    log_probs = logits.detach().float().log_softmax(-1)
+    probs = log_probs.exp()
+    sums.add("hessian/head", gram(hidden))
+    # p (1 - p) is the variance of a drawn label, so the second derivative of the loss in its logit.
+    sums.add("label_variance", (probs * (1 - probs)).sum(0))
+    labels = drawn_labels(log_probs, unit, model.config.seed)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    model.zero_grad()
+    loss.backward()
+    for name, module in model.named_modules():
+        # The labels of different tokens are independent: the square of the sum is, on average, the
+        # sum of the squares.
+        if isinstance(module, Linear):
+            sums.add(f"gradient/{name}", module.weight.grad.float().square().sum(1))
+    model.zero_grad()
+
+
+class CalibrationText:
+    """CALIBRATION_TOKENS training tokens in sequences spread evenly over the training shards."""
+
+    def __init__(self, config):
+        self.length = config.train_seq_len
+        self.stream = open_train_stream(config)
+        self.sequences = max(1, config.calibration_tokens // self.length)
+        self.per_unit = max(1, UNIT_TOKENS // self.length)
+        self.units = math.ceil(self.sequences / self.per_unit)
+
+    def read(self, unit):
+        """Token ids (B, T) of a unit, uint16."""
+        first = unit * self.per_unit
+        last = min(first + self.per_unit, self.sequences)
+        total = int(self.stream.ends[-1])
+        rows = []
+        for number in range(first, last):
+            self.stream.position = number * total // self.sequences
+            rows.append(self.stream.rows(0, 0, self.length, self.length)[:, :-1])  # (1, T)
+        return np.concatenate(rows)
+
+
+def calibrate(model, config, runtime):
+    """Knowledge of every matrix of `model` from training tokens; all ranks must call it.
+
+    Ranks share the units out. Sums are exact, so any world size finds the same bits.
+    """
+    text = CalibrationText(config)
+    comm = runtime.comm
+    sums = ExactSum()
+    model.eval()
+    with CalibrationHooks(model, sums):
+        # Every rank starts with unit 0, which sets the resolutions; only rank 0 counts it.
+        calibrate_unit(model, runtime.to_device(text.read(0)), 0, runtime, sums)
+        if comm.rank != 0:
+            sums.forget()
+        for unit in range(comm.rank, text.units, comm.world):
+            if unit > 0:
+                calibrate_unit(model, runtime.to_device(text.read(unit)), unit, runtime, sums)
+    return knowledge_from(model, sums.result(comm), text.sequences * text.length)
+
+
+def knowledge_from(model, sums, tokens):
+    """Turn sums over `tokens` tokens into Hessians and sensitivities per token."""
+    hessians = {}
+    for key, total in sums.items():
+        kind, _, name = key.partition("/")
+        if kind == "hessian":
+            hessians[name] = total / tokens
+    sensitivities = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Embedding):
+            # A row's share of the loss is how often it is read.
+            weight = (sums[f"count/{name}"] + UNSEEN_COUNT) / tokens
+            sensitivities[f"{name}.weight"] = Sensitivity(name, weight)
+        elif isinstance(module, Linear):
+            # E |dW_i|^2 = d_i tr(H): the Kronecker factors' traces agree with the gradient's.
+            source = hessian_name(name)
+            weight = sums[f"gradient/{name}"] / tokens
+            weight = weight / hessians[source].trace().clamp(min=1e-30)
+            sensitivities[f"{name}.weight"] = Sensitivity(source, weight)
+    # The tied embedding is read as input and multiplied as output; token frequencies weigh both.
+    variance = sums["label_variance"] / tokens
+    hessians["tok_emb"] = hessians["tok_emb"] + variance.sum() * hessians.pop("head")
+    sensitivities["tok_emb.weight"] = Sensitivity("tok_emb", variance / variance.sum())
+    return Knowledge(hessians, sensitivities)
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_count(config):
+    """Parameters of the architecture, without allocating them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+def quantiser_seconds(config, step_seconds):
+    """Predicted seconds of calibrating, solving and packing, from those of a training step."""
+    token_seconds = step_seconds / config.train_batch_tokens
+    calibrating = CALIBRATION_COST * token_seconds * config.calibration_tokens
+    return calibrating + SOLVING_SECONDS * parameter_count(config)
 
 
 # ==================================================================================================
@@ -3338,11 +3826,20 @@ def reduce_clip_step(muon, adamw, comm, clip):
     muon.step(scale, meanwhile=adamw.step)
 
 
+def training_cap(config, step, seconds):
+    """Seconds that the steps may take, 0 for no cap: what QUANTIZER=gptq will need is left free."""
+    cap = config.max_wallclock_seconds
+    if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
+        return cap
+    return max(1e-9, cap - quantiser_seconds(config, seconds / step))
+
+
 def run_fraction(config, step, seconds=0.0):
     """Share in [0, 1] of the run that is over: of its steps, or of its time if that ends sooner."""
     fraction = step / max(1, config.iterations)
-    if config.max_wallclock_seconds:
-        fraction = max(fraction, seconds / config.max_wallclock_seconds)
+    cap = training_cap(config, step, seconds)
+    if cap:
+        fraction = max(fraction, seconds / cap)
     return min(1.0, fraction)
 
 
@@ -3351,7 +3848,7 @@ def expected_steps(config, step, seconds=0.0):
     if not config.max_wallclock_seconds or not step or not seconds:
         return config.iterations
     step_seconds = seconds / step
-    return min(config.iterations, config.max_wallclock_seconds / step_seconds)
+    return min(config.iterations, training_cap(config, step, seconds) / step_seconds)
 
 
 def warmdowns_left(config, step, seconds):
@@ -3362,7 +3859,7 @@ def warmdowns_left(config, step, seconds):
     left = (config.iterations - step) / warmdown
     if config.max_wallclock_seconds and step and seconds:
         step_seconds = seconds / step
-        seconds_left = config.max_wallclock_seconds - seconds
+        seconds_left = training_cap(config, step, seconds) - seconds
         left = min(left, seconds_left / (warmdown * step_seconds))
     return left
 
@@ -3743,8 +4240,7 @@ def slot_shift(model, hidden, batch, config, slot):
     adamw = torch.optim.AdamW([shift], lr=config.slot_lr)
     for _ in range(config.slot_steps):
         with torch.enable_grad():
-            logits = model.logits(hidden.detach() + shift)  # (B, T, V)
-            nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+            nll = model.cross_entropy(hidden.detach() + shift, batch.targets, "none")  # (B*T,)
             mean = (nll.view_as(known) * known).sum(1) / count  # (B,)
             # Each window's mean depends on its own shift alone: the sum mixes no gradients.
             total = mean.sum()
@@ -4480,6 +4976,7 @@ class Trainer:
         every = self.config.val_loss_every
         done = False
         while not done:
+            self.set_order()
             # Asked before the validation, so that the last one is of the final weights.
             done = self.step >= self.config.iterations or self.out_of_time()
             if done or (every and self.step and self.step % every == 0):
@@ -4489,7 +4986,7 @@ class Trainer:
 
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
-        cap = self.config.max_wallclock_seconds
+        cap = training_cap(self.config, self.step, self.seconds)
         if not cap or not self.step:  # nothing measured yet
             return False
         step_seconds = self.seconds / self.step
@@ -4542,6 +5039,11 @@ class Trainer:
             elapsed = 0.0
         loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
         return StepFacts(loss, stop > 0, save > 0, elapsed)
+
+    def set_order(self):
+        """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
+        fraction = run_fraction(self.config, self.step, self.seconds)
+        self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
 
     def set_lrs(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
@@ -4707,9 +5209,12 @@ class Trainer:
         tokens = generator.integers(0, config.vocab_size, shape)
         # A stand-in for TrainStream: the real position must not move.
         synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
-        for i in range(config.warmup_steps):
-            self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        # Both orders of the layers, so that no graph is compiled in the middle of the run.
+        for looped in (False, True) if config.num_loops else (False,):
+            self.model.looped = looped
+            for i in range(config.warmup_steps):
+                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
         self.timer.load_state_dict(timing)
         self.runtime.log(
@@ -4817,6 +5322,323 @@ def train(config, runtime, val, path):
 
 
 # ==================================================================================================
+# Quantiser
+# QUANTIZER=gptq, from knowledge to bytes: steps that equalise the predicted loss, integers by GPTQ,
+# codes sorted by size. Only their coding is known to the reader; how codes were chosen is not.
+# ==================================================================================================
+DAMPING = 0.03  # of the mean diagonal, added to it
+ROW_TEMPER = 0.7  # exponent of the rows' sensitivities
+BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
+
+
+class Factor(typing.NamedTuple):
+    """H^-1 = U^T U of the damped Hessian, its columns in `order`."""
+
+    order: torch.Tensor  # (C,)
+    upper: torch.Tensor  # (C, C), float64
+
+
+def factorise(hessian, name, warn):
+    """Factor of a Hessian (C, C), float64. A matrix that has none gets that of its diagonal.
+
+    With a diagonal Hessian GPTQ is plain rounding; `warn` then gets a line that names the matrix.
+    """
+    diagonal = hessian.diagonal().clone()
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMPING * diagonal.mean())
+    order = diagonal.argsort(descending=True, stable=True)
+    damped = damped[order][:, order]
+    # With rows and columns reversed, the lower Cholesky factor is the upper one: H = R R^T.
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if failed or not lower.isfinite().all():
+        warn(f"warning: the Hessian of {name} has no Cholesky factor: plain rounding instead")
+        known = diagonal.nan_to_num(0, 0, 0).clamp(min=1e-12)
+        order = known.argsort(descending=True, stable=True)
+        return Factor(order, known[order].rsqrt().diag())
+    identity = torch.eye(len(damped), dtype=damped.dtype)
+    return Factor(order, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
+
+
+def equalising_grid(sensitivity, factor):
+    """The Grid at which every entry's rounding error costs the same expected loss.
+
+    Rounded with step s, entry (i, j) adds 1/2 d_i (s / U_jj)^2 / 12 to the loss, and s costs
+    -log2(s) bits: at the least loss for a given size all s^2 d_i / U_jj^2 are equal (reverse
+    water-filling, Cover and Thomas 10.3.3). So one unit serves all matrices: it is the multiplier.
+    """
+    diagonal = factor.upper.diagonal()
+    reach = torch.empty_like(diagonal)  # (C,), U_jj in the matrix's own order
+    reach[factor.order] = diagonal
+    weight = sensitivity.row_weight.double()
+    mean = weight.mean().clamp(min=1e-20)
+    # Rows differ a little less than their sensitivities, which are estimates: measured, as is the
+    # floor under rows that calibration never saw move.
+    weight = mean * (weight / mean).clamp(min=2.0**-20) ** ROW_TEMPER
+    level = reach.log().mean().exp()
+    return Grid(to_exponents(level * weight.rsqrt()), to_exponents(reach / level))
+
+
+def gptq(weight, factor, row_steps, column_steps):
+    """Codes (R, C) of weight (R, C) on the grid row_steps (R, 1) * column_steps (1, C).
+
+    Columns are rounded one after another, and each one's error is moved into the columns still to
+    come, where the input's correlations let them make up for it (GPTQ, arXiv 2210.17323).
+    """
+    order = factor.order
+    upper = factor.upper.to(weight.dtype)
+    left = (weight / row_steps)[:, order]  # (R, C), in units of the rows' steps
+    steps = column_steps[0, order]
+    codes = torch.empty_like(left)
+    columns = left.size(1)
+    for low in range(0, columns, BLOCK):
+        high = min(columns, low + BLOCK)
+        errors = left.new_empty(len(left), high - low)
+        for j in range(low, high):
+            code = (left[:, j] / steps[j]).round().clamp(-MAX_CODE, MAX_CODE)
+            error = (left[:, j] - code * steps[j]) / upper[j, j]
+            # Inside the block at once, on the columns beyond it in one product.
+            left[:, j + 1 : high].addr_(error, upper[j, j + 1 : high], alpha=-1)
+            codes[:, j] = code
+            errors[:, j - low] = error
+        left[:, high:] -= errors @ upper[low:high, high:]
+    return torch.empty_like(codes).index_copy_(1, order, codes)
+
+
+def row_losses(error, hessian, row_weight):
+    """Predicted loss (R,) in nats per token of an error (R, C)."""
+    error = error.to(hessian.dtype)
+    return 0.5 * row_weight * ((error @ hessian) * error).sum(1)
+
+
+class Solved(typing.NamedTuple):
+    """A matrix on its grid."""
+
+    codes: np.ndarray  # (R, C), int16
+    losses: np.ndarray  # (R,), predicted, nats per token
+
+
+def solve(weight, sensitivity, hessian, factor, grid, unit):
+    """Solved of weight (R, C): GPTQ's row where it beats plain rounding, else that."""
+    rows, columns = (torch.from_numpy(side) for side in grid_steps(grid, unit))
+    steps = rows * columns
+    rounded = (weight / steps).round().clamp(-MAX_CODE, MAX_CODE)
+    moved = gptq(weight, factor, rows, columns)
+    hessian = hessian.to(weight.dtype)
+    plain = row_losses(weight - rounded * steps, hessian, sensitivity.row_weight)
+    losses = row_losses(weight - moved * steps, hessian, sensitivity.row_weight)
+    better = losses <= plain
+    codes = torch.where(better[:, None], moved, rounded).to(torch.int16)
+    return Solved(codes.numpy(), torch.minimum(losses, plain).numpy())
+
+
+class Quantiser:
+    """All matrices of a model and what is known of them; `solve(unit)` is the model at one size.
+
+    The result depends neither on the number of threads nor on the device.
+    """
+
+    def __init__(self, state_dict, knowledge, warn):
+        self.knowledge = knowledge
+        sensitivities = knowledge.sensitivities
+        # In the order of the model, which is the artifact's.
+        self.weights = {
+            name: tensor.detach().float().cpu()
+            for name, tensor in state_dict.items()
+            if name in sensitivities
+        }
+        self.parameters = sum(weight.numel() for weight in self.weights.values())
+        names = list(knowledge.hessians)
+        factors = self.map(lambda name: factorise(knowledge.hessians[name], name, warn), names)
+        self.factors = dict(zip(names, factors))
+        self.grids = {}
+        for name in self.weights:
+            factor = self.factors[sensitivities[name].hessian]
+            self.grids[name] = equalising_grid(sensitivities[name], factor)
+
+    def map(self, function, items):
+        """[function(item) ...] on all cores: each item on one thread, whose sums have one order."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(function, items))
+        finally:
+            torch.set_num_threads(threads)
+
+    def solve(self, unit):
+        """{name: Solved} with all steps times `unit`."""
+
+        def solve_one(name):
+            sensitivity = self.knowledge.sensitivities[name]
+            hessian = self.knowledge.hessians[sensitivity.hessian]
+            factor = self.factors[sensitivity.hessian]
+            grid = self.grids[name]
+            return solve(self.weights[name], sensitivity, hessian, factor, grid, unit)
+
+        return dict(zip(self.weights, self.map(solve_one, self.weights)))
+
+    def guessed_unit(self, budget):
+        """A first unit by bisection: plain rounding of some rows, with Gaussian entropies."""
+        low = -30.0  # log2 of a unit whose file is too large
+        high = 10.0  # of one whose file fits
+        for _ in range(12):
+            middle = (low + high) / 2
+            if self.estimated_bits(2.0**middle) / 8 > budget:
+                low = middle
+            else:
+                high = middle
+        return 2.0**high
+
+    def estimated_bits(self, unit):
+        """Bits of all matrices at a unit, about."""
+        bits = 0.0
+        for name, weight in self.weights.items():
+            rows, columns = grid_steps(self.grids[name], unit)
+            part = slice(None, None, 8 if len(weight) >= 64 else 1)  # an eighth says enough
+            codes = (weight[part].numpy() / (rows[part] * columns)).round()
+            row, column = code_classes(codes)
+            octaves = (row[:, None] + column.astype(np.float32)) / CLASSES_PER_OCTAVE
+            # log2 of sqrt(2 pi e) sigma, which falls to 0 as the codes become zeros.
+            entropy = 0.5 * np.log2(1 + 2 * math.pi * math.e * 4**octaves)
+            bits += weight.numel() * float(entropy.mean())
+        return bits
+
+
+# ---- coding ----
+# zstd counts symbols over blocks of 128 KiB. Each row and column of codes has a class, the size of
+# its entries; codes are stored in the order of their classes' sum, whatever matrix they are from,
+# so that a block holds codes of one distribution and its table fits them all.
+
+CLASSES_PER_OCTAVE = 2
+
+
+class GridTensor(typing.NamedTuple):
+    """A stored matrix."""
+
+    codes: np.ndarray  # (R, C), int16
+    grid: Grid
+    classes: Grid  # of its rows and columns
+
+
+def code_classes(codes):
+    """Half octaves of the codes' root mean square by row and by column, as a Grid.
+
+    Their sum predicts the size of an entry: two rounds of alternating means fit the product.
+    """
+    square = codes.astype(np.float32) ** 2 + np.float32(0.02)  # (R, C); never log2(0)
+    columns = np.ones(codes.shape[1], np.float32)
+    for _ in range(2):
+        rows = (square / columns).mean(1)
+        columns = (square / rows[:, None]).mean(0)
+    halves = [CLASSES_PER_OCTAVE / 2 * np.log2(part) for part in (rows, columns)]
+    return Grid(*(half.round().clip(-120, 120).astype(np.int8) for half in halves))
+
+
+def coding_keys(classes):
+    """The sum of row and column class of every code of every matrix, flat, int16."""
+    parts = []
+    for grid in classes:
+        keys = grid.row.astype(np.int16)[:, None] + grid.column.astype(np.int16)  # (R, C)
+        parts.append(keys.ravel())
+    return np.concatenate(parts)
+
+
+def grid_sections(tensors):
+    """The bytes of GridTensors: exponents, classes, then the codes' low and high planes, sorted."""
+    codes = np.concatenate([tensor.codes.ravel() for tensor in tensors])
+    order = coding_keys([tensor.classes for tensor in tensors]).argsort(kind="stable")
+    codes = codes[order].astype(np.int32)
+    low = codes.astype(np.int8)  # wraps: the signed low byte
+    high = ((codes - low) >> 8).astype(np.int8)  # nearly all zeros
+    sides = [
+        *(tensor.grid.row for tensor in tensors),
+        *(tensor.grid.column for tensor in tensors),
+        *(tensor.classes.row for tensor in tensors),
+        *(tensor.classes.column for tensor in tensors),
+    ]
+    return b"".join(part.tobytes() for part in [*sides, low, high])
+
+
+def grid_bytes(shape):
+    """Bytes of one matrix (R, C) in the sections above."""
+    rows, columns = shape
+    return 2 * (rows + columns) + 2 * rows * columns
+
+
+class GridUnits(typing.NamedTuple):
+    """The units of a model's rows, counted through all its matrices.
+
+    The first `fine_rows` rows take `fine`, the others `coarse`, a neighbour of it: where the border
+    lies sets the file's size more exactly than a unit can.
+    """
+
+    fine: float
+    coarse: float
+    fine_rows: int
+
+    def of_rows(self, rows):
+        """[(R,) float32 units] of matrices with these numbers of rows."""
+        units = np.full(sum(rows), self.coarse, np.float32)
+        units[: self.fine_rows] = self.fine
+        return np.split(units, np.cumsum(rows)[:-1])
+
+    def check(self, rows):
+        """Raise ArtifactError unless the steps of a model with `rows` rows are sound numbers."""
+        least, most = UNIT_LIMITS
+        for unit in (self.fine, self.coarse):
+            if type(unit) is not float or not least <= unit <= most:
+                raise ArtifactError(f"artifact: unit {ascii(unit)} is outside {least}…{most}")
+        if type(self.fine_rows) is not int or not 0 <= self.fine_rows <= rows:
+            raise ArtifactError(f"artifact: fine_rows {ascii(self.fine_rows)} is outside 0…{rows}")
+
+
+def read_grid_sections(raw, shapes, units):
+    """Float32 matrices of `shapes` from the bytes that grid_sections wrote.
+
+    `raw` holds exactly the bytes of the shapes: the table's check has made sure. Raises
+    ArtifactError for a step or a code that no writer stores; all others give finite weights.
+    """
+    heights = [rows for rows, _ in shapes]
+    widths = [columns for _, columns in shapes]
+    at = 0
+    sides = []
+    for lengths in (heights, widths, heights, widths):
+        flat = np.frombuffer(raw, np.int8, sum(lengths), at)
+        sides.append(np.split(flat, np.cumsum(lengths)[:-1]))
+        at += len(flat)
+    grids = [Grid(*pair) for pair in zip(sides[0], sides[1])]
+    classes = [Grid(*pair) for pair in zip(sides[2], sides[3])]
+    exponents = np.frombuffer(raw, np.int8, sum(heights) + sum(widths))
+    # As integers of 16 bits: the absolute value of -128 is no int8.
+    if np.abs(exponents.astype(np.int16)).max(initial=0) > MAX_EXPONENT:
+        raise ArtifactError(f"artifact: a step's exponent is outside ±{MAX_EXPONENT}")
+    total = sum(rows * columns for rows, columns in shapes)
+    low, high = np.frombuffer(raw, np.int8, 2 * total, at).reshape(2, total)
+    codes = np.empty(total, np.float32)
+    codes[coding_keys(classes).argsort(kind="stable")] = low + 256 * high.astype(np.float32)
+    if np.abs(codes).max(initial=0) > MAX_CODE:
+        raise ArtifactError(f"artifact: a code is outside ±{MAX_CODE}")
+    matrices = []
+    at = 0
+    for shape, grid, row_units in zip(shapes, grids, units.of_rows(heights)):
+        rows, columns = grid_steps(grid, row_units)
+        size = math.prod(shape)
+        matrices.append(codes[at : at + size].reshape(shape) * rows * columns)
+        at += size
+    return matrices
+
+
+def code_bits(codes, keys):
+    """Bits (n,) of each code by the entropy of its class; zstd comes within a few percent."""
+    bits = np.empty(len(codes), np.float32)
+    for key in np.unique(keys):
+        mine = np.flatnonzero(keys == key)
+        _, inverse, counts = np.unique(codes[mine], return_inverse=True, return_counts=True)
+        bits[mine] = (np.log2(len(mine)) - np.log2(counts))[inverse]
+    return bits
+
+
+# ==================================================================================================
 # Compression
 # Integers row by row, then a general compressor. The container is plain data with a checksum: its
 # reader believes nothing that it has not compared with what the architecture must contain, and
@@ -4850,6 +5672,8 @@ class TensorEntry(typing.NamedTuple):
         return math.prod(self.shape) * np.dtype(SCHEMES[self.scheme].dtype).itemsize
 
     def scale_bytes(self):
+        if self.scheme == "grid":  # exponents and classes of rows and columns
+            return grid_bytes(self.shape) - self.value_bytes()
         return self.rows() * np.dtype(np.float16).itemsize
 
 
@@ -4888,27 +5712,51 @@ def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache
     order = list(SCHEMES)
     # A stable sort: within a scheme the tensors keep the order of the model.
     table.sort(key=lambda entry: order.index(entry.scheme))
-    header = json.dumps(
-        dict(
-            config=config.as_dict("arch", "eval"),
-            tokenizer_sha256=tokenizer_sha256,
-            tensors=table,
-        )
-    ).encode()
+    header = framed_header(artifact_header(config, tokenizer_sha256, table))
     encoded = [cache[entry.name, entry.scheme] for entry in table]
     values = [tensor.values for tensor in encoded]
     scales = [tensor.scales for tensor in encoded]
-    raw = b"".join([struct.pack("<I", len(header)), header, *values, *scales])
-    return seal_payload(config, raw)
+    return seal_payload(config, b"".join([header, *values, *scales]))
+
+
+def artifact_header(config, tokenizer_sha256, table):
+    """What the artifact says of itself."""
+    return dict(
+        config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256, tensors=table
+    )
+
+
+def framed_header(header):
+    """The header as JSON behind its length."""
+    text = json.dumps(header).encode()
+    return struct.pack("<I", len(text)) + text
 
 
 def seal_payload(config, raw):
     """Head and compressed payload of the raw bytes."""
-    if config.compressor == "zstd":
+    if len(raw) > MAX_RAW_BYTES:
+        raise ArtifactError(
+            f"the model is {len(raw)} bytes before compression, no reader takes more than "
+            f"{MAX_RAW_BYTES}: train a smaller model (MLP_MULT, NUM_LAYERS)"
+        )
+    if config.quantizer == "gptq":
+        # Codes hardly ever repeat, so the search for matches is kept as small as zstd allows: a
+        # tenth of the time. What counts is level 22's choice of where blocks, and with them symbol
+        # tables, end; at lower levels the size jumps about when a step moves.
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            22,
+            source_size=len(raw),
+            min_match=6,
+            search_log=1,
+            hash_log=6,
+            chain_log=6,
+        )
+        body = zstandard.ZstdCompressor(compression_params=parameters).compress(raw)
+    elif config.compressor == "zstd":
         body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
     else:
         body = lzma.compress(raw, preset=config.lzma_preset)
-    compressor = COMPRESSORS.index(config.compressor)
+    compressor = COMPRESSORS.index(config.artifact_compressor)
     digest = hashlib.sha256(body).digest()
     head = ARTIFACT_HEAD.pack(
         ARTIFACT_MAGIC, ARTIFACT_VERSION, compressor, len(raw), len(body), digest
@@ -4946,6 +5794,270 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
     )
 
 
+# ---- QUANTIZER=gptq: the size ----
+# The unit's logarithm is moved by the secant through the last packings until one file fits and the
+# next is over. Between these two it is a matter of how many rows take the finer unit.
+
+MAX_PACKINGS = 12
+BUDGET_SLACK = 0.0005  # of the budget may stay unused
+BRACKET = 0.1  # of the budget: files that differ by less can be mixed
+FINEST_LOSS = 1e-5  # nats per token: steps finer than this buy nothing that could be measured
+
+
+class Packing(typing.NamedTuple):
+    """One trial of the rate control."""
+
+    units: GridUnits
+    solved: dict  # Solved by name
+    blob: bytes  # the artifact
+
+
+class RateControl:
+    """Finds the units whose artifact lies just below `budget` bytes, in MAX_PACKINGS trials.
+
+    `solve(unit)` gives {name: Solved}, `encode(solved, units)` an artifact's bytes.
+    """
+
+    def __init__(self, solve, encode, budget, parameters, log=lambda line: None):
+        self.solve = solve
+        self.encode = encode
+        self.budget = budget
+        self.log = log
+        self.packings = 0
+        # Every code adds unit^2 / 24 to the expected loss.
+        self.finest = math.log2(math.sqrt(24 * FINEST_LOSS / parameters))
+        self.slope = -parameters / 8  # bytes per octave while codes are not mostly zeros
+        self.least_slope = -parameters / 256
+        self.fits = None  # the largest Packing that fits
+        self.over = None  # the smallest that does not
+
+    def run(self, guess):
+        """The Packing to keep. Raises ArtifactError when none fits."""
+        position = max(self.finest, math.log2(guess))
+        before = None  # position and size of the trial before
+        while self.packings < MAX_PACKINGS and not self.is_done() and not self.is_bracketed():
+            unit = 2.0**position
+            size = self.try_solution(GridUnits(unit, unit, 0), self.solve(unit))
+            if before is not None and before[0] != position:
+                measured = (size - before[1]) / (position - before[0])
+                # A slope of noise or of a file of zeros would throw the next try far away.
+                self.slope = min(measured, self.least_slope)
+            if size <= self.budget and position == self.finest:
+                break  # a small model: finer steps would be bytes for nothing
+            before = (position, size)
+            position = max(self.finest, position + (self.aim() - size) / self.slope)
+        self.mix()
+        if self.fits is None:
+            over = len(self.over.blob) - self.budget
+            raise ArtifactError(
+                f"the artifact is {over} bytes over the {self.budget} that BUDGET_BYTES leaves "
+                f"after {self.packings} packings with ever larger steps: train a smaller model "
+                "(MLP_MULT, NUM_LAYERS)"
+            )
+        return self.fits
+
+    def is_done(self):
+        """Whether a packing is within BUDGET_SLACK below the budget."""
+        return self.fits is not None and len(self.fits.blob) >= self.budget * (1 - BUDGET_SLACK)
+
+    def is_bracketed(self):
+        """Whether two packings enclose the budget closely enough to be mixed."""
+        if self.fits is None or self.over is None:
+            return False
+        return len(self.over.blob) - len(self.fits.blob) <= BRACKET * self.budget
+
+    def aim(self):
+        """Bytes that the next unit should give: a little beyond the budget, to enclose it."""
+        beyond = 0.05 * BRACKET * self.budget
+        return self.budget + beyond if self.over is None else self.budget - beyond
+
+    def try_solution(self, units, solved):
+        """Encode, keep it if it is the closest on its side, return its size."""
+        blob = self.encode(solved, units)
+        self.packings += 1
+        size = len(blob)
+        packing = Packing(units, solved, blob)
+        if size <= self.budget:
+            if self.fits is None or size > len(self.fits.blob):
+                self.fits = packing
+        elif self.over is None or size < len(self.over.blob):
+            self.over = packing
+        self.log(f"packing:{self.packings} unit:{units.fine:.4e} bytes:{size} of {self.budget}")
+        return size
+
+    def mix(self):
+        """Between the two packings that enclose the budget: the number of rows with finer steps."""
+        if self.is_done() or not self.is_bracketed():
+            return
+        coarse = self.fits
+        fine = self.over
+        rows = [len(solved.codes) for solved in coarse.solved.values()]
+        low = (0, len(coarse.blob))  # rows that are fine, and bytes
+        high = (sum(rows), len(fine.blob))
+        target = self.budget * (1 - BUDGET_SLACK / 2)
+        while self.packings < MAX_PACKINGS and not self.is_done() and high[0] - low[0] > 1:
+            share = (target - low[1]) / max(1, high[1] - low[1])
+            middle = low[0] + round(min(0.95, max(0.05, share)) * (high[0] - low[0]))
+            middle = min(max(middle, low[0] + 1), high[0] - 1)
+            units = GridUnits(fine.units.fine, coarse.units.fine, middle)
+            size = self.try_solution(units, mixed_rows(fine.solved, coarse.solved, middle))
+            if size <= target:
+                low = (middle, size)
+            else:
+                high = (middle, size)
+
+
+def mixed_rows(fine, coarse, fine_rows):
+    """{name: Solved} with the first `fine_rows` rows of `fine` and the others of `coarse`."""
+    mixed = {}
+    left = fine_rows
+    for name, second in coarse.items():
+        first = fine[name]
+        count = min(left, len(first.codes))
+        left -= count
+        codes = np.concatenate([first.codes[:count], second.codes[count:]])
+        losses = np.concatenate([first.losses[:count], second.losses[count:]])
+        mixed[name] = Solved(codes, losses)
+    return mixed
+
+
+class GridEncoder:
+    """Turns solved matrices into an artifact's bytes; what never changes is encoded once."""
+
+    def __init__(self, config, state_dict, grids, tokenizer_sha256):
+        self.config = config
+        self.grids = grids
+        self.tokenizer_sha256 = tokenizer_sha256
+        self.table = []
+        floats = []
+        for name, tensor in state_dict.items():
+            scheme = gptq_scheme_of(name, tensor.shape)
+            self.table.append(TensorEntry(name, tuple(tensor.shape), scheme))
+            if scheme != "grid":
+                floats.append(encode_tensor(tensor, scheme).values)
+        self.floats = b"".join(floats)
+        # A stable sort: within a scheme the tensors keep the order of the model.
+        order = list(SCHEMES)
+        self.table.sort(key=lambda entry: order.index(entry.scheme))
+
+    def header(self, units):
+        """Length and text of the JSON header."""
+        header = artifact_header(self.config, self.tokenizer_sha256, self.table)
+        header["grid"] = units._asdict()
+        return framed_header(header)
+
+    def tensors(self, solved):
+        """GridTensors of {name: Solved}, in the order of the table."""
+        names = [entry.name for entry in self.table if entry.scheme == "grid"]
+        codes = [solved[name].codes for name in names]
+        return [
+            GridTensor(code, self.grids[name], code_classes(code))
+            for name, code in zip(names, codes)
+        ]
+
+    def encode(self, solved, units):
+        """The artifact."""
+        sections = grid_sections(self.tensors(solved))
+        return seal_payload(self.config, b"".join([self.header(units), sections, self.floats]))
+
+    def bytes_without_matrices(self, units):
+        """Size of an artifact of all the rest, for the account."""
+        return len(seal_payload(self.config, self.header(units) + self.floats))
+
+
+class GroupSize(typing.NamedTuple):
+    """One line of the account of an artifact."""
+
+    group: str
+    parameters: int
+    bytes: float
+    loss: float  # predicted, nats per token
+
+
+def tensor_group(name):
+    """What a line of the account calls a matrix."""
+    parts = name.split(".")
+    if parts[0] != "blocks":
+        return parts[0]
+    leaf = parts[3]
+    if parts[2] == "attn" and leaf != "proj":
+        return "blocks attn in"
+    return f"blocks {parts[2]} {'out' if leaf == 'proj' else 'in'}"
+
+
+def account(encoder, packing):
+    """[GroupSize] of an artifact: where its bytes went, and its predicted loss.
+
+    zstd codes all matrices together: each gets its share of their bytes by the entropy of its
+    codes. The bytes of all lines add up to the artifact's.
+    """
+    tensors = encoder.tensors(packing.solved)
+    codes = np.concatenate([tensor.codes.ravel() for tensor in tensors])
+    bits = code_bits(codes, coding_keys([tensor.classes for tensor in tensors]))
+    rest = encoder.bytes_without_matrices(packing.units)
+    scale = (len(packing.blob) - rest) / max(1.0, float(bits.sum(dtype=np.float64)))
+    groups = {}
+    at = 0
+    for entry in encoder.table:
+        if entry.scheme != "grid":
+            continue
+        size = math.prod(entry.shape)
+        share = scale * float(bits[at : at + size].sum(dtype=np.float64))
+        loss = float(packing.solved[entry.name].losses.sum())
+        group = tensor_group(entry.name)
+        before = groups.get(group, GroupSize(group, 0, 0.0, 0.0))
+        groups[group] = GroupSize(
+            group, before.parameters + size, before.bytes + share, before.loss + loss
+        )
+        at += size
+    others = [entry for entry in encoder.table if entry.scheme != "grid"]
+    others_size = sum(math.prod(entry.shape) for entry in others)
+    return [*groups.values(), GroupSize("half precision, header", others_size, rest, 0.0)]
+
+
+def log_account(groups, log):
+    """The account as a table, its lines aligned."""
+    total_bytes = max(1.0, sum(group.bytes for group in groups))
+    total_loss = max(1e-30, sum(group.loss for group in groups))
+    log(
+        f"account {'group':24} {'parameters':>11} {'bits each':>9} {'bytes':>10} {'loss share':>10}"
+    )
+    for group in groups:
+        bits = 8 * group.bytes / max(1, group.parameters)
+        log(
+            f"account {group.group:24} {group.parameters:11d} {bits:9.3f} {group.bytes:10.0f} "
+            f"{group.loss / total_loss:10.1%}"
+        )
+    parameters = sum(group.parameters for group in groups)
+    bits = 8 * total_bytes / parameters
+    log(f"account {'all':24} {parameters:11d} {bits:9.3f} {total_bytes:10.0f} {1:10.1%}")
+    log(f"predicted_loss:{total_loss:.6f} nats per token from quantisation")
+
+
+class Packed(typing.NamedTuple):
+    """An artifact that fits, and how it came about."""
+
+    blob: bytes
+    packings: int
+    groups: list  # of GroupSize
+
+
+def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log=lambda line: None):
+    """Packed of the finest steps with which code + model fit BUDGET_BYTES.
+
+    Deterministic: the same weights and knowledge give the same bytes. Raises ArtifactError when
+    nothing fits.
+    """
+    quantiser = Quantiser(state_dict, knowledge, log)
+    encoder = GridEncoder(config, state_dict, quantiser.grids, tokenizer_sha256)
+    budget = config.budget_bytes - code_bytes
+    control = RateControl(quantiser.solve, encoder.encode, budget, quantiser.parameters, log)
+    packing = control.run(quantiser.guessed_unit(budget))
+    groups = account(encoder, packing)
+    log_account(groups, log)
+    return Packed(packing.blob, control.packings, groups)
+
+
 # ---- reading ----
 
 
@@ -4976,6 +6088,7 @@ class Payload(typing.NamedTuple):
     config: Config
     tokenizer_sha256: str
     table: list  # of TensorEntry
+    units: GridUnits | None  # of the matrices on the grid; None in an artifact of QUANTIZER=lite
     raw: bytes
     values_at: int  # offset of the first tensor
 
@@ -5018,7 +6131,7 @@ def read_header(blob):
         config = Config(**header["config"])  # checks types, ranges and combinations
         if header["config"].keys() != config.as_dict("arch", "eval").keys():
             raise ConfigError("settings are missing or foreign")
-        if header.keys() != {"config", "tokenizer_sha256", "tensors"}:
+        if header.keys() - {"grid"} != {"config", "tokenizer_sha256", "tensors"}:
             raise ConfigError("entries are missing or foreign")
         tokenizer_sha256 = header["tokenizer_sha256"]
         if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
@@ -5026,13 +6139,15 @@ def read_header(blob):
         table = [
             TensorEntry(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]
         ]
-        check_table(config, table, len(raw) - end)
+        # Only QUANTIZER=gptq writes this entry.
+        units = GridUnits(**header["grid"]) if "grid" in header else None
+        check_table(config, table, len(raw) - end, units)
     except ArtifactError:
         raise
     except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
         what = f"{type(error).__name__}: {printable(error, 200)}"
         raise ArtifactError(f"artifact: its header is not valid ({what})") from None
-    return Payload(config, tokenizer_sha256, table, raw, end)
+    return Payload(config, tokenizer_sha256, table, units, raw, end)
 
 
 def expected_shapes(config):
@@ -5053,8 +6168,29 @@ def check_shapes(config, found):
         raise ArtifactError(f"tensors differ from the architecture's: {'; '.join(wrong)}")
 
 
-def check_table(config, table, data_bytes):
-    """Raise ArtifactError unless names, shapes, schemes and sizes are the architecture's."""
+def schemes_fit(config, table, is_gptq):
+    """Whether the schemes are those of a QUANTIZER, BLOCK_BITS, EMBED_BITS and rung."""
+    schemes = [entry.scheme for entry in table]
+    if is_gptq:
+        return schemes == [gptq_scheme_of(entry.name, entry.shape) for entry in table]
+    # The ladder lowers the MLPs of some layers to int5: of which, the table itself says.
+    int5_layers = {
+        int(entry.name.split(".")[1])
+        for entry in table
+        if entry.scheme == "int5" and re.match(r"blocks\.\d+\.mlp\.", entry.name)
+    }
+    for block_bits, embed_bits in itertools.product((5, 6, 8), repeat=2):
+        setting = dataclasses.replace(config, block_bits=block_bits, embed_bits=embed_bits)
+        if schemes == [scheme_of(entry.name, entry.shape, setting, int5_layers) for entry in table]:
+            return True
+    return False
+
+
+def check_table(config, table, data_bytes, units=None):
+    """Raise ArtifactError unless names, shapes, schemes and sizes are the architecture's.
+
+    `units` are the GridUnits of an artifact of QUANTIZER=gptq.
+    """
     names = {entry.name for entry in table}
     if len(names) != len(table):
         raise ArtifactError("artifact: a tensor appears twice")
@@ -5070,6 +6206,10 @@ def check_table(config, table, data_bytes):
         if scheme is None or (scheme.bits and len(entry.shape) < 2):
             wrong = f"scheme {ascii(entry.scheme)} is unknown or does not fit"
             raise ArtifactError(f"artifact: {entry.name}: {wrong}")
+    if not schemes_fit(config, table, units is not None):
+        raise ArtifactError("artifact: the tensors' schemes are of no setting of QUANTIZER")
+    if units is not None:
+        units.check(sum(entry.shape[0] for entry in table if entry.scheme == "grid"))
     # Exactly: a payload with room to spare could hide something else.
     needed = sum(entry.value_bytes() + entry.scale_bytes() for entry in table)
     if needed != data_bytes:
@@ -5099,13 +6239,26 @@ class Artifact(typing.NamedTuple):
     tokenizer_sha256: str  # "" if it does not say
 
 
+def read_matrices(payload, entries):
+    """{name: float32 matrix} of the table's `entries` on the grid, which come first."""
+    if not entries:
+        return {}
+    shapes = [entry.shape for entry in entries]
+    size = sum(map(grid_bytes, shapes))
+    raw = memoryview(payload.raw)[payload.values_at : payload.values_at + size]
+    matrices = read_grid_sections(raw, shapes, payload.units)
+    return {entry.name: torch.from_numpy(matrix) for entry, matrix in zip(entries, matrices)}
+
+
 def read_artifact(blob):
     """Artifact of its bytes. Runs no code of the file; raises ArtifactError for any damage."""
     payload = read_header(blob)
-    values_at = payload.values_at
-    scales_at = values_at + sum(entry.value_bytes() for entry in payload.table)
-    state = {}
-    for entry in payload.table:
+    on_grid = [entry for entry in payload.table if entry.scheme == "grid"]
+    state = read_matrices(payload, on_grid)
+    others = [entry for entry in payload.table if entry.scheme != "grid"]
+    values_at = payload.values_at + sum(grid_bytes(entry.shape) for entry in on_grid)
+    scales_at = values_at + sum(entry.value_bytes() for entry in others)
+    for entry in others:
         # Views into the payload, no copies; check_table has made sure that they lie inside it.
         dtype = SCHEMES[entry.scheme].dtype
         values = np.frombuffer(payload.raw, dtype, math.prod(entry.shape), values_at)
@@ -5720,12 +6873,13 @@ class Audit:
         other[7:8] = other_tokens(row[7:8], vocab, self.random)  # differs just before it
         both = np.stack([row, other])  # (2, 16)
         ids = self.runtime.to_device(both)
-        scale = self.model.bigram.scale
-        opening = scale.detach().clone()
-        with torch.no_grad(), self.runtime.autocast():
-            scale.zero_()  # its row is that of a pair of tokens
-            states = self.model.embed(ids)  # (2, 16, D)
-            scale.copy_(opening)
+        bigram = self.model.bigram
+        self.model.bigram = None  # its row is that of a pair of tokens
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                states = self.model.embed(ids)  # (2, 16, D)
+        finally:
+            self.model.bigram = bigram
         same_before = torch.equal(states[0, :7], states[1, :7])
         same_at_bos = torch.equal(states[0, 8], states[1, 8])
         self.note("rule smear_bos", same_before and same_at_bos, "the state at a BOS")
@@ -5977,27 +7131,66 @@ class Run:
         """Quantise, fit the budget, write the artifact, log the sizes."""
         if self.already_done("pack", self.artifact_path.exists):
             return
-        config = self.config
-        weights = self.load(self.float_path).state_dict
-        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
-        seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.values())
-        self.runtime.stop_if_wanted("packing", seconds)
-        # Packing is deterministic and takes seconds: one rank does it, the others read the file.
-        if self.runtime.is_main:
-            tokenizer_sha256 = sha256_file(config.tokenizer_path)
-            blob, layers = fit_budget(
-                config, weights, self.code_bytes(), tokenizer_sha256, self.log
-            )
-            write_atomic(self.artifact_path, [blob])
-            self.log_sizes(len(blob), self.code_bytes())
-            self.runtime.event(
-                "packed",
-                artifact_bytes=len(blob),
-                code_bytes=self.code_bytes(),
-                int5_layers=layers,
-            )
+        weights = self.load(self.float_path)
+        self.runtime.stop_if_wanted("packing", self.packing_seconds(weights))
+        if self.config.quantizer == "gptq":
+            self.pack_gptq(weights)
+        elif self.runtime.is_main:
+            # Deterministic, and it takes seconds: one rank packs, the others read the file.
+            self.pack_lite(weights.state_dict)
         self.runtime.comm.barrier()
         self.write_manifest()
+
+    def packing_seconds(self, weights):
+        """Predicted seconds of packing LoadedWeights, calibration included."""
+        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
+        seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
+        if self.config.quantizer == "gptq":
+            step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
+            seconds += quantiser_seconds(self.config, step_seconds)
+        return seconds
+
+    def pack_lite(self, state_dict):
+        """Artifact of rounded rows, on rank 0."""
+        tokenizer_sha256 = sha256_file(self.config.tokenizer_path)
+        code_bytes = self.code_bytes()
+        blob, layers = fit_budget(self.config, state_dict, code_bytes, tokenizer_sha256, self.log)
+        self.write_artifact(blob, int5_layers=layers)
+
+    def pack_gptq(self, weights):
+        """Calibrate on all ranks, then solve and pack on rank 0; all of it counts as training."""
+        begin = time.monotonic()
+        config = self.config
+        knowledge = calibrate(self.model_of(self.float_path), config, self.runtime)
+        calibrated = time.monotonic() - begin
+        self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
+        if self.runtime.is_main:
+            tokenizer_sha256 = sha256_file(config.tokenizer_path)
+            packed = fit_gptq(
+                config, weights.state_dict, knowledge, self.code_bytes(), tokenizer_sha256, self.log
+            )
+            seconds = time.monotonic() - begin
+            total = weights.info.get("train_time_s", 0.0) + seconds
+            self.log(
+                f"quantised packings:{packed.packings} seconds:{seconds:.1f} "
+                f"with_training:{total:.1f}s"
+            )
+            self.write_artifact(
+                packed.blob,
+                packings=packed.packings,
+                calibration_seconds=calibrated,
+                quantiser_seconds=seconds,
+                with_training_seconds=total,
+                account=[group._asdict() for group in packed.groups],
+            )
+
+    def write_artifact(self, blob, **facts):
+        """The file, the lines of its sizes and the event."""
+        write_atomic(self.artifact_path, [blob])
+        self.log_sizes(len(blob), self.code_bytes())
+        self.runtime.event(
+            "packed", artifact_bytes=len(blob), code_bytes=self.code_bytes(), **facts
+        )
 
     def code_bytes(self):
         """Bytes of code that the artifact must share BUDGET_BYTES with."""
@@ -6006,7 +7199,7 @@ class Run:
     def log_sizes(self, artifact_bytes, code_bytes):
         """The three lines of the challenge's logs, and what is left of the budget."""
         log = self.log
-        compressor = self.config.compressor
+        compressor = self.config.artifact_compressor
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
         log(f"Code size: {code_bytes} bytes")

@@ -11,6 +11,7 @@ alike.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -47,15 +48,15 @@ SHAPE = dict(
 )
 
 
-def in_turns(rounds, **functions):
+def in_turns(rounds, clock=time.perf_counter, **functions):
     """Median seconds of each function, called in turns after one warm-up each."""
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            begin = time.perf_counter()
+            begin = clock()
             function()
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -72,7 +73,8 @@ class Step:
     def __init__(self, **changes):
         self.config = golf.Config(**{**SHAPE, **changes})
         torch.manual_seed(0)
-        self.model = golf.GPT(self.config, golf.cpu_attention)
+        # Looked up at each call, so that a measurement can put another form in its place.
+        self.model = golf.GPT(self.config, lambda q, k, v: golf.cpu_attention(q, k, v))
         self.optimizers = golf.build_optimizers(self.model, self.config)
         tokens = torch.randint(2, self.config.vocab_size, (self.config.train_batch_tokens + 1,))
         shape = (
@@ -142,6 +144,42 @@ def refiners():
     ):
         ratio = seconds[name] / seconds["trunk"]
         yield f"training step with {title}", f"{seconds[name]:.2f} s", f"{ratio:.2f} x the trunk's"
+
+
+def functions():
+    """What each hand-written gradient earns: the step with it and without it, the rest as it is.
+
+    One thread and its processor time, so that other programs on the machine disturb it little.
+    """
+    import written_out
+
+    step, threads = Step(), torch.get_num_threads()
+    steps = {}
+    for part, name, composed, written in written_out.PARTS:
+
+        def with_form(form, name=name):
+            kept = getattr(golf, name)
+            setattr(golf, name, form)
+            try:
+                step()
+            finally:
+                setattr(golf, name, kept)
+
+        steps[f"{part}, composed"] = functools.partial(with_form, composed)
+        steps[f"{part}, written out"] = functools.partial(with_form, written)
+    torch.set_num_threads(1)
+    try:
+        seconds = in_turns(5, clock=time.process_time, **steps)
+    finally:
+        torch.set_num_threads(threads)
+    for part, name, _, written in written_out.PARTS:
+        slow, fast = seconds[f"{part}, composed"], seconds[f"{part}, written out"]
+        kept = "kept written out" if getattr(golf, name) is written else "composed in train_gpt.py"
+        yield (
+            f"{part}: step with composed operations, with a written-out gradient",
+            f"{slow:.2f} s, {fast:.2f} s",
+            f"earns {100 * (slow - fast) / slow:.1f} %; {kept}",
+        )
 
 
 @contextlib.contextmanager
@@ -372,6 +410,7 @@ def audit_cost():
 
 SECTIONS = dict(
     training=training,
+    functions=functions,
     evaluation=evaluation,
     optimiser=optimiser,
     refiners=refiners,

@@ -163,7 +163,7 @@ def test_a_value_that_does_not_parse_is_named_with_what_was_expected(name, text,
         ("CHECKPOINT_SECONDS", "-1"),
         ("TRAIN_SEQ_LEN", "1"),
         ("ADAM_EPS", "0"),
-        ("BIGRAM_VOCAB_SIZE", "1"),
+        ("BIGRAM_VOCAB_SIZE", "-1"),
         ("LOGIT_SOFTCAP", "0"),
     ],
 )

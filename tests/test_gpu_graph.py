@@ -6,6 +6,7 @@ import collections
 import pytest
 import torch
 from helpers import tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
@@ -40,7 +41,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---------------------------------------------------------------------------------- attention order
+# attention order ----------------------------------------------------------------------------------
 FAMILIES = {
     (8, 0): ["flash", "cudnn", "mem_efficient", "math"],
     (9, 0): ["flash_attention_3", "cudnn", "flash", "mem_efficient", "math"],
@@ -166,7 +167,7 @@ def test_a_backend_chosen_by_priority_compiles_to_one_graph():
     assert torch.equal(compiled(q, k, k), attend(q, k, k))
 
 
-# ------------------------------------------------------------------------------------------- graphs
+# graphs -------------------------------------------------------------------------------------------
 def captured(function, *arguments):
     """Operations of the one graph of `function` by name, after functionalisation (its forward
     part)."""
@@ -239,7 +240,7 @@ def test_separate_weights_reach_the_fused_product():
         assert layer.weight.grad.shape == layer.weight.shape
 
 
-# ----------------------------------------------------------------------- exclusive attention's type
+# exclusive attention's type -----------------------------------------------------------------------
 def cuda_sum(x, dim=None, keepdim=False, dtype=None):
     """CUDA's autocast carries sums out in float32 and leaves them so."""
     return torch.ops.aten.sum.dim_IntList(x, [dim], keepdim, dtype=torch.float32)
@@ -274,7 +275,7 @@ def test_a_norm_is_computed_in_float32(function):
     assert torch.equal(train_gpt.RMSNorm.apply(x, *arguments), exact.bfloat16())
 
 
-# ----------------------------------------------------------------------------- rounding in training
+# rounding in training -----------------------------------------------------------------------------
 def qat_launches(blends, preset="slot_11l"):
     """Launches of set_qat for each of `blends` in turn, at the preset's real shapes, without
     memory."""
@@ -309,3 +310,33 @@ def test_batched_scales_are_those_of_the_artifact():
         _, scales = train_gpt.quantize_rows(module.weight, module.bits)
         assert torch.equal(module.qat_scale, scales.float())
         assert module.qat_blend == 1
+
+
+# products at full size ----------------------------------------------------------------------------
+def products(config, length=32):
+    """Matrix products of one forward and backward pass at the real widths, without memory."""
+    with FakeTensorMode():
+        model = train_gpt.GPT(config, lambda q, k, v: q).train()
+        ids = torch.zeros(2, length, dtype=torch.long)
+        keys = torch.zeros(2, dtype=torch.long)
+        with Launches() as launches:
+            model(ids, ids, keys).backward()
+    return sum(launches.counts[name] for name in ("mm", "addmm", "bmm"))
+
+
+@pytest.mark.parametrize(
+    "preset, budget",
+    [
+        # (11 x 4, bigram, head, 6 of the matcher) x 3, less 3 inputs without gradient.
+        ("nfm_7k", 153),
+        ("base_7k", 138),
+    ],
+)
+def test_the_products_of_a_step_stay_within_their_budget(preset, budget):
+    config = train_gpt.Config(**{**train_gpt.PRESETS[preset], "preset": preset})
+    assert products(config) == budget
+
+
+def test_looped_layers_cost_their_own_products_and_no_more():
+    loops = dict(preset="base_7k", nfm_enabled=False, eval_seq_len=2048, num_loops=2)
+    assert products(train_gpt.Config(**loops)) == 138 + 6 * 4 * 3

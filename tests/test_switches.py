@@ -136,6 +136,13 @@ def packed(lab, settings):
     ).hexdigest()
 
 
+def run_artifact(lab, settings):
+    """The artifact of a whole run."""
+    result = lab.run(settings)
+    assert result.code == 0, result.err
+    return hashlib.sha256((result.dir / "final_model.int6.ptz").read_bytes()).hexdigest()
+
+
 def dropped_to_int5(lab, settings):
     config = Config(**settings)
     try:
@@ -268,6 +275,7 @@ CHECKPOINTS = lines(r"checkpoint_saved step:\d+")
 WIDE = dict(model_dim=176, num_layers=1)  # its matrices are large enough for intN
 SWA = dict(swa_enabled=True, swa_every=1, swa_start_scale=1.0, warmdown_iters=6)
 TTT_LINEAR = dict(e2e_ttt_enabled=True)
+LOOPS = dict(num_loops=1, loop_start=1, loop_end=1)
 ARTIFACT = dict(eval_only=lambda lab: lab.artifact, audit=False)
 SAMPLE = dict(ARTIFACT, mode="sample", sample_tokens=20)
 
@@ -285,6 +293,15 @@ FLIPS = dict(
     logit_softcap=flip("the bound of the logits", logits, 5.0),
     bigram_vocab_size=flip("the rows of the bigram table", parameters, 32),
     bigram_dim=flip("the width of the bigram table", parameters, 8),
+    embed_dim=flip("the columns of the embedding", parameters, 16),
+    smear_enabled=flip("the smear gate disappears", parameters, False),
+    smear_inputs=flip("the smear gate reads its token", parameters, 4),
+    gate_inputs=flip("the columns of the attention gates", parameters, 4),
+    num_loops=flip("how often the looped layers run", logits, 2, loop_start=1, loop_end=1),
+    loop_start=flip("which layers are looped", logits, 0, **LOOPS),
+    loop_end=flip("which layers are looped", logits, 2, **LOOPS),
+    skip_gates=flip("the gates appear", parameters, True),
+    parallel_last_n=flip("what the MLPs read", logits, 2),
     ve_dim=flip("the value embedding appears", parameters, 8),
     ve_last_n=flip("a scale per layer that receives it", parameters, 1, ve_dim=8),
     xsa_last_n=flip("the attention's output", logits, 3),
@@ -340,10 +357,13 @@ FLIPS = dict(
     swa_enabled=flip("the exported average", trained, True, **{**SWA, "swa_enabled": False}),
     swa_every=flip("which steps are in it", trained, 2, **SWA),
     swa_start_scale=flip("when it begins", trained, 0.4, **SWA),
+    loop_at=flip("the step at which layers are looped", trained, 0.9, **LOOPS),
     late_qat_threshold=flip(
         "the rounding under the last gradients", trained, 0.9, warmdown_iters=6, **WIDE
     ),
     # compression
+    quantizer=flip("the artifact", run_artifact, "gptq"),
+    calibration_tokens=flip("the artifact", run_artifact, 256, quantizer="gptq"),
     block_bits=flip("the grid of block matrices", packed, 5, **WIDE),
     embed_bits=flip("the grid of the embedding", packed, 6, model_dim=256, num_layers=1),
     compressor=flip("the payload", packed, "lzma"),
