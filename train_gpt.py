@@ -3967,14 +3967,14 @@ def ema_decay_at(config, step, seconds=0.0):
 
     An average over a horizon of 1 / (1 - decay) steps removes noise, but lags behind weights that
     still improve. Published runs of 5,000 to 7,200 steps gain 0.001 bpb at a horizon of 333. Runs
-    of 300 steps (3 layers of 96, demo text) lose 0.006 bpb at a horizon of 15, which is the same
-    share of the run. Hence a horizon that grows with the square of the run's length, and 0 (which
-    is the raw weights) where it would be under MIN_EMA_HORIZON.
+    of 300 and of 1,000 steps (3 layers of 96, demo text) lose 0.006 bpb at the same share of the
+    run, and 0.001 at a quarter of it. Hence a horizon that grows with the cube of the run's length,
+    and 0 (which is the raw weights) where it would be under MIN_EMA_HORIZON.
     """
     decay = config.ema_decay
     length = expected_steps(config, step, seconds) / config.ema_full_steps
     if length < 1:
-        horizon = length**2 / (1 - decay)
+        horizon = length**3 / (1 - decay)
         decay = 0.0 if horizon < MIN_EMA_HORIZON else 1 - 1 / horizon
     # The initial weights must not stay in an average that is younger than its horizon.
     return min(decay, (1 + step) / (10 + step))
@@ -4904,7 +4904,7 @@ PEAK_FLOPS = {
 
 def peak_flops(name):
     """Dense bfloat16 FLOP/s of the device `name`, None where the table has no honest answer."""
-    if "MIG" in name:  # a slice of a GPU
+    if "MIG" in name:  # a slice of a GPU, which says nothing of its size
         return None
     for part, flops in PEAK_FLOPS.items():
         if part in name:
@@ -4915,18 +4915,22 @@ def peak_flops(name):
 def flops_per_token(model):
     """Floating-point operations of one token's forward and backward pass: 6 N + 12 L D T.
 
-    N counts the parameters that multiply every token: not the tables that are only looked up, but
-    the token embedding, which is also the head. L layers attend over T tokens at width D. This is
-    the formula of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which gives no
-    discount for the causal half, so that shares of the peak compare with those of others.
+    N counts the parameters that multiply every token, those of a looped layer at each visit: not
+    the tables that are only looked up, but the token embedding, which is also the head. L layers
+    attend over T tokens at width D. This is the formula of PaLM (Chowdhery et al. 2022, arXiv
+    2204.02311, appendix B), which gives no discount for the causal half, so that shares of the peak
+    compare with those of others.
     """
     config = model.config
     multiplied = sum(param.numel() for param in model.parameters())
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name != "tok_emb":
             multiplied -= module.weight.numel()
-    attention = config.num_layers * config.model_dim * config.train_seq_len
-    return 6 * multiplied + 12 * attention
+    order = layer_order(config, model.looped)
+    for layer, block in enumerate(model.blocks):
+        further_visits = order.count(layer) - 1
+        multiplied += further_visits * sum(param.numel() for param in block.parameters())
+    return 6 * multiplied + 12 * len(order) * config.model_dim * config.train_seq_len
 
 
 class StepTimer:
@@ -4943,6 +4947,7 @@ class StepTimer:
     def __init__(self):
         self.seconds = dict.fromkeys(self.PARTS, 0.0)
         self.steps = []  # seconds of every step, as all ranks agreed on
+        self.flops = 0.0  # floating-point operations of all steps and ranks
 
     @contextlib.contextmanager
     def part(self, name):
@@ -4960,12 +4965,14 @@ class StepTimer:
         return 1000 * float(np.percentile(self.steps, percentile))
 
     def state_dict(self):
+        # A tensor, since thousands of Python floats are slow to write.
         steps = torch.tensor(self.steps, dtype=torch.float64)
-        return dict(seconds=dict(self.seconds), steps=steps)
+        return dict(seconds=dict(self.seconds), steps=steps, flops=self.flops)
 
     def load_state_dict(self, state):
         self.seconds = dict(state["seconds"])
         self.steps = state["steps"].tolist()
+        self.flops = state["flops"]
 
 
 class Trainer:
@@ -5038,6 +5045,7 @@ class Trainer:
         self.checkpoints.saved_at = self.step_started
         try:
             self.run_steps()
+        # Whatever ends the run early, the user learns what is safe.
         except Stopped:
             if self.saved_step != self.step:  # stopped in a validation
                 self.save(wait=True)
@@ -5087,6 +5095,8 @@ class Trainer:
         self.step += 1
         self.seconds += facts.seconds
         self.timer.steps.append(facts.seconds)
+        # Counted step by step, because looped layers are switched on in mid-run.
+        self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
         self.report(facts.loss, scale)
         if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(wait=True)
@@ -5139,8 +5149,8 @@ class Trainer:
             # (n, T + 1): one token more than there are inputs, the last target.
             rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
         self.model.zero_grad()
-        self.model.train()
-        total = 0.0
+        self.model.train()  # a validation may have left it in evaluation mode
+        total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
         for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
             high = low + self.micro_batch_seqs
             with self.timer.part("data"):
@@ -5152,9 +5162,8 @@ class Trainer:
                 loss = self.micro_batch_loss(tokens, noise)
                 total = total + loss.detach()
                 if high == self.seqs_per_rank:
-                    on_host = HostCopy(
-                        total
-                    )  # before the last backward, which it need not wait for
+                    # Ahead of the last backward, for which it then need not wait.
+                    on_host = HostCopy(total)
                 loss.backward()
         with self.timer.part("forward_backward"):
             # The step's one synchronisation. On CUDA the last backward is still running behind it,
@@ -5226,8 +5235,8 @@ class Trainer:
         share = None
         described = f"unknown (no bfloat16 peak is listed for {device})"
         if peak is not None:
-            flops = flops_per_token(self.model) * tokens_per_second
-            share = flops / (peak * self.comm.world)
+            flops_per_second = timer.flops / max(1e-9, self.seconds)
+            share = flops_per_second / (peak * self.comm.world)
             described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
         self.runtime.log(
             f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
@@ -5241,7 +5250,7 @@ class Trainer:
             step_median_ms=median,
             step_p95_ms=timer.milliseconds(95),
             peak_share=share,
-            flops_per_token=flops_per_token(self.model),
+            flops=timer.flops,
             seconds_in=timer.seconds,
         )
 
@@ -5276,7 +5285,7 @@ class Trainer:
         finished = self.step >= config.iterations
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
-        before = private_copy(self.training_state())
+        before = private_copy(self.training_state())  # on the host: the device may be full
         timing = self.timer.state_dict()
         generator = np.random.default_rng(0)
         shape = (self.seqs_per_rank, config.train_seq_len + 1)

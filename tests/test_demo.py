@@ -16,7 +16,7 @@ DEMO = Config.from_env({"PRESET": "demo"})
 
 
 def test_the_demo_takes_a_fixed_number_of_steps_and_validates_often_enough_for_a_curve():
-    """The cap is a guard: at twice the pace of two free cores it must not touch the learning rate."""
+    """The cap is a guard: at twice the pace of two free cores it must not touch the rate."""
     slow = 480 / DEMO.iterations / 2  # seconds a step
     for step in range(1, DEMO.iterations):
         assert train_gpt.lr_scale(DEMO, step, slow * step) == train_gpt.lr_scale(DEMO, step)
