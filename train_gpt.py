@@ -4530,7 +4530,12 @@ def flops_per_token(model):
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name != "tok_emb":
             multiplied -= module.weight.numel()
-    attention = config.num_layers * config.model_dim * config.train_seq_len
+    order = layer_order(config, model.looped)
+    for layer, block in enumerate(model.blocks):
+        # What a looped layer has is multiplied at each of its visits.
+        further_visits = order.count(layer) - 1
+        multiplied += further_visits * sum(param.numel() for param in block.parameters())
+    attention = len(order) * config.model_dim * config.train_seq_len
     return 6 * multiplied + 12 * attention
 
 
