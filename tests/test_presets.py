@@ -67,6 +67,17 @@ COMMON = dict(
     ttt_grad_clip=1.0,
     slot_lr=0.003,
     slot_steps=5,
+    # What only later records have is off.
+    embed_dim=0,
+    smear_enabled=True,
+    smear_inputs=0,
+    gate_inputs=0,
+    num_loops=0,
+    loop_start=3,
+    loop_end=5,
+    loop_at=0.35,
+    skip_gates=False,
+    parallel_last_n=0,
 )
 
 COLUMNS = {
