@@ -136,6 +136,13 @@ def packed(lab, settings):
     ).hexdigest()
 
 
+def run_artifact(lab, settings):
+    """The artifact of a whole run."""
+    result = lab.run(settings)
+    assert result.code == 0, result.err
+    return hashlib.sha256((result.dir / "final_model.int6.ptz").read_bytes()).hexdigest()
+
+
 def dropped_to_int5(lab, settings):
     config = Config(**settings)
     try:
@@ -355,6 +362,8 @@ FLIPS = dict(
         "the rounding under the last gradients", trained, 0.9, warmdown_iters=6, **WIDE
     ),
     # compression
+    quantizer=flip("the artifact", run_artifact, "gptq"),
+    calibration_tokens=flip("the artifact", run_artifact, 256, quantizer="gptq"),
     block_bits=flip("the grid of block matrices", packed, 5, **WIDE),
     embed_bits=flip("the grid of the embedding", packed, 6, model_dim=256, num_layers=1),
     compressor=flip("the payload", packed, "lzma"),
