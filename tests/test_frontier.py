@@ -405,7 +405,10 @@ def test_a_vocabulary_within_the_limit_is_one_block():
 
 
 # The whole program --------------------------------------------------------------------------------
-def test_a_run_with_every_part_trains_packs_passes_the_audit_and_scores(tiny_data, tmp_path):
+@pytest.mark.parametrize("quantizer", ["lite", "gptq"])
+def test_a_run_with_every_part_trains_packs_passes_the_audit_and_scores(
+    quantizer, tiny_data, tmp_path
+):
     parts = {
         **ALL,
         "num_layers": 4,
@@ -417,7 +420,13 @@ def test_a_run_with_every_part_trains_packs_passes_the_audit_and_scores(tiny_dat
         "late_qat_threshold": 0.9,
         "slot": "causal",
     }
-    settings = {**tiny_data.settings, **parts, "audit": True, "run_dir": tmp_path / "run"}
+    settings = {
+        **tiny_data.settings,
+        **parts,
+        "quantizer": quantizer,
+        "audit": True,
+        "run_dir": tmp_path / "run",
+    }
     result = launch(settings, tmp_path)
     assert result.returncode == 0, result.stderr
     labels = {event["label"] for event in events(tmp_path / "run", "score")}

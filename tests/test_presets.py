@@ -78,6 +78,15 @@ COMMON = dict(
     loop_at=0.35,
     skip_gates=False,
     parallel_last_n=0,
+    shuffle=False,
+    warmdown_frac=0.0,
+    min_lr=0.0,
+    muon_row_norm=False,
+    embed_wd=-1.0,
+    scalar_wd=-1.0,
+    ema_full_steps=5000,
+    quantizer="lite",
+    calibration_tokens=65_536,
 )
 
 COLUMNS = {
