@@ -16,7 +16,7 @@ DEMO = Config.from_env({"PRESET": "demo"})
 
 
 def test_the_demo_takes_a_fixed_number_of_steps_and_validates_often_enough_for_a_curve():
-    """The cap is a guard: at twice the pace of two free cores it must not touch the learning rate."""
+    """The cap is a guard: at twice the pace of two free cores it must not touch the rate."""
     slow = 480 / DEMO.iterations / 2  # seconds a step
     for step in range(1, DEMO.iterations):
         assert train_gpt.lr_scale(DEMO, step, slow * step) == train_gpt.lr_scale(DEMO, step)
@@ -218,7 +218,9 @@ def test_a_second_demo_finds_the_data_of_the_first(short_demo):
 def full_demo(short_demo):
     """Scores of the whole demo, however long it takes here."""
     folder, _ = short_demo
-    settings = dict(preset="demo", max_wallclock_seconds=0, audit=False, device="cpu", run_id="third")
+    settings = dict(
+        preset="demo", max_wallclock_seconds=0, audit=False, device="cpu", run_id="third"
+    )
     finished = launch(settings, folder, timeout=1800)
     assert finished.returncode == 0, finished.stderr
     baseline = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", finished.stdout, re.M)[1])
