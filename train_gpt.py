@@ -553,8 +553,9 @@ class Refused(typing.NamedTuple):
     reason: str
 
 
-# The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no fields,
-# so that their commands run unchanged. A variable that was silently ignored would train another model than asked.
+# The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no
+# fields, so that their commands run unchanged. A variable that was silently ignored would train
+# another model than asked.
 PUBLISHED = {
     "TIED_EMBED_LR": Renamed("embed_lr"),
     "TIED_EMBED_INIT_STD": Renamed("embed_init_std"),
