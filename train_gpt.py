@@ -6782,7 +6782,7 @@ class Audit:
         """Dense sweep of all positions of a first window, the longest of the checks."""
         _, sliding, *_ = evaluation_jobs(self.config)
         evaluation = self.evaluation(sliding, self.beginning(sliding))
-        with evaluation_mode(self.model, 0):
+        with evaluation_mode(self.model, self.config.ttt_freeze_blocks):
             self.sweep(sliding, evaluation, 0, 1)
 
     def sweep(self, job, evaluation, known, step):
