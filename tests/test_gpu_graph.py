@@ -71,8 +71,8 @@ def gpu(monkeypatch):
         names = {}
         original = train_gpt.attention_backend
 
-        def named(backend):
-            attend = original(backend)
+        def named(backend, **options):
+            attend = original(backend, **options)
             names[attend] = backend
             return attend
 
@@ -116,7 +116,7 @@ def test_without_any_backend_the_error_names_them_all(gpu):
         gpu((8, 0), *FAMILIES[8, 0])
 
 
-def enabled_backends(monkeypatch, backend):
+def enabled_backends(monkeypatch, backend, fallback=True):
     """SDPA's backends in order of priority while `backend` attends."""
     seen = []
 
@@ -125,12 +125,14 @@ def enabled_backends(monkeypatch, backend):
         return q
 
     monkeypatch.setattr(train_gpt, "sdpa_attention", look)
-    train_gpt.attention_backend(backend)(*torch.zeros(3, 1, 4, 2, 8))
+    train_gpt.attention_backend(backend, fallback)(*torch.zeros(3, 1, 4, 2, 8))
     return [b.name for b in seen]
 
 
 def test_flash_stays_behind_cudnn_for_deterministic_mode(monkeypatch):
     assert enabled_backends(monkeypatch, "cudnn") == ["CUDNN_ATTENTION", "FLASH_ATTENTION"]
+    # The trial is cuDNN's alone: flash must not pass it in cuDNN's name.
+    assert enabled_backends(monkeypatch, "cudnn", fallback=False) == ["CUDNN_ATTENTION"]
 
 
 @pytest.mark.parametrize("backend, name", [("flash", "FLASH_ATTENTION"), ("math", "MATH")])
