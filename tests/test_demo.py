@@ -15,6 +15,15 @@ from train_gpt import Config
 DEMO = Config.from_env({"PRESET": "demo"})
 
 
+def test_the_demo_takes_a_fixed_number_of_steps_and_validates_often_enough_for_a_curve():
+    """The cap is a guard: at twice the pace of two free cores it must not touch the rate."""
+    slow = 480 / DEMO.iterations / 2  # seconds a step
+    for step in range(1, DEMO.iterations):
+        assert train_gpt.lr_scale(DEMO, step, slow * step) == train_gpt.lr_scale(DEMO, step)
+    assert DEMO.max_wallclock_seconds == 480
+    assert -(-DEMO.iterations // DEMO.val_loss_every) >= 6
+
+
 @pytest.fixture(scope="module")
 def demo(tiny_data, tmp_path_factory):
     """The demo on tiny data, started in an empty directory."""
@@ -205,16 +214,26 @@ def test_a_second_demo_finds_the_data_of_the_first(short_demo):
     assert first == second
 
 
-@pytest.mark.slow
-def test_the_demo_beats_gzip(short_demo):
-    """All its steps, however long they take here, and its sliding window; what comes after is left
-    out."""
+@pytest.fixture(scope="module")
+def full_demo(short_demo):
+    """Scores of the whole demo, however long it takes here."""
     folder, _ = short_demo
     settings = dict(
-        preset="demo", max_wallclock_seconds=0, ttt_enabled=False, device="cpu", run_id="third"
+        preset="demo", max_wallclock_seconds=0, audit=False, device="cpu", run_id="third"
     )
     finished = launch(settings, folder, timeout=1800)
     assert finished.returncode == 0, finished.stderr
     baseline = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", finished.stdout, re.M)[1])
     scores = read_json(folder / "runs/third/scores.json")["scores"]
-    assert scores["final_int6_sliding_window"]["val_bpb"] < baseline
+    return baseline, {label: score["val_bpb"] for label, score in scores.items()}
+
+
+@pytest.mark.slow
+def test_the_demo_beats_gzip(full_demo):
+    baseline, scores = full_demo
+    assert scores["final_int6_sliding_window"] < baseline
+
+
+@pytest.mark.slow
+def test_test_time_training_gains_visibly_in_the_demo(full_demo):
+    assert full_demo[1]["legal_ttt"] < full_demo[1]["final_int6_sliding_window"] - 0.005

@@ -69,8 +69,15 @@ runtime.close()
 """
 )
 WORLDS = (1, 2, 4)
-STEPS = dict(TINY, num_layers=2, xsa_last_n=1, iterations=20, warmdown_iters=8, dtype="float32",
-             muon_row_norm=True)  # rows of wide and of tall matrices, wherever the slices begin
+STEPS = dict(
+    TINY,
+    num_layers=2,
+    xsa_last_n=1,
+    iterations=20,
+    warmdown_iters=8,
+    dtype="float32",
+    muon_row_norm=True,
+)  # rows of wide and of tall matrices, wherever the slices begin
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def train_on_other_tokens_in_secret(patch):
 
     def train(self, item):
         scored, self.scored_until = self.scored_until, 1 << 40
-        original(self, item._replace(first=item.first + CHUNK))
+        original(self, item._replace(first=item.first + CHUNK // 2))
         self.scored_until = scored
 
     patch.setattr(train_gpt.Evaluation, "train", train)
@@ -209,20 +209,20 @@ look_ahead_after_some_training = look_ahead(
 )
 
 
-def better_at_documents(patch):
-    """The first token of a document costs nothing."""
+def better_at_some_targets(patch):
+    """One target of 97 costs half."""
     original = train_gpt.scored_nll
 
-    class Free(train_gpt.Observer):
+    class Generous(train_gpt.Observer):
         def __init__(self, observer):
             self.observer = observer
 
         def scored(self, targets, logps, nll):
-            nll[logps[:, train_gpt.BOS].argsort(descending=True)[:1]] *= 0.5
+            nll[torch.from_numpy(targets % 97 == 50)] *= 0.5
             self.observer.scored(targets, logps, nll)
 
     def scored(model, hidden, batch, observer):
-        return original(model, hidden, batch, Free(observer))
+        return original(model, hidden, batch, Generous(observer))
 
     patch.setattr(train_gpt, "scored_nll", scored)
 
@@ -368,7 +368,7 @@ VIOLATIONS = [
     (look_ahead_in_the_roundtrip, "C1 dense_sweep"),
     (look_ahead_with_test_time_training, "C1 own_token"),
     (look_ahead_after_some_training, "C1 own_token"),
-    (better_at_documents, "C2 nll_is_entry"),
+    (better_at_some_targets, "C2 nll_is_entry"),
     (lower_loss, "C4 score"),
     (lower_bits, "C4 score"),
     (large_ln_2, "C4 score"),
@@ -420,7 +420,7 @@ def test_slot_fitted_on_one_target_too_many_is_found_by_the_dense_sweep(case, mo
     case = case(1450, slot="causal", slot_lr=0.05, ttt_chunk_tokens=512, **changes)
     assert failed(case) == set()
     slot_off_by_one(monkeypatch)
-    assert "C1 dense_sweep" in failed(case)
+    assert failed(case) == {"C1 own_token", "C1 dense_sweep"}
 
 
 @pytest.mark.parametrize("ttt", [False, True])

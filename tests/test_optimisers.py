@@ -519,25 +519,17 @@ AVERAGED = dict(ema_decay=0.997, iterations=7000)  # a horizon of 333 steps
         (AVERAGED, 6999, 0.0, 0.997),  # the four systems: as published
         (dict(AVERAGED, iterations=20000), 19999, 0.0, 0.997),
         (dict(AVERAGED, iterations=5000), 4999, 0.0, 0.997),  # just long enough
-        (
-            dict(AVERAGED, iterations=2500),
-            2499,
-            0.0,
-            1 - 4 * 0.003,
-        ),  # half of it: a quarter of the horizon
-        (
-            dict(AVERAGED, iterations=1000),
-            999,
-            0.0,
-            1 - 25 * 0.003,
-        ),  # a fifth: 1/25, which is 13 steps
-        (dict(AVERAGED, iterations=700), 699, 0.0, 0.0),  # 6.5 steps would be too few to help
+        # Half of it: an eighth of the horizon. 1,500 steps: 0.3 cubed, which leaves nine steps.
+        (dict(AVERAGED, iterations=2500), 2499, 0.0, 1 - 8 * 0.003),
+        (dict(AVERAGED, iterations=1500), 1499, 0.0, 1 - 0.003 / 0.027),
+        # 1,400 steps would leave 7.3 steps, too few to help.
+        (dict(AVERAGED, iterations=1400), 1399, 0.0, 0.0),
         (dict(AVERAGED, iterations=300), 299, 0.0, 0.0),
         (AVERAGED, 0, 0.0, 0.1),  # the initial weights are left behind
         (AVERAGED, 80, 0.0, 0.9),
         # With a wallclock cap the length is what the pace so far will give.
         (dict(AVERAGED, max_wallclock_seconds=600.0), 4650, 400.0, 0.997),  # 6975 steps
-        (dict(AVERAGED, max_wallclock_seconds=600.0), 1250, 300.0, 1 - 4 * 0.003),  # 2500 steps
+        (dict(AVERAGED, max_wallclock_seconds=600.0), 1250, 300.0, 1 - 8 * 0.003),  # 2500 steps
         (dict(AVERAGED, max_wallclock_seconds=600.0), 100, 200.0, 0.0),  # 300 steps
         # The record of 2026-04-09, 4,650 steps: its own decay whatever the length.
         (dict(ema_decay=0.9965, ema_full_steps=1, iterations=20000), 4650, 0.0, 0.9965),

@@ -184,12 +184,12 @@ def test_the_end_tells_the_pace_and_where_time_went(trainer, monkeypatch):
 def test_the_share_of_the_peak_counts_all_ranks(trainer, monkeypatch):
     made = trainer(iterations=10)
     made.timer.steps = [0.5] * 10
+    made.timer.flops = 1e12
     made.seconds = 5.0
     monkeypatch.setattr(made.comm, "world", 4)
     monkeypatch.setattr(train_gpt, "device_name", lambda device: "NVIDIA A100-SXM4-40GB")
     (pace, _), event = throughput(made)
-    flops = train_gpt.flops_per_token(made.model) * made.config.train_batch_tokens / 0.5
-    assert event["peak_share"] == pytest.approx(flops / (4 * 312e12))
+    assert event["peak_share"] == pytest.approx(1e12 / 5.0 / (4 * 312e12))
     assert pace.endswith("% (of 312 TFLOP/s, NVIDIA A100-SXM4-40GB)")
 
 
@@ -217,6 +217,31 @@ def test_flops_of_a_token_are_those_of_the_formula():
     with torch.device("meta"):
         model = train_gpt.GPT(train_gpt.Config(**settings))
     assert train_gpt.flops_per_token(model) == 6 * (27_137_223 - 4096 * 128) + 12 * 11 * 512 * 2048
+
+
+def test_a_looped_layer_costs_each_of_its_visits():
+    with torch.device("meta"):
+        model = train_gpt.GPT(tiny_config(num_loops=2, loop_start=1, loop_end=1))
+    model.looped = False
+    plain = train_gpt.flops_per_token(model)
+    model.looped = True
+    layer = sum(param.numel() for param in model.blocks[1].parameters())
+    attention = model.config.model_dim * model.config.train_seq_len
+    assert train_gpt.flops_per_token(model) - plain == 2 * (6 * layer + 12 * attention)
+
+
+def test_the_operations_of_a_run_are_those_of_its_steps(trainer):
+    made = trainer(iterations=4, num_layers=2, num_loops=1, loop_start=1, loop_end=1, loop_at=0.5)
+    expected = 0
+    for looped in (False, False, True, True):
+        made.set_order()
+        assert made.model.looped == looped
+        expected += train_gpt.flops_per_token(made.model) * made.config.train_batch_tokens
+        made.one_step()
+    assert made.timer.flops == expected
+    restored = train_gpt.StepTimer()
+    restored.load_state_dict(made.timer.state_dict())
+    assert restored.flops == expected
 
 
 def test_time_is_booked_where_it_is_spent(trainer, monkeypatch):

@@ -1,0 +1,209 @@
+"""The ladder: base_7k, then one part of the frontier stack after another, trained and packed.
+
+    python tests/ladder.py --out ladder              # all rungs, two seeds, 300 and 900 steps
+    python tests/ladder.py --out ladder --steps 300 --seeds 42 --only 3
+    python tests/ladder.py --out ladder --report     # what is finished, without training
+
+DATA_PATH and TOKENIZER_PATH choose another text than the demo's. Every cell is a run of
+train_gpt.py in its own folder under --out: stop it at any time, the same command goes on. A rung
+keeps all parts of the rungs before it but for those marked "alone", which are tried and taken out
+again. All rungs are packed into the same bytes by the same quantiser. Writes docs/ladder.md.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+
+# A trunk that two CPU cores train in minutes: six layers of width 256, sequences of 512 tokens.
+SIZE = dict(
+    PRESET="base_7k",
+    NUM_LAYERS=6,
+    MODEL_DIM=256,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    TRAIN_SEQ_LEN=512,
+    EVAL_SEQ_LEN=512,
+    EVAL_STRIDE=512,
+    TRAIN_BATCH_TOKENS=16384,
+    MICRO_BATCH_TOKENS=16384,
+    WARMDOWN_FRAC=0.4,  # as 2,800 of base_7k's 7,000 steps
+    TTT_ENABLED=0,
+    QUANTIZER="gptq",
+    CODE_BYTES=1,  # the budget is the artifact's alone
+    BUDGET_BYTES=2_400_000,
+    TRAIN_LOG_EVERY=50,
+    VAL_LOSS_EVERY=0,
+    CHECKPOINT_SECONDS=120,
+)
+
+
+class Rung(NamedTuple):
+    """One part of the stack."""
+
+    name: str
+    settings: dict
+    published: str  # change in bits per byte at full size that its author reported
+    kept: bool = True  # whether the rungs after it have it too
+
+
+RUNGS = [
+    Rung("base_7k", {}, ""),
+    Rung(
+        "depth recurrence, layers 2–3 three times",
+        dict(NUM_LOOPS=2, LOOP_START=2, LOOP_END=3),
+        "−0.0059 together with parallel residuals",
+    ),
+    Rung("parallel residuals in the last 2 layers", dict(PARALLEL_LAST_N=2), "see above"),
+    Rung("skip gates", dict(SKIP_GATES=1), "not given apart"),
+    Rung("QK gain 5", dict(QK_GAIN_INIT=5), "−0.0039 (1.5 → 4), −0.0008 (4 → 5)", kept=False),
+    Rung("QK gain 3", dict(QK_GAIN_INIT=3), "not given at full size"),
+    Rung("MuonEq-R", dict(MUON_ROW_NORM=1), "−0.001"),
+    Rung("shuffled sequences", dict(SHUFFLE=1), "−0.002"),
+    Rung("smear gate by input", dict(SMEAR_INPUTS=12), "−0.0018"),
+    Rung("output gate by 12 inputs", dict(GATE_INPUTS=12), "not given apart"),
+    Rung("MLP ×4", dict(MLP_MULT=4), "not given apart"),
+]
+
+
+def settings_of(index):
+    """Settings of rung number `index`: its own and those that were kept on the way."""
+    settings = dict(SIZE)
+    for rung in RUNGS[:index]:
+        if rung.kept:
+            settings.update(rung.settings)
+    settings.update(RUNGS[index].settings)
+    return settings
+
+
+def text_paths(out):
+    """DATA_PATH and TOKENIZER_PATH of the environment, or the demo's, built under --out."""
+    if "DATA_PATH" in os.environ:
+        return {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    paths = dict(DATA_PATH=str(out / "demo_data"), TOKENIZER_PATH=str(out / "demo.model"))
+    environ = dict(paths, PRESET="demo")
+    train_gpt.build_demo_data(train_gpt.Config.from_env(environ), print)
+    return paths
+
+
+def run_cell(index, seed, steps, out, paths):
+    """Train, pack and score one rung, or go on with it."""
+    folder = out / f"rung{index:02d}_seed{seed}_steps{steps}"
+    settings = dict(settings_of(index), SEED=seed, ITERATIONS=steps, RUN_DIR=folder, **paths)
+    environ = {name: str(value) for name, value in settings.items()}
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    threads = os.environ.get("OMP_NUM_THREADS", "2")  # digits depend on it: fixed for all cells
+    print(f"{folder.name}: {RUNGS[index].name}", flush=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        env=dict(inherited, OMP_NUM_THREADS=threads, **environ),
+        stdout=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        sys.exit(f"{folder} ended with code {done.returncode}: see {folder}/train.log")
+
+
+def finished_cells(out):
+    """One row per finished run: rung, seed, steps, what it measured."""
+    rows = []
+    for path in sorted(out.glob("rung*/scores.json")):
+        result = json.loads(path.read_text())
+        if not result.get("finished"):
+            continue
+        number, seed, steps = path.parent.name.removeprefix("rung").split("_")
+        rows.append(
+            dict(
+                rung=int(number),
+                seed=int(seed.removeprefix("seed")),
+                steps=int(steps.removeprefix("steps")),
+                float_bpb=result["scores"]["pre_quant"]["val_bpb"],
+                packed_bpb=result["scores"]["final_int6_roundtrip"]["val_bpb"],
+                bytes=result["artifact_bytes"],
+                step_ms=result["step_avg_ms"],
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def report(cells, steps):
+    """Markdown table of the rungs at one number of steps; changes are against the rung before."""
+    cells = cells[cells.steps == steps]
+    rows = []
+    before = None
+    for index, rung in enumerate(RUNGS):
+        mine = cells[cells.rung == index]
+        if mine.empty:
+            continue
+        packed = mine.packed_bpb.mean()
+        spread = mine.packed_bpb.max() - mine.packed_bpb.min() if len(mine) > 1 else None
+        rows.append(
+            {
+                "rung": rung.name if rung.kept else f"{rung.name} (alone)",
+                "float": f"{mine.float_bpb.mean():.4f}",
+                "packed": f"{packed:.4f}",
+                "change": "" if before is None else f"{packed - before:+.4f}",
+                "seeds apart": "" if spread is None else f"{spread:.4f}",
+                "bytes": f"{mine.bytes.mean():,.0f}",
+                "ms/step": f"{mine.step_ms.mean():,.0f}",
+                "published change": rung.published,
+            }
+        )
+        if rung.kept:
+            before = packed
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def write_document(cells, path):
+    """docs/ladder.md."""
+    parts = [
+        "# The ladder",
+        "Each rung adds one part of the frontier stack to all that are above it (those marked "
+        '"alone" are taken out again). Six layers of width 256, 16,384 tokens a step, sequences of '
+        "512, one process; bits per byte of the demo's validation text (or of DATA_PATH's), "
+        "non-overlapping windows. All rungs are packed by the same quantiser into the same bytes. "
+        "`python tests/ladder.py` trains what is missing and writes this page.",
+        "A small model's verdict after minutes does not overrule the published one at full size: "
+        "parts that need a long run (a high QK gain, weight decay, costly recurrence) look worse "
+        'here than there. Seed noise is the column "seeds apart"; a change below it shows nothing.',
+    ]
+    for steps in sorted(cells.steps.unique()):
+        parts += [f"## {steps} steps", report(cells, steps)]
+    path.write_text("\n\n".join(parts) + "\n")
+    print(f"{len(cells)} runs -> {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("ladder"), help="folder of the runs")
+    parser.add_argument("--steps", type=int, nargs="+", default=[300, 900])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the rungs to train")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "ladder.md")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        paths = text_paths(options.out.resolve())
+        rungs = options.only or range(len(RUNGS))
+        # All rungs with the first seed and few steps first: an interrupted ladder is a whole one.
+        for steps, seed, index in itertools.product(options.steps, options.seeds, rungs):
+            run_cell(index, seed, steps, options.out.resolve(), paths)
+    cells = finished_cells(options.out)
+    if cells.empty:
+        sys.exit(f"{options.out} holds no finished run: leave --report out to train")
+    write_document(cells, options.document)
+
+
+if __name__ == "__main__":
+    main()
