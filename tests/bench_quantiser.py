@@ -5,9 +5,9 @@
     python tests/bench_quantiser.py --plot docs/quantiser.svg
 
 The trunk (6 layers of 256, 300 steps of 16,384 tokens) takes half an hour on two cores. Training
-goes on where it was stopped, and every measured point is kept in --folder: a second run only prints.
-Text comes from DATA_PATH and TOKENIZER_PATH, or is the demo's. Documents of the training shards are
-set aside first; what is scored was seen neither in training nor in calibration.
+goes on where it was stopped, and every point is kept in --folder: a second run only prints. Text
+comes from DATA_PATH and TOKENIZER_PATH, or is the demo's. Documents of the training shards are set
+aside first; what is scored was seen neither in training nor in calibration.
 """
 
 import argparse
@@ -203,7 +203,10 @@ def packed(config, state, knowledge, curve, budget):
     """Artifact of one curve within `budget` bytes."""
     quantiser = variant(state, knowledge, curve)
     encoder = golf.GridEncoder(config, state, quantiser.grids, "")
-    control = golf.RateControl(quantiser.solve, encoder.encode, budget, quantiser.parameters, print)
+    finest = quantiser.finest_unit()
+    control = golf.RateControl(
+        quantiser.solve, encoder.encode, budget, quantiser.parameters, finest, print
+    )
     return control.run(quantiser.guessed_unit(budget)).blob
 
 
