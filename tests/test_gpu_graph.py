@@ -5,7 +5,7 @@ import collections
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import run_main, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -342,3 +342,25 @@ def test_the_products_of_a_step_stay_within_their_budget(preset, budget):
 def test_looped_layers_cost_their_own_products_and_no_more():
     loops = dict(preset="base_7k", nfm_enabled=False, eval_seq_len=2048, num_loops=2)
     assert products(train_gpt.Config(**loops)) == 138 + 6 * 4 * 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilations in the life of a run
+# --------------------------------------------------------------------------------------------------
+def test_a_whole_run_with_audit_compiles_four_graphs(tiny_data, tmp_path, monkeypatch):
+    """Training, scoring whole windows, scoring the ends of windows, test-time training."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compiled(self, function, options=None):
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=count)
+
+    monkeypatch.setattr(train_gpt.Runtime, "compiled", compiled)
+    torch._dynamo.reset()
+    settings = dict(tiny_data.settings, compile="1", audit=True, val_loss_every=3)
+    finished = run_main(tmp_path / "run", **settings)
+    assert finished.code == 0, finished.err
+    assert len(graphs) == 4
