@@ -158,6 +158,7 @@ class Config:
     preset: str = run_option("nfm_7k", "named set of differences from the defaults")
 
     # Architecture: the trunk of #1170.
+    # The bounds keep a hostile artifact from eating memory; no system of the field comes near them.
     vocab_size: int = arch_option(1024, "tokenizer pieces", 8, 65536)
     num_layers: int = arch_option(11, "transformer blocks", 1, 64)
     model_dim: int = arch_option(512, "width of the residual stream", 16, 4096)
@@ -170,6 +171,7 @@ class Config:
     rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
     logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
+    # Two tokens hash to a row of this table: cheap knowledge of pairs.
     bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table, 0 = off", 0, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
@@ -187,6 +189,7 @@ class Config:
     gate_inputs: int = arch_option(
         0, "leading channels that set the attention gate, 0 = all, with a bias", 0, 4096
     )
+    # Depth without bytes: the same layers several times.
     num_loops: int = arch_option(0, "further passes through layers LOOP_START to LOOP_END", 0, 8)
     loop_start: int = arch_option(3, "first of the looped layers", 0, 63)
     loop_end: int = arch_option(5, "last of the looped layers", 0, 63)
@@ -229,6 +232,7 @@ class Config:
         0.025, "AdamW rate of what is neither embedding nor block matrix", 0
     )
     matrix_lr: float = train_option(0.025, "Muon rate of the blocks' matrices", 0)
+    # Gradients of the first steps turn fast, so the momentum begins lower.
     muon_momentum: float = train_option(0.99, "Muon momentum after its warm-up", 0, 1)
     muon_momentum_warmup_start: float = train_option(0.92, "Muon momentum at step 0", 0, 1)
     muon_momentum_warmup_steps: int = train_option(1500, "steps of that linear warm-up", 0)
@@ -236,6 +240,7 @@ class Config:
     muon_wd: float = train_option(0.04, "decoupled weight decay of Muon", 0)
     muon_row_norm: bool = train_option(False, "divide each row by its norm first: MuonEq-R")
     adam_wd: float = train_option(0.04, "decoupled weight decay of AdamW", 0)
+    # Large embeddings want their own.
     embed_wd: float = train_option(-1.0, "that of the embeddings, -1 = ADAM_WD", -1)
     scalar_wd: float = train_option(-1.0, "that of all else in AdamW, -1 = ADAM_WD", -1)
     beta1: float = train_option(0.9, "AdamW beta1", 0, 0.9999)
@@ -287,6 +292,7 @@ class Config:
     dtype: str = eval_option(
         "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
     )
+    # A smaller stride gives targets more context, at a cost in proportion.
     eval_seq_len: int = eval_option(1024, "window of every evaluation", 2, 1 << 17)
     eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
     eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1, 4096)
@@ -547,8 +553,9 @@ class Refused(typing.NamedTuple):
     reason: str
 
 
-# The variables of the scripts of #1170, #1232, #1166 and #1150 that are no fields, so that their
-# commands run unchanged. A variable that was silently ignored would train another model than asked.
+# The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no
+# fields, so that their commands run unchanged. A variable that was silently ignored would train
+# another model than asked.
 PUBLISHED = {
     "TIED_EMBED_LR": Renamed("embed_lr"),
     "TIED_EMBED_INIT_STD": Renamed("embed_init_std"),
@@ -556,6 +563,11 @@ PUBLISHED = {
     "NATIVE_FLOW_ENABLED": Renamed("nfm_enabled"),
     "NATIVE_FLOW_HIDDEN_DIM": Renamed("nfm_hidden_dim"),
     "NATIVE_FLOW_LOSS_WEIGHT": Renamed("nfm_loss_weight"),
+    # Of the records of April 2026 (#1493 and after).
+    "MUON_ROW_NORMALIZE": Renamed("muon_row_norm"),
+    "ENABLE_LOOPING_AT": Renamed("loop_at"),
+    "SKIP_GATES_ENABLED": Renamed("skip_gates"),
+    # #1170's second loss.
     "NATIVE_FLOW_INIT_SCALE": BuiltIn("0.01", "the velocity field starts at zero"),
     # Checkpoints of #1166.
     "SAVE_EVERY": Renamed("checkpoint_every"),

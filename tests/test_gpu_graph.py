@@ -2,10 +2,11 @@
 order."""
 
 import collections
+import types
 
 import pytest
 import torch
-from helpers import run_main, tiny_config
+from helpers import SEQ, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -345,22 +346,54 @@ def test_looped_layers_cost_their_own_products_and_no_more():
 
 
 # --------------------------------------------------------------------------------------------------
-# Compilations in the life of a run
+# Evaluation
 # --------------------------------------------------------------------------------------------------
-def test_a_whole_run_with_audit_compiles_four_graphs(tiny_data, tmp_path, monkeypatch):
-    """Training, scoring whole windows, scoring the ends of windows, test-time training."""
-    graphs = []
+def test_four_graphs_serve_the_whole_life_of_a_run(case, monkeypatch):
+    """Training; scoring of all positions and of the last ones; a step of test-time training.
 
-    def count(graph, example_inputs):
+    Later evaluations, spot checks and the audit bring no other.
+    """
+    graphs, options = [], []
+    compile = torch.compile
+
+    def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    def compiled(self, function, options=None):
-        return torch.compile(function, dynamic=False, fullgraph=True, backend=count)
+    def counted(function, dynamic, fullgraph, options=None):
+        seen_options.append(options)
+        return compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=count)
 
-    monkeypatch.setattr(train_gpt.Runtime, "compiled", compiled)
+    seen_options = options
     torch._dynamo.reset()
-    settings = dict(tiny_data.settings, compile="1", audit=True, val_loss_every=3)
-    finished = run_main(tmp_path / "run", **settings)
-    assert finished.code == 0, finished.err
+    monkeypatch.setattr(torch, "compile", counted)
+    case = case(800, compile="1", ttt_lr=0.05, eval_batch_seqs=3, nfm_loss_weight=0.0)
+    model = case.model()
+    ids = torch.randint(2, 384, (4, SEQ))
+    case.runtime.compiled(model)(ids, ids).backward()
+    model.zero_grad()
+    assert len(graphs) == 1 and options == [None]
+    for _ in range(2):
+        for job in train_gpt.evaluation_jobs(case.config):
+            case.run(model, stride=job.stride, ttt=job.ttt, label=job.label, spot_checks=0.5)
+    train_gpt.audit(model, case.stream, case.config, case.runtime)
     assert len(graphs) == 4
+    assert all(made == {"deterministic": True} for made in options[1:])
+
+
+@pytest.mark.parametrize(
+    "ranks, wish, captured", [(1, "auto", 0), (8, "auto", 1), (8, "0", 0), (1, "1", 1)]
+)
+def test_a_step_of_test_time_training_is_a_cuda_graph_where_it_is_small(ranks, wish, captured):
+    made = []
+    gpu = types.SimpleNamespace(
+        compiling=True, device=torch.device("cuda"), comm=train_gpt.Comm(0, ranks)
+    )
+    gpu.compiled = lambda function, options=None: made.append(options) or function
+    gpu.cuda_graphs = lambda wish: train_gpt.Runtime.cuda_graphs(gpu, wish)
+    config = tiny_config(ttt_cuda_graph=wish)
+    model = train_gpt.GPT(config)
+    train_gpt.Evaluation.compile(types.SimpleNamespace(runtime=gpu, model=model, config=config))
+    scoring, step, *captures = made
+    assert scoring == step == {"deterministic": True}
+    assert captures == captured * [{"deterministic": True, "triton.cudagraphs": True}]
