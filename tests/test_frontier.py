@@ -52,6 +52,17 @@ def test_the_published_orders_of_the_layers(settings, order):
     assert train_gpt.layer_order(config, False) == list(range(11))
 
 
+def test_a_looped_layer_counts_at_each_of_its_visits():
+    with torch.device("meta"):
+        model = train_gpt.GPT(train_gpt.Config(**RECORD_0409))
+    block = sum(param.numel() for param in model.blocks[3].parameters())
+    model.looped = False
+    once = train_gpt.flops_per_token(model)
+    assert once == 6 * 35_944_536 + 12 * 11 * 512 * 2048
+    model.looped = True
+    assert train_gpt.flops_per_token(model) - once == 6 * (6 * block + 2 * 6 * 512 * 2048)
+
+
 @pytest.mark.parametrize(
     "changes, names",
     [
@@ -394,7 +405,10 @@ def test_a_vocabulary_within_the_limit_is_one_block():
 
 
 # The whole program --------------------------------------------------------------------------------
-def test_a_run_with_every_part_trains_packs_passes_the_audit_and_scores(tiny_data, tmp_path):
+@pytest.mark.parametrize("quantizer", ["lite", "gptq"])
+def test_a_run_with_every_part_trains_packs_passes_the_audit_and_scores(
+    quantizer, tiny_data, tmp_path
+):
     parts = {
         **ALL,
         "num_layers": 4,
@@ -406,8 +420,51 @@ def test_a_run_with_every_part_trains_packs_passes_the_audit_and_scores(tiny_dat
         "late_qat_threshold": 0.9,
         "slot": "causal",
     }
-    settings = {**tiny_data.settings, **parts, "audit": True, "run_dir": tmp_path / "run"}
+    settings = {
+        **tiny_data.settings,
+        **parts,
+        "quantizer": quantizer,
+        "audit": True,
+        "run_dir": tmp_path / "run",
+    }
     result = launch(settings, tmp_path)
     assert result.returncode == 0, result.stderr
     labels = {event["label"] for event in events(tmp_path / "run", "score")}
     assert any("ttt" in label for label in labels), labels
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tiny_data, tmp_path_factory):
+    """get(ranks) -> (losses by step, scores by label) of a run with every part, once per world."""
+    kept = {}
+
+    def get(ranks):
+        if ranks not in kept:
+            folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+            parts = {**ALL, "num_layers": 4, "embed_dim": 16, "iterations": 4, "loop_at": 0.5}
+            settings = {
+                **tiny_data.settings,
+                **parts,
+                "dtype": "float32",
+                "run_dir": folder / "run",
+            }
+            result = launch(settings, folder, ranks)
+            assert result.returncode == 0, result.stderr
+            losses = {
+                event["step"]: event["train_loss"] for event in events(folder / "run", "step")
+            }
+            scores = {e["label"]: e["val_bpb"] for e in events(folder / "run", "score")}
+            kept[ranks] = losses, scores
+        return kept[ranks]
+
+    return get
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_losses_and_scores_do_not_depend_on_the_ranks(ranks, by_ranks):
+    losses, scores = by_ranks(ranks)
+    expected_losses, expected_scores = by_ranks(1)
+    assert sorted(losses) == [1, 2, 3, 4]
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert scores == pytest.approx(expected_scores, rel=1e-4)
+    assert len(scores) >= 3

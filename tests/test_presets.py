@@ -66,6 +66,26 @@ COMMON = dict(
     ttt_grad_clip=1.0,
     slot_lr=0.003,
     slot_steps=5,
+    # What only later records have is off.
+    embed_dim=0,
+    smear_enabled=True,
+    smear_inputs=0,
+    gate_inputs=0,
+    num_loops=0,
+    loop_start=3,
+    loop_end=5,
+    loop_at=0.35,
+    skip_gates=False,
+    parallel_last_n=0,
+    shuffle=False,
+    warmdown_frac=0.0,
+    min_lr=0.0,
+    muon_row_norm=False,
+    embed_wd=-1.0,
+    scalar_wd=-1.0,
+    ema_full_steps=5000,
+    quantizer="lite",
+    calibration_tokens=65_536,
 )
 
 # What later records added is off in all of these systems.
