@@ -200,6 +200,8 @@ class Config:
     eval_only: str = run_opt("", "score this artifact or float checkpoint, do not train")
     mode: str = run_opt("train", "audit = only the legality audit", choices=("train", "audit"))
     audit: bool = run_opt(False, "prove the four legality conditions before scoring")
+    scores_file: str = run_opt("", "write each score's nll by target here (little-endian float32, nats); "
+                               "{label} becomes the score's name, without it the last score remains")
     device: str = run_opt("auto", "auto, cpu, cuda or cuda:N")
     compile: str = run_opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
     micro_batch_tokens: int = run_opt(98304, "tokens per forward pass and rank", 1)
@@ -2054,6 +2056,23 @@ class Observer:
         """Called after each work item, on every rank."""
 
 
+class ScoresFile(Observer):
+    """What SCORES_FILE shows a reviewer: the nll of every target (n,), in nats, as it was counted."""
+
+    def __init__(self, num_targets):
+        self.nll = torch.zeros(num_targets)
+
+    def scored(self, targets, logps, nll):
+        self.nll[targets] = nll.float().cpu()
+
+    def write(self, path, runtime):
+        """Write all ranks' values as little-endian float32, in the order of the targets."""
+        if runtime.comm.world > 1:
+            dist.all_reduce(self.nll)  # a target is scored on one rank and zero on all others
+        if runtime.is_main:
+            write_atomic(path, [self.nll.numpy().astype("<f4").tobytes()])
+
+
 class Evaluation:
     """One pass over a validation stream. `ttt` trains on scored chunks, `slot` shifts hidden states (see
     the README).
@@ -2913,11 +2932,16 @@ class Run:
         if score_label(c):
             jobs.append((score_label(c), source, c.eval_stride, c.ttt_enabled, c.slot))
         for label, path, stride, ttt, slot in jobs:
-            if not self.done(label, lambda: label in scores):
+            # A scores file needs every target of one pass: it takes up no earlier one, whole or in part.
+            observer = ScoresFile(self.val.num_targets) if c.scores_file else None
+            state_path = None if observer else self.path / "checkpoint" / f"eval_{label}.pt"
+            if observer or not self.done(label, lambda: label in scores):
                 score = evaluate(self.model_of(path), self.val, c, self.runtime, stride, ttt=ttt, slot=slot,
-                                 label=label, state_path=self.path / "checkpoint" / f"eval_{label}.pt",
+                                 observer=observer, label=label, state_path=state_path,
                                  identity=f"{sha256_file(path)}/{c.hash()}")
                 self.record(score, stride)
+                if observer:
+                    observer.write(c.scores_file.replace("{label}", label), self.runtime)
         if self.runtime.is_main:
             self.write_results(finished=True)
             self.summarise()
