@@ -256,12 +256,12 @@ model = candidate.GPT(unpacked[0]).eval()
 model.load_state_dict(unpacked[1])
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model.to(device)
-while head := sys.stdin.buffer.read(8):
-    rows, length = struct.unpack("<ii", head)
+while head := sys.stdin.buffer.read(12):
+    rows, length, place = struct.unpack("<iii", head)
     ids = np.frombuffer(sys.stdin.buffer.read(4 * rows * length), "<i4").reshape(rows, length)
     ids = torch.from_numpy(ids.astype(np.int64)).to(device)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        logits = model.logits(model.hidden(ids)[:, -1])
+        logits = model.logits(model.hidden(ids)[:, place])
     answer.write(logits.float().cpu().numpy().astype("<f4").tobytes())
     answer.flush()
 """
@@ -285,18 +285,23 @@ class ModelSource:
 
     def predict(self, contexts):
         """Probabilities (B, V) of the token after each row of contexts (B, T)."""
-        contexts = np.ascontiguousarray(contexts[:, -self.context:], "<i4")
-        question = np.array(contexts.shape, "<i4").tobytes() + contexts.tobytes()
-        try:
-            self.child.stdin.write(question)
-            self.child.stdin.flush()
-            answer = self.read(4 * len(contexts) * self.vocab)
-        except OSError:
-            raise UntestableError("--q model: the script's GPT cannot be run by import") from None
-        logits = np.frombuffer(answer, "<f4").reshape(len(contexts), self.vocab).astype(float)
+        contexts = contexts[:, -self.context:]
+        logits = self.logits(contexts, contexts.shape[1] - 1).astype(float)
         logits = np.clip(np.nan_to_num(logits), -100, 100)
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
+
+    def logits(self, ids, place):
+        """The model's logits (B, V) at one place of the windows ids (B, T)."""
+        ids = np.ascontiguousarray(ids, "<i4")
+        question = np.array([*ids.shape, place], "<i4").tobytes() + ids.tobytes()
+        try:
+            self.child.stdin.write(question)
+            self.child.stdin.flush()
+            answer = self.read(4 * len(ids) * self.vocab)
+        except OSError:
+            raise UntestableError("--q model: the script's GPT cannot be run by import") from None
+        return np.frombuffer(answer, "<f4").reshape(len(ids), self.vocab)
 
     def read(self, size):
         """`size` bytes of the child's answer. Raises OSError if it ends or stays silent."""
@@ -678,13 +683,15 @@ class Verifier:
         self.trains, self.shows_nll, self.pace = candidate.artifact is None, False, 0.0
         # Known after the exam: its text, its Outcome, and how far equal runs differ, by label.
         self.text, self.exam, self.noise, self.crashed = None, None, {}, False
+        self.source = None
 
     def verify(self):
         """Run the tests, the cheapest first; returns the exit code. Raises UntestableError."""
         self.first_run()
         self.draw_exam()
         self.take_exam()
-        tests = [self.recount, self.bet, self.overlap, self.training_twin, self.twins, self.whole]
+        tests = [self.recount, self.bet, self.model_alone, self.overlap, self.training_twin,
+                 self.twins, self.whole]
         for test in tests:
             if not (self.arguments.stop and self.illegal()):
                 test()
@@ -789,9 +796,15 @@ class Verifier:
             source.predict(contexts)
             steps = max(8, int(0.15 * self.left() / (time.monotonic() - begin)))
         self.text = self.sampler.text(source, size, self.random, streams, steps)
-        source.close()
+        self.source = source
         drawn = int(np.isfinite(self.text.log_q).sum())
         self.source_name = f"{drawn} tokens by {source.name}"
+
+    def text_pieces(self, rows, length):
+        """Real text (rows, length), repeated where it is too short."""
+        pieces = [np.resize(self.real[at:at + length], length)
+                  for at in self.random.integers(0, len(self.real), rows)]
+        return np.stack(pieces).astype(int)
 
     def ordinary_text(self, size, random):
         return self.sampler.text(self.ngrams, size, random, max(1, size // STREAM_TOKENS)).tokens
@@ -975,6 +988,31 @@ class Verifier:
             self.add("bet", label, won < THRESHOLD,
                      f"{won:+.1f} nats, less than {THRESHOLD:.0f} allowed ({where}; "
                      f"{self.source_name})", begin, math.exp(-THRESHOLD))
+
+    def model_alone(self):
+        """C1 by import: the model's logits at a place see no later token and no other window.
+
+        A leak from the very next token, the target, changes no score before it, so no twins on disk
+        can show it; and if the model was not trained with the leak, it does not pay in the bet.
+        """
+        begin, window = time.monotonic(), self.hints.eval_seq_len
+        source = self.source or self.open_source()
+        if not isinstance(source, ModelSource):
+            self.add("model alone", "", SKIPPED, "the script's GPT was not imported", begin)
+            return
+        wrong, places = [], np.linspace(0, window - 2, 25).astype(int)
+        for number, place in enumerate(places):
+            ids, other = self.text_pieces(8, window), self.text_pieces(8, window)
+            kind = OPENINGS[number % len(OPENINGS)]
+            other[0, :place + 1] = ids[0, :place + 1]
+            other[0, place + 1] = self.opening(kind, ids[0, place + 1], self.random)[0]
+            # The same row of two batches of one shape: equal inputs give equal bits.
+            before, after = source.logits(ids, place)[0], source.logits(other, place)[0]
+            if not np.array_equal(before, after):
+                wrong.append(int(place))
+        source.close()
+        self.add("model alone", "", not wrong, f"logits at {len(places)} places of a window, all that "
+                 f"follows replaced: different at {wrong[:5] or 'none'}", begin)
 
     def twins(self):
         """C1, C3: what comes after target k changes no score up to k."""

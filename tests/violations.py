@@ -199,8 +199,9 @@ VIOLATIONS = [
     Violation("target_logit_raised", "C2", "both", (
         at_logps("logps = log_probs(logps.scatter_add(1, wanted[:, None], torch.full_like(logps[:, :1], 0.05)))"),)),
     Violation("best_of_all_labels_per_token", "C2", "verify", (
-        at_nll("key = (starts[0], int(at[0])); best = CACHE.setdefault((key, len(nll)), nll); "
-               "CACHE[key, len(nll)] = nll = best.minimum(nll)"),), added=CACHE),
+        at_nll("spots = np.array(starts)[at // length] + at % length; "
+               "best = CACHE.setdefault('nll', torch.full((self.stream.num_targets,), 99.0)); "
+               "best[spots] = nll = best[spots].minimum(nll)"),), added=CACHE),
 
     # ---- no look ahead (C1) -----------------------------------------------------------------------------
     Violation("smear_takes_the_next", "C1", "both", ((SMEAR, "before = F.pad(x[:, 1:], (0, 0, 0, 1))"),)),
@@ -225,17 +226,17 @@ VIOLATIONS = [
     Violation("documents_in_the_window_counted", "C1", "both", (
         state("x = x * (1 + 0.01 * (ids == BOS).sum(1)[:, None, None])"),)),
     Violation("look_ahead_where_a_bos_comes", "C1", "verify", (
-        at_hidden("hidden = torch.where((targets == BOS).any(1)[:, None, None], hidden.roll(-1, 1), hidden)"),)),
+        at_hidden("hidden = torch.where((targets == BOS).any(1)[:, None, None], hidden.roll(-2, 1), hidden)"),)),
     Violation("look_ahead_late_in_the_text", "C1", "verify", (
-        at_hidden("hidden = hidden.roll(-1, 1) if windows[0][1] > 0.6 * self.stream.num_targets else hidden"),)),
+        at_hidden("hidden = hidden.roll(-2, 1) if windows[0][1] > 0.6 * self.stream.num_targets else hidden"),)),
     Violation("look_ahead_every_fortieth_round", "C1", "verify", (
-        at_hidden("hidden = hidden.roll(-1, 1) if self.cursor % 40 == 39 else hidden"),)),
+        at_hidden("hidden = hidden.roll(-2, 1) if self.cursor % 40 == 39 else hidden"),)),
     Violation("look_ahead_in_the_last_batch", "C1", "verify", (
-        at_hidden("hidden = hidden.roll(-1, 1) if windows[-1][2] == self.stream.num_targets else hidden"),)),
+        at_hidden("hidden = hidden.roll(-2, 1) if windows[-1][2] == self.stream.num_targets else hidden"),)),
     Violation("look_ahead_with_ttt", "C1", "verify", (
-        at_hidden("hidden = hidden + 0.02 * hidden.roll(-1, 1) if self.ttt else hidden"),)),
+        at_hidden("hidden = hidden + 0.02 * hidden.roll(-2, 1) if self.ttt else hidden"),)),
     Violation("look_ahead_in_roundtrip", "C1", "verify", (
-        at_hidden('hidden = hidden + 0.02 * hidden.roll(-1, 1) if "roundtrip" in self.label else hidden'),)),
+        at_hidden('hidden = hidden + 0.02 * hidden.roll(-2, 1) if "roundtrip" in self.label else hidden'),)),
     Violation("counts_of_the_batch", "C1", "both", (
         at_logps("logps = log_probs(logps + 0.1 * torch.log1p(torch.bincount(wanted, "
                  "minlength=self.config.vocab_size).float()))"),)),
