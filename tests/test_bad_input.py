@@ -403,13 +403,13 @@ def test_resuming_on_other_validation_text_is_an_error(place):
     tokens = np.array(train_gpt.read_shard(place.shard("val")))
     tokens[50:] = np.roll(tokens[50:], 5)
     write_shard(place.shard("val"), tokens)
-    place.refused(CONFIGURATION, place.run_dir, "VALIDATION: ", "RUN_ID", mode="audit")
+    place.refused(CONFIGURATION, place.run_dir, "validation text: ", "RUN_ID", mode="audit")
 
 
 def test_a_training_run_does_not_become_an_evaluation(evaluation, tiny_data):
     training = {**tiny_data.settings, **evaluation.where}
     evaluation.refused(CONFIGURATION, settings=training, mode="audit")
-    evaluation.refused(CONFIGURATION, "EVAL_ONLY: '' -> ", evaluation.artifact)
+    evaluation.refused(CONFIGURATION, "file that is scored: \"the run's own\" -> ")
 
 
 # As a user does

@@ -1,6 +1,5 @@
 """Where settings come from, what is refused, what the hash covers, and what an artifact brings with it."""
 import dataclasses
-import hashlib
 import sys
 
 import pytest
@@ -9,11 +8,13 @@ import train_gpt
 from conftest import tiny_config
 from train_gpt import PRESETS, Config, ConfigError
 
-FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "explicit"}
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PLACE_AND_PACE = {
-    "preset", "data_path", "tokenizer_path", "run_id", "run_dir", "resume", "eval_only", "mode", "audit",
-    "device", "compile", "micro_batch_tokens", "warmup_steps", "train_log_every", "val_loss_every",
-    "checkpoint_every", "checkpoint_seconds", "eval_checkpoint_seconds", "time_limit_seconds"}
+    "preset", "data_path", "tokenizer_path", "val_sha256", "run_id", "run_dir", "resume", "eval_only",
+    "mode", "audit", "audit_seed", "spot_checks", "scores_file", "ttt_cuda_graph", "nproc", "code_bytes",
+    "prompt", "sample_tokens", "temperature", "top_k", "device", "compile", "micro_batch_tokens",
+    "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "checkpoint_seconds",
+    "eval_checkpoint_seconds", "time_limit_seconds"}
 # REFERENCE sections 3 to 7, by hand: the submission that the defaults are.
 NFM_7K = dict(
     preset="nfm_7k", vocab_size=1024, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0,
@@ -22,7 +23,7 @@ NFM_7K = dict(
     nfm_enabled=True, nfm_hidden_dim=256, nfm_loss_weight=0.1, iterations=7000, train_batch_tokens=786_432,
     train_seq_len=2048, warmdown_iters=2800, warmdown_shape="linear", max_wallclock_seconds=0.0,
     embed_lr=0.035, scalar_lr=0.025, matrix_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500, muon_ns_steps=5, weight_decay=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
+    muon_momentum_warmup_steps=1500, muon_ns_steps=5, muon_wd=0.04, adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
     grad_clip_norm=0.3, qk_gain_init=1.5, embed_init_std=0.005, flow_init_scale=0.01, ema_decay=0.997,
     swa_enabled=False, late_qat_threshold=0.0, block_bits=6, embed_bits=8, compressor="zstd", zstd_level=16,
     budget_bytes=16_000_000, eval_seq_len=1024, eval_stride=64, ttt_enabled=True, ttt_lr=0.002,
@@ -52,7 +53,7 @@ def other_value(name):
     elif field.type is bool:
         candidates = [not value]
     elif field.type is str:
-        candidates = ["cpu" if name == "device" else value + "other"]
+        candidates = [dict(device="cpu", val_sha256="0" * 64).get(name, value + "other")]
     else:
         candidates = [value * 2, value / 2 if field.type is float else value // 2, value + 1]
     for candidate in candidates:
@@ -73,7 +74,6 @@ def test_an_empty_environment_gives_the_defaults():
     config = Config.from_env({})
     assert config.as_dict() == {**Config().as_dict(), "run_id": "nfm_7k_seed42",
                                 "run_dir": "runs/nfm_7k_seed42"}
-    assert config.explicit == ()
 
 
 def test_an_explicit_variable_beats_the_preset_and_the_preset_the_default():
@@ -188,7 +188,9 @@ def test_help_lists_every_variable_with_its_meaning_default_and_presets(monkeypa
     """Even where the environment is wrong: help is for those who are stuck."""
     text = call_main(monkeypatch, capsys, "--help", PRESET="no such preset")
     entries = {}
-    for line in text.split("Variables", 1)[1].splitlines()[1:]:
+    variables, published = text.split("Variables", 1)[1].split("\n\nPublished names", 1)
+    assert all(f"\n  {name}\n" in published for name in train_gpt.PUBLISHED)
+    for line in variables.splitlines()[1:]:
         if not line.startswith("   "):
             name = line.strip().split("=")[0]
             entries[name] = line
@@ -250,31 +252,39 @@ def test_a_value_of_the_wrong_type_is_refused(value):
         Config(num_layers=value)
 
 
+def brought_by(config):
+    """What an artifact of `config` brings into a run that scores it."""
+    loaded = train_gpt.LoadedWeights(config, {}, "", {}, "0123456789abcdef")
+    return loaded.brought()
+
+
 def test_an_artifact_brings_its_architecture_and_evaluation():
     artifact = tiny_config(eval_stride=32, ttt_lr=0.5)
-    own = Config.from_env({"SEED": "5", "MICRO_BATCH_TOKENS": "4096", "DATA_PATH": "/somewhere"})
-    merged = own.adopt(artifact)
+    environ = {"SEED": "5", "MICRO_BATCH_TOKENS": "4096", "DATA_PATH": "/somewhere"}
+    own, merged = Config.from_env(environ), Config.from_env(environ, brought_by(artifact))
     assert merged.as_dict("arch", "eval") == artifact.as_dict("arch", "eval")
-    assert merged.as_dict("train", "run") == own.as_dict("train", "run")
+    expected = {**own.as_dict("train", "run"), "run_id": merged.run_id, "run_dir": merged.run_dir,
+                "audit": True}  # a file of others is not believed
+    assert merged.as_dict("train", "run") == expected
 
 
 def test_an_explicit_evaluation_setting_beats_the_artifacts():
     artifact = tiny_config(eval_stride=32, ttt_lr=0.5)
-    merged = Config.from_env({"EVAL_STRIDE": "16", "TTT_ENABLED": "0"}).adopt(artifact)
+    merged = Config.from_env({"EVAL_STRIDE": "16", "TTT_ENABLED": "0"}, brought_by(artifact))
     assert (merged.eval_stride, merged.ttt_enabled, merged.ttt_lr) == (16, False, 0.5)
     assert merged.eval_seq_len == 64
 
 
 def test_an_explicit_architecture_must_be_the_artifacts():
-    artifact = tiny_config()
-    assert Config.from_env({"NUM_LAYERS": "3"}).adopt(artifact).num_layers == 3
+    brought = brought_by(tiny_config())
+    assert Config.from_env({"NUM_LAYERS": "3"}, brought).num_layers == 3
     with pytest.raises(ConfigError,
                        match=r"NUM_LAYERS=4 contradicts the artifact, which has 3: unset NUM_LAYERS"):
-        Config.from_env({"NUM_LAYERS": "4"}).adopt(artifact)
+        Config.from_env({"NUM_LAYERS": "4"}, brought)
 
 
 def test_a_preset_does_not_contradict_an_artifact():
-    merged = Config.from_env({"PRESET": "slot_11l"}).adopt(tiny_config())
+    merged = Config.from_env({"PRESET": "slot_11l"}, brought_by(tiny_config()))
     assert merged.num_layers == 3 and merged.preset == "slot_11l"
 
 
@@ -283,17 +293,15 @@ def test_a_preset_does_not_contradict_an_artifact():
     (dict(TTT_CHUNK_TOKENS="192"), dict(eval_seq_len=64)),
     (dict(MODEL_DIM="32"), dict(model_dim=32, num_heads=4, rope_dims=4)),
     (dict(NUM_HEADS="3"), dict(model_dim=48, num_heads=3, num_kv_heads=1))])
-def test_an_explicit_setting_need_only_fit_the_artifact(settings, changes, tmp_path):
-    """The defaults it would not fit are about to be replaced by the artifact's values."""
-    path = tmp_path / "artifact.ptz"
-    path.write_bytes(b"only its hash is asked here")
-    merged = Config.from_env({"EVAL_ONLY": str(path), **settings}).adopt(tiny_config(**changes))
+def test_an_explicit_setting_need_only_fit_the_artifact(settings, changes):
+    """The defaults it would not fit are replaced by the artifact's values."""
+    merged = Config.from_env(settings, brought_by(tiny_config(**changes)))
     assert {name: str(getattr(merged, name.lower())) for name in settings} == settings
 
 
-def test_adopted_settings_that_do_not_fit_are_refused():
+def test_settings_that_do_not_fit_the_artifact_are_refused():
     with pytest.raises(ConfigError, match="EVAL_STRIDE=100 and EVAL_SEQ_LEN=64: targets between"):
-        Config.from_env({"EVAL_STRIDE": "100"}).adopt(tiny_config())
+        Config.from_env({"EVAL_STRIDE": "100"}, brought_by(tiny_config()))
 
 
 @pytest.mark.parametrize("environ,run_id", [
@@ -307,12 +315,9 @@ def test_the_run_is_named_by_preset_seed_and_slurm_job(environ, run_id):
     assert (config.run_id, config.run_dir) == (run_id, f"runs/{run_id}")
 
 
-def test_an_evaluation_is_named_by_the_file_it_scores(tmp_path):
-    path = tmp_path / "final_model.int6.ptz"
-    path.write_bytes(b"some artifact")
-    digest = hashlib.sha256(b"some artifact").hexdigest()[:8]
-    config = Config.from_env({"EVAL_ONLY": str(path), "SLURM_JOB_ID": "9", "SEED": "3"})
-    assert config.run_id == f"eval_{digest}_9"
+def test_an_evaluation_is_named_by_the_file_it_scores():
+    config = Config.from_env({"SLURM_JOB_ID": "9", "SEED": "3"}, brought_by(tiny_config()))
+    assert (config.run_id, config.run_dir) == ("eval_01234567_9", "runs/eval_01234567_9")
 
 
 def test_a_named_directory_is_used_as_it_is():

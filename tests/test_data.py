@@ -11,12 +11,13 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
 from conftest import ROOT, VOCAB, environment, tiny_config, train_tokenizer
-from train_gpt import BOS, DataError, TokenBytes, TrainStream, ValStream, read_shard, write_shard
+from train_gpt import BOS, ConfigError, DataError, TokenBytes, TrainStream, ValidationSet, read_shard, write_shard
 
 PROPERTY = dict(deadline=None, derandomize=True, database=None)
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
@@ -323,6 +324,20 @@ def test_a_space_spelt_in_bytes_is_not_counted_as_three(tmp_path):
     assert counted(model, token_bytes, text) == len(text.encode())
 
 
+# On its way to the device
+
+def test_tokens_go_to_a_gpu_through_pinned_memory_and_without_waiting(runtime, monkeypatch):
+    made, calls = runtime(tiny_config()), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pin") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: calls.append((args, kwargs)) or tensor)
+    array = np.arange(12, dtype=np.uint16).reshape(3, 4)[:, 1:]
+    assert torch.equal(made.to_device(array), torch.tensor(array.astype(np.int64)))
+    assert calls == [((torch.device("cpu"),), dict(non_blocking=True))]
+    made.device = torch.device("cuda", 1)
+    assert made.to_device(array).dtype == torch.int64
+    assert calls[1:] == ["pin", ((torch.device("cuda", 1),), dict(non_blocking=True))]
+
+
 # The validation stream
 
 class OneByte:
@@ -349,7 +364,7 @@ def val_config(folder, **changes):
 @pytest.mark.parametrize("tokens,targets", [(65, 64), (66, 64), (128, 64), (129, 128), (200, 192)])
 def test_the_validation_stream_is_trimmed_to_whole_windows(tmp_path, tokens, targets):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.arange(tokens) % 300)
-    stream = ValStream.load(val_config(tmp_path, eval_seq_len=64), OneByte())
+    stream = ValidationSet.load(val_config(tmp_path, eval_seq_len=64), OneByte())
     assert stream.num_targets == len(stream.bytes) == targets and len(stream.tokens) == targets + 1
     assert stream.tokens.tolist() == [i % 300 for i in range(targets + 1)]
 
@@ -358,13 +373,13 @@ def test_the_validation_stream_joins_its_shards_in_order(tmp_path):
     for name, tokens in (("000001", range(40, 90)), ("000000", range(40)), ("000002", range(90, 129))):
         write_shard(tmp_path / f"fineweb_val_{name}.bin", np.array(tokens))
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(10))
-    assert ValStream.load(val_config(tmp_path), OneByte()).tokens.tolist() == list(range(129))
+    assert ValidationSet.load(val_config(tmp_path), OneByte()).tokens.tolist() == list(range(129))
 
 
 def test_each_target_gets_the_bytes_of_its_own_pair(tiny_data, monkeypatch):
     config = val_config(tiny_data.data_path, tokenizer_path=str(tiny_data.tokenizer_path))
     token_bytes = TokenBytes(tiny_data.tokenizer_path)
-    stream = ValStream.load(config, token_bytes)
+    stream = ValidationSet.load(config, token_bytes)
     pairs = [int(token_bytes.count([a], [b])[0]) for a, b in zip(stream.tokens[:-1], stream.tokens[1:])]
     assert stream.bytes.tolist() == pairs
 
@@ -377,14 +392,14 @@ def test_bytes_do_not_depend_on_where_the_stream_is_cut_into_parts():
             return (np.asarray(before, np.int64) * 7 + after).astype(np.uint16)
 
     tokens = (np.arange((1 << 21) + 5) % 1000).astype(np.uint16)
-    stream = ValStream(tokens, Pairs())
+    stream = ValidationSet(tokens, Pairs())
     assert np.array_equal(stream.bytes, Pairs().count(tokens[:-1], tokens[1:]))
 
 
 def test_the_fingerprint_tells_tokens_bytes_documents_and_sha256(tmp_path):
     ids = np.array([BOS, 5, 6, BOS, 7] * 13)
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
-    stream = ValStream.load(val_config(tmp_path, eval_seq_len=32), OneByte(total=96))
+    stream = ValidationSet.load(val_config(tmp_path, eval_seq_len=32), OneByte(total=96))
     assert stream.fingerprint == dict(
         val_tokens=65, val_targets=64, val_bytes=96, val_documents=26, bytes_per_token=1.5, scope="proxy",
         val_sha256=hashlib.sha256(ids.astype("<u2").tobytes()).hexdigest())
@@ -392,28 +407,46 @@ def test_the_fingerprint_tells_tokens_bytes_documents_and_sha256(tmp_path):
 
 @pytest.mark.parametrize("targets,total,vocab,scope", [
     (1000, 3000, 1024, "canonical"), (1000, 2000, 1024, "canonical"), (1000, 4000, 1024, "canonical"),
-    (1000, 1999, 1024, "proxy"), (1000, 4001, 1024, "proxy"), (999, 3000, 1024, "proxy"),
-    (1001, 3000, 1024, "proxy"),
-    (1000, 3000, 1023, "proxy")])
+    (700, 3000, 8192, "canonical"), (1000, 1999, 1024, "proxy"), (1000, 4001, 1024, "proxy"),
+    (999, 3000, 1024, "proxy"), (1001, 3000, 1024, "proxy"), (1000, 3000, 1023, "proxy"),
+    (1000, 3000, 8192, "proxy"), (700, 3000, 1024, "proxy")])
 def test_only_the_known_counts_make_a_split_canonical(monkeypatch, targets, total, vocab, scope):
-    monkeypatch.setattr(train_gpt, "CANONICAL_TARGETS", 1000)
+    """The counts of a tokenizer; without the digest they are all there is to say."""
+    monkeypatch.setattr(train_gpt, "CANONICAL_TARGETS", {1024: 1000, 8192: 700})
     monkeypatch.setattr(train_gpt, "CANONICAL_BYTES", (2000, 4000))
     token_bytes = OneByte(total)
     token_bytes.vocab_size = vocab
-    stream = ValStream(np.zeros(targets + 1, np.uint16), token_bytes)
-    assert stream.scope == stream.fingerprint["scope"] == scope
+    tokens = np.zeros(targets + 1, np.uint16)
+    certain = ValidationSet(tokens, token_bytes, hashlib.sha256(tokens.tobytes()).hexdigest())
+    assert certain.scope == certain.fingerprint["scope"] == scope
+    by_counts = ValidationSet(tokens, token_bytes)
+    expected = "canonical-by-counts" if scope == "canonical" else "proxy"
+    assert by_counts.scope == by_counts.fingerprint["scope"] == expected
 
 
-def test_the_known_counts_are_those_of_the_official_split():
-    assert train_gpt.CANONICAL_TARGETS == 62_021_632
+def test_the_known_counts_are_those_of_the_official_splits():
+    """The same text: 2.4359 and 3.7266 bytes per token."""
+    assert train_gpt.CANONICAL_TARGETS == {1024: 62_021_632, 8192: 40_540_160}
     assert train_gpt.CANONICAL_BYTES == (151_020_000, 151_080_000)
-    assert all(train_gpt.CANONICAL_TARGETS % seq_len == 0 for seq_len in (1024, 2048))
+    for pieces, rate in ((1024, 2.4359), (8192, 3.7266)):
+        targets = train_gpt.CANONICAL_TARGETS[pieces]
+        assert targets % 2048 == 0 and 151_020_000 <= targets * rate <= 151_080_000
+
+
+def test_other_tokens_than_the_expected_ones_are_an_error(tmp_path):
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.arange(70))
+    digest = hashlib.sha256(np.arange(65).astype("<u2").tobytes()).hexdigest()  # of what is scored
+    assert ValidationSet.load(val_config(tmp_path, val_sha256=digest), OneByte()).scope == "proxy"
+    with pytest.raises(DataError, match=f"have SHA-256 {digest}, expected VAL_SHA256={'0' * 64}:"):
+        ValidationSet.load(val_config(tmp_path, val_sha256="0" * 64), OneByte())
+    with pytest.raises(ConfigError, match="VAL_SHA256='abc': expected 64 hexadecimal digits"):
+        val_config(tmp_path, val_sha256="abc")
 
 
 def test_validation_data_shorter_than_a_window_are_refused(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.zeros(64))
     with pytest.raises(DataError, match=f"{tmp_path}: 64 validation tokens .* EVAL_SEQ_LEN=64"):
-        ValStream.load(val_config(tmp_path), OneByte())
+        ValidationSet.load(val_config(tmp_path), OneByte())
 
 
 def test_loading_checks_the_bytes_against_the_text(tiny_data, monkeypatch):
@@ -423,7 +456,7 @@ def test_loading_checks_the_bytes_against_the_text(tiny_data, monkeypatch):
     monkeypatch.setattr(token_bytes, "count", lambda before, after: right(token_bytes, before, after) +
                         (np.asarray(after) % 50 == 0))
     with pytest.raises(DataError, match="bytes per token are wrong"):
-        ValStream.load(config, token_bytes)
+        ValidationSet.load(config, token_bytes)
 
 
 # The demo corpus
@@ -468,7 +501,7 @@ def test_a_file_that_cannot_be_parsed_has_no_english(tmp_path, content):
 def small_demo(tmp_path, monkeypatch):
     """(config, build) of a demo whose corpus is small: build() returns its log."""
     texts = [text[:4000] for text in TOPICS]
-    monkeypatch.setattr(train_gpt, "demo_texts", lambda: (texts[:50], texts[50:60]))
+    monkeypatch.setattr(train_gpt, "demo_texts", lambda: train_gpt.DemoTexts(texts[:50], texts[50:60]))
 
     def build(folder="demo", **changes):
         config = tiny_config(data_path=str(tmp_path / folder / "data"),
@@ -500,7 +533,7 @@ def test_the_demo_data_are_ordinary_shards_of_documents_that_decode_to_the_corpu
         assert starts[0] == 0 and len(starts) == len(texts)
         documents = [model.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
         assert documents == [model.decode(model.encode(text)) for text in texts]
-    ValStream.load(config, token_bytes)
+    ValidationSet.load(config, token_bytes)
     assert lines and all(line.startswith("demo_data: ") for line in lines)
 
 

@@ -59,17 +59,24 @@ def test_the_demo_ends_with_scores_baselines_summary_and_what_to_try_next(demo):
     tail = demo.lines[[i for i, line in enumerate(demo.lines) if line.startswith("legal_ttt ")][0]:]
     starts = ["legal_ttt ", "legal_ttt_exact ", "score_scope:proxy", "result pre_quant ",
               "result final_int6_roundtrip ", "result final_int6_sliding_window ", "result legal_ttt ",
-              "baseline gzip -9 ", "baseline xz -6 ", "summary: trained ", "summary: best legal score ",
-              "next: ", "run_finished "]
+              "baseline gzip -9 ", "baseline xz -6 ", "summary: score ", "summary: scored ", "summary: size ",
+              "summary: steps ", "summary: files ", "next: ", "run_finished "]
     assert [line.startswith(start) for line, start in zip(tail, starts, strict=True)] == [True] * len(starts)
 
 
 def test_the_demo_tells_its_artifact_size_and_what_to_try(demo):
-    summary = next(line for line in demo.lines if line.startswith("summary: trained"))
-    advice = next(line for line in demo.lines if line.startswith("next:"))
-    assert f"artifact {(demo.dir / 'final_model.int6.ptz').stat().st_size} bytes" in summary
-    assert set(re.findall(r"\b([A-Z][A-Z_]+)=?", advice)) <= {*(name.upper() for name in DEMO.as_dict())}
-    assert "PRESET=nfm_7k" in advice
+    summary = next(line for line in demo.lines if line.startswith("summary: size"))
+    assert f" {(demo.dir / 'final_model.int6.ptz').stat().st_size:,} + " in summary
+
+
+def test_the_command_to_try_next_verifies_the_artifact(demo):
+    advice = next(line for line in demo.lines if line.startswith("next: "))
+    command = advice.removeprefix("next: ").partition("#")[0].split()
+    assert command[-2:] == ["python", "train_gpt.py"]
+    settings = dict(word.split("=", 1) for word in command[:-2])
+    brought = train_gpt.load_weights(settings["EVAL_ONLY"]).brought()
+    assert Config.from_env(settings, brought).data_path == settings["DATA_PATH"]
+    assert settings["EVAL_ONLY"] == str(demo.dir / "final_model.int6.ptz")
 
 
 def test_with_data_of_ones_own_the_demo_builds_none(demo):

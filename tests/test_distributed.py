@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench
 import pytest
 import torch
 import train_gpt
@@ -16,8 +17,8 @@ from test_resume import AT_WRITE, at_step, children, copy_run, outcome, unscored
 
 LAB = f"""
 import dataclasses, json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, train_gpt
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import bench, torch, train_gpt
 """ + """
 def score(name, model, stream, **options):
     changes = options.pop("changes", {})
@@ -27,8 +28,9 @@ def score(name, model, stream, **options):
 
 left = dict(scores={}, out=os.environ.pop("LAB_OUT"))
 config = train_gpt.Config.from_env(os.environ)
+train_gpt.Comm = bench.CountingComm
 runtime = train_gpt.Runtime(config, os.environ)
-val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
 trainer = train_gpt.Trainer(config, runtime, val)
 trainer.announce()
 trainer.run()
@@ -175,8 +177,8 @@ class Collectives:
 
 
 def bytes_of_a_step(monkeypatch, world):
-    """(counted by Comm, moved by the collectives) in one optimiser step of the tiny model."""
-    ring, comm = Collectives(world), train_gpt.Comm(0, world)
+    """(counted by the bench, moved by the collectives) in one optimiser step of the tiny model."""
+    ring, comm = Collectives(world), bench.CountingComm(0, world)
     monkeypatch.setattr(train_gpt, "dist", SimpleNamespace(all_reduce=ring.all_reduce))
     monkeypatch.setattr(train_gpt, "reduce_scatter", ring.reduce_scatter)
     monkeypatch.setattr(train_gpt, "all_gather", ring.all_gather)

@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import train_gpt
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_gpt import ArtifactError, LegalityError, Meter, Stopped, plan_windows, plan_work
+from train_gpt import (ArtifactError, LegalityError, Meter, ScoreRound, Stopped, TrainStep, Window,
+                       plan_windows, plan_work)
 
 SEQ, STRIDE, CHUNK = 64, 16, 256  # of conftest.TINY
 EVERY_PART = dict(ve_dim=8, ve_last_n=2, flow_enabled=True, flow_latent_dim=8, flow_hidden_dim=16,
@@ -59,10 +61,10 @@ class Case:
     """A configuration, a runtime and a validation stream."""
     config: train_gpt.Config
     runtime: train_gpt.Runtime
-    stream: train_gpt.ValStream
+    stream: train_gpt.ValidationSet
 
     def model(self):
-        return random_model(self.config, self.runtime.attend)
+        return random_model(self.config, train_gpt.pick_attention(self.runtime.device, self.runtime.dtype).function)
 
     def run(self, model=None, stream=None, stride=None, **options):
         """(Score, Seen) of one evaluation."""
@@ -74,6 +76,10 @@ class Case:
     def log(self):
         return (self.runtime.dir / "train.log").read_text()
 
+    def checkpoints(self, name="eval"):
+        """Keeps states of this name in the run's directory, none unless the evaluation stops."""
+        return train_gpt.Checkpointer(self.runtime, name, self.config.eval_checkpoint_seconds)
+
 
 @pytest.fixture
 def case(runtime, tiny_data):
@@ -83,7 +89,7 @@ def case(runtime, tiny_data):
 
     def make(targets=300, **changes):
         config = tiny_config(**changes)
-        stream = train_gpt.ValStream(tokens[:targets + 1], token_bytes)
+        stream = train_gpt.ValidationSet(tokens[:targets + 1], token_bytes)
         return Case(config, runtime(config), stream)
     return make
 
@@ -131,15 +137,15 @@ def test_each_chunk_is_scored_before_it_is_trained_on_and_the_last_is_never_trai
     config, windows, work = planned(*numbers)
     targets, chunk, scored, trained = numbers[0], config.ttt_chunk_tokens, 0, {}
     for item in work:
-        if item[0] == "score":
-            assert 0 < item[2] - item[1] <= numbers[4]
-            assert windows[item[1]][1] == scored
-            scored = windows[item[2] - 1][2]
+        if isinstance(item, ScoreRound):
+            assert 0 < item.high - item.low <= numbers[4]
+            assert windows[item.low].first == scored
+            scored = windows[item.high - 1].end
             # Rounds do not cross chunks: all of the next chunk's windows see this chunk's training.
-            assert windows[item[1]][1] // chunk == windows[item[2] - 1][1] // chunk
-            assert windows[item[1]][1] // chunk == len(trained)
+            assert windows[item.low].first // chunk == windows[item.high - 1].first // chunk
+            assert windows[item.low].first // chunk == len(trained)
         else:
-            _, first, low, high, rate = item
+            first, low, high, rate = item
             assert 0 < high - low <= config.ttt_batch_seqs
             assert first + high * config.eval_seq_len <= scored
             trained.setdefault(first, []).extend(range(low, high))
@@ -153,12 +159,13 @@ def test_each_chunk_is_scored_before_it_is_trained_on_and_the_last_is_never_trai
 def test_without_test_time_training_the_work_is_one_row_of_full_rounds(numbers):
     _, windows, work = planned(*numbers, ttt=False)
     per_round, count = numbers[4], len(windows)
-    assert work == [("score", at, min(at + per_round, count)) for at in range(0, count, per_round)]
+    assert work == [ScoreRound(at, min(at + per_round, count)) for at in range(0, count, per_round)]
 
 
 def test_the_learning_rate_is_a_cosine_over_chunks():
     config, _, work = planned(5 * 40 * 4, 40, 10, 4, 2, 1, 4)
-    rates = {item[1] // config.ttt_chunk_tokens: item[4] for item in work if item[0] == "train"}
+    steps = [item for item in work if isinstance(item, TrainStep)]
+    rates = {step.first // config.ttt_chunk_tokens: step.rate for step in steps}
     # lr 0.1 over 5 chunks: (1 + cos(pi c / 4)) / 20; the fifth chunk is not trained on
     assert rates == pytest.approx({0: 0.1, 1: 0.0853553, 2: 0.05, 3: 0.0146447}, abs=1e-7)
 
@@ -172,7 +179,7 @@ def test_ranks_share_all_windows_and_their_sums_add_up(case, world):
         case.runtime.comm = train_gpt.Comm(rank, world)
         share = train_gpt.Evaluation(model.eval(), case.stream, case.config, case.runtime, STRIDE)
         for item in share.work:
-            share.score(*item[1:])
+            share.score(item)
         coverage += share.meter.coverage
         nats, num_bytes = nats + float(share.meter.nll), num_bytes + share.meter.bytes
     case.runtime.comm = train_gpt.Comm()
@@ -190,18 +197,19 @@ def test_bits_per_byte_is_nats_over_ln_2_over_bytes():
 @pytest.mark.parametrize("first, end", [(0, 4), (3, 6), (2, 3)])
 def test_the_meter_refuses_a_target_twice_and_a_step_back(first, end):
     meter = Meter(10, "cpu")
-    meter.add(0, 4, torch.tensor(1.0), 4)
+    meter.add([Window(0, 0, 2), Window(0, 2, 4)], torch.tensor(1.0), 4)
     with pytest.raises(LegalityError):
-        meter.add(first, end, torch.tensor(1.0), 1)
-    meter.add(6, 8, torch.tensor(1.0), 2)
+        meter.add([Window(0, first, end)], torch.tensor(1.0), 1)
+    meter.add([Window(0, 6, 8)], torch.tensor(1.0), 2)
     with pytest.raises(LegalityError):
-        meter.add(4, 6, torch.tensor(1.0), 2)
+        meter.add([Window(0, 4, 6)], torch.tensor(1.0), 2)
 
 
 def test_the_meter_sums_in_float64():
     meter = Meter(3, "cpu")
     for target, value in enumerate((2.0**25, 1.0, 2.0**-20)):
-        meter.add(target, target + 1, torch.tensor(value, dtype=torch.float64), 1)
+        window = Window(0, target, target + 1)
+        meter.add([window], torch.tensor(value, dtype=torch.float64), 1)
     assert float(meter.nll) == 2.0**25 + 1 + 2.0**-20
 
 
@@ -275,6 +283,25 @@ def test_roundtrip_is_the_same_loop_with_windows_side_by_side(case):
     assert score.val_loss == pytest.approx(float(loss), rel=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, EVERY_PART, dict(gated_attention=False, value_residual=False),
+                                     dict(num_layers=1, xsa_last_n=0), dict(dtype="bfloat16")],
+                         ids=lambda c: "-".join(c))
+@pytest.mark.parametrize("ttt", [False, True])
+def test_the_last_block_works_for_scored_positions_only_and_the_score_is_the_same(case, monkeypatch, changes, ttt):
+    case = case(2 * CHUNK, ttt_lr=0.05, ttt_freeze_blocks=0, **changes)
+    model, asked = case.model(), []
+    last_mlp, refined = model.blocks[-1].mlp.forward, model.nfm.forward
+    for module, forward in ((model.blocks[-1].mlp, last_mlp), (model.nfm, refined)):
+        module.forward = lambda x, *rest, forward=forward: asked.append(x.size(1)) or forward(x, *rest)
+    score, seen = case.run(model, ttt=ttt)
+    part = STRIDE if not case.config.e2e_ttt_enabled else SEQ  # of the block: TTT-Linear needs all positions
+    assert {SEQ, STRIDE} == set(asked) and asked.count(part) > asked.count(SEQ) / 4
+    monkeypatch.setattr(train_gpt.Evaluation, "states", lambda self, batch: self.hidden(batch.ids))
+    whole, every = case.run(ttt=ttt)
+    assert np.abs(seen.nll - every.nll).max() < (2e-2 if "dtype" in changes else 1e-5)
+    assert score.val_bpb == pytest.approx(whole.val_bpb, abs=1e-6)
+
+
 @pytest.mark.parametrize("stride", [1, STRIDE, SEQ])
 def test_only_scored_positions_get_logits(case, stride):
     case = case(150)
@@ -330,7 +357,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_score(case, ttt):
     model = case.model()
     ran = with_memory_for(model, 3)
     score, seen = case.run(model, ttt=ttt)
-    assert max(ran) == 2 and case.runtime.batch_seqs == 2
+    assert max(ran) == 2 and "halved to 2 windows" in case.log()
     assert score.tokens == expected.tokens and score.bytes == expected.bytes
     assert score.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
     assert np.abs(seen.nll - every.nll).max() < 1e-3
@@ -361,11 +388,11 @@ class Weights(Seen):
         self.by_chunk, self.rates = {}, []
 
     def before_item(self, evaluation, item):
-        if item[0] == "score":
-            self.by_chunk[evaluation.windows[item[1]][1] // CHUNK] = weights(evaluation.model)
+        if isinstance(item, ScoreRound):
+            self.by_chunk[evaluation.windows[item.low].first // CHUNK] = weights(evaluation.model)
 
     def after_item(self, evaluation, item):
-        if item[0] == "train":
+        if isinstance(item, TrainStep):
             self.rates.append(evaluation.sgd.param_groups[0]["lr"])
 
 
@@ -404,7 +431,7 @@ def test_frozen_blocks_do_not_move_and_everything_else_does(case, freeze):
 def test_the_optimiser_holds_no_frozen_weight(case):
     case = case(2 * CHUNK, ttt_freeze_blocks=2)
     model = case.model()
-    with train_gpt.adapted(model, 2) as params:
+    with train_gpt.evaluation_mode(model, 2) as params:
         held = {id(param) for param in params}
         for name, param in model.named_parameters():
             is_frozen = name.startswith(("blocks.0.", "blocks.1."))
@@ -443,6 +470,47 @@ def test_the_steps_on_a_chunk_equal_plain_sgd(case, clip):
             assert torch.allclose(found[name], value, rtol=1e-4, atol=2e-5), (chunk, name)
 
 
+@pytest.mark.parametrize("item", [TrainStep(0, 0, 2, 0.1), TrainStep(CHUNK, 0, 4, 0.1)])
+def test_training_on_what_is_not_scored_is_refused(case, item):
+    """The first rows before any score; the second chunk when only the first is scored."""
+    case = case(3 * CHUNK)
+
+    class Impatient(Seen):
+        def after_item(self, evaluation, done):
+            if evaluation.cursor == 0 or done == TrainStep(0, 2, 4, case.config.ttt_lr):
+                evaluation.scored_until = evaluation.scored_until if item.first else 0
+                evaluation.train(item)
+    with pytest.raises(LegalityError, match="are scored"):
+        case.run(ttt=True, observer=Impatient(3 * CHUNK))
+
+
+def test_test_time_training_is_deterministic_and_nothing_else_has_to_be(case, monkeypatch):
+    """On CUDA, sums by atomics would give other weights each time."""
+    case = case(2 * CHUNK)
+    model, inside, outside = case.model(), [], []
+    forward, hidden = model.forward, model.hidden
+    mode = torch.are_deterministic_algorithms_enabled
+    model.forward = lambda *a: inside.append(mode()) or forward(*a)
+    model.hidden = lambda *a: outside.append(mode()) or hidden(*a)
+    model.tok_emb.weight.register_hook(lambda grad: inside.append(mode()))  # backward
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: inside.append(mode()) or step(self))
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    case.run(model, ttt=True)
+    assert len(inside) == 3 * 2 and all(inside)  # 2 steps: forward, backward, update
+    assert len(outside) > 4 and not any(outside)
+    assert not mode() and torch.utils.deterministic.fill_uninitialized_memory == fill
+
+
+def test_the_deterministic_mode_that_was_found_is_left(case):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        case(2 * CHUNK).run(ttt=True)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("stop", [False, True])
 def test_weights_modes_and_gradients_are_restored_after_the_evaluation(case, stop):
     case = case(2 * CHUNK, ttt_lr=0.05)
@@ -473,14 +541,14 @@ def test_training_rounds_nothing_and_adds_no_flow_loss(case):
 @pytest.fixture
 def shifts(monkeypatch):
     """{first scored target of a window: its shift (1, D)}, filled by every evaluation."""
-    kept, original = {}, train_gpt.Evaluation.slot_shift
+    kept, original = {}, train_gpt.slot_shift
 
-    def recording(self, hidden, targets, windows):
-        shift = original(self, hidden, targets, windows)
-        for (_, first, _), row in zip(windows, shift.expand(len(windows), -1, -1)):
-            kept[first] = row.clone()
+    def recording(model, hidden, batch, config, slot):
+        shift = original(model, hidden, batch, config, slot)
+        for window, row in zip(batch.windows, shift.expand(len(batch.windows), -1, -1)):
+            kept[window.first] = row.clone()
         return shift
-    monkeypatch.setattr(train_gpt.Evaluation, "slot_shift", recording)
+    monkeypatch.setattr(train_gpt, "slot_shift", recording)
     return kept
 
 
@@ -534,7 +602,7 @@ def test_slot_computes_the_hidden_states_of_a_window_once(case):
     case = case(250, slot="causal", slot_steps=5)
     model, rows = case.model(), []
     hidden = model.hidden
-    model.hidden = lambda ids: rows.append(len(ids)) or hidden(ids)
+    model.hidden = lambda ids, *last: rows.append(len(ids)) or hidden(ids, *last)
     case.run(model, slot="causal")
     assert sum(rows) == len(plan_windows(250, SEQ, STRIDE))
 
@@ -564,7 +632,7 @@ class StopAfter(Seen):
 
     def after_item(self, evaluation, item):
         if evaluation.cursor == self.item:
-            self.runtime.stop_signal = "SIGTERM"
+            self.runtime.stop.reason = "SIGTERM"
 
 
 def result(score):
@@ -575,34 +643,34 @@ MODES = {"sliding": {}, "ttt": dict(ttt=True), "ttt_slot": dict(ttt=True, slot="
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stopped_evaluation_goes_on_to_exactly_the_uninterrupted_score(case, tmp_path, mode):
+def test_a_stopped_evaluation_goes_on_to_exactly_the_uninterrupted_score(case, mode):
     case = case(3 * CHUNK, ttt_lr=0.05, ttt_epochs=2, eval_batch_seqs=3)
     options = dict(MODES[mode], label=mode)
     expected, whole = case.run(**options)
     windows = plan_windows(3 * CHUNK, SEQ, STRIDE)
     items = len(plan_work(windows, 3 * CHUNK, case.config, 3, options.get("ttt", False)))
     for item in np.random.default_rng(1).integers(0, items - 1, 4).tolist():
-        options.update(state_path=tmp_path / f"state_{item}.pt", identity="weights")
+        options.update(checkpoints=case.checkpoints(f"eval_{item}"), identity="weights")
         with pytest.raises(Stopped, match=mode) as stop:
             case.run(observer=StopAfter(case.runtime, item, 3 * CHUNK), **options)
         assert stop.value.code == 75
-        case.runtime.stop_signal = ""
+        case.runtime.stop.reason = ""
         score, rest = case.run(**options)
         assert result(score) == result(expected)
         done = np.isnan(rest.nll)
         assert done.any() and np.array_equal(rest.nll[~done], whole.nll[~done])  # nothing was scored again
 
 
-def test_an_evaluation_stopped_after_every_item_still_gives_the_same_score(case, tmp_path):
+def test_an_evaluation_stopped_after_every_item_still_gives_the_same_score(case):
     case = case(2 * CHUNK, ttt_lr=0.05)
-    options = dict(ttt=True, state_path=tmp_path / "state.pt", label="legal_ttt")
+    options = dict(ttt=True, checkpoints=case.checkpoints(), label="legal_ttt")
     expected = case.run(ttt=True, label="legal_ttt")[0]
     for item in range(100):
         try:
             score = case.run(observer=StopAfter(case.runtime, item, 2 * CHUNK), **options)[0]
             break
         except Stopped:
-            case.runtime.stop_signal = ""
+            case.runtime.stop.reason = ""
     assert item >= 8 and result(score) == result(expected)
 
 
@@ -620,9 +688,9 @@ class KillAt(Seen):
             raise Killed
 
 
-def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case, tmp_path):
+def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case):
     case = case(2 * CHUNK, ttt_lr=0.05, eval_checkpoint_seconds=1e-9)
-    options = dict(ttt=True, state_path=tmp_path / "state.pt", label="legal_ttt")
+    options = dict(ttt=True, checkpoints=case.checkpoints(), label="legal_ttt")
     expected = case.run(ttt=True, label="legal_ttt")[0]
     with pytest.raises(Killed):
         case.run(observer=KillAt(7, 2 * CHUNK), **options)
@@ -630,30 +698,33 @@ def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case, tm
     assert "resumed_evaluation legal_ttt item:7/" in case.log()
 
 
-def stopped_state(case, path, **options):
-    """Leave the state of an evaluation that stopped half-way at `path`."""
+def stopped_state(case, **options):
+    """Checkpoints with the one state of an evaluation that stopped half-way."""
+    checkpoints = case.checkpoints()
+    observer = StopAfter(case.runtime, 3, case.stream.num_targets)
     with pytest.raises(Stopped):
-        case.run(observer=StopAfter(case.runtime, 3, case.stream.num_targets), state_path=path, **options)
-    case.runtime.stop_signal = ""
+        case.run(observer=observer, checkpoints=checkpoints, **options)
+    case.runtime.stop.reason = ""
+    return checkpoints
 
 
 @pytest.mark.parametrize("change", [dict(identity="other"), dict(label="b"), dict(stride=8), dict(ttt=True),
                                     dict(slot="causal")])
-def test_the_state_of_another_evaluation_is_ignored_with_a_warning(case, tmp_path, change):
+def test_the_state_of_another_evaluation_is_ignored_with_a_warning(case, change):
     case = case(2 * CHUNK)
-    stopped_state(case, tmp_path / "state.pt", identity="mine", label="a")
+    checkpoints = stopped_state(case, identity="mine", label="a")
     options = {**dict(identity="mine", label="a"), **change}
     expected = case.run(**options)[0]
-    assert result(case.run(state_path=tmp_path / "state.pt", **options)[0]) == result(expected)
+    assert result(case.run(checkpoints=checkpoints, **options)[0]) == result(expected)
     assert "warning: " in case.log() and "resumed_evaluation" not in case.log()
 
 
-def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(case, tmp_path):
+def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(case):
     case = case(2 * CHUNK)
-    stopped_state(case, tmp_path / "state.pt", identity="mine")
+    checkpoints = stopped_state(case, identity="mine")
     other = replaced(case.stream, 5)
     expected = case.run(stream=other, identity="mine")[0]
-    found = case.run(stream=other, identity="mine", state_path=tmp_path / "state.pt")[0]
+    found = case.run(stream=other, identity="mine", checkpoints=checkpoints)[0]
     assert result(found) == result(expected)
     assert "warning: " in case.log()
 
@@ -666,20 +737,21 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_state_file_means_starting_again(case, tmp_path, damage):
-    case, path = case(2 * CHUNK), tmp_path / "state.pt"
+def test_a_damaged_state_file_means_starting_again(case, damage):
+    case = case(2 * CHUNK)
     expected = case.run(identity="mine")[0]
-    stopped_state(case, path, identity="mine")
+    checkpoints = stopped_state(case, identity="mine")
+    path = Path(checkpoints.last())
     path.write_bytes(damage(path.read_bytes()))
-    assert result(case.run(identity="mine", state_path=path)[0]) == result(expected)
+    assert result(case.run(identity="mine", checkpoints=checkpoints)[0]) == result(expected)
     assert "warning: " in case.log() and "resumed_evaluation" not in case.log()
 
 
-def test_a_finished_evaluation_does_not_stop_any_more(case, tmp_path):
+def test_a_finished_evaluation_does_not_stop_any_more(case):
     """A signal during the last item comes too late to lose anything."""
     case = case(100)
     items = len(plan_work(plan_windows(100, SEQ, STRIDE), 100, case.config, 4, False))
-    score, _ = case.run(observer=StopAfter(case.runtime, items - 1, 100), state_path=tmp_path / "state.pt")
+    score, _ = case.run(observer=StopAfter(case.runtime, items - 1, 100), checkpoints=case.checkpoints())
     assert score.tokens == 100
 
 
@@ -689,3 +761,88 @@ def test_an_evaluation_leaves_nothing_behind_for_the_next(case):
     twin = copy.deepcopy(model)
     first = case.run(model, ttt=True)[0]
     assert result(case.run(twin, ttt=True)[0]) == result(first) == result(case.run(model, ttt=True)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spot checks and the file of scores
+# ------------------------------------------------------------------------------------------------------------
+CHECKED = dict(label="checked", spot_checks=0.5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_spot_checks_leave_the_digits_and_the_text_as_they_are(case, mode):
+    case = case(3 * CHUNK, ttt_lr=0.05)
+    tokens = np.array(case.stream.tokens)
+    plain, every = case.run(label="checked", **MODES[mode])
+    score, seen = case.run(**CHECKED, **MODES[mode])
+    assert score.spot_checks > 3 and result(score) == dataclasses.replace(result(plain),
+                                                                          spot_checks=score.spot_checks)
+    assert np.array_equal(seen.nll, every.nll) and np.array_equal(case.stream.tokens, tokens)
+    assert f"spot_checks checked rounds:{score.spot_checks} audit_seed:" in case.log()
+
+
+@pytest.mark.parametrize("distance", [1, 2, 9])
+@pytest.mark.parametrize("after", [0, 2 * CHUNK])
+def test_spot_checks_see_a_look_ahead_wherever_it_begins(case, monkeypatch, distance, after):
+    """A single target's score moves by 1e-3 for the token at `distance`, from target `after` on."""
+    case = case(3 * CHUNK, ttt_lr=0.05)
+    original = train_gpt.scored_nll
+
+    def looking_ahead(model, hidden, batch, observer):
+        first = batch.windows[0].first
+        if first >= after:
+            ahead = torch.roll(batch.targets, -distance, 1) % 2
+            hidden = hidden + 1e-2 * ahead[:, -hidden.size(1):, None]
+        return original(model, hidden, batch, observer)
+    monkeypatch.setattr(train_gpt, "scored_nll", looking_ahead)
+    with pytest.raises(LegalityError, match="come after them"):
+        case.run(label="checked", spot_checks=1.0, ttt=True)
+
+
+def test_what_is_known_to_be_illegal_is_scored_without_checks(case):
+    score, _ = case(250).run(slot="published", **CHECKED)
+    assert not score.legal and score.spot_checks == 0
+
+
+def test_the_rounds_that_are_checked_follow_from_the_seed_or_from_what_is_scored(case):
+    case = case(3 * CHUNK)
+
+    def rounds(**options):
+        made = train_gpt.Evaluation(case.model(), case.stream, case.config, case.runtime, STRIDE,
+                                    spot_checks=0.3, **options)
+        return made.spot_seed, made.spots
+    assert rounds(identity="a") == rounds(identity="a") != rounds(identity="b")
+    case.config = dataclasses.replace(case.config, audit_seed=7)
+    assert rounds(identity="a") == rounds(identity="b") and rounds()[0] == 7
+    work = [ScoreRound(i, i + 1) for i in range(1000)] + [TrainStep(0, 0, 1, 0.1)] * 50
+    assert [len(train_gpt.draw_rounds(work, share, 1)) for share in (0, 1e-9, 0.01, 1)] == [0, 1, 10, 1000]
+
+
+def test_a_resumed_evaluation_counts_the_checks_before_and_after_the_stop(case):
+    case = case(3 * CHUNK, ttt_lr=0.05)
+    options = dict(CHECKED, ttt=True, checkpoints=case.checkpoints())
+    expected = case.run(**CHECKED, ttt=True)[0]
+    with pytest.raises(Stopped):
+        case.run(observer=StopAfter(case.runtime, 9, 3 * CHUNK), **options)
+    case.runtime.stop.reason = ""
+    assert result(case.run(**options)[0]) == result(expected)
+
+
+@pytest.mark.parametrize("ttt", [False, True])
+def test_only_adapted_scores_depend_on_the_number_of_threads(case, monkeypatch, ttt):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    checkpoints = stopped_state(case, ttt=ttt)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    case.run(checkpoints=checkpoints, ttt=ttt)
+    assert ("resumed_evaluation" in case.log()) is not ttt
+
+
+def test_the_file_of_scores_holds_every_nll_that_was_counted(case, tmp_path):
+    case = case(2 * CHUNK, ttt_lr=0.05)
+    expected, seen = case.run(ttt=True)
+    file = train_gpt.ScoresFile(2 * CHUNK)
+    score, _ = case.run(ttt=True, observer=file)
+    file.write(tmp_path / "scores.f32", case.runtime)
+    found = np.fromfile(tmp_path / "scores.f32", "<f4")
+    assert np.array_equal(found, seen.nll.astype(np.float32)) and result(score) == result(expected)
+    assert score.val_loss == pytest.approx(found.astype(float).mean(), rel=1e-9)

@@ -116,17 +116,17 @@ def test_a_log_that_cannot_be_appended_is_a_clear_error(children, whole, small_d
 
 
 def test_a_save_that_failed_once_is_forgotten_after_the_next_good_one(runtime):
-    made = runtime(tiny_config())
-    saver, folder = train_gpt.Saver(made), made.dir / "checkpoint"
-    (folder / "step_00000001.pt").mkdir()  # cannot be replaced by a file
-    (folder / "step_00000001.pt" / "x").touch()
-    saver.start(1, dict(step=1))
-    saver.wait()
-    assert saver.error
-    shutil.rmtree(folder / "step_00000001.pt")
-    saver.start(2, dict(step=2))
-    saver.wait()
-    assert saver.error is None and saver.newest() == (2, dict(step=2))
+    made, written = runtime(tiny_config()), []
+    checkpoints = train_gpt.Checkpointer(made, "step", 0)
+    taken = checkpoints.path(1)
+    taken.mkdir()  # cannot be replaced by a file
+    (taken / "x").touch()
+    checkpoints.save(1, dict(step=1), lambda seconds, size: written.append(1))
+    assert isinstance(checkpoints.wait(), train_gpt.ResourceError)
+    shutil.rmtree(taken)
+    checkpoints.save(2, dict(step=2), lambda seconds, size: written.append(2))
+    assert checkpoints.wait() is None
+    assert checkpoints.newest() == (2, dict(step=2)) and written == [2]
     assert log_of(made.dir).count("warning: checkpoint not saved") == 1
 
 
@@ -193,7 +193,7 @@ def test_an_error_of_one_rank_ends_the_others_too(children):
 @pytest.mark.parametrize("cause", ["time_limit", pytest.param("signal", marks=pytest.mark.slow)])
 def test_torchrun_does_not_break_off_a_slow_save_at_a_stop(children, cause, tmp_path):
     """Ranks that have nothing to write must not leave before rank 0: torchrun would end it in mid-write."""
-    stop = dict(time_limit="self.runtime.time_limit = 1e-9", signal="os.kill(os.getpid(), 10)")[cause]
+    stop = dict(time_limit="self.runtime.stop.time_limit = 1e-9", signal="os.kill(os.getpid(), 10)")[cause]
     slow = """
 save_tensors = train_gpt.save_tensors
 def slow(path, state):
@@ -251,11 +251,11 @@ def evaluation_parts(runtime, tiny_data):
     """(model, stream, config, runtime) of a tiny model with random weights."""
     config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path))
     made = runtime(config)
-    model = train_gpt.GPT(config, made.attend)
+    model = train_gpt.build_model(config, made)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.02 * torch.randn_like(param))
-    stream = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+    stream = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     return model, stream, config, made
 
 

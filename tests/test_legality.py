@@ -1,4 +1,5 @@
 """Legality: the audit passes what is legal and catches each violation; one artifact has one score."""
+import dataclasses
 import json
 import os
 import shutil
@@ -18,8 +19,7 @@ MODES = {
     "slot": dict(ttt_enabled=False, slot="causal"),
     "ttt_slot": dict(ttt_enabled=True, slot="causal"),
 }
-CHECKS = {"C1 future_flip", "C1 own_token", "C1 bos_resets", "C2 normalised", "C2 nll_is_entry",
-          "C3 state_unchanged", "C3 trained_is_scored", "C3 twin_run", "C4 coverage", "C4 single_pass"}
+CHECKS = set(train_gpt.CHECKS)
 
 
 def failed(case, model=None):
@@ -62,9 +62,10 @@ def peek(patch, distance):
     """Every state also holds something of the token `distance` places after its input."""
     original = train_gpt.GPT.hidden
 
-    def hidden(self, ids):
+    def hidden(self, ids, last=None):
         ahead = F.pad(ids[:, distance:], (0, distance), value=5)
-        return original(self, ids) + 0.1 * self.tok_emb(ahead)
+        states = original(self, ids, last)
+        return states + 0.1 * self.tok_emb(ahead)[:, -states.size(1):]
     patch.setattr(train_gpt.GPT, "hidden", hidden)
 
 
@@ -82,8 +83,9 @@ def train_first(patch):
 
     def plan(windows, targets, config, per_round, ttt):
         def chunk_and_kind(item):
-            first = windows[item[1]][1] if item[0] == "score" else item[1]
-            return first // config.ttt_chunk_tokens, item[0] == "score"
+            is_score = isinstance(item, train_gpt.ScoreRound)
+            first = windows[item.low].first if is_score else item.first
+            return first // config.ttt_chunk_tokens, is_score
         return sorted(original(windows, targets, config, per_round, ttt), key=chunk_and_kind)
     patch.setattr(train_gpt, "plan_work", plan)
 
@@ -94,16 +96,120 @@ def train_on_the_next_chunk(patch):
     def plan(windows, targets, config, per_round, ttt):
         work = original(windows, targets, config, per_round, ttt)
         chunk = config.ttt_chunk_tokens
-        return [("train", item[1] + chunk, *item[2:]) if item[0] == "train" else item for item in work]
+        return [item._replace(first=item.first + chunk) if isinstance(item, train_gpt.TrainStep) else item
+                for item in work]
     patch.setattr(train_gpt, "plan_work", plan)
 
 
 def train_on_other_tokens_than_planned(patch):
     original = train_gpt.Evaluation.train
 
-    def train(self, first, *rest):
-        original(self, first + CHUNK, *rest)
+    def train(self, item):
+        original(self, item._replace(first=item.first + CHUNK))
     patch.setattr(train_gpt.Evaluation, "train", train)
+
+
+def train_on_other_tokens_in_secret(patch):
+    """The same, and the refusal is out of the way."""
+    original = train_gpt.Evaluation.train
+
+    def train(self, item):
+        scored, self.scored_until = self.scored_until, 1 << 40
+        original(self, item._replace(first=item.first + CHUNK))
+        self.scored_until = scored
+    patch.setattr(train_gpt.Evaluation, "train", train)
+
+
+def train_on_a_late_chunk_first(patch):
+    """The short runs of an audit do not get there."""
+    original = train_gpt.plan_work
+
+    def plan(windows, targets, config, per_round, ttt):
+        work = original(windows, targets, config, per_round, ttt)
+        late = [i for i, item in enumerate(work)
+                if isinstance(item, train_gpt.TrainStep) and item.first >= 4 * CHUNK]
+        if late:
+            work.insert(late[0] - 3, work[late[0]])
+        return work
+    patch.setattr(train_gpt, "plan_work", plan)
+
+
+def slot_off_by_one(patch):
+    """The shift is also fitted on the first target that the window scores."""
+    original = train_gpt.slot_shift
+
+    def shift(model, hidden, batch, config, slot):
+        windows = [w._replace(first=min(w.first + 1, w.end)) for w in batch.windows]
+        return original(model, hidden, batch._replace(windows=windows), config, slot)
+    patch.setattr(train_gpt, "slot_shift", shift)
+
+
+def look_ahead(when):
+    """Final states hold something of the next token, in the evaluations that `when` chooses."""
+    def violation(patch):
+        original = train_gpt.scored_nll
+
+        def scored(model, hidden, batch, observer):
+            if when(peeking[0], batch):
+                hidden = hidden + 0.05 * model.tok_emb(batch.targets)[:, -hidden.size(1):]
+            return original(model, hidden, batch, observer)
+
+        def batch_nll(self, *args):
+            peeking[0] = self
+            return original_batch(self, *args)
+        peeking, original_batch = [None], train_gpt.Evaluation.batch_nll
+        patch.setattr(train_gpt.Evaluation, "batch_nll", batch_nll)
+        patch.setattr(train_gpt, "scored_nll", scored)
+    return violation
+
+
+look_ahead_in_the_roundtrip = look_ahead(lambda evaluation, batch: batch.count == SEQ)
+look_ahead_with_test_time_training = look_ahead(lambda evaluation, batch: evaluation.ttt)
+look_ahead_after_some_training = look_ahead(
+    lambda evaluation, batch: evaluation.sgd is not None and len(evaluation.sgd.state) > 0)
+
+
+def better_at_documents(patch):
+    """The first token of a document costs nothing."""
+    original = train_gpt.scored_nll
+
+    class Free(train_gpt.Observer):
+        def __init__(self, observer):
+            self.observer = observer
+
+        def scored(self, targets, logps, nll):
+            nll[logps[:, train_gpt.BOS].argsort(descending=True)[:1]] *= 0.5
+            self.observer.scored(targets, logps, nll)
+
+    def scored(model, hidden, batch, observer):
+        return original(model, hidden, batch, Free(observer))
+    patch.setattr(train_gpt, "scored_nll", scored)
+
+
+def result_with(**factors):
+    def violation(patch):
+        original = train_gpt.Evaluation.result
+
+        def result(self, complete):
+            score = original(self, complete)
+            return dataclasses.replace(score, **{k: getattr(score, k) * f for k, f in factors.items()})
+        patch.setattr(train_gpt.Evaluation, "result", result)
+    return violation
+
+
+lower_loss, lower_bits = result_with(val_loss=0.95), result_with(val_bpb=0.99)
+
+
+def large_ln_2(patch):
+    patch.setattr(train_gpt, "bits_per_byte", lambda nats, num_bytes: nats / 0.7 / num_bytes)
+
+
+def some_bytes_twice(patch):
+    original = train_gpt.TokenBytes.count
+
+    def count(self, prev_ids, target_ids):
+        return original(self, prev_ids, target_ids) + (np.asarray(target_ids) % 5 == 0)
+    patch.setattr(train_gpt.TokenBytes, "count", count)
 
 
 def unnormalised_head(patch):
@@ -133,18 +239,18 @@ def count_less(patch):
     """The sum does not hold what was observed."""
     original = train_gpt.Meter.add
 
-    def add(self, first, end, nll, num_bytes):
-        original(self, first, end, 0.9 * nll, num_bytes)
+    def add(self, windows, nll, num_bytes):
+        original(self, windows, 0.9 * nll, num_bytes)
     patch.setattr(train_gpt.Meter, "add", add)
 
 
 def change_weights_while_scoring(patch):
     original = train_gpt.GPT.hidden
 
-    def hidden(self, ids):
+    def hidden(self, ids, last=None):
         with torch.no_grad():
             self.smear.gate.add_(1e-4)
-        return original(self, ids)
+        return original(self, ids, last)
     patch.setattr(train_gpt.GPT, "hidden", hidden)
 
 
@@ -162,28 +268,30 @@ def tail_twice(patch):
 
     def plan(*args):
         windows = original(*args)
-        start, first, end = windows[-1]
-        return [*windows[:-1], (start, max(start, first - 8), end)]
+        start, first, _ = windows[-1]
+        return [*windows[:-1], windows[-1]._replace(first=max(start, first - 8))]
     patch.setattr(train_gpt, "plan_windows", plan)
 
 
 def tail_twice_with_a_meter_that_counts(patch):
     tail_twice(patch)
 
-    def add(self, first, end, nll, num_bytes):
-        self.coverage[first:end] += 1
-        self.nll += nll
-        self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
+    def add(self, windows, nll, num_bytes):
+        for _, first, end in windows:
+            self.coverage[first:end] += 1
+            self.tokens, self.last = self.tokens + end - first, end
+        self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
     patch.setattr(train_gpt.Meter, "add", add)
 
 
 def tail_twice_with_a_meter_that_hides_it(patch):
     tail_twice(patch)
 
-    def add(self, first, end, nll, num_bytes):
-        self.coverage[first:end] = 1
-        self.nll += nll
-        self.tokens, self.bytes, self.last = self.tokens + end - first, self.bytes + num_bytes, end
+    def add(self, windows, nll, num_bytes):
+        for _, first, end in windows:
+            self.coverage[first:end] = 1
+            self.tokens, self.last = self.tokens + end - first, end
+        self.nll, self.bytes = self.nll + nll, self.bytes + num_bytes
     patch.setattr(train_gpt.Meter, "add", add)
 
 
@@ -194,34 +302,50 @@ def tail_left_out(patch):
 
 VIOLATIONS = [
     (look_ahead_by_one, "C1 own_token"), (look_ahead_by_two, "C1 future_flip"),
-    (no_reset_at_bos, "C1 bos_resets"),
+    (no_reset_at_bos, "rule smear_bos"),
     (unnormalised_head, "C2 normalised"), (slightly_unnormalised_head, "C2 normalised"),
     (better_entries, "C2 nll_is_entry"), (count_less, "C2 nll_is_entry"),
     (train_first, "C3 trained_is_scored"), (train_on_the_next_chunk, "C3 trained_is_scored"),
-    (train_on_other_tokens_than_planned, "C3 twin_run"), (change_weights_while_scoring, "C3 state_unchanged"),
+    (train_on_other_tokens_than_planned, "C3 trained_is_scored"),
+    (train_on_other_tokens_in_secret, "C3 twin_run"), (train_on_a_late_chunk_first, "C3 trained_is_scored"),
+    (look_ahead_in_the_roundtrip, "C1 dense_sweep"), (look_ahead_with_test_time_training, "C1 own_token"),
+    (look_ahead_after_some_training, "C1 own_token"), (better_at_documents, "C2 nll_is_entry"),
+    (lower_loss, "C4 score"), (lower_bits, "C4 score"), (large_ln_2, "C4 score"), (some_bytes_twice, "C4 score"),
+    (change_weights_while_scoring, "C3 state_unchanged"),
     (tail_twice, "C4"), (tail_twice_with_a_meter_that_counts, "C4"),
     (tail_twice_with_a_meter_that_hides_it, "C4"), (tail_left_out, "C4"),
 ]
 # Each of these breaks one promise and keeps the others.
-PURE = (no_reset_at_bos, unnormalised_head, slightly_unnormalised_head, train_on_other_tokens_than_planned)
+PURE = (no_reset_at_bos, unnormalised_head, slightly_unnormalised_head, train_on_other_tokens_in_secret,
+        lower_loss)
 
 
-@pytest.mark.parametrize("violation, check", VIOLATIONS, ids=[row[0].__name__ for row in VIOLATIONS])
+@pytest.mark.parametrize("violation, check", VIOLATIONS, ids=range(len(VIOLATIONS)))
 def test_a_violation_is_caught_by_the_check_meant_for_it(case, monkeypatch, violation, check):  # noqa: F811
-    case = case(3 * CHUNK, ttt_lr=0.05)
+    case = case(1450, ttt_lr=0.05)
     model = case.model()
     violation(monkeypatch)
+    case.stream = case.stream.replaced(case.stream.tokens)  # its bytes are counted anew
     found = failed(case, model)
     assert any(name.startswith(check) for name in found), found
 
 
-@pytest.mark.parametrize("violation", PURE, ids=[violation.__name__ for violation in PURE])
+@pytest.mark.parametrize("violation", PURE, ids=range(len(PURE)))
 def test_a_violation_fails_no_check_of_what_still_holds(case, monkeypatch, violation):  # noqa: F811
     """A check that failed with every violation would tell a reviewer nothing."""
     case = case(3 * CHUNK, ttt_lr=0.05)
     model = case.model()
     violation(monkeypatch)
     assert failed(case, model) == {dict(VIOLATIONS)[violation]}
+
+
+@pytest.mark.parametrize("changes", [{}, dict(ttt_enabled=False),
+                                     dict(ttt_enabled=False, eval_seq_len=256, eval_stride=16, eval_batch_seqs=8)])
+def test_slot_fitted_on_one_target_too_many_is_found_by_the_dense_sweep(case, monkeypatch, changes):  # noqa: F811
+    case = case(1450, slot="causal", slot_lr=0.05, ttt_chunk_tokens=512, **changes)
+    assert failed(case) == set()
+    slot_off_by_one(monkeypatch)
+    assert "C1 dense_sweep" in failed(case)
 
 
 @pytest.mark.parametrize("ttt", [False, True])
@@ -316,7 +440,7 @@ def test_the_manifest_comes_before_any_result_and_is_written(reviewed, tiny_data
     assert manifest["torch"] == torch.__version__ and manifest["numpy"] == np.__version__
     assert manifest["device"] == "cpu" and manifest["world_size"] == 1 and len(manifest["config_hash"]) == 16
     token_bytes = train_gpt.TokenBytes(tiny_data.tokenizer_path)
-    stream = train_gpt.ValStream.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
+    stream = train_gpt.ValidationSet.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
     assert manifest["data"] == dict(train_shards=0, **stream.fingerprint)
 
 
@@ -370,7 +494,7 @@ def test_a_score_of_published_slot_is_marked_illegal_everywhere(run_main, tiny_d
     data.mkdir()
     shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", data)
     (data / "fineweb_train_000000.bin").mkdir()
-    out = run_main(slot="published", ttt_enabled=0, data_path=data)
+    out = run_main(slot="published", ttt_enabled=0, data_path=data, audit=0)
     output = capsys.readouterr().out.splitlines()
     lines = [line for line in output if line.startswith("illegal_slot_published") and "val_bpb" in line]
     assert len(lines) == 2 and all(line.endswith(" legality:illegal") for line in lines)

@@ -32,7 +32,7 @@ def run(tiny_data, tmp_path_factory):
 def illegal_run(run, tiny_data):
     """The same artifact scored once more with SLOT=published."""
     artifact = run.dir / "final_model.int6.ptz"
-    finished = run_main(run.dir.parent / "illegal", eval_only=artifact, slot="published", device="cpu",
+    finished = run_main(run.dir.parent / "illegal", eval_only=artifact, slot="published", device="cpu", audit=0,
                         data_path=tiny_data.data_path, tokenizer_path=tiny_data.tokenizer_path)
     assert finished.code == 0, finished.err
     return finished
@@ -68,7 +68,9 @@ def parameter_count(run):
 
 
 def test_a_step_line_has_the_reference_s_format(run):
-    found = [re.fullmatch(rf"step:({INTEGER})/{STEPS} train_loss:{LOSS} {CLOCK}", line)
+    # The reference's fields, then the pace.
+    pattern = rf"step:({INTEGER})/{STEPS} train_loss:{LOSS} {CLOCK} tokens_per_s:{INTEGER}"
+    found = [re.fullmatch(pattern, line)
              for line in run.lines if "train_loss:" in line]
     assert [int(match[1]) for match in found] == [1, 2, 3, 4, 5, 8]  # the first five, every fourth, the last
 
@@ -138,9 +140,22 @@ def test_an_illegal_score_is_marked_in_every_line_that_reports_it(run, illegal_r
 
 
 def test_an_illegal_score_is_never_called_the_best(illegal_run):
-    legal = {label: score["val_bpb"] for label, score in illegal_run.scores().items() if score["legal"]}
-    best = min(legal, key=legal.get)
-    only(illegal_run.lines, rf"summary: .*{legal[best]:.4f} bits per byte \({best}\).*")
+    scores, best = illegal_run.scores(), "final_int6_sliding_window"
+    assert read_json(illegal_run.dir / "scores.json")["headline"] == best
+    bpb = scores[best]["val_bpb"]
+    only(illegal_run.lines, rf"summary: score  {bpb:.4f} bits per byte \({best}, legal:unaudited\)")
+
+
+def test_a_result_line_says_whether_a_score_is_legal_and_why(run, illegal_run):
+    def verdicts(finished):
+        found = starting(finished.lines, "result ")
+        return {line.split()[1]: re.search(r" legal:(\w+) score_scope:proxy$", line)[1] for line in found}
+    assert verdicts(run) == {
+        "pre_quant": "no_submission", "final_int6_roundtrip": "no_submission",
+        "final_int6_sliding_window": "1", "legal_ttt": "1"}
+    assert verdicts(illegal_run) == {
+        "final_int6_roundtrip": "no_submission", "final_int6_sliding_window": "unaudited",
+        "illegal_ttt_slot_published": "0"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,13 +213,15 @@ def test_the_phases_come_in_order_and_the_end_names_the_run(run):
 
 
 def test_the_summary_tells_steps_sizes_and_the_best_score(run):
-    result, legal = read_json(run.dir / "scores.json"), {k: s["val_bpb"] for k, s in run.scores().items()}
-    best = min(legal, key=legal.get)
+    result = read_json(run.dir / "scores.json")
     model, code, total = (result[f"{part}_bytes"] for part in ("artifact", "code", "total"))
-    only(run.lines, rf"summary: trained {STEPS} steps in {INTEGER} s; artifact {model} bytes \+ code {code} "
-                    rf"= {total} of 16000000\.")
-    only(run.lines, rf"summary: best legal score {legal[best]:.4f} bits per byte \({best}\); "
-                    rf"files are in {run.dir}\.")
+    bpb = result["scores"]["legal_ttt"]["val_bpb"]
+    assert result["headline"] == "legal_ttt"  # the strongest evaluation, whether or not it is the lowest
+    only(run.lines, rf"summary: score  {bpb:.4f} bits per byte \(legal_ttt, legal:1\)")
+    only(run.lines, rf"summary: scored 1,472 targets in {INTEGER} s")
+    only(run.lines, rf"summary: size   {model:,} \+ {code:,} of code = {total:,} of 16,000,000 bytes")
+    only(run.lines, rf"summary: steps  {STEPS} in {INTEGER} s")
+    only(run.lines, f"summary: files  {run.dir}")
 
 
 def test_the_log_file_holds_what_was_printed(run):
@@ -220,8 +237,9 @@ FIELDS = {
     "start": {"resumed_step"}, "step": {"step", "train_loss", "train_time_ms", "lr_scale"},
     "val": {"step", "val_loss", "val_bpb", "train_time_ms"}, "checkpoint": {"step", "seconds", "bytes"},
     "trained": {"steps", "train_time_s", "step_avg_ms", "peak_mib", "stopped_early"},
-    "packed": {"artifact_bytes", "code_bytes", "total_bytes", "headroom_bytes", "int5_layers"},
-    "score": {"label", "val_loss", "val_bpb", "eval_time_s", "scope", "legal"}, "audit": {"passed"},
+    "packed": {"artifact_bytes", "code_bytes", "int5_layers"},
+    "score": {"label", "val_loss", "val_bpb", "eval_time_s", "scope", "legal", "audited"}, "audit": {"passed"},
+    "throughput": {"tokens_per_s", "step_median_ms", "step_p95_ms", "peak_share", "seconds_in"},
     "done": set()}
 
 
@@ -240,7 +258,9 @@ def test_the_events_are_the_documented_ones_in_the_order_of_time(run):
 
 def test_the_events_are_the_lines_of_the_log(run):
     steps, validations = events(run.dir, "step"), events(run.dir, "val")
-    assert [f"step:{e['step']}/{STEPS} train_loss:{e['train_loss']:.4f}" for e in steps] == [
+    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))  # every step is an event
+    logged = [steps[step - 1] for step in (1, 2, 3, 4, 5, 8)]
+    assert [f"step:{e['step']}/{STEPS} train_loss:{e['train_loss']:.4f}" for e in logged] == [
         line.partition(" train_time")[0] for line in run.lines if "train_loss:" in line]
     described = [f"step:{e['step']}/{STEPS} val_loss:{e['val_loss']:.4f} val_bpb:{e['val_bpb']:.4f}"
                  for e in validations]
@@ -251,8 +271,9 @@ def test_the_events_are_the_lines_of_the_log(run):
 
 
 def test_the_rate_in_the_events_is_the_schedule(run):
-    # Warmdown over the last 3 of 8 steps: 6, 7, 8 run at 3/3, 2/3, 1/3; only 1-5 and 8 are logged.
-    assert [e["lr_scale"] for e in events(run.dir, "step")] == pytest.approx([1, 1, 1, 1, 1, 1 / 3])
+    # Warmdown over the last 3 of 8 steps: 6, 7, 8 run at 3/3, 2/3, 1/3.
+    expected = [1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3]
+    assert [e["lr_scale"] for e in events(run.dir, "step")] == pytest.approx(expected)
 
 
 def test_an_error_is_an_event_a_log_line_and_one_line_of_stderr(tiny_data, tmp_path):
@@ -334,6 +355,7 @@ def test_a_long_evaluation_logs_its_rate_and_what_is_left(tiny_data, tmp_path, t
 # Averages that are not what was asked for
 # --------------------------------------------------------------------------------------------------
 def test_swa_that_takes_no_snapshot_warns_and_exports_the_ema(tiny_data, tmp_path):
-    finished = timed_run(tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50)
+    finished = timed_run(
+        tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50, ema_full_steps=1)
     only(finished.lines, "export:EMA.*")
     only(finished.lines, ".*warning: SWA took no snapshot.*")

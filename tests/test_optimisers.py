@@ -51,18 +51,24 @@ def newton_schulz(matrix, steps):
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
-def muon_step(weight, grad, buffer, lr, momentum, decay, steps):
+def muon_step(weight, grad, buffer, lr, momentum, decay, steps, row_norm=False):
     """One step of one matrix: (weight, buffer)."""
     buffer = momentum * buffer + grad
-    update = newton_schulz(grad + momentum * buffer, steps)  # Nesterov looks one step ahead
+    ahead = grad + momentum * buffer  # Nesterov looks one step ahead
+    if row_norm:  # MuonEq-R
+        for row in ahead:
+            row /= row.norm()
+    update = newton_schulz(ahead, steps)
     factor = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
     return weight * (1 - lr * decay) - lr * factor * update, buffer
 
 
+@pytest.mark.parametrize("row_norm", [False, True])
 @pytest.mark.parametrize("ns_steps", [1, 5])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps):
-    config, model, muon, adamw = build(weight_decay=decay, muon_ns_steps=ns_steps, matrix_lr=0.07)
+def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps, row_norm):
+    config, model, muon, adamw = build(muon_wd=decay, muon_ns_steps=ns_steps, matrix_lr=0.07,
+                                       muon_row_norm=row_norm)
     expected = {n: p for n, p in weights(model).items() if is_block_matrix(n)}
     buffers = {name: torch.zeros_like(p) for name, p in expected.items()}
     for number, momentum in enumerate((0.85, 0.9, 0.95, 0.95)):
@@ -71,7 +77,7 @@ def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps):
         step(config, muon, adamw)
         for name in expected:
             expected[name], buffers[name] = muon_step(expected[name], grads[name], buffers[name], muon.lr,
-                                                      momentum, decay, ns_steps)
+                                                      momentum, decay, ns_steps, row_norm)
     after = weights(model)
     for name, value in expected.items():
         assert_near(after[name], value, 2e-5, 1e-4, name)
@@ -104,7 +110,7 @@ def test_an_update_is_nearly_orthogonal_with_the_singular_vectors_of_the_gradien
 
 
 def test_a_gradient_of_zeros_gives_a_finite_update():
-    config, model, muon, adamw = build(weight_decay=0.0)
+    config, model, muon, adamw = build(muon_wd=0.0, adam_wd=0.0)
     before = weights(model)
     give_gradients(model, 0, size=0.0)
     step(config, muon, adamw)
@@ -141,7 +147,7 @@ def test_saved_momentum_is_a_copy():
 
 # ------------------------------------------------------------------------------------------------------ AdamW
 def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
-    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, weight_decay=0.1, beta1=0.8, beta2=0.9,
+    config, model, muon, adamw = build(embed_lr=0.05, scalar_lr=0.02, adam_wd=0.1, beta1=0.8, beta2=0.9,
                                        adam_eps=1e-6, **EVERYTHING)
     expected = {n: p.double() for n, p in weights(model).items() if not is_block_matrix(n)}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -159,6 +165,24 @@ def test_adamw_takes_the_published_steps_with_its_own_rate_per_group():
     after = weights(model)
     for name, value in expected.items():
         assert_near(after[name].double(), value, 1e-5, 1e-5, name)
+
+
+@pytest.mark.parametrize("settings, embed, scalar", [
+    (dict(), 0.04, 0.04),
+    (dict(adam_wd=0.1), 0.1, 0.1),                               # both follow it
+    (dict(adam_wd=0.1, embed_wd=0.085), 0.085, 0.1),
+    (dict(adam_wd=0.1, scalar_wd=0.02), 0.1, 0.02),
+    (dict(adam_wd=0.1, embed_wd=0.0, scalar_wd=0.0), 0.0, 0.0),  # 0 is a value of its own
+])
+def test_embeddings_and_scalars_shrink_by_their_own_weight_decay(settings, embed, scalar):
+    config, model, muon, adamw = build(embed_lr=0.5, scalar_lr=0.25, **settings)
+    before = weights(model)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    step(config, muon, adamw)
+    after = weights(model)
+    for name, rate, decay in (("tok_emb.weight", 0.5, embed), ("skip_weights", 0.25, scalar)):
+        torch.testing.assert_close(after[name], before[name] * (1 - rate * decay))
 
 
 # ----------------------------------------------------------------------------------------------------- groups
@@ -233,7 +257,7 @@ def test_gradients_are_clipped_by_their_global_norm(size, clip, clipped):
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
-    config, model, muon, adamw = build(weight_decay=0.0)
+    config, model, muon, adamw = build(muon_wd=0.0, adam_wd=0.0)
     give_gradients(model, 0)
     model.smear.gate.grad = None
     before = weights(model)
@@ -282,6 +306,47 @@ def test_the_learning_rate_follows_the_table(settings, step, seconds, expected):
     assert train_gpt.lr_scale(tiny_config(**settings), step, seconds) == pytest.approx(expected, abs=1e-6)
 
 
+# The record of 2026-04-09: full rate for 28 % of the run, then linear to 0.
+RECORD = dict(iterations=20000, warmdown_frac=0.72)
+CAPPED = dict(RECORD, max_wallclock_seconds=600.0)
+
+
+@pytest.mark.parametrize("settings, step, seconds, expected", [
+    (RECORD, 0, 0.0, 1.0),              # start
+    (RECORD, 5600, 0.0, 1.0),           # 28 % of the steps: the warmdown begins at the full rate
+    (RECORD, 9200, 0.0, 0.75),          # 46 %: a quarter of the warmdown is over
+    (RECORD, 12800, 0.0, 0.5),          # 64 %: half of it
+    (RECORD, 20000, 0.0, 0.0),          # the end
+    (RECORD, 12800, 1e6, 0.5),          # without a cap the time does not matter
+    (CAPPED, 0, 0.0, 1.0),              # start
+    (CAPPED, 1302, 168.0, 1.0),         # 28 % of the time
+    (CAPPED, 2139, 276.0, 0.75),        # 46 % of the time
+    (CAPPED, 2976, 384.0, 0.5),         # 64 % of the time, 15 % of the steps
+    (CAPPED, 4604, 594.0, 1 / 72),      # 99 % of the time
+    (CAPPED, 4651, 600.0, 0.0),         # the end
+    (CAPPED, 4660, 601.0, 0.0),         # past it
+    (dict(CAPPED, iterations=400), 256, 33.0, 0.5),  # the steps end before the time does
+    (dict(RECORD, warmdown_shape="cosine"), 9200, 0.0, 0.8535534),  # (1 - cos(3 pi / 4)) / 2
+    (dict(RECORD, min_lr=0.1), 12800, 0.0, 0.5),     # above the floor it changes nothing
+    (dict(RECORD, min_lr=0.1), 19000, 0.0, 0.1),     # 0.05 / 0.72 would be below it
+    (dict(RECORD, min_lr=0.1), 20000, 0.0, 0.1),     # and there it stays
+    (dict(LINEAR, min_lr=0.3), 9, 0.0, 0.3),         # with WARMDOWN_ITERS too: 0.25 without it
+    (dict(LINEAR, warmdown_frac=1.0), 3, 0.0, 0.7),  # the whole run is the warmdown
+])
+def test_the_learning_rate_follows_the_table_of_a_warmdown_by_share(settings, step, seconds, expected):
+    assert train_gpt.lr_scale(tiny_config(**settings), step, seconds) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings, step, seconds, expected", [
+    (RECORD, 5000, 0.0, 0.25),
+    (RECORD, 25000, 0.0, 1.0),
+    (CAPPED, 1000, 150.0, 0.25),        # of the time
+    (CAPPED, 15000, 150.0, 0.75),       # of the steps, which end first
+])
+def test_the_share_of_the_run_that_is_over_is_that_of_what_ends_it(settings, step, seconds, expected):
+    assert train_gpt.run_fraction(tiny_config(**settings), step, seconds) == expected
+
+
 @pytest.mark.parametrize("step, expected", [
     (0, 0.92),       # start
     (375, 0.9375),   # a quarter of the way
@@ -303,7 +368,7 @@ def trainer(tiny_data, runtime):
     def make(**changes):
         config = tiny_config(data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
                              **{"num_layers": 1, "xsa_last_n": 1, **changes})
-        val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+        val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
         return train_gpt.Trainer(config, runtime(config), val)
     return make
 
@@ -311,7 +376,7 @@ def trainer(tiny_data, runtime):
 def test_the_scale_reaches_every_rate(trainer):
     made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
     made.step = 5
-    made.set_rates(0.5)
+    made.set_lrs(0.5)
     assert (made.muon.lr, [group["lr"] for group in made.adamw.param_groups]) == (0.015, [0.02, 0.01])
     assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
 
@@ -326,7 +391,8 @@ SNAPSHOTS = dict(swa_enabled=True, swa_every=4)
 def averaged(scales=LOW, **settings):
     """WeightAverage after five recorded steps at the given learning-rate scales."""
     param = torch.nn.Parameter(FIRST.clone())
-    average = train_gpt.WeightAverage([param], tiny_config(**settings))
+    config = tiny_config(**{"ema_full_steps": 1, **settings})  # averaged as in a long run
+    average = train_gpt.WeightAverage([param], config)
     for number, (value, scale) in enumerate(zip(RECORDED, scales)):
         with torch.no_grad():
             param.copy_(value)
@@ -347,7 +413,7 @@ def emas(cap):
 @pytest.mark.parametrize("cap", [0.997, 0.2])
 def test_the_ema_is_the_hand_computed_mean_of_five_steps(cap):
     kind, (got,) = averaged(ema_decay=cap).exported()
-    assert kind == "EMA weights"
+    assert kind == f"EMA weights (decay {min(cap, 5 / 14):.4f}: {1 / (1 - min(cap, 5 / 14)):.0f} steps)"
     torch.testing.assert_close(got, emas(cap)[-1])
 
 
@@ -378,7 +444,7 @@ def test_snapshots_come_before_the_ema_and_the_ema_before_the_raw_weights(settin
 
 
 def test_averages_survive_their_state_dict():
-    settings = dict(swa_enabled=True, swa_every=1, ema_decay=0.997)
+    settings = dict(swa_enabled=True, swa_every=1, ema_decay=0.997, ema_full_steps=1)
     average = averaged(**settings)
     restored = train_gpt.WeightAverage([torch.nn.Parameter(torch.zeros(2))], tiny_config(**settings))
     restored.load_state_dict(train_gpt.private_copy(average.state_dict()))
@@ -391,6 +457,38 @@ def test_averages_survive_their_state_dict():
     assert torch.equal(restored.exported()[1][0], average.exported()[1][0])
 
 
+AVERAGED = dict(ema_decay=0.997, iterations=7000)  # a horizon of 333 steps
+
+
+@pytest.mark.parametrize("settings, step, seconds, expected", [
+    (AVERAGED, 6999, 0.0, 0.997),                            # the four systems: as published
+    (dict(AVERAGED, iterations=20000), 19999, 0.0, 0.997),
+    (dict(AVERAGED, iterations=5000), 4999, 0.0, 0.997),     # just long enough
+    (dict(AVERAGED, iterations=2500), 2499, 0.0, 1 - 4 * 0.003),   # half of it: a quarter of the horizon
+    (dict(AVERAGED, iterations=1000), 999, 0.0, 1 - 25 * 0.003),   # a fifth: 1/25, which is 13 steps
+    (dict(AVERAGED, iterations=700), 699, 0.0, 0.0),         # 6.5 steps would be too few to help
+    (dict(AVERAGED, iterations=300), 299, 0.0, 0.0),
+    (AVERAGED, 0, 0.0, 0.1),                                 # the initial weights are left behind
+    (AVERAGED, 80, 0.0, 0.9),
+    # With a wallclock cap the length is what the pace so far will give.
+    (dict(AVERAGED, max_wallclock_seconds=600.0), 4650, 400.0, 0.997),     # 6975 steps
+    (dict(AVERAGED, max_wallclock_seconds=600.0), 1250, 300.0, 1 - 4 * 0.003),   # 2500 steps
+    (dict(AVERAGED, max_wallclock_seconds=600.0), 100, 200.0, 0.0),        # 300 steps
+    # The record of 2026-04-09, 4,650 steps: its own decay whatever the length.
+    (dict(ema_decay=0.9965, ema_full_steps=1, iterations=20000), 4650, 0.0, 0.9965),
+    (dict(ema_decay=0.9965, ema_full_steps=1, iterations=300), 299, 0.0, 300 / 309),
+])
+def test_the_average_forgets_sooner_in_a_short_run(settings, step, seconds, expected):
+    config = tiny_config(**settings)
+    assert train_gpt.ema_decay_at(config, step, seconds) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_short_run_exports_its_raw_weights_and_says_so():
+    kind, (got,) = averaged(ema_decay=0.997, ema_full_steps=5000, iterations=300).exported()
+    assert torch.equal(got, RECORDED[-1])
+    assert kind == "raw weights (a short run: see EMA_FULL_STEPS)"
+
+
 def recorded_run(made, monkeypatch, steps=5):
     """Take `steps` training steps; returns the raw weights before and after each."""
     history, original = [weights(made.model)], train_gpt.reduce_clip_step
@@ -399,7 +497,7 @@ def recorded_run(made, monkeypatch, steps=5):
         original(*arguments)
         history.append(weights(made.model))
     monkeypatch.setattr(train_gpt, "reduce_clip_step", recording)
-    made.mark = made.checkpointed = train_gpt.time.monotonic()
+    made.step_started = train_gpt.time.monotonic()
     for _ in range(steps):
         made.one_step()
     return history
@@ -408,7 +506,7 @@ def recorded_run(made, monkeypatch, steps=5):
 @pytest.mark.parametrize("settings", [dict(), dict(swa_enabled=True, swa_every=2, swa_start_scale=0.7)])
 def test_a_run_exports_the_hand_computed_average_of_its_weights(settings, trainer, monkeypatch):
     """Five steps, a warmdown of four: the scales are 1, 1, 3/4, 2/4, 1/4, so the one snapshot is step 4's."""
-    made = trainer(iterations=5, warmdown_iters=4, **settings)
+    made = trainer(iterations=5, warmdown_iters=4, ema_full_steps=1, **settings)
     history = recorded_run(made, monkeypatch)
     exported = made.export()["state_dict"]
     moved = 0
@@ -462,7 +560,7 @@ def test_the_warm_up_restores_weights_and_optimisers_bit_for_bit(trained, traine
     assert with_warm_up(made, monkeypatch) == 3
     assert same(train_gpt.private_copy(made.training_state()), before)
     assert made.stream.position == position
-    assert (made.step, made.early) == (trained, False)
+    assert (made.step, made.stopped_early) == (trained, False)
 
 
 def test_a_run_after_a_warm_up_is_the_run_without_one(trainer, monkeypatch, tmp_path):

@@ -221,7 +221,7 @@ def outcome(run_dir):
     weights = train_gpt.load_tensors(Path(run_dir) / "final_model.pt")["state_dict"]
     results = read_json(Path(run_dir) / "scores.json")
     for score in results["scores"].values():
-        del score["eval_time_s"]
+        del score["eval_time_s"], score["audited"]  # an audit may come after the score
     return dict(
         weights={name: hashlib.sha256(t.numpy().tobytes()).hexdigest()[:12] for name, t in weights.items()},
         artifact=hashlib.sha256((Path(run_dir) / "final_model.int6.ptz").read_bytes()).hexdigest(),
@@ -434,17 +434,31 @@ def test_a_run_without_any_readable_checkpoint_starts_again(children, stopped, w
     assert outcome(run_dir) == outcome(whole)
 
 
+def test_a_damaged_state_of_an_evaluation_gives_way_to_the_one_before_it(children, whole):
+    run_dir = copy_run(children, whole)
+    (run_dir / "scores.json").unlink()
+    before, last = sorted((run_dir / "checkpoint").glob("eval_legal_ttt_*.pt"))
+    last.write_bytes(last.read_bytes()[:-100])
+    output = children.finish(run_dir).stdout()
+    assert f"warning: {last}" in output
+    assert f"resumed_evaluation legal_ttt item:{int(before.stem[-8:])}/" in output
+    assert outcome(run_dir) == outcome(whole)
+
+
 @pytest.mark.parametrize("damage", ["cut", pytest.param("foreign", marks=pytest.mark.slow)])
 def test_an_unusable_state_of_an_evaluation_is_not_used(children, whole, damage):
     run_dir = copy_run(children, whole)
     (run_dir / "scores.json").unlink()
-    state = run_dir / "checkpoint" / "eval_legal_ttt.pt"
-    if damage == "cut":
-        state.write_bytes(state.read_bytes()[:-100])
-    else:
-        shutil.copy(run_dir / "checkpoint" / "eval_final_int6_sliding_window.pt", state)
+    states = sorted((run_dir / "checkpoint").glob("eval_legal_ttt_*.pt"))
+    assert len(states) == 2
+    for state in states:
+        if damage == "cut":
+            state.write_bytes(state.read_bytes()[:-100])
+        else:
+            foreign = sorted((run_dir / "checkpoint").glob("eval_final_int6_sliding_window_*.pt"))[-1]
+            shutil.copy(foreign, state)
     output = children.finish(run_dir).stdout()
-    assert re.search(r"warning: .*eval_legal_ttt\.pt", output)
+    assert re.search(r"warning: .*eval_legal_ttt_\d+\.pt", output)
     assert "resumed_evaluation legal_ttt" not in output
     assert outcome(run_dir) == outcome(whole)
 
@@ -483,7 +497,7 @@ def test_logs_append_and_stay_parseable_after_a_cut_last_line(resumed, stopped):
     assert bad == 1 and found[-1]["event"] == "done"
     last = {e["step"]: e["train_loss"] for e in found if e["event"] == "step"}
     assert sorted(last) == list(range(1, 13))
-    line = r"^step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
+    line = r"^step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms tokens_per_s:\d+$"
     assert set(map(int, re.findall(line, log, re.M))) == set(last)
 
 
@@ -579,7 +593,7 @@ def test_a_time_limit_stops_in_time_and_a_rerun_finishes(children, whole, variab
 
 def test_slurms_end_time_is_a_time_limit_and_the_nearer_one_counts(runtime):
     made = runtime(tiny_config(time_limit_seconds=1000.0), SLURM_JOB_END_TIME=str(int(time.time()) + 500))
-    assert 490 < made.time_limit <= 500 and not made.wants_stop(400) and made.wants_stop(460)
+    assert 490 < made.stop.time_limit <= 500 and not made.stop.wanted(400) and made.stop.wanted(460)
 
 
 def test_packing_is_not_begun_when_it_could_not_end(children, whole):
@@ -595,10 +609,10 @@ def test_packing_is_not_begun_when_it_could_not_end(children, whole):
 def test_the_first_real_signal_after_a_time_limit_does_not_break_off_the_saving(runtime, monkeypatch):
     """SLURM's warning and torchrun's SIGTERM come while a time limit's save is under way."""
     made = runtime(tiny_config(time_limit_seconds=1e-9))
-    assert made.wants_stop()
+    assert made.stop.wanted()
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
-    made.on_signal(signal.SIGTERM, None)
+    made.stop.on_signal(signal.SIGTERM, None)
     assert not exits
 
 

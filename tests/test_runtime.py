@@ -386,14 +386,14 @@ def test_a_log_on_a_full_disk_costs_the_line_and_not_the_run(config, runtime, tm
 def signalled(config, sequence, pipe):
     """Send ourselves signals at given times and tell what came of it."""
     made = Runtime(config, {})
-    made.watch_signals()
+    made.stop.watch_signals()
     real, begin, clock = time.monotonic, time.monotonic(), [0.0]
     time.monotonic = lambda: begin + clock[0]
-    told = [(made.wants_stop(), made.stop_signal)]
+    told = [(made.stop.wanted(), made.stop.reason)]
     for seconds, name in sequence:
         clock[0] = seconds
         os.kill(os.getpid(), getattr(signal, name))
-        told.append((made.wants_stop(), made.stop_signal))
+        told.append((made.stop.wanted(), made.stop.reason))
         pipe.send(told)
     time.monotonic = real
 
@@ -431,19 +431,19 @@ def test_the_time_left_is_the_nearest_limit_less_a_margin(config, runtime, limit
     environ = {} if slurm_seconds is None else {"SLURM_JOB_END_TIME": str(time.time() + slurm_seconds)}
     made = runtime(tiny_config(run_dir=config.run_dir, time_limit_seconds=float(limit)), **environ)
     if left is None:
-        assert made.remaining() == float("inf") and not made.wants_stop(1e9)
+        assert made.stop.remaining() == float("inf") and not made.stop.wanted(1e9)
     else:
-        assert left - 30 < made.remaining() <= left
-        assert not made.wants_stop(left - 30) and made.stop_signal == ""
-        assert made.wants_stop(left + 1) and made.stop_signal == "TIME_LIMIT"
-        assert made.wants_stop(0)  # a wish to stop stays
+        assert left - 30 < made.stop.remaining() <= left
+        assert not made.stop.wanted(left - 30) and made.stop.reason == ""
+        assert made.stop.wanted(left + 1) and made.stop.reason == "TIME_LIMIT"
+        assert made.stop.wanted(0)  # a wish to stop stays
 
 
 def test_what_saving_takes_is_kept_free(config, runtime):
     made = runtime(tiny_config(run_dir=config.run_dir, time_limit_seconds=1000.0))
-    before = made.remaining()
-    made.save_seconds = 200.0
-    assert before - 230 < made.remaining() <= before - 200
+    before = made.stop.remaining()
+    made.stop.save_seconds = 200.0
+    assert before - 230 < made.stop.remaining() <= before - 200
 
 
 def test_a_phase_that_cannot_finish_in_time_is_not_begun(config, runtime):
@@ -463,7 +463,7 @@ def test_a_device_that_is_not_there_is_an_error(config):
 
 def test_one_rank_agrees_with_itself():
     comm = Comm()
-    assert comm.agree(3, True, 0.5) == [3.0, 1.0, 0.5]
+    assert comm.all_reduce_scalars(3, True, 0.5) == [3.0, 1.0, 0.5]
     assert comm.gather_rows([1, 2.5]).tolist() == [[1.0, 2.5]]
     comm.barrier()
 
@@ -492,7 +492,7 @@ def test_an_error_a_user_can_act_on_is_told_once_in_each_place(config, runtime, 
 
 def test_a_stopped_run_says_so_where_launchers_look(config, runtime, tmp_path, capsys):
     made = runtime(config)
-    made.stop_signal = "SIGUSR1"
+    made.stop.reason = "SIGUSR1"
     assert ending(made, train_gpt.Stopped("in training after step 3/6")) == 75
     line = "stopped signal:SIGUSR1 phase:in training after step 3/6; run the same command again to go on\n"
     assert capsys.readouterr() == (line, "")

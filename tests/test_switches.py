@@ -90,7 +90,7 @@ def digest(state):
 
 def open_run(lab, settings):
     config = Config(**{**settings, "run_dir": str(lab.fresh_folder() / "run")})
-    val = train_gpt.ValStream.load(config, train_gpt.load_token_bytes(config))
+    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     return config, train_gpt.Runtime(config, {}), val
 
 
@@ -118,7 +118,7 @@ def trained(lab, settings):
     train_gpt.train(config, runtime, val, runtime.dir / "final_model.pt")
     runtime.close()
     steps = [event["steps"] for event in events(runtime.dir, "trained")]
-    return steps, digest(train_gpt.load_weights(runtime.dir / "final_model.pt")[1])
+    return steps, digest(train_gpt.load_weights(runtime.dir / "final_model.pt").state_dict)
 
 
 def packed(lab, settings):
@@ -162,10 +162,17 @@ def batches(lab, settings):
     config, runtime, val = open_run(lab, settings)
     model, sizes = shaken(config), []
     hidden = model.hidden
-    model.hidden = lambda ids: (sizes.append(len(ids)), hidden(ids))[1]
+    model.hidden = lambda ids, *last: (sizes.append(len(ids)), hidden(ids, *last))[1]
     train_gpt.evaluate(model, val, config, runtime)
     runtime.close()
     return sizes
+
+
+def cuda_graphs(lab, settings):
+    """Whether one rank on a GPU would replay its test-time training as a graph."""
+    config, runtime, _ = open_run(lab, {**settings, "compile": "1"})
+    with mock.patch.object(runtime, "device", torch.device("cuda")):
+        return runtime.cuda_graphs(config.ttt_cuda_graph)
 
 
 def compilations(lab, settings):
@@ -219,6 +226,20 @@ def directory(lab, settings):
     return [str(path.relative_to(folder)) for path in folder.rglob("train.log")]
 
 
+def ranks(lab, settings):
+    """How many processes the program would start."""
+    with mock.patch.object(train_gpt.launcher, "elastic_launch") as launch:
+        assert run_main(lab.fresh_folder() / "run", **settings).code == 0
+    return [call.args[0].max_nodes * call.args[0].nproc_per_node for call in launch.call_args_list]
+
+
+def sampled(lab, settings):
+    """What MODE=sample prints."""
+    result = run_main(lab.fresh_folder() / "run", **settings)
+    assert result.code == 0, result.err
+    return result.out
+
+
 def lines(pattern):
     """The log lines of a whole run, as far as they match."""
     def log_lines(lab, settings):
@@ -228,19 +249,14 @@ def lines(pattern):
     return log_lines
 
 
-def kept_from_an_artifact(lab, settings):
-    """The stride in use after the evaluation settings of an artifact were taken over."""
-    artifact = Config(**{**lab.base, "eval_stride": 8})
-    return Config(**{**settings, "eval_stride": 16}).adopt(artifact).eval_stride
-
-
 STEPS = lines(r"step:\d+/\d+ train_loss")
 VALIDATIONS = lines(r"step:\d+/\d+ val_loss")
 CHECKPOINTS = lines(r"checkpoint_saved step:\d+")
 WIDE = dict(model_dim=176, num_layers=1)  # its matrices are large enough for intN
 SWA = dict(swa_enabled=True, swa_every=1, swa_start_scale=1.0, warmdown_iters=6)
 TTT_LINEAR = dict(e2e_ttt_enabled=True)
-ARTIFACT = dict(eval_only=lambda lab: lab.artifact)
+ARTIFACT = dict(eval_only=lambda lab: lab.artifact, audit=False)
+SAMPLE = dict(ARTIFACT, mode="sample", sample_tokens=20)
 
 FLIPS = dict(
     preset=flip("the defaults of other settings", defaults, "base_7k"),
@@ -274,7 +290,10 @@ FLIPS = dict(
     iterations=flip("the number of steps", trained, 3),
     train_batch_tokens=flip("the tokens of a step", trained, 256),
     train_seq_len=flip("the context in training", trained, 32),
+    shuffle=flip("the order of the sequences", trained, True),
     warmdown_iters=flip("the rates of the last steps", trained, 5),
+    warmdown_frac=flip("the rates of the last steps", trained, 0.9),
+    min_lr=flip("the rates of the last steps", trained, 0.5),
     warmdown_shape=flip("the rates of the last steps", trained, "cosine"),
     max_wallclock_seconds=flip("training ends early", trained, 1e-6),
     embed_lr=flip("the steps of embeddings", trained, 0.01),
@@ -284,7 +303,11 @@ FLIPS = dict(
     muon_momentum_warmup_start=flip("the momentum before", trained, 0.5, muon_momentum_warmup_steps=2),
     muon_momentum_warmup_steps=flip("the momentum in between", trained, 2),
     muon_ns_steps=flip("how orthogonal an update is", trained, 2),
-    weight_decay=flip("the shrinking of weights", trained, 0.0),
+    muon_wd=flip("the shrinking of the blocks' matrices", trained, 0.0),
+    muon_row_norm=flip("the rows' share of an update", trained, True),
+    adam_wd=flip("the shrinking of the rest", trained, 0.0),
+    embed_wd=flip("the shrinking of the embeddings", trained, 0.0),
+    scalar_wd=flip("the shrinking of gains and gates", trained, 0.0),
     beta1=flip("AdamW's first moment", trained, 0.5),
     beta2=flip("AdamW's second moment", trained, 0.5),
     adam_eps=flip("AdamW's divisor", trained, 1e-2),
@@ -293,7 +316,8 @@ FLIPS = dict(
     embed_init_std=flip("the initial embedding", trained, 0.02, iterations=0),
     flow_init_scale=flip("the initial up-projection", trained, 1.0, iterations=0, flow_enabled=True),
     nfm_loss_weight=flip("the weight of the flow-matching gradient", trained, 0.0),
-    ema_decay=flip("the exported average", trained, 0.2),
+    ema_decay=flip("the exported average", trained, 0.2, ema_full_steps=1),
+    ema_full_steps=flip("which runs are averaged", trained, 1),
     swa_enabled=flip("the exported average", trained, True, **{**SWA, "swa_enabled": False}),
     swa_every=flip("which steps are in it", trained, 2, **SWA),
     swa_start_scale=flip("when it begins", trained, 0.4, **SWA),
@@ -324,12 +348,23 @@ FLIPS = dict(
     # place and pace
     data_path=flip("an error that names it", ended, "no/such/folder"),
     tokenizer_path=flip("an error that names it", ended, "no/such/file"),
+    val_sha256=flip("an error that names it", ended, "0" * 64),
     run_id=flip("the default directory", directory, "mine", run_dir="", **ARTIFACT),
     run_dir=flip("the directory", directory, "there/run", **ARTIFACT),
     resume=flip("the earlier run moves aside", run_again, "never", **ARTIFACT),
-    eval_only=flip("nothing is trained", labels, ARTIFACT["eval_only"], iterations=1),
+    eval_only=flip("nothing is trained", labels, ARTIFACT["eval_only"], iterations=1, audit=False),
     mode=flip("audit.json instead of scores.json", files, "audit", **ARTIFACT),
     audit=flip("audit.json beside scores.json", files, True, **ARTIFACT),
+    audit_seed=flip("the seed that is logged", lines("spot_checks .*"), 7, **ARTIFACT),
+    spot_checks=flip("the number of checked rounds", lines("spot_checks .*"), 0.5, **ARTIFACT),
+    scores_file=flip("the file", files, "run/{label}.f32", **ARTIFACT),
+    ttt_cuda_graph=flip("a single rank's graph", cuda_graphs, "1"),
+    nproc=flip("the processes", ranks, 2, **ARTIFACT),
+    code_bytes=flip("the bytes that are left for the model", lines("Code size: .*"), 123_456),
+    prompt=flip("the text that is continued", sampled, "A list", **SAMPLE),
+    sample_tokens=flip("how long the text becomes", sampled, 4, **SAMPLE),
+    temperature=flip("which tokens are drawn", sampled, 0.0, **SAMPLE),
+    top_k=flip("the tokens to draw from", sampled, 1, **SAMPLE),
     device=flip("where it runs, or why it cannot", device, "cuda"),
     compile=flip("torch.compile is used", compilations, "1"),
     micro_batch_tokens=flip("the accumulation that the log states", lines("world_size:.*"), 128),
@@ -340,7 +375,6 @@ FLIPS = dict(
     checkpoint_seconds=flip("the checkpoints", CHECKPOINTS, 1e-6),
     eval_checkpoint_seconds=flip("the saved evaluations", lines("evaluation_saved .*"), 1e-6, **ARTIFACT),
     time_limit_seconds=flip("exit code 75", ended, 1e-3),
-    explicit=flip("an artifact does not override it", kept_from_an_artifact, ("eval_stride",)),
 )
 
 
