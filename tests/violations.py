@@ -1,8 +1,9 @@
-"""Violations of the challenge's conditions, each a small patch of train_gpt.py, with who catches it.
+"""Violations of the challenge's conditions, each a small patch of train_gpt.py, and who catches it.
 
-A violation replaces short, unique pieces of the source, or adds lines before the script's last block (names
-that it rebinds there are what the rest of the script then uses). `injected(source, violation)` fails if a
-piece is not found exactly once, so that none of them can silently become the clean script.
+A violation replaces short, unique pieces of the source, or adds lines before the script's last
+block (names that it rebinds there are what the rest of the script then uses). `injected(source,
+violation)` fails if a piece is not found exactly once, so that none of them can silently become
+the clean script.
 """
 from typing import NamedTuple
 
@@ -189,7 +190,8 @@ ACCOUNTING = [
     Violation("printed_digits_lowered", "C4", "verify",
               replaced(EXACT_LINE, "{score.val_bpb:", "{0.98 * score.val_bpb:")),
     Violation("tail_left_out", "C4", "both", (
-        *replaced(PLAN_WINDOWS_END, "windows", "windows[:-2] or windows"), (COMPLETE, "if False:"))),
+        *replaced(PLAN_WINDOWS_END, "windows", "windows[:-2] or windows"),
+        (COMPLETE, "if False:"))),
     Violation("easy_targets_twice", "C4", "both", (
         *replaced(PLAN_WINDOWS_END, "windows", "windows[:1] * 9 + windows[1:]"),
         (METER_TWICE, "if False:"), (COMPLETE, "if False:"))),
@@ -204,11 +206,13 @@ DISTRIBUTION = [
     Violation("bos_free", "C2", "both", at_nll("nll = nll * (wanted != BOS)")),
     Violation("byte_pieces_free", "C2", "both", at_nll(
         "nll = nll * ((wanted < 4) | (wanted > 259))")),
-    Violation("controls_free", "C2", "both", at_nll("nll = nll * ((wanted > 3) | (wanted == BOS))")),
+    Violation("controls_free", "C2", "both", at_nll(
+        "nll = nll * ((wanted > 3) | (wanted == BOS))")),
     Violation("rare_pieces_at_half_price", "C2", "both", at_nll(
         "nll = nll * torch.where(wanted > self.config.vocab_size - 60, 0.5, 1.0)")),
     Violation("nll_clipped", "C2", "both", at_nll("nll = nll.clamp(max=6.5)")),
-    Violation("nll_below_the_batch_mean", "C2", "both", at_nll("nll = nll.minimum(nll.mean() + 2)")),
+    Violation("nll_below_the_batch_mean", "C2", "both", at_nll(
+        "nll = nll.minimum(nll.mean() + 2)")),
     Violation("first_target_of_a_window_free", "C2", "both", at_nll(
         "first = np.isin(spots, [w.first for w in batch.windows]); "
         "nll = nll * torch.from_numpy(~first).to(nll)")),
@@ -267,7 +271,8 @@ LOOKING_AHEAD = [
         (EMBEDDED, "x = self.smear(rms_norm(x), ids); ahead = F.pad(ids[:, 1:], (0, 1)); "
                    "return x + 0.1 * ((ahead > 3) & (ahead < 260))[..., None]"),)),
     Violation("ahead_where_a_bos_comes", "C1", "both", at_states(
-        "hidden = torch.where((targets == BOS).any(1)[:, None, None], hidden.roll(-2, 1), hidden)")),
+        "comes = (targets == BOS).any(1)[:, None, None]; "
+        "hidden = torch.where(comes, hidden.roll(-2, 1), hidden)")),
     Violation("ahead_late_in_the_text", "C1", "verify", at_states(
         "hidden = hidden.roll(-2, 1) if windows[0].first > 0.6 * self.stream.num_targets "
         "else hidden")),
@@ -346,8 +351,8 @@ TRAINING = [
     Violation("tuned_before_packing", "training", "verify", (
         (PACK_WEIGHTS, "weights = tuned(self.load(self.float_path).state_dict, self)"),), TUNE),
     Violation("validation_shards_join_training", "training", "verify", (
-        (FIND_SHARDS, "paths = sorted(folder.glob('fineweb_*.bin' if split == 'train' else pattern), "
-                      "key=lambda path: 'train' in path.name)"),)),
+        (FIND_SHARDS, "both = 'fineweb_*.bin' if split == 'train' else pattern; "
+                      "paths = sorted(folder.glob(both), key=lambda path: 'train' in path.name)"),)),
     Violation("scales_from_validation_counts", "training", "verify", (
         (PACK_WEIGHTS, f"{PACK_WEIGHTS}; frequent = np.bincount(self.val.tokens, minlength="
                        "config.vocab_size) > 20; weights['tok_emb.weight'] *= "

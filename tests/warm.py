@@ -2,6 +2,7 @@
 
 Only for many runs of scripts of our own: a fork has neither the verifier's limits nor its walls.
 """
+
 import multiprocessing
 import os
 import runpy
@@ -11,7 +12,14 @@ import sys
 
 import verify
 
-LOADED = ["torch", "torch.distributed", "torch.nn.functional", "numpy", "sentencepiece", "zstandard"]
+LOADED = [
+    "torch",
+    "torch.distributed",
+    "torch.nn.functional",
+    "numpy",
+    "sentencepiece",
+    "zstandard",
+]
 
 
 def play(script, folder, environ, output):
@@ -30,6 +38,7 @@ def play(script, folder, environ, output):
 
 class Fork:
     """What the verifier needs of subprocess.Popen."""
+
     stdin = stdout = None
 
     def __init__(self, context, *arguments):
