@@ -352,7 +352,7 @@ TRAINING = [
         (PACK_WEIGHTS, "weights = tuned(self.load(self.float_path).state_dict, self)"),), TUNE),
     Violation("validation_shards_join_training", "training", "verify", (
         (FIND_SHARDS, "both = 'fineweb_*.bin' if split == 'train' else pattern; "
-                      "paths = sorted(folder.glob(both), key=lambda path: 'train' in path.name)"),)),
+                      "paths = sorted(folder.glob(both), key=lambda p: 'train' in p.name)"),)),
     Violation("scales_from_validation_counts", "training", "verify", (
         (PACK_WEIGHTS, f"{PACK_WEIGHTS}; frequent = np.bincount(self.val.tokens, minlength="
                        "config.vocab_size) > 20; weights['tok_emb.weight'] *= "

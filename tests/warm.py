@@ -1,4 +1,4 @@
-"""Starts scripts in forks of a process that has loaded torch already, since loading is most of a short run.
+"""Starts scripts in forks of a process that has loaded torch, since loading is most of a short run.
 
 Only for many runs of scripts of our own: a fork has neither the verifier's limits nor its walls.
 """
