@@ -1,4 +1,4 @@
-"""The verifier: clean scripts pass, violations do not, and nothing that a script says is believed."""
+"""The verifier: clean scripts pass, violations do not; nothing that a script says is believed."""
 
 import contextlib
 import io
