@@ -5,7 +5,7 @@ import collections
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import run_main, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -340,3 +340,35 @@ def test_the_products_of_a_step_stay_within_their_budget(preset, budget):
 def test_looped_layers_cost_their_own_products_and_no_more():
     loops = dict(preset="base_7k", nfm_enabled=False, eval_seq_len=2048, num_loops=2)
     assert products(train_gpt.Config(**loops)) == 138 + 6 * 4 * 3
+
+
+# ---------------------------------------------------------------------------- graphs of a whole run
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        # The training loss, states of all positions, of the last ones, test-time training's loss.
+        (dict(), 4),
+        # The training loss in both orders of the layers; all later ones are looped.
+        pytest.param(
+            dict(num_loops=1, loop_start=1, loop_end=1, loop_at=0.5), 5, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_whole_run_compiles_few_graphs(changes, expected, tiny_data, tmp_path, monkeypatch):
+    """Training, validations, roundtrip, sliding window and test-time training share their graphs."""
+    graphs, compile_ = [], torch.compile
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def counting(function, options=None, **arguments):
+        return compile_(function, backend=keep, **arguments)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", counting)
+    settings = {**tiny_data.settings, **changes, "compile": 1, "warmup_steps": 1}
+    settings["val_loss_every"] = 3
+    result = run_main(tmp_path / "run", **settings)
+    assert result.code == 0, result.err
+    assert len(graphs) == expected
