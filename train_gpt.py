@@ -158,6 +158,7 @@ class Config:
     preset: str = run_option("nfm_7k", "named set of differences from the defaults")
 
     # Architecture: the trunk of #1170.
+    # The bounds keep a hostile artifact from eating memory; no system of the field comes near them.
     vocab_size: int = arch_option(1024, "tokenizer pieces", 8, 65536)
     num_layers: int = arch_option(11, "transformer blocks", 1, 64)
     model_dim: int = arch_option(512, "width of the residual stream", 16, 4096)
@@ -170,6 +171,7 @@ class Config:
     rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
     logit_softcap: float = arch_option(30.0, "logits are cap*tanh(logits/cap)", 1e-3, 1e6)
+    # Two tokens hash to a row of this table: cheap knowledge of pairs.
     bigram_vocab_size: int = arch_option(4096, "rows of the bigram hash table, 0 = off", 0, 1 << 20)
     bigram_dim: int = arch_option(128, "width of the bigram hash table", 1, 4096)
     ve_dim: int = arch_option(0, "width of the shared value embedding, 0 = off", 0, 4096)
@@ -187,6 +189,7 @@ class Config:
     gate_inputs: int = arch_option(
         0, "leading channels that set the attention gate, 0 = all, with a bias", 0, 4096
     )
+    # Depth without bytes: the same layers several times.
     num_loops: int = arch_option(0, "further passes through layers LOOP_START to LOOP_END", 0, 8)
     loop_start: int = arch_option(3, "first of the looped layers", 0, 63)
     loop_end: int = arch_option(5, "last of the looped layers", 0, 63)
@@ -229,6 +232,7 @@ class Config:
         0.025, "AdamW rate of what is neither embedding nor block matrix", 0
     )
     matrix_lr: float = train_option(0.025, "Muon rate of the blocks' matrices", 0)
+    # Gradients of the first steps turn fast, so the momentum begins lower.
     muon_momentum: float = train_option(0.99, "Muon momentum after its warm-up", 0, 1)
     muon_momentum_warmup_start: float = train_option(0.92, "Muon momentum at step 0", 0, 1)
     muon_momentum_warmup_steps: int = train_option(1500, "steps of that linear warm-up", 0)
@@ -236,6 +240,7 @@ class Config:
     muon_wd: float = train_option(0.04, "decoupled weight decay of Muon", 0)
     muon_row_norm: bool = train_option(False, "divide each row by its norm first: MuonEq-R")
     adam_wd: float = train_option(0.04, "decoupled weight decay of AdamW", 0)
+    # Large embeddings want their own.
     embed_wd: float = train_option(-1.0, "that of the embeddings, -1 = ADAM_WD", -1)
     scalar_wd: float = train_option(-1.0, "that of all else in AdamW, -1 = ADAM_WD", -1)
     beta1: float = train_option(0.9, "AdamW beta1", 0, 0.9999)
@@ -287,6 +292,7 @@ class Config:
     dtype: str = eval_option(
         "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
     )
+    # A smaller stride gives targets more context, at a cost in proportion.
     eval_seq_len: int = eval_option(1024, "window of every evaluation", 2, 1 << 17)
     eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
     eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1, 4096)
@@ -547,8 +553,9 @@ class Refused(typing.NamedTuple):
     reason: str
 
 
-# The variables of the scripts of #1170, #1232, #1166 and #1150 that are no fields, so that their
-# commands run unchanged. A variable that was silently ignored would train another model than asked.
+# The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no
+# fields, so that their commands run unchanged. A variable that was silently ignored would train
+# another model than asked.
 PUBLISHED = {
     "TIED_EMBED_LR": Renamed("embed_lr"),
     "TIED_EMBED_INIT_STD": Renamed("embed_init_std"),
@@ -556,6 +563,11 @@ PUBLISHED = {
     "NATIVE_FLOW_ENABLED": Renamed("nfm_enabled"),
     "NATIVE_FLOW_HIDDEN_DIM": Renamed("nfm_hidden_dim"),
     "NATIVE_FLOW_LOSS_WEIGHT": Renamed("nfm_loss_weight"),
+    # Of the records of April 2026 (#1493 and after).
+    "MUON_ROW_NORMALIZE": Renamed("muon_row_norm"),
+    "ENABLE_LOOPING_AT": Renamed("loop_at"),
+    "SKIP_GATES_ENABLED": Renamed("skip_gates"),
+    # #1170's second loss.
     "NATIVE_FLOW_INIT_SCALE": BuiltIn("0.01", "the velocity field starts at zero"),
     # Checkpoints of #1166.
     "SAVE_EVERY": Renamed("checkpoint_every"),
@@ -1478,6 +1490,26 @@ def time_limit(config, environ):
     return limit
 
 
+@contextlib.contextmanager
+def deterministic_algorithms():
+    """Inside, the same inputs give the same bits on a GPU too.
+
+    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
+    was set before is set again afterwards: training has no need of it.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written; to fill it would cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 def pick_device(wish, local_rank):
     """The torch device of this rank. Raises ConfigError for a GPU that is not there."""
     available = torch.cuda.is_available()
@@ -1485,9 +1517,11 @@ def pick_device(wish, local_rank):
         raise ConfigError(f"DEVICE={wish}: no CUDA device here: unset DEVICE or use DEVICE=cpu")
     if wish == "cpu" or not available:
         return torch.device("cpu")
-    if ":" in wish:
-        return torch.device(wish)
-    return torch.device(f"cuda:{local_rank}")
+    if ":" not in wish:
+        return torch.device(f"cuda:{local_rank}")
+    if local_rank > 0:
+        raise ConfigError(f"DEVICE={wish} is one GPU for several ranks: use DEVICE=cuda")
+    return torch.device(wish)
 
 
 def device_name(device):
@@ -2410,8 +2444,8 @@ def pick_attention(device, dtype, compiling=False):
     failures = []
     for backend, why in attention_order(capability):
         try:
-            attend = attention_backend(backend)
-            try_attention(attend, device, dtype, compiling)
+            try_attention(attention_backend(backend), device, dtype, compiling)
+            attend = attention_backend(backend, fallback=True)
         except Exception as error:
             failures.append(f"{backend} ({type(error).__name__})")
             continue
@@ -2425,13 +2459,13 @@ def pick_attention(device, dtype, compiling=False):
     )
 
 
-def attention_backend(backend):
-    """attend(q, k, v) of one backend by name."""
+def attention_backend(backend, fallback=False):
+    """attend(q, k, v) of one backend by name; with `fallback`, flash stands behind cuDNN."""
     if backend == "flash_attention_3":
         return flash_attention_3
-    # Flash stays behind cuDNN, which refuses to run where deterministic algorithms are wanted.
+    # cuDNN refuses to run where deterministic algorithms are wanted.
     order = [SDPA_BACKENDS[backend]]
-    if backend == "cudnn":
+    if backend == "cudnn" and fallback:
         order.append(SDPBackend.FLASH_ATTENTION)
 
     def attend(q, k, v):
@@ -3408,11 +3442,17 @@ def hessian_name(module_name):
 def gram(x):
     """Sum of x x^T over tokens (C, C), float32, of x (..., C).
 
-    Hooks run under the forward's autocast, whose bfloat16 product would not be positive definite.
+    Hooks run under the forward's autocast, whose bfloat16 product would not be positive definite;
+    neither would TF32's, which a GPU uses for float32 products unless it is told not to.
     """
     x = x.detach().float().reshape(-1, x.size(-1))  # (tokens, C)
-    with torch.autocast(x.device.type, enabled=False):
-        return x.T @ x
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            return x.T @ x
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 class CalibrationHooks:
@@ -3477,7 +3517,8 @@ def drawn_labels(log_probs, unit, seed):
 
 def calibrate_unit(model, ids, unit, runtime, sums):
     """Add what one batch of training tokens `ids` (B, T) says to `sums`."""
-    with runtime.autocast():
+    # The same weights must give the same artifact on a GPU too.
+    with deterministic_algorithms(), runtime.autocast():
         hidden = model.hidden(ids)  # (B, T, D)
         head_input = model.head_input(hidden)
         logits = model.head(head_input).flatten(0, 1)  # (B * T, V)
@@ -3489,7 +3530,8 @@ def calibrate_unit(model, ids, unit, runtime, sums):
     labels = drawn_labels(log_probs, unit, model.config.seed)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     model.zero_grad()
-    loss.backward()
+    with deterministic_algorithms():
+        loss.backward()
     for name, module in model.named_modules():
         # The labels of different tokens are independent: the square of the sum is, on average, the
         # sum of the squares.
@@ -4251,26 +4293,6 @@ def evaluation_mode(model, freeze_blocks):
                 param.requires_grad_(requires_grad)
                 param.grad = None
         model.train(training)
-
-
-@contextlib.contextmanager
-def deterministic_algorithms():
-    """Inside, the same inputs give the same bits on a GPU too.
-
-    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
-    was set before is set again afterwards: training has no need of it.
-    """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory that it has not written; to fill it would cost time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def other_tokens(tokens, vocab_size, random):
@@ -5390,7 +5412,7 @@ class Trainer:
             train_time_s=self.seconds,
             step_avg_ms=1000 * self.seconds / max(1, self.step),
             stopped_early=self.stopped_early,
-            peak_mib=self.runtime.peak_mib()[0],
+            peak_mib=self.runtime.peak_mib().allocated,
         )
         return dict(
             config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
@@ -6876,7 +6898,8 @@ class Audit:
         """Dense sweep of all positions of a first window, the longest of the checks."""
         _, sliding, *_ = evaluation_jobs(self.config)
         evaluation = self.evaluation(sliding, self.beginning(sliding))
-        with evaluation_mode(self.model, 0):
+        # The same blocks are frozen as in every evaluation: what is compiled for them serves here.
+        with evaluation_mode(self.model, self.config.ttt_freeze_blocks):
             self.sweep(sliding, evaluation, 0, 1)
 
     def sweep(self, job, evaluation, known, step):

@@ -2,10 +2,11 @@
 order."""
 
 import collections
+import types
 
 import pytest
 import torch
-from helpers import run_main, tiny_config
+from helpers import SEQ, run_main, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,8 +71,8 @@ def gpu(monkeypatch):
         names = {}
         original = train_gpt.attention_backend
 
-        def named(backend):
-            attend = original(backend)
+        def named(backend, **options):
+            attend = original(backend, **options)
             names[attend] = backend
             return attend
 
@@ -115,7 +116,7 @@ def test_without_any_backend_the_error_names_them_all(gpu):
         gpu((8, 0), *FAMILIES[8, 0])
 
 
-def enabled_backends(monkeypatch, backend):
+def enabled_backends(monkeypatch, backend, fallback=True):
     """SDPA's backends in order of priority while `backend` attends."""
     seen = []
 
@@ -124,12 +125,14 @@ def enabled_backends(monkeypatch, backend):
         return q
 
     monkeypatch.setattr(train_gpt, "sdpa_attention", look)
-    train_gpt.attention_backend(backend)(*torch.zeros(3, 1, 4, 2, 8))
+    train_gpt.attention_backend(backend, fallback)(*torch.zeros(3, 1, 4, 2, 8))
     return [b.name for b in seen]
 
 
 def test_flash_stays_behind_cudnn_for_deterministic_mode(monkeypatch):
     assert enabled_backends(monkeypatch, "cudnn") == ["CUDNN_ATTENTION", "FLASH_ATTENTION"]
+    # The trial is cuDNN's alone: flash must not pass it in cuDNN's name.
+    assert enabled_backends(monkeypatch, "cudnn", fallback=False) == ["CUDNN_ATTENTION"]
 
 
 @pytest.mark.parametrize("backend, name", [("flash", "FLASH_ATTENTION"), ("math", "MATH")])
@@ -342,20 +345,64 @@ def test_looped_layers_cost_their_own_products_and_no_more():
     assert products(train_gpt.Config(**loops)) == 138 + 6 * 4 * 3
 
 
-# ---------------------------------------------------------------------------- graphs of a whole run
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+def test_four_graphs_serve_the_whole_life_of_a_run(case, monkeypatch):
+    """Training; scoring of all positions and of the last ones; a step of test-time training.
+
+    Later evaluations, spot checks and the audit bring no other.
+    """
+    graphs, options = [], []
+    compile = torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def counted(function, dynamic, fullgraph, options=None):
+        seen_options.append(options)
+        return compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=count)
+
+    seen_options = options
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", counted)
+    case = case(800, compile="1", ttt_lr=0.05, eval_batch_seqs=3, nfm_loss_weight=0.0)
+    model = case.model()
+    ids = torch.randint(2, 384, (4, SEQ))
+    case.runtime.compiled(model)(ids, ids).backward()
+    model.zero_grad()
+    assert len(graphs) == 1 and options == [None]
+    for _ in range(2):
+        for job in train_gpt.evaluation_jobs(case.config):
+            case.run(model, stride=job.stride, ttt=job.ttt, label=job.label, spot_checks=0.5)
+    train_gpt.audit(model, case.stream, case.config, case.runtime)
+    assert len(graphs) == 4
+    assert all(made == {"deterministic": True} for made in options[1:])
+
+
 @pytest.mark.parametrize(
-    "changes, expected",
-    [
-        # The training loss, states of all positions, of the last ones, test-time training's loss.
-        (dict(), 4),
-        # The training loss in both orders of the layers; all later ones are looped.
-        pytest.param(
-            dict(num_loops=1, loop_start=1, loop_end=1, loop_at=0.5), 5, marks=pytest.mark.slow
-        ),
-    ],
+    "ranks, wish, captured", [(1, "auto", 0), (8, "auto", 1), (8, "0", 0), (1, "1", 1)]
 )
-def test_a_whole_run_compiles_few_graphs(changes, expected, tiny_data, tmp_path, monkeypatch):
-    """Training, validations, roundtrip, sliding window and test-time training share their graphs."""
+def test_a_step_of_test_time_training_is_a_cuda_graph_where_it_is_small(ranks, wish, captured):
+    made = []
+    gpu = types.SimpleNamespace(
+        compiling=True, device=torch.device("cuda"), comm=train_gpt.Comm(0, ranks)
+    )
+    gpu.compiled = lambda function, options=None: made.append(options) or function
+    gpu.cuda_graphs = lambda wish: train_gpt.Runtime.cuda_graphs(gpu, wish)
+    config = tiny_config(ttt_cuda_graph=wish)
+    model = train_gpt.GPT(config)
+    train_gpt.Evaluation.compile(types.SimpleNamespace(runtime=gpu, model=model, config=config))
+    scoring, step, *captures = made
+    assert scoring == step == {"deterministic": True}
+    assert captures == captured * [{"deterministic": True, "triton.cudagraphs": True}]
+
+
+@pytest.mark.slow
+def test_looping_compiles_one_graph_more(tiny_data, tmp_path, monkeypatch):
+    """The training loss in both orders of the layers; all that follows is looped."""
+    loops = dict(num_loops=1, loop_start=1, loop_end=1, loop_at=0.5)
     graphs, compile_ = [], torch.compile
 
     def keep(graph, inputs):
@@ -367,8 +414,8 @@ def test_a_whole_run_compiles_few_graphs(changes, expected, tiny_data, tmp_path,
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", counting)
-    settings = {**tiny_data.settings, **changes, "compile": 1, "warmup_steps": 1}
+    settings = {**tiny_data.settings, **loops, "compile": 1, "warmup_steps": 1}
     settings["val_loss_every"] = 3
     result = run_main(tmp_path / "run", **settings)
     assert result.code == 0, result.err
-    assert len(graphs) == expected
+    assert len(graphs) == 5

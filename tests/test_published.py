@@ -98,6 +98,8 @@ def test_a_published_value_is_the_fields_value():
     )
     assert config.run_dir == "/scratch/run"
     assert resolve("NATIVE_FLOW_ENABLED=0").nfm_enabled is False
+    record = resolve("MUON_ROW_NORMALIZE=1 ENABLE_LOOPING_AT=0.5 SKIP_GATES_ENABLED=1")
+    assert record.differences() == dict(muon_row_norm=True, loop_at=0.5, skip_gates=True)
 
 
 @pytest.mark.parametrize(
