@@ -2274,7 +2274,8 @@ class Quantizable:
 # Model
 # The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner,
 # NativeFlowMatcher. `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the
-# trunk. Whatever changes during a run is a 0-d tensor, so that one compiled graph serves all of it.
+# trunk. What changes during a run is a 0-d tensor, so that one compiled graph serves all of it; but
+# the order of looped layers, which changes once, has a graph for each of its two values.
 # ==================================================================================================
 def sdpa_attention(q, k, v):
     """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
@@ -3124,8 +3125,7 @@ class GPT(nn.Module):
             self.smear = InputSmearGate(config) if config.smear_inputs else SmearGate(config)
         layers = range(config.num_layers)
         self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
-        # Whether layers are looped now: training begins without, everything else is with it. It
-        # changes a few times in a run at most, and each value has its own compiled graph.
+        # Whether layers are looped now: training begins without, everything else is with it.
         self.looped = config.num_loops > 0
         num_skips = len(layer_order(config, self.looped)) // 2
         self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
