@@ -94,9 +94,9 @@ PARAMS = re.compile(r"(?<!\w)model_params\s*[:=]\s*(\d+)", re.I)
 VAL_TOKENS = re.compile(r"(?:val[_ ]tokens\s*[:=]|val_loader\S*\s.*\btokens:)\s*(\d+)\b", re.I)
 FINGERPRINT = re.compile(
     r"data_fingerprint tokens:\d+ targets:(\d+) bytes:(\d+) .*"
-    r"sha256:(\w+) score_scope:(canonical|proxy)"
+    r"sha256:(\w+) score_scope:(canonical-by-counts|canonical|proxy)"
 )
-SCOPE = re.compile(r"score_scope:(canonical|proxy)")
+SCOPE = re.compile(r"score_scope:(canonical-by-counts|canonical|proxy)")
 CONFIG = re.compile(r"config:(?P<name>\w+)=(?P<value>.*?)( \*)?")
 AUDIT = re.compile(r"audit (pass|FAIL) \d+ checks .*")
 ADAPTING = re.compile(r"\s*\w*?(ttt|slot)", re.I)

@@ -163,6 +163,8 @@ def data_text(run, stage):
     """The section on what was scored and how the bytes were checked."""
     scope = {
         "canonical": "the canonical validation split",
+        "canonical-by-counts": "a split with the canonical numbers of targets and bytes, its "
+        "SHA-256 not compared",
         "proxy": "**proxy** data, not the canonical split: not comparable with published scores",
         None: "data of unknown scope (the log does not say)",
     }[run.scope]

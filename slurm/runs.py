@@ -162,7 +162,7 @@ class Run:
     pytorch_version: str | None = None
     code_sha256: str | None = None
     artifact_sha256: str | None = None
-    scope: str | None = None  # canonical | proxy
+    scope: str | None = None  # canonical | canonical-by-counts | proxy
     tokens: int | None = None  # targets of the validation data
     bytes: int | None = None  # bytes of those targets
     val_sha256: str | None = None

@@ -611,7 +611,8 @@ def test_only_published_slot_is_illegal(case):
     ],
 )
 def test_the_label_of_a_score_says_whether_it_is_legal(slot, ttt, label):
-    assert train_gpt.score_label(tiny_config(slot=slot, ttt_enabled=ttt)) == label
+    jobs = train_gpt.evaluation_jobs(tiny_config(slot=slot, ttt_enabled=ttt))
+    assert [job.label for job in jobs[2:]] == [label] * bool(label)
 
 
 # --------------------------------------------------------------------------------------------------

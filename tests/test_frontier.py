@@ -275,6 +275,24 @@ def test_everything_is_causal_and_safe_at_the_start_of_a_document():
         assert torch.equal(model.embed(row)[:, 2:], model.embed(other)[:, 2:])
 
 
+@pytest.mark.slow
+def test_the_record_of_0409_trains_at_full_size():
+    """One pass of 2,048 tokens forward and backward through 17 visits: every parameter learns."""
+    torch.manual_seed(0)
+    config = train_gpt.Config(**RECORD_0409, train_batch_tokens=2048, micro_batch_tokens=2048)
+    model = train_gpt.GPT(config, train_gpt.cpu_attention)
+    for block in model.blocks:  # a fresh projection is zero and lets nothing through
+        torch.nn.init.orthogonal_(block.attn.proj.weight)
+        torch.nn.init.orthogonal_(block.mlp.proj.weight)
+    ids, targets = random_batch(config, 1024)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(8192), abs=0.3)
+    for name, param in model.named_parameters():
+        assert torch.isfinite(param.grad).all() and param.grad.any(), name
+
+
 # The switch ---------------------------------------------------------------------------------------
 def test_both_orders_stay_compiled():
     model = train_gpt.GPT(tiny_config(**{**TRUNK, **LOOPS}))

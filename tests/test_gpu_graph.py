@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from helpers import SEQ, tiny_config
+from helpers import SEQ, run_main, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -397,3 +397,25 @@ def test_a_step_of_test_time_training_is_a_cuda_graph_where_it_is_small(ranks, w
     scoring, step, *captures = made
     assert scoring == step == {"deterministic": True}
     assert captures == captured * [{"deterministic": True, "triton.cudagraphs": True}]
+
+
+@pytest.mark.slow
+def test_looping_compiles_one_graph_more(tiny_data, tmp_path, monkeypatch):
+    """The training loss in both orders of the layers; all that follows is looped."""
+    loops = dict(num_loops=1, loop_start=1, loop_end=1, loop_at=0.5)
+    graphs, compile_ = [], torch.compile
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def counting(function, options=None, **arguments):
+        return compile_(function, backend=keep, **arguments)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", counting)
+    settings = {**tiny_data.settings, **loops, "compile": 1, "warmup_steps": 1}
+    settings["val_loss_every"] = 3
+    result = run_main(tmp_path / "run", **settings)
+    assert result.code == 0, result.err
+    assert len(graphs) == 5

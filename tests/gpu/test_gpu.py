@@ -1,6 +1,6 @@
 """What only a GPU can show; the first thing to run when one is there: python -m pytest tests/gpu -s
 
-Skipped without CUDA. About five minutes on one H100; `-s` shows the figures for docs/gpu.md.
+Skipped without CUDA; `-s` shows the figures for docs/gpu.md.
 """
 
 import dataclasses
