@@ -6743,7 +6743,9 @@ class Audit:
         self.runtime = runtime
         self.comm = runtime.comm
         self.seed = check_seed(config, stream.fingerprint["val_sha256"])
+        # All ranks draw the same texts and places from the one, what they need alone from the other.
         self.random = np.random.default_rng(self.seed)
+        self.own_random = np.random.default_rng([self.seed, self.comm.rank])
         self.byte_count = ByteCount(stream.token_bytes.model)
         # Half of it is short or silent: controls, bytes, single characters.
         vocab = np.arange(config.vocab_size)
@@ -7061,7 +7063,7 @@ class Audit:
         observer = Watch(stream, self.config.vocab_size, keep)
         evaluation = self.evaluation(job, stream)
         # Nothing may depend on how far an evaluation has come.
-        evaluation.cursor = int(self.random.integers(0, 1000))
+        evaluation.cursor = int(self.own_random.integers(0, 1000))
         evaluation.summed_nll(windows, observer)
         self.check_distributions(job, observer)
         return observer
