@@ -3373,9 +3373,9 @@ def flow_noise_keys(config, step, first, count, device):
 UNIT_TOKENS = 8192  # tokens of one forward and backward pass, the atom that ranks share out
 UNSEEN_COUNT = 2.0  # readings that each row of an embedding is credited with
 SUM_BITS = 36  # precision of the largest entry of a first term; float32 itself has 24
-# Measured on one core of a CPU, with a margin of about two.
+# Measured on one core of a CPU (1.4, and 1.2e-6 with six packings), with a margin.
 CALIBRATION_COST = 2.0  # seconds of a calibration token in seconds of a training token
-SOLVING_SECONDS = 4e-6  # a parameter's share of all solutions and packings
+SOLVING_SECONDS = 2e-6  # a parameter's share of all solutions and packings
 
 
 class Sensitivity(typing.NamedTuple):

@@ -308,12 +308,15 @@ def plot(points, path):
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     for curve in ("lite", *CURVES):
-        mine = sorted(p for p in points if p.quantiser == curve or p.quantiser[:4] == curve)
+        mine = [
+            p for p in points if p.quantiser.removesuffix(" int5").removesuffix(" int6") == curve
+        ]
         mine.sort(key=lambda point: point.bytes)
-        sizes = [point.bytes / 1e6 for point in mine]
-        axes.plot(sizes, [point.divergence for point in mine], "o-", label=curve)
+        if mine:
+            sizes = [point.bytes / 1e6 for point in mine]
+            axes.plot(sizes, [point.divergence for point in mine], "o-", label=curve)
     axes.set_yscale("log")
-    axes.set_xlabel("artifact, MB")
+    axes.set_xlabel("file, MB")
     axes.set_ylabel("KL(float || quantised), bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
