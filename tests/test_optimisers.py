@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_near, tiny_config, weights
+from helpers import assert_near, layers_for, tiny_config, weights
 
 import train_gpt
 
@@ -233,7 +233,7 @@ def test_the_optimisers_of_a_preset_hold_every_parameter_once(preset):
         bigram_vocab_size=32,
         ttt_freeze_blocks=0,
     )
-    config = preset_config(preset, **small)
+    config = preset_config(preset, **small, **layers_for(preset))
     model = train_gpt.GPT(config)
     muon, adamw = train_gpt.build_optimizers(model, config)
     held = [id(p) for stack in muon.stacks for p in stack]
