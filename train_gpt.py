@@ -2317,7 +2317,8 @@ class BlockedAttention(torch.autograd.Function):
 
     The backward goes through blocks of queries and sequences and recomputes the probabilities, as
     FlashAttention does (Dao et al. 2022, arXiv 2205.14135), so memory is linear in T.
-    `tests/bench.py functions` shows what it earns over PyTorch's own backward.
+    At 512 tokens it saves 5 to 8 % of a training step against PyTorch's own backward, which is as
+    fast from 1,024 tokens on (`tests/bench.py functions`).
     """
 
     @staticmethod
@@ -2496,7 +2497,7 @@ class RMSNorm(torch.autograd.Function):
     float32 (or wider) on every device; the result has x's type.
 
     Written out because the composed operations pass over memory so often that on a CPU they cost
-    more than a tenth of a training step (`tests/bench.py functions`).
+    a fifth of a training step (`tests/bench.py functions`).
     """
 
     @staticmethod
@@ -3504,16 +3505,16 @@ class CalibrationHooks:
         return after_forward
 
 
-def drawn_labels(log_probs, unit, seed):
-    """One label per position (n,) drawn from log_probs (n, V): a function of seed and unit alone.
+def drawn_labels(logps, unit, seed):
+    """One label per position (n,) drawn from logps (n, V): a function of seed and unit alone.
 
     The Fisher information needs the model's own labels; with the data's, errors that the model
     makes anyway would count as sensitivity.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + unit)
-    height = torch.rand(len(log_probs), 1, generator=generator).to(log_probs.device)
-    below = log_probs.exp().cumsum(-1) < height  # (n, V)
-    return below.sum(-1).clamp(max=log_probs.size(-1) - 1)
+    height = torch.rand(len(logps), 1, generator=generator).to(logps.device)
+    below = logps.exp().cumsum(-1) < height  # (n, V)
+    return below.sum(-1).clamp(max=logps.size(-1) - 1)
 
 
 def calibrate_unit(model, ids, unit, runtime, sums):
@@ -3523,12 +3524,12 @@ def calibrate_unit(model, ids, unit, runtime, sums):
         hidden = model.hidden(ids)  # (B, T, D)
         head_input = model.head_input(hidden)
         logits = model.head(head_input).flatten(0, 1)  # (B * T, V)
-    log_probs = logits.detach().float().log_softmax(-1)
-    probs = log_probs.exp()
+    logps = logits.detach().float().log_softmax(-1)
+    probs = logps.exp()
     sums.add("hessian/head", gram(head_input))
     # p (1 - p) is the variance of a drawn label, so the second derivative of the loss in its logit.
     sums.add("label_variance", (probs * (1 - probs)).sum(0))
-    labels = drawn_labels(log_probs, unit, model.config.seed)
+    labels = drawn_labels(logps, unit, model.config.seed)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     model.zero_grad()
     with deterministic_algorithms():
@@ -4131,6 +4132,10 @@ class TrainedAheadError(LegalityError):
     """C3: test-time training was about to use a target that is not scored yet."""
 
 
+class NotAnEntryError(LegalityError):
+    """C2: a score is not the entry of a normalised distribution."""
+
+
 class LookedAheadError(LegalityError):
     """C1: a score depends on its own token or on a later one."""
 
@@ -4417,9 +4422,13 @@ class SpotCheck(Observer):
         self.observer = observer  # is shown the same
         self.nll = np.zeros(high - low, np.float32)  # of targets before `place`
         self.logps = None  # (V,) of target `place`: of its distribution, not only of its own token
+        self.normalised = True
 
     def scored(self, targets, logps, nll):
         self.observer.scored(targets, logps, nll)
+        worst = logps.double().logsumexp(-1).abs().max().item()
+        if worst > 1e-4:  # false for NaN, which is an error of another kind
+            self.normalised = False
         before = targets < self.place
         self.nll[targets[before] - self.low] = nll.float().cpu().numpy()[before]
         if self.place in targets:
@@ -4472,6 +4481,7 @@ class Evaluation:
         identity="",
         label="",
         spot_checks=0.0,
+        quiet=False,
     ):
         self.model = model
         self.stream = stream
@@ -4484,6 +4494,7 @@ class Evaluation:
         self.observer = observer or Observer()
         self.checkpoints = checkpoints
         self.label = label
+        self.quiet = quiet  # no lines of progress
         # What must agree before a saved state is taken up.
         text = stream.fingerprint["val_sha256"]
         self.identity = f"{identity}/{label}/{stride}/{ttt}/{slot}/{text}/{self.comm.world} ranks"
@@ -4493,7 +4504,6 @@ class Evaluation:
         # The text lies on the device: a batch is gathered there from a list of positions.
         tokens = torch.from_numpy(stream.tokens.astype(np.int32))  # (num_targets + 1,)
         self.tokens = tokens.to(runtime.device)
-        self.meter = Meter(stream.num_targets, runtime.device)
         self.plan(spot_checks)
         self.compile()
         self.sgd = None  # the optimiser of test-time training
@@ -4504,9 +4514,10 @@ class Evaluation:
         self.seconds = 0.0  # spent so far, by earlier processes too
 
     def plan(self, spot_checks):
-        """Set `windows`, `work` and `spots`, the cursors of the rounds to check."""
+        """Set `windows`, `work`, the empty `meter`, and `spots`, the cursors of rounds to check."""
         config = self.config
         num_targets = self.stream.num_targets
+        self.meter = Meter(num_targets, self.runtime.device)
         # The plan is the same list on every rank, so that collectives meet.
         self.windows = plan_windows(num_targets, config.eval_seq_len, self.stride)
         per_round = config.eval_batch_seqs * self.comm.world
@@ -4546,7 +4557,8 @@ class Evaluation:
                     break
                 self.observer.before_item(self, item)
                 if isinstance(item, ScoreRound):
-                    self.score(item)
+                    score = self.spot_check if self.cursor in self.spots else self.score
+                    score(item)
                     self.scored_until = self.windows[item.high - 1].end
                 else:
                     self.train(item)
@@ -4580,7 +4592,7 @@ class Evaluation:
         now = time.monotonic()
         every = 1 if sys.stdout.isatty() else LOG_SECONDS
         # Not after every item: to read the sum makes the host wait for the device.
-        if not (self.label and self.runtime.is_main and self.meter.bytes):
+        if self.quiet or not (self.label and self.runtime.is_main and self.meter.bytes):
             return
         if now - self.shown < every:
             return
@@ -4613,19 +4625,18 @@ class Evaluation:
             # Outside the handler, whose traceback still holds the tensors that did not fit.
             torch.cuda.empty_cache()
 
-    def score(self, item):
-        """Score this rank's share of a round's windows."""
+    def share_of(self, item):
+        """This rank's windows of a round; the last round of a chunk may leave it without any."""
         size = self.config.eval_batch_seqs
         low = item.low + self.comm.rank * size
-        share = self.windows[low : min(low + size, item.high)]
-        if self.cursor in self.spots:
-            self.spots_done += 1  # on all ranks, each of which checks its own share
+        return self.windows[low : min(low + size, item.high)]
+
+    def score(self, item):
+        """Score this rank's share of a round's windows."""
+        share = self.share_of(item)
         if not share:
-            return  # the last round of a chunk may not reach this rank
-        if self.cursor in self.spots:
-            nll = self.spot_checked_nll(share)
-        else:
-            nll = self.summed_nll(share, self.observer)
+            return
+        nll = self.summed_nll(share, self.observer)
         num_bytes = 0
         for _, first, end in share:
             num_bytes += int(self.stream.bytes[first:end].sum(dtype=np.int64))
@@ -4679,28 +4690,44 @@ class Evaluation:
         rows = spans[at].long()  # (n, length + 1)
         return rows[:, :-1], rows[:, 1:]
 
-    def spot_checked_nll(self, share):
-        """summed_nll of a share, which is then scored again on other tokens from some target on.
+    def spot_check(self, item):
+        """Score a round, and again on other tokens from some target on, which is not counted.
 
-        Raises LookedAheadError unless all that came before is the same, bit for bit.
+        Raises LookedAheadError unless all that came before that target is the same, bit for bit,
+        and NotAnEntryError where probabilities do not sum to 1.
         """
+        self.spots_done += 1  # on all ranks, each of which checks its own share
+        share = self.share_of(item)
+        if not share:
+            return
         low = share[0].first
         high = share[-1].end
         random = np.random.default_rng([self.spot_seed, self.cursor])
         place = int(random.integers(low, high))
         counted = SpotCheck(place, low, high, self.observer)
-        nll = self.summed_nll(share, counted)
+        self.score_for(item, counted, self.meter)
         again = SpotCheck(place, low, high, Observer())
         # Target `place` is token place + 1. Replaced is all that this round's windows hold from
         # there on, and a window's length more.
         with self.replaced_tokens(place + 1, high + self.config.eval_seq_len, random):
-            self.summed_nll(share, again)
+            self.score_for(item, again, Meter(self.stream.num_targets, self.runtime.device))
+        if not counted.normalised:
+            raise NotAnEntryError(f"{self.label}: a distribution of item {self.cursor} is none")
         if not counted.equals(again):
             raise LookedAheadError(
                 f"{self.label}: scores of targets {low}…{place} change with tokens that come "
                 f"after them (item {self.cursor}, AUDIT_SEED={self.spot_seed})"
             )
-        return nll
+
+    def score_for(self, item, observer, meter):
+        """score(item) before another observer and into another meter."""
+        before = self.observer, self.meter
+        self.observer = observer
+        self.meter = meter
+        try:
+            self.score(item)
+        finally:
+            self.observer, self.meter = before
 
     @contextlib.contextmanager
     def replaced_tokens(self, low, high, random):
@@ -5445,6 +5472,9 @@ def train(config, runtime, val, path):
 # ==================================================================================================
 DAMPING = 0.03  # of the mean diagonal, added to it
 ROW_TEMPER = 0.7  # exponent of the rows' sensitivities
+# Nats per token, far below what could be measured: predictions for a model that was hardly trained
+# are too low, and the budget is there to be used.
+FINEST_LOSS = 1e-9
 BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
 
 
@@ -5593,6 +5623,17 @@ class Quantiser:
             return solve(self.weights[name], sensitivity, hessian, factor, grid, unit)
 
         return dict(zip(self.weights, self.map(solve_one, self.weights)))
+
+    def finest_unit(self):
+        """The unit below which steps buy nothing, or codes would have to be cut."""
+        # Every code adds unit^2 / 24 to the expected loss.
+        finest = math.sqrt(24 * FINEST_LOSS / self.parameters)
+        for name, weight in self.weights.items():
+            rows, columns = grid_steps(self.grids[name], 1.0)
+            largest = np.abs(weight.numpy() / (rows * columns)).max()
+            # Twice: GPTQ moves weights before it rounds them.
+            finest = max(finest, 2 * float(largest) / MAX_CODE)
+        return max(finest, UNIT_LIMITS[0])
 
     def guessed_unit(self, budget):
         """A first unit by bisection: plain rounding of some rows, with Gaussian entropies."""
@@ -5918,7 +5959,6 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
 MAX_PACKINGS = 12
 BUDGET_SLACK = 0.0005  # of the budget may stay unused
 BRACKET = 0.1  # of the budget: files that differ by less can be mixed
-FINEST_LOSS = 1e-5  # nats per token: steps finer than this buy nothing that could be measured
 
 
 class Packing(typing.NamedTuple):
@@ -5932,17 +5972,17 @@ class Packing(typing.NamedTuple):
 class RateControl:
     """Finds the units whose artifact lies just below `budget` bytes, in MAX_PACKINGS trials.
 
-    `solve(unit)` gives {name: Solved}, `encode(solved, units)` an artifact's bytes.
+    `solve(unit)` gives {name: Solved}, `encode(solved, units)` an artifact's bytes; no unit is
+    below `finest`, so that a model too small for the budget leaves some of it unused.
     """
 
-    def __init__(self, solve, encode, budget, parameters, log=lambda line: None):
+    def __init__(self, solve, encode, budget, parameters, finest, log=lambda line: None):
         self.solve = solve
         self.encode = encode
         self.budget = budget
         self.log = log
         self.packings = 0
-        # Every code adds unit^2 / 24 to the expected loss.
-        self.finest = math.log2(math.sqrt(24 * FINEST_LOSS / parameters))
+        self.finest = math.log2(finest)
         self.slope = -parameters / 8  # bytes per octave while codes are not mostly zeros
         self.least_slope = -parameters / 256
         self.fits = None  # the largest Packing that fits
@@ -5962,7 +6002,7 @@ class RateControl:
             if size <= self.budget and position == self.finest:
                 break  # a small model: finer steps would be bytes for nothing
             before = (position, size)
-            position = max(self.finest, position + (self.aim() - size) / self.slope)
+            position = max(self.finest, position + (self.aim(size) - size) / self.slope)
         self.mix()
         if self.fits is None:
             over = len(self.over.blob) - self.budget
@@ -5983,10 +6023,10 @@ class RateControl:
             return False
         return len(self.over.blob) - len(self.fits.blob) <= BRACKET * self.budget
 
-    def aim(self):
-        """Bytes that the next unit should give: a little beyond the budget, to enclose it."""
+    def aim(self, size):
+        """Bytes that the trial after one of `size` should have, so that both enclose the budget."""
         beyond = 0.05 * BRACKET * self.budget
-        return self.budget + beyond if self.over is None else self.budget - beyond
+        return self.budget + beyond if size <= self.budget else self.budget - beyond
 
     def try_solution(self, units, solved):
         """Encode, keep it if it is the closest on its side, return its size."""
@@ -6168,7 +6208,14 @@ def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log
     quantiser = Quantiser(state_dict, knowledge, log)
     encoder = GridEncoder(config, state_dict, quantiser.grids, tokenizer_sha256)
     budget = config.budget_bytes - code_bytes
-    control = RateControl(quantiser.solve, encoder.encode, budget, quantiser.parameters, log)
+    control = RateControl(
+        quantiser.solve,
+        encoder.encode,
+        budget,
+        quantiser.parameters,
+        quantiser.finest_unit(),
+        log,
+    )
     packing = control.run(quantiser.guessed_unit(budget))
     groups = account(encoder, packing)
     log_account(groups, log)
@@ -6483,6 +6530,7 @@ BROKEN_BY = {
     ScoredTwiceError: "C4 single_pass",
     TrainedAheadError: "C3 trained_is_scored",
     LookedAheadError: "C1 future_flip",
+    NotAnEntryError: "C2 nll_is_entry",
 }
 SWEPT = 16  # positions of a first window that every score's sweep looks at
 LN_2 = 0.6931471805599453  # written out: the audit counts for itself
@@ -6493,14 +6541,34 @@ class SweepError(LegalityError):
 
 
 class Watch(Observer):
-    """Keeps the nll (n,) of every target, and the log-probabilities (V,) of the targets `keep`."""
+    """Checks every position that it is shown, and keeps the nll (n,) of every target.
 
-    def __init__(self, num_targets, keep=()):
-        self.nll = np.zeros(num_targets, np.float32)
+    `keep`: targets whose log-probabilities (V,) are kept too.
+    """
+
+    def __init__(self, stream, vocab_size, keep=()):
+        self.tokens = stream.tokens  # the text, whatever the evaluation makes of it
+        self.vocab_size = vocab_size
+        self.nll = np.zeros(stream.num_targets, np.float32)
         self.keep = {int(target): None for target in keep}
+        self.worst = 0.0  # largest distance of a distribution's log-sum from 0
+        self.wrong_entries = 0
 
     def scored(self, targets, logps, nll):
         self.nll[targets] = nll.float().cpu().numpy()
+        # A subclass of Tensor could show one thing and give another.
+        logps = logps.as_subclass(torch.Tensor)
+        log_sums = logps.double().logsumexp(-1)  # (n,)
+        worst = log_sums.abs().max().item()
+        if logps.size(-1) != self.vocab_size or not math.isfinite(worst):
+            worst = math.inf
+        self.worst = max(self.worst, worst)
+        # Looked up by the audit's own copy of the text: target t is token t + 1.
+        own = self.tokens[targets + 1].astype(np.int64)
+        own = torch.from_numpy(own).to(logps.device)
+        entries = logps.gather(1, own.unsqueeze(1))  # (n, 1)
+        wrong = nll != -entries.squeeze(1)
+        self.wrong_entries += wrong.sum().item()
         wanted = np.isin(targets, list(self.keep))
         for row in np.flatnonzero(wanted):
             target = int(targets[row])
@@ -6515,20 +6583,16 @@ class Watch(Observer):
 
 
 class Recorder(Watch):
-    """Checks every position that an evaluation shows, and keeps the course of the evaluation.
+    """Also keeps the course of an evaluation.
 
     `hash_state`: whether to hash the state that each round of scoring finds. `sweeps`: functions of
     the evaluation, by the first target of the round before which they are called.
     """
 
     def __init__(self, stream, vocab_size, keep=(), hash_state=False, sweeps=None):
-        super().__init__(stream.num_targets, keep)
-        self.tokens = stream.tokens  # the text, whatever the evaluation makes of it
-        self.vocab_size = vocab_size
+        super().__init__(stream, vocab_size, keep)
         self.times = np.zeros(stream.num_targets, np.int64)  # how often each target was shown
         self.nats = 0.0
-        self.worst = 0.0  # largest distance of a distribution's log-sum from 0
-        self.wrong_entries = 0
         self.hash_state = hash_state
         self.sweeps = sweeps or {}
         self.order = []  # first scored target of every round
@@ -6542,19 +6606,6 @@ class Recorder(Watch):
         super().scored(targets, logps, nll)
         np.add.at(self.times, targets, 1)  # counts a target twice if it is shown twice
         self.nats += float(nll.double().sum())
-        # A subclass of Tensor could show one thing and give another.
-        logps = logps.as_subclass(torch.Tensor)
-        log_sums = logps.double().logsumexp(-1)  # (n,)
-        worst = log_sums.abs().max().item()
-        if logps.size(-1) != self.vocab_size or not math.isfinite(worst):
-            worst = math.inf
-        self.worst = max(self.worst, worst)
-        # Looked up by the audit's own copy of the text: target t is token t + 1.
-        own = self.tokens[targets + 1].astype(np.int64)
-        own = torch.from_numpy(own).to(logps.device)
-        entries = logps.gather(1, own.unsqueeze(1))  # (n, 1)
-        wrong = nll != -entries.squeeze(1)
-        self.wrong_entries += wrong.sum().item()
 
     def before_item(self, evaluation, item):
         if isinstance(item, TrainStep):
@@ -6647,34 +6698,40 @@ def work_fault(evaluation):
     return "C4 full_plan", ""
 
 
-def recount_bytes(tokenizer, tokens):
-    """UTF-8 bytes of the targets tokens[1:], from the tokenizer's own pieces.
+class ByteCount:
+    """The audit's own count of UTF-8 bytes, from the tokenizer's pieces.
 
     A piece that stands for no text has none; a space in front of a piece counts unless the piece
     before it stands for no text.
     """
-    lengths = []
-    spaces = []
-    for i in range(tokenizer.vocab_size()):
-        text = tokenizer.id_to_piece(i).replace("▁", " ")
-        if tokenizer.is_byte(i):
-            text = "?"  # any one byte
-        if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
-            text = ""
-        lengths.append(len(text.encode()))
-        spaces.append(text.startswith(" "))
-    lengths = np.array(lengths)  # (V,)
-    spaces = np.array(spaces)  # (V,)
-    silent = lengths == 0
-    total = 0
-    for low in range(0, len(tokens) - 1, 1 << 20):  # in parts, for memory's sake
-        part = tokens[low : low + (1 << 20) + 1]
-        targets = part[1:]
-        before = part[:-1]
-        dropped = spaces[targets] & silent[before]
-        total += int(lengths[targets].sum())
-        total -= int(dropped.sum())
-    return total
+
+    def __init__(self, tokenizer):
+        lengths = []
+        spaces = []
+        for i in range(tokenizer.vocab_size()):
+            text = tokenizer.id_to_piece(i).replace("▁", " ")
+            if tokenizer.is_byte(i):
+                text = "?"  # any one byte
+            if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
+                text = ""
+            lengths.append(len(text.encode()))
+            spaces.append(text.startswith(" "))
+        self.lengths = np.array(lengths)  # (V,)
+        self.spaces = np.array(spaces)  # (V,)
+
+    def of_targets(self, tokens):
+        """Bytes (n,) of the targets tokens[1:] of n + 1 tokens."""
+        targets = tokens[1:]
+        silent_before = self.lengths[tokens[:-1]] == 0
+        return self.lengths[targets] - (self.spaces[targets] & silent_before)
+
+    def total(self, tokens):
+        """Bytes of all targets, counted in parts for memory's sake."""
+        total = 0
+        for low in range(0, len(tokens) - 1, 1 << 20):
+            part = tokens[low : low + (1 << 20) + 1]
+            total += int(self.of_targets(part).sum())
+        return total
 
 
 class Audit:
@@ -6687,7 +6744,15 @@ class Audit:
         self.runtime = runtime
         self.comm = runtime.comm
         self.seed = check_seed(config, stream.fingerprint["val_sha256"])
+        # All ranks draw the same texts and places from the one, what they need alone from the other.
         self.random = np.random.default_rng(self.seed)
+        self.own_random = np.random.default_rng([self.seed, self.comm.rank])
+        self.byte_count = ByteCount(stream.token_bytes.model)
+        # Half of it is short or silent: controls, bytes, single characters.
+        vocab = np.arange(config.vocab_size)
+        short = vocab[self.byte_count.lengths <= 1]
+        often = np.resize(short, len(vocab))
+        self.salt = np.concatenate([vocab, often])
         self.counts = dict.fromkeys(CHECKS, 0)  # comparisons that were made
         self.failures = {name: [] for name in CHECKS}
 
@@ -6729,6 +6794,8 @@ class Audit:
             ttt=job.ttt,
             slot=job.slot,
             observer=observer,
+            label=job.label,
+            quiet=True,
         )
 
     def changed(self, stream, low):
@@ -6740,7 +6807,11 @@ class Audit:
         return stream.replaced(tokens)
 
     def beginning(self, job):
-        """The part of the text that a job is run on: some rounds, with TTT a chunk before them."""
+        """The part of the text that a job is run on: some rounds, with TTT a chunk before them.
+
+        One token in eight is replaced by any other, special ones above all: what is rare in a text
+        must be treated like the rest.
+        """
         config = self.config
         # At least two batches after the first window, and more than one round of all ranks.
         batches = max(2, self.comm.world + 1)
@@ -6749,7 +6820,11 @@ class Audit:
         if job.ttt:
             targets += config.ttt_chunk_tokens
         targets = min(self.stream.num_targets, targets)
-        return self.stream.replaced(self.stream.tokens[: targets + 1])
+        tokens = np.array(self.stream.tokens[: targets + 1])
+        salted = self.random.random(len(tokens)) < 1 / 8
+        salt = self.random.choice(self.salt, len(tokens))
+        tokens[salted] = salt[salted]
+        return self.stream.replaced(tokens)
 
     def places(self, job, num_targets):
         """Targets after which everything is replaced: at and around edges, and some at random."""
@@ -6788,7 +6863,8 @@ class Audit:
         base = Recorder(stream, vocab, keep=places, hash_state=True, sweeps=sweeps)
         evaluation = self.evaluation(job, stream, base)
         score = evaluation.run()
-        self.check_positions(job, base, evaluation)
+        self.check_distributions(job, base)
+        self.check_sharp(job, stream)
         self.check_order(job, base, evaluation)
         self.check_score(job, base, evaluation, score)
         for place in places:
@@ -6823,18 +6899,31 @@ class Audit:
         self.note(check, not text, f"{job.label}: {text}")
         return not text
 
-    def check_positions(self, job, base, evaluation):
-        """C2: every distribution that was shown, and that their entries are what was summed."""
-        worst = base.worst
+    def check_distributions(self, job, watch):
+        """C2: every distribution that was shown, and that nll are its entries."""
+        worst = watch.worst
         text = f"{job.label}: log-sum {worst:.1e}"
-        self.note("C2 normalised", worst < 1e-4, text)
-        wrong = base.wrong_entries
+        is_normalised = worst < 1e-4
+        self.note("C2 normalised", is_normalised, text)
+        wrong = watch.wrong_entries
         text = f"{job.label}: {wrong} targets"
         self.note("C2 nll_is_entry", not wrong, text)
-        counted = float(evaluation.meter.nll)
-        same = math.isclose(counted, base.nats, rel_tol=1e-9)
-        text = f"{job.label}: {counted} nats, not {base.nats}"
-        self.note("C2 nll_is_entry", same, text)
+
+    def check_sharp(self, job, stream):
+        """C2 where the model is sure of itself, which a weak or a surprised one never is."""
+        observer = Watch(stream, self.config.vocab_size)
+        evaluation = self.evaluation(job, stream)
+        plain = evaluation.hidden
+
+        def sharper(*ids_and_last):
+            states = plain(*ids_and_last)  # (B, T, D)
+            factors = torch.logspace(0, 2, states.size(1), device=states.device)
+            return states * factors.unsqueeze(1).to(states.dtype)
+
+        evaluation.hidden = sharper
+        with evaluation_mode(self.model, self.config.ttt_freeze_blocks):
+            evaluation.summed_nll(evaluation.windows[:1], observer)
+        self.check_distributions(job, observer)
 
     def check_order(self, job, base, evaluation):
         """C3 and C4 as far as one run shows them."""
@@ -6851,12 +6940,16 @@ class Audit:
         self.note("C4 single_pass", in_order, f"{label}: order of rounds")
         grows = base.sums == sorted(base.sums)
         self.note("C4 single_pass", grows, f"{label}: sums")
+        counted = float(evaluation.meter.nll)
+        same = math.isclose(counted, base.nats, rel_tol=1e-9)
+        text = f"{label}: {counted} nats, not {base.nats}"
+        self.note("C2 nll_is_entry", same, text)
 
     def check_score(self, job, base, evaluation, score):
         """C4: the returned Score is what was shown, per target and per byte of the text."""
         nats = float(self.comm.gather_rows([base.nats]).sum())  # of all ranks
         targets = evaluation.stream.num_targets
-        num_bytes = recount_bytes(self.stream.token_bytes.model, evaluation.stream.tokens)
+        num_bytes = self.byte_count.total(evaluation.stream.tokens)
         expected = {
             "tokens": targets,
             "bytes": num_bytes,
@@ -6968,16 +7061,30 @@ class Audit:
         for start in range(0, copies.size, span):
             end = start + span - 1  # the last token of a copy is no input
             windows.append(Window(start, start + known, end))
-        observer = Watch(stream.num_targets, keep)
-        self.evaluation(job, stream).summed_nll(windows, observer)
+        observer = Watch(stream, self.config.vocab_size, keep)
+        evaluation = self.evaluation(job, stream)
+        # Nothing may depend on how far an evaluation has come.
+        evaluation.cursor = int(self.own_random.integers(0, 1000))
+        evaluation.summed_nll(windows, observer)
+        self.check_distributions(job, observer)
         return observer
 
     def check_bytes(self):
-        """C4: the bytes of the whole text, by which bits are divided."""
+        """C4: the bytes by which bits are divided, of the whole text and of every single token."""
+        token_bytes = self.stream.token_bytes
         counted = int(self.stream.bytes.sum(dtype=np.int64))
-        expected = recount_bytes(self.stream.token_bytes.model, self.stream.tokens)
+        expected = self.byte_count.total(self.stream.tokens)
         text = f"the text has {counted} bytes, not {expected}"
         self.note("C4 score", counted == expected, text)
+        # Each token after a document's start and after itself: a text may not hold what is wrong.
+        vocab = np.arange(self.config.vocab_size)
+        starts = np.full_like(vocab, BOS)
+        tokens = np.stack([starts, vocab, vocab], 1).flatten()
+        counted = token_bytes.count(tokens[:-1], tokens[1:])
+        differ = counted != self.byte_count.of_targets(tokens)
+        wrong = tokens[1:][differ]
+        text = f"the bytes of tokens {wrong[:5].tolist()}"
+        self.note("C4 score", not len(wrong), text)
 
     def check_boundary(self):
         """A document's first state takes nothing from the token before it but the bigram's row.

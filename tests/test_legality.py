@@ -209,22 +209,56 @@ look_ahead_after_some_training = look_ahead(
 )
 
 
-def better_at_some_targets(patch):
-    """One target of 97 costs half."""
-    original = train_gpt.scored_nll
+def free_targets(which):
+    """Targets that `which(indices, tokens)` chooses cost nothing."""
 
-    class Generous(train_gpt.Observer):
-        def __init__(self, observer):
-            self.observer = observer
+    def violation(patch):
+        original = train_gpt.scored_nll
 
-        def scored(self, targets, logps, nll):
-            nll[torch.from_numpy(targets % 97 == 50)] *= 0.5
-            self.observer.scored(targets, logps, nll)
+        class Generous(train_gpt.Observer):
+            def __init__(self, observer, batch):
+                self.observer, self.tokens = observer, batch.targets[: len(batch.windows)]
+                self.tokens = self.tokens[:, -batch.count :].flatten().numpy()
 
-    def scored(model, hidden, batch, observer):
-        return original(model, hidden, batch, Generous(observer))
+            def scored(self, targets, logps, nll):
+                nll[torch.from_numpy(which(targets, self.tokens))] *= 0.0
+                self.observer.scored(targets, logps, nll)
 
-    patch.setattr(train_gpt, "scored_nll", scored)
+        def scored(model, hidden, batch, observer):
+            return original(model, hidden, batch, Generous(observer, batch))
+
+        patch.setattr(train_gpt, "scored_nll", scored)
+
+    return violation
+
+
+better_at_some_targets = free_targets(lambda targets, tokens: targets % 97 == 50)
+# The texts of these tests hold neither, but other texts do.
+controls_are_free = free_targets(lambda targets, tokens: tokens < 4)
+bytes_are_free = free_targets(lambda targets, tokens: (tokens > 3) & (tokens < 260))
+
+
+def bonus_where_the_model_is_sure(patch):
+    """Which the model of these tests never is."""
+    original = train_gpt.log_probs
+
+    def log_probs(logits):
+        logps = original(logits)
+        return torch.where(logps > -0.1, 0.5 * logps, logps)
+
+    patch.setattr(train_gpt, "log_probs", log_probs)
+
+
+def bonus_in_every_tenth_item(patch):
+    """Short runs have few items."""
+    original = train_gpt.Evaluation.states
+
+    def states(self, batch):
+        ahead = 0.05 * self.model.tok_emb(batch.targets) * (self.cursor % 10 == 9)
+        hidden = original(self, batch)
+        return hidden + ahead[:, -hidden.size(1) :]
+
+    patch.setattr(train_gpt.Evaluation, "states", states)
 
 
 def result_with(**factors):
@@ -369,6 +403,10 @@ VIOLATIONS = [
     (look_ahead_with_test_time_training, "C1 own_token"),
     (look_ahead_after_some_training, "C1 own_token"),
     (better_at_some_targets, "C2 nll_is_entry"),
+    (controls_are_free, "C2 nll_is_entry"),
+    (bytes_are_free, "C2 nll_is_entry"),
+    (bonus_where_the_model_is_sure, "C2 normalised"),
+    (bonus_in_every_tenth_item, "C1 dense_sweep"),
     (lower_loss, "C4 score"),
     (lower_bits, "C4 score"),
     (large_ln_2, "C4 score"),
