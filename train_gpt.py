@@ -801,6 +801,7 @@ SP8192 = dict(
     scalar_lr=0.02,
     scalar_wd=0.02,
     muon_row_norm=True,
+    ema_full_steps=1,  # about 4,650 steps, averaged by the published decay as it is
     quantizer="gptq",
     data_path="./data/datasets/fineweb10B_sp8192",
     tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
