@@ -5561,11 +5561,22 @@ class Solved(typing.NamedTuple):
     """A matrix on its grid."""
 
     codes: np.ndarray  # (R, C), int16
+    row: np.ndarray  # (R,), int8: exponents of the rows' steps
     losses: np.ndarray  # (R,), predicted, nats per token
+
+
+def roomy_rows(weight, grid, unit):
+    """Exponents (R,) of the rows' steps, larger than the Grid's where codes would not fit."""
+    rows, columns = grid_steps(grid, unit)
+    largest = np.abs(weight.numpy() / columns / rows).max(1)  # (R,) codes
+    # Half of the range is left free: GPTQ moves weights before it rounds them.
+    excess = STEPS_PER_OCTAVE * np.log2(np.maximum(1.0, largest / (MAX_CODE / 2)))
+    return np.minimum(grid.row + np.ceil(excess), MAX_EXPONENT).astype(np.int8)
 
 
 def solve(weight, sensitivity, hessian, factor, grid, unit):
     """Solved of weight (R, C): GPTQ's row where it beats plain rounding, else that."""
+    grid = Grid(roomy_rows(weight, grid, unit), grid.column)
     rows, columns = (torch.from_numpy(side) for side in grid_steps(grid, unit))
     steps = rows * columns
     rounded = (weight / steps).round().clamp(-MAX_CODE, MAX_CODE)
@@ -5575,7 +5586,7 @@ def solve(weight, sensitivity, hessian, factor, grid, unit):
     losses = row_losses(weight - moved * steps, hessian, sensitivity.row_weight)
     better = losses <= plain
     codes = torch.where(better[:, None], moved, rounded).to(torch.int16)
-    return Solved(codes.numpy(), torch.minimum(losses, plain).numpy())
+    return Solved(codes.numpy(), grid.row, torch.minimum(losses, plain).numpy())
 
 
 class Quantiser:
@@ -5625,15 +5636,8 @@ class Quantiser:
         return dict(zip(self.weights, self.map(solve_one, self.weights)))
 
     def finest_unit(self):
-        """The unit below which steps buy nothing, or codes would have to be cut."""
-        # Every code adds unit^2 / 24 to the expected loss.
-        finest = math.sqrt(24 * FINEST_LOSS / self.parameters)
-        for name, weight in self.weights.items():
-            rows, columns = grid_steps(self.grids[name], 1.0)
-            largest = np.abs(weight.numpy() / (rows * columns)).max()
-            # Twice: GPTQ moves weights before it rounds them.
-            finest = max(finest, 2 * float(largest) / MAX_CODE)
-        return max(finest, UNIT_LIMITS[0])
+        """The unit below which steps buy nothing: every code adds unit^2 / 24 to the loss."""
+        return math.sqrt(24 * FINEST_LOSS / self.parameters)
 
     def guessed_unit(self, budget):
         """A first unit by bisection: plain rounding of some rows, with Gaussian entropies."""
@@ -6073,8 +6077,9 @@ def mixed_rows(fine, coarse, fine_rows):
         count = min(left, len(first.codes))
         left -= count
         codes = np.concatenate([first.codes[:count], second.codes[count:]])
+        row = np.concatenate([first.row[:count], second.row[count:]])
         losses = np.concatenate([first.losses[:count], second.losses[count:]])
-        mixed[name] = Solved(codes, losses)
+        mixed[name] = Solved(codes, row, losses)
     return mixed
 
 
@@ -6105,12 +6110,12 @@ class GridEncoder:
 
     def tensors(self, solved):
         """GridTensors of {name: Solved}, in the order of the table."""
-        names = [entry.name for entry in self.table if entry.scheme == "grid"]
-        codes = [solved[name].codes for name in names]
-        return [
-            GridTensor(code, self.grids[name], code_classes(code))
-            for name, code in zip(names, codes)
-        ]
+        tensors = []
+        for name in [entry.name for entry in self.table if entry.scheme == "grid"]:
+            codes, row, _ = solved[name]
+            grid = Grid(row, self.grids[name].column)
+            tensors.append(GridTensor(codes, grid, code_classes(codes)))
+        return tensors
 
     def encode(self, solved, units):
         """The artifact."""

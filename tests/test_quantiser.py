@@ -225,7 +225,9 @@ class FakeModel:
 
     def solve(self, unit):
         losses = np.zeros(self.rows, np.float32)
-        return {"w": golf.Solved(np.full((self.rows, 1), round(1e6 * -math.log2(unit))), losses)}
+        return {
+            "w": golf.Solved(np.full((self.rows, 1), round(1e6 * -math.log2(unit))), losses, losses)
+        }
 
     def encode(self, solved, units):
         bits = (3 + solved["w"].codes / 1e6).clip(min=0).mean()
@@ -260,8 +262,8 @@ def test_what_cannot_fit_is_an_artifact_error():
 def test_mixed_rows_take_the_first_from_the_finer_solution():
     fine, coarse = (
         {
-            "a": golf.Solved(np.full((3, 2), v), np.full(3, v)),
-            "b": golf.Solved(np.full((2, 2), v), np.full(2, v)),
+            "a": golf.Solved(*(np.full(shape, v) for shape in ((3, 2), 3, 3))),
+            "b": golf.Solved(*(np.full(shape, v) for shape in ((2, 2), 2, 2))),
         }
         for v in (1, 2)
     )
@@ -270,7 +272,21 @@ def test_mixed_rows_take_the_first_from_the_finer_solution():
         1,
         2,
     ]
-    assert mixed["b"].losses.tolist() == [1, 2]
+    assert mixed["b"].losses.tolist() == mixed["b"].row.tolist() == [1, 2]
+
+
+def test_rows_whose_codes_would_not_fit_take_coarser_steps():
+    weight = torch.randn(4, 6)
+    weight[1] *= 1000
+    factor = golf.factorise(torch.eye(6, dtype=torch.float64), "h", refuse_warnings)
+    sensitivity = golf.Sensitivity("h", torch.ones(4, dtype=torch.float64))
+    grid = golf.Grid(np.zeros(4, np.int8), np.zeros(6, np.int8))
+    solved = golf.solve(weight, sensitivity, factor.upper, factor, grid, 1e-2)
+    assert solved.row.tolist()[::2] == [0, 0] and solved.row[1] > 0 and solved.row[3] == 0
+    rows, columns = steps_of(golf.Grid(solved.row, grid.column), 1e-2)
+    assert abs(solved.codes).max() < golf.MAX_CODE
+    error = (torch.from_numpy(solved.codes) * rows * columns - weight).abs() / rows
+    assert error.max() < 0.51
 
 
 # ---- calibration ----
