@@ -801,6 +801,7 @@ SP8192 = dict(
     scalar_lr=0.02,
     scalar_wd=0.02,
     muon_row_norm=True,
+    ema_full_steps=1,  # about 4,650 steps, averaged by the published decay as it is
     quantizer="gptq",
     data_path="./data/datasets/fineweb10B_sp8192",
     tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
@@ -4504,7 +4505,7 @@ class Evaluation:
         tokens = torch.from_numpy(stream.tokens.astype(np.int32))  # (num_targets + 1,)
         self.tokens = tokens.to(runtime.device)
         self.plan(spot_checks)
-        self.compile()
+        self.compile_functions()
         self.sgd = None  # the optimiser of test-time training
         self.batch_limit = None  # windows per batch that fit, once more did not
         self.cursor = 0  # the next work item
@@ -4526,7 +4527,7 @@ class Evaluation:
             spot_checks = 0.0  # known to be illegal, and marked so
         self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)
 
-    def compile(self):
+    def compile_functions(self):
         """Set the three functions that run the model, compiled where this run compiles."""
         compiled = self.runtime.compiled
         self.hidden = compiled(self.model.hidden, DETERMINISTIC)
@@ -6748,7 +6749,7 @@ class Audit:
         self.runtime = runtime
         self.comm = runtime.comm
         self.seed = check_seed(config, stream.fingerprint["val_sha256"])
-        # All ranks draw the same texts and places from the one, what they need alone from the other.
+        # All ranks draw the same texts and places from the first, their own from the second.
         self.random = np.random.default_rng(self.seed)
         self.own_random = np.random.default_rng([self.seed, self.comm.rank])
         self.byte_count = ByteCount(stream.token_bytes.model)

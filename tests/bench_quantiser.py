@@ -239,7 +239,7 @@ def known(folder, model, config, runtime):
         print(f"calibrated {config.calibration_tokens} tokens: {time.monotonic() - begin:.0f} s")
         rows = {name: tuple(value) for name, value in found.sensitivities.items()}
         torch.save((found.hessians, rows), path)
-    hessians, rows = torch.load(path)
+    hessians, rows = torch.load(path, weights_only=True)
     sensitivities = {name: golf.Sensitivity(*value) for name, value in rows.items()}
     return golf.Knowledge(hessians, sensitivities)
 

@@ -92,6 +92,15 @@ def preset_config(name, **changes):
     return train_gpt.Config.from_env({"PRESET": name, **text})
 
 
+def layers_for(preset):
+    """What a preset says by layer, for a model of two or three: loops and parallel residuals."""
+    differences = train_gpt.PRESETS[preset]
+    if "num_loops" not in differences:
+        return {}
+    parallel = min(1, differences.get("parallel_last_n", 0))
+    return dict(loop_start=0, loop_end=1, parallel_last_n=parallel)
+
+
 # ---- data ----
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from helpers import ROOT, environment, tiny_config
+from helpers import ROOT, environment, layers_for, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -261,7 +261,7 @@ def test_packing_what_was_unpacked_changes_nothing(all_integers):
 def test_the_architecture_and_the_evaluation_of_every_preset_travel_in_its_artifact(
     preset, tmp_path
 ):
-    shrink = dict(SMALL, num_layers=2, ttt_chunk_tokens=4096)
+    shrink = dict(SMALL, num_layers=2, ttt_chunk_tokens=4096, **layers_for(preset))
     names = {f"{name}".upper(): str(value) for name, value in shrink.items()}
     config = train_gpt.Config.from_env(
         {"PRESET": preset, "DTYPE": "float32", "EVAL_STRIDE": "48", **names}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_near, tiny_config, weights
+from helpers import assert_near, layers_for, tiny_config, weights
 
 import train_gpt
 
@@ -220,10 +220,21 @@ def test_every_parameter_of_a_preset_is_in_exactly_one_group(preset):
     assert set(groups["embed"]) == tables & set(names)
 
 
+FOUR_SYSTEMS = [
+    "nfm_7k",
+    "base_7k",
+    "base_20k",
+    "flow_20k",
+    "ttt_linear_10l",
+    "ttt_linear_11l",
+    "slot_11l",
+]
+
+
 @pytest.mark.parametrize("preset", train_gpt.PRESETS)
 def test_the_optimisers_of_a_preset_hold_every_parameter_once(preset):
     small = dict(
-        num_layers=3,
+        num_layers=6,  # the looped layers of some presets are 3 to 5
         model_dim=32,
         num_heads=4,
         num_kv_heads=2,
@@ -233,13 +244,13 @@ def test_the_optimisers_of_a_preset_hold_every_parameter_once(preset):
         bigram_vocab_size=32,
         ttt_freeze_blocks=0,
     )
-    config = preset_config(preset, **small)
+    config = preset_config(preset, **small, **layers_for(preset))
     model = train_gpt.GPT(config)
     muon, adamw = train_gpt.build_optimizers(model, config)
     held = [id(p) for stack in muon.stacks for p in stack]
     held += [id(p) for group in adamw.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
-    if preset != "demo":  # which has rates of its own
+    if preset in FOUR_SYSTEMS:  # the others have rates of their own
         assert [group["base_lr"] for group in adamw.param_groups] == [0.035, 0.025]
         assert muon.lr == 0.025
 
@@ -539,6 +550,45 @@ AVERAGED = dict(ema_decay=0.997, iterations=7000)  # a horizon of 333 steps
 def test_the_average_forgets_sooner_in_a_short_run(settings, step, seconds, expected):
     config = tiny_config(**settings)
     assert train_gpt.ema_decay_at(config, step, seconds) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "seconds, scale, momentum",
+    [
+        (0.0, 1.0, 0.92),  # start
+        (96.75, 1.0, 0.955),  # step 750, half of the momentum's warm-up
+        (168.0, 1.0, 0.92 + 0.07 * 1302 / 1500),  # 28 % of the time: the warmdown begins
+        (276.0, 0.75, 0.99),  # 46 %
+        (384.0, 0.5, 0.99),  # 64 %
+        (600.0, 0.0, 0.99),  # the end, 4,651 steps
+    ],
+)
+def test_the_preset_of_the_record_follows_its_table(seconds, scale, momentum):
+    config = preset_config("record_0409", quantizer="lite")  # which needs no time of the cap
+    number = int(seconds / 0.129)  # 129 ms a step
+    assert train_gpt.lr_scale(config, number, seconds) == pytest.approx(scale, abs=1e-6)
+    assert train_gpt.momentum_at(config, number) == pytest.approx(momentum, abs=1e-9)
+    if number > 3000:
+        assert train_gpt.ema_decay_at(config, number, seconds) == 0.9965
+
+
+def test_the_warmdown_ends_when_the_quantiser_s_time_begins():
+    config = preset_config("record_0409")
+    number, pace = 3000, 0.129
+    end = train_gpt.training_cap(config, number, number * pace)
+    assert 0 < end < config.max_wallclock_seconds
+    fraction = number * pace / end
+    scale = train_gpt.lr_scale(config, number, number * pace)
+    assert scale == pytest.approx((1 - fraction) / 0.72)
+
+
+def test_the_groups_of_the_record_have_its_rates_and_decays():
+    small = dict(num_layers=8, model_dim=32, num_heads=4, num_kv_heads=2)
+    config = preset_config("record_0409", rope_dims=4, xsa_last_n=8, vocab_size=64, **small)
+    muon, adamw = train_gpt.build_optimizers(train_gpt.GPT(config), config)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.085, 0.02]
+    assert [group["base_lr"] for group in adamw.param_groups] == [0.03, 0.02]
+    assert (muon.lr, muon.weight_decay, muon.row_norm) == (0.022, 0.095, True)
 
 
 def test_a_short_run_exports_its_raw_weights_and_says_so():

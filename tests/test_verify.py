@@ -143,10 +143,8 @@ QUICK = (
     "every_space_counts",
     "better_unless_watched",
     "bos_free",
-    "bonus_every_tenth_round",
     "smear_leaks_a_little",
     "ahead_with_ttt",
-    "undone_step_on_the_batch",
     "tuned_before_packing",
 )
 
@@ -218,9 +216,13 @@ def test_there_are_at_least_forty_violations_of_every_condition():
 
 @pytest.mark.parametrize("violation", VIOLATIONS, ids=lambda v: v.name)
 def test_every_violation_still_applies(violation):
-    changed = injected(SOURCE, violation)
-    compile(changed, violation.name, "exec")
-    assert changed != SOURCE
+    assert injected(SOURCE, violation) != SOURCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("violation", VIOLATIONS, ids=lambda v: v.name)
+def test_every_violation_is_a_script(violation):
+    compile(injected(SOURCE, violation), violation.name, "exec")
 
 
 def test_a_violation_that_does_not_apply_is_an_error():

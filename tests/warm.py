@@ -33,6 +33,10 @@ def play(script, folder, environ, output):
     os.dup2(file, 2)
     sys.argv = [script]
     sys.path[0] = str(folder)
+    # Loading has read another environment.
+    import torch
+
+    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
     runpy.run_path(script, run_name="__main__")
 
 
