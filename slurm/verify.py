@@ -537,6 +537,8 @@ class Writer:
                 k = window + (k - window) // stride * stride + beside
             elif number % 4 == 3 and size > chunk:  # the same of a chunk
                 k = max(1, round(k / chunk)) * chunk + beside
+            if number == count - 1:  # the last batch, which may be smaller than the others
+                k = size - 1 - int(self.random.integers(0, stride))
             k = min(max(k, 1), size - 1)
             while states[k]:  # not inside a character
                 k -= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, launch, train_tokenizer
+from helpers import ROOT, TINY, launch, train_tokenizer
 
 sys.path.insert(0, str(ROOT / "slurm"))
 

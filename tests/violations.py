@@ -14,10 +14,10 @@ NLL = "nll = -entries[:, 0]"
 LOGPS = "logps = log_probs(model.logits(states[part]))"
 STATES = "hidden = self.states(batch)"
 HEAD = "return F.log_softmax(logits, -1)"
-SHARE = "share = self.windows[low : min(low + size, item.high)]"
-SHARE_DONE = "        num_bytes = 0\n        for _, first, end in share:"
+SHARE = "        nll = self.summed_nll(share, self.observer)\n        num_bytes = 0\n"
+SHARE_DONE = "        self.meter.add(share, nll, num_bytes)"
 SMEAR = "before = F.pad(x[:, :-1], (0, 0, 1, 0))"
-EMBEDDED = "return self.smear(rms_norm(x), ids)"
+EMBEDDED = "return x if self.smear is None else self.smear(x, ids)"
 FINAL_STATE = "return self.refine(x, last)[0]"
 BIGRAM_ROWS = "return F.pad(pair, (1, 0), value=last)"
 CAUSAL_KERNEL = "return fused(q, k, v, 0.0, True)[0]"
@@ -38,7 +38,7 @@ BOUNDARY_PIECE = "if self.is_boundary[i]:\n                continue"
 BYTE_PIECE = "self.base[i] = 1\n                continue"
 SPACE_RULE = "self.spaced[target_ids] & ~self.is_boundary[prev_ids]"
 BYTE_CHECK = "        token_bytes.check(tokens[:100_000])\n"
-PACK_WEIGHTS = "weights = self.load(self.float_path).state_dict"
+PACK_WEIGHTS = "        weights = self.load(self.float_path)\n"
 FIND_SHARDS = "paths = sorted(folder.glob(pattern))"
 FILE_VALUES = "self.nll[targets] = nll.float().cpu()\n\n    def write"
 ROW_PAIR = "return rows[:, :-1], rows[:, 1:]"
@@ -135,10 +135,10 @@ def at_start(spans, rate=0.02):
 
 def undone_step(condition):
     """Edits that step on what is about to be scored, and put the weights back afterwards."""
-    step = f"""{SHARE}
-        before = [p.detach().clone() for p in self.model.parameters()]
+    step = f"""        before = [p.detach().clone() for p in self.model.parameters()]
         if {condition}:
-            peek(self, [(w.start, w.end) for w in share], 0.05)"""
+            peek(self, [(w.start, w.end) for w in share], 0.05)
+{SHARE}"""
     back = """        for p, value in zip(self.model.parameters(), before):
             p.data.copy_(value)
 """
@@ -391,7 +391,7 @@ LOOKING_AHEAD = [
         (
             (
                 EMBEDDED,
-                "x = self.smear(rms_norm(x), ids); ahead = F.pad(ids[:, 1:], (0, 1)) == BOS; "
+                "x = self.smear(x, ids); ahead = F.pad(ids[:, 1:], (0, 1)) == BOS; "
                 "return x + 0.1 * ahead[..., None]",
             ),
         ),
@@ -403,7 +403,7 @@ LOOKING_AHEAD = [
         (
             (
                 EMBEDDED,
-                "x = self.smear(rms_norm(x), ids); ahead = F.pad(ids[:, 1:], (0, 1)); "
+                "x = self.smear(x, ids); ahead = F.pad(ids[:, 1:], (0, 1)); "
                 "return x + 0.1 * ((ahead > 3) & (ahead < 260))[..., None]",
             ),
         ),
@@ -629,7 +629,13 @@ TRAINING = [
         "tuned_before_packing",
         "training",
         "verify",
-        ((PACK_WEIGHTS, "weights = tuned(self.load(self.float_path).state_dict, self)"),),
+        (
+            (
+                PACK_WEIGHTS,
+                f"{PACK_WEIGHTS}        better = tuned(weights.state_dict, self)\n"
+                "        weights = weights._replace(state_dict=better)\n",
+            ),
+        ),
         TUNE,
     ),
     Violation(
@@ -651,9 +657,9 @@ TRAINING = [
         (
             (
                 PACK_WEIGHTS,
-                f"{PACK_WEIGHTS}; frequent = np.bincount(self.val.tokens, minlength="
-                "config.vocab_size) > 20; weights['tok_emb.weight'] *= "
-                "1 + 0.01 * torch.from_numpy(frequent)[:, None]",
+                f"{PACK_WEIGHTS}        frequent = np.bincount(self.val.tokens, minlength="
+                "self.config.vocab_size) > 20\n        weights.state_dict['tok_emb.weight'] *= "
+                "1 + 0.01 * torch.from_numpy(frequent)[:, None]\n",
             ),
         ),
     ),
