@@ -6193,7 +6193,7 @@ def log_account(groups, log):
     parameters = sum(group.parameters for group in groups)
     bits = 8 * total_bytes / parameters
     log(f"account {'all':24} {parameters:11d} {bits:9.3f} {total_bytes:10.0f} {1:10.1%}")
-    log(f"predicted_loss:{total_loss:.6f} nats per token from quantisation")
+    log(f"predicted_loss:{total_loss:.3g} nats per token from quantisation")
 
 
 class Packed(typing.NamedTuple):
