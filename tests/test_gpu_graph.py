@@ -393,7 +393,9 @@ def test_a_step_of_test_time_training_is_a_cuda_graph_where_it_is_small(ranks, w
     gpu.cuda_graphs = lambda wish: train_gpt.Runtime.cuda_graphs(gpu, wish)
     config = tiny_config(ttt_cuda_graph=wish)
     model = train_gpt.GPT(config)
-    train_gpt.Evaluation.compile_functions(types.SimpleNamespace(runtime=gpu, model=model, config=config))
+    train_gpt.Evaluation.compile_functions(
+        types.SimpleNamespace(runtime=gpu, model=model, config=config)
+    )
     scoring, step, *captures = made
     assert scoring == step == {"deterministic": True}
     assert captures == captured * [{"deterministic": True, "triton.cudagraphs": True}]
