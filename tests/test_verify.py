@@ -123,6 +123,7 @@ def statuses(report):
 # --------------------------------------------------------------------------------------------------
 # Verdicts on the real script
 # --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_clean_script_passes_every_test(judge):
     code, report, printed = judge(None, "--twins", "4")
     assert code == 0, printed
@@ -150,6 +151,7 @@ QUICK = (
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_a_violation_is_found(judge, name):
     violation = next(v for v in VIOLATIONS if v.name == name)
     training = () if violation.condition == "training" else ("--skip-training",)
@@ -197,6 +199,7 @@ def test_no_false_alarm_on_two_ranks(submission, data, tmp_path):
     assert code == 0, printed
 
 
+@pytest.mark.slow
 def test_published_slot_is_illegal_by_its_own_words(judge):
     code, report, _ = judge(
         None, "--set", "SLOT=published", "--skip-training", "--twins", "2", "--stop"
@@ -234,6 +237,7 @@ def test_a_violation_that_does_not_apply_is_an_error():
 # SCORES_FILE
 # --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow
 def test_the_scores_file_holds_what_was_counted(submission, data, tmp_path, ranks):
     settings = dict(
         eval_only=submission / "final_model.int6.ptz",
