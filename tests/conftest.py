@@ -14,6 +14,9 @@ from helpers import AT_WRITE, Case, Children, TinyData, tiny_config, train_token
 
 import train_gpt
 
+# Two test processes with two threads each wait for each other at every barrier of OpenMP: tenfold.
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
