@@ -691,6 +691,8 @@ def test_a_killed_evaluation_goes_on_from_the_state_it_saved_on_the_way(case):
     expected = case.run(ttt=True, label="legal_ttt")[0]
     with pytest.raises(Killed):
         case.run(observer=KillAt(7, 2 * CHUNK), **options)
+    # The thread that writes lives on in this process, as it would not after a real kill.
+    options["checkpoints"].wait()
     assert result(case.run(**options)[0]) == result(expected)
     assert "resumed_evaluation legal_ttt item:7/" in case.log()
 
