@@ -1425,7 +1425,7 @@ def parse(arguments):
     add("--artifact", default="", help="default: the *.ptz in the folder")
     add("--tokenizer", default="", help="default: the *.model in the folder")
     add("--seed", type=int, help="of texts and places; default: drawn, and reported")
-    add("--minutes", type=float, default=2.7, help="time to spend: longer texts and more twins")
+    add("--minutes", type=float, default=2.5, help="time to spend: longer texts and more twins")
     add("--tokens", type=int, default=0, help="targets of the texts; default: what time allows")
     add("--twins", type=int, default=48, help="at most so many twins")
     add("--whole", action="store_true", help="also twins of the whole given text")

@@ -162,9 +162,30 @@ def test_a_stopped_run_resumes_with_close_losses(trained, shards, tmp_path):
     assert float(found["12"]) == pytest.approx(float(wanted["12"]), rel=0.02)
 
 
-def test_training_is_compiled_once(trained):
-    _, _, output = trained
-    assert not re.search(r"recompile", output, re.I)
+def test_nothing_is_compiled_again_in_mid_run(shards, tmp_path):
+    """Recurrence sets in on the way: its graph is one of those of the warm-up."""
+    settings = dict(SMALL, **shards, run_dir="logged", torch_logs="recompiles")
+    settings.update(num_loops=1, loop_start=1, loop_end=2, loop_at=0.5, skip_gates=1)
+    done = launch(settings, tmp_path, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # A recompilation names the guard that failed.
+    assert "Recompiling function" not in done.stderr, done.stderr[-3000:]
+
+
+def test_a_cuda_graph_of_the_ttt_step_gives_the_digits_of_the_step_itself(
+    trained, shards, tmp_path
+):
+    folder, _, _ = trained
+    shutil.copy(folder / "run" / train_gpt.ARTIFACT_NAME, tmp_path / "model.ptz")
+    settings = dict(shards, eval_only="model.ptz", device="cuda", audit=0)
+    scores, seconds = [], []
+    for graph in "01":
+        begin = time.monotonic()
+        output = finished(dict(settings, run_dir=graph, ttt_cuda_graph=graph), tmp_path)
+        seconds.append(time.monotonic() - begin)
+        scores.append(exact(output)[-1])
+    print(f"\nscoring without the graph {seconds[0]:.0f} s, with it {seconds[1]:.0f} s")
+    assert scores[0] == scores[1] and "legal_ttt" in scores[0]
 
 
 def test_the_score_of_two_stops_is_that_of_none(trained, shards, tmp_path):
