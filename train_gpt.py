@@ -314,7 +314,8 @@ class Config:
     slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0, 100)
     slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1, 100)
 
-    # Where a run reads and writes. Nothing from here on changes a result.
+    # Where a run reads and writes. Nothing from here on changes a result, but for the rounding of
+    # sums in another order (DEVICE, COMPILE, MICRO_BATCH_TOKENS).
     data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
@@ -1424,14 +1425,14 @@ class Runtime:
 
         It tells states that this user's runs saved from states that came with somebody's files.
         """
-        path = Path("~/.local/state/parameter_golf/key").expanduser()
         try:
+            path = Path("~/.local/state/parameter_golf/key").expanduser()
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError), open(path, "x") as file:
                 path.chmod(0o600)
                 file.write(os.urandom(32).hex())
             return path.read_text()
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: a container's user without a home
             return ""
 
     def autocast(self):
@@ -1613,8 +1614,8 @@ def find_shards(config, split):
         there = "no such file in it" if folder.is_dir() else "no such directory"
         raise DataError(
             f"no shard matches {config.data_path}/{pattern} ({there}): get the official shards "
-            "(README, section Data) and set DATA_PATH and TOKENIZER_PATH, or try the whole path "
-            "on data built here: PRESET=demo python train_gpt.py"
+            "(README, section Training) and set DATA_PATH and TOKENIZER_PATH, or try the whole "
+            "path on data built here: PRESET=demo python train_gpt.py"
         )
     return paths
 
@@ -1789,9 +1790,10 @@ class TokenBytes:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
             raise DataError(
                 f"TOKENIZER_PATH={tokenizer_path}: cannot be read as a SentencePiece model "
-                f"({str(error).splitlines()[0]}): see README, section Data"
+                f"({reason}): see README, section Training"
             ) from None
         model = self.model
         self.vocab_size = model.vocab_size()
@@ -4851,7 +4853,8 @@ class Evaluation:
         cursor, state = self.checkpoints.load()
         if state is None:
             return
-        if state["identity"] != self.identity:
+        # Rank 0 decides for all: a rank on another machine may have another key in its identity.
+        if not self.comm.from_main(state["identity"] == self.identity):
             self.comm.barrier()  # every rank has read it
             self.checkpoints.clear()
             self.runtime.log(
@@ -7136,9 +7139,14 @@ def audit(model, stream, config, runtime):
 # it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
 def check_places(config):
-    """Refuse, before anything is moved, to set aside the very file that is to be scored."""
-    if not config.eval_only or config.resume != "never":
+    """Refuse, before anything is moved, to set aside the very file that is to be read."""
+    if config.resume != "never" or (config.mode == "train" and not config.eval_only):
         return
+    if not config.eval_only:
+        raise ConfigError(
+            f"MODE={config.mode} reads the run in RUN_DIR={config.run_dir}, which RESUME=never "
+            "would set aside: leave RESUME at auto"
+        )
     artifact = Path(config.eval_only).resolve()
     if artifact.is_relative_to(Path(config.run_dir).resolve()):
         raise ConfigError(
@@ -7417,7 +7425,7 @@ class Run:
     def write_artifact(self, blob, **facts):
         """The file, the lines of its sizes and the event."""
         write_atomic(self.artifact_path, [blob])
-        self.log_sizes(len(blob), self.code_bytes())
+        self.log_sizes(len(blob), self.code_bytes(), self.config.artifact_compressor)
         self.runtime.event(
             "packed", artifact_bytes=len(blob), code_bytes=self.code_bytes(), **facts
         )
@@ -7426,10 +7434,9 @@ class Run:
         """Bytes of code that the artifact must share BUDGET_BYTES with."""
         return self.config.code_bytes or CODE_PATH.stat().st_size
 
-    def log_sizes(self, artifact_bytes, code_bytes):
+    def log_sizes(self, artifact_bytes, code_bytes, compressor):
         """The three lines of the challenge's logs, and what is left of the budget."""
         log = self.log
-        compressor = self.config.artifact_compressor
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
         log(f"Code size: {code_bytes} bytes")
@@ -7441,10 +7448,14 @@ class Run:
         """The file that is scored and this very script must fit. Raises ArtifactError."""
         if self.artifact_path.suffix == ".pt":
             return  # float weights are no submission
+        with open(self.artifact_path, "rb") as file:
+            head = ARTIFACT_HEAD.unpack(file.read(ARTIFACT_HEAD.size))
         artifact_bytes = self.artifact_path.stat().st_size
         # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
-        self.log_sizes(artifact_bytes, code_bytes)
+        # How it was packed is no setting of an evaluation: the file's head says it.
+        compressor = COMPRESSORS[head[2]]
+        self.log_sizes(artifact_bytes, code_bytes, compressor)
         over = artifact_bytes + code_bytes - self.config.budget_bytes
         if over > 0:
             raise ArtifactError(
@@ -7755,10 +7766,9 @@ def report_stop(runtime, stop):
     if runtime.is_main:
         with contextlib.suppress(OSError):
             (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-    runtime.log(
-        f"stopped signal:{runtime.stop.reason} phase:{stop}; run the same command again to go on"
-    )
-    runtime.event("stopped", signal=runtime.stop.reason, phase=str(stop))
+    reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
+    runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
+    runtime.event("stopped", signal=reason, phase=str(stop))
     with contextlib.suppress(RuntimeError):
         runtime.comm.barrier()  # all ranks leave together
 

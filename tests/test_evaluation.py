@@ -730,6 +730,15 @@ def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(
     assert "warning: " in case.log()
 
 
+def test_rank_0_decides_whether_a_state_is_taken_up(case, monkeypatch):
+    """A rank of another machine, whose identity differs in the user's key, goes along."""
+    case = case(2 * CHUNK)
+    checkpoints = stopped_state(case, identity="rank 0's")
+    monkeypatch.setattr(case.runtime.comm, "from_main", lambda own: own or 1.0)
+    case.run(checkpoints=checkpoints, identity="another rank's")
+    assert "resumed_evaluation" in case.log()
+
+
 DAMAGE = {
     "empty": lambda blob: b"",
     "foreign": lambda blob: b"x" * 500,

@@ -1,5 +1,6 @@
 """Section main: scores belong to files, places are safe, and what a person reads."""
 
+import dataclasses
 import re
 import shutil
 
@@ -97,6 +98,25 @@ def test_the_file_to_be_scored_is_never_set_aside(trained, tmp_path):
     )
     assert refused.code == 2 and "would set aside" in refused.err
     assert (tmp_path / artifact).exists() and not (tmp_path / "run" / "old_1").exists()
+
+
+@pytest.mark.parametrize("mode", ["sample", "audit"])
+def test_a_run_that_is_only_read_is_never_set_aside(trained, tmp_path, mode):
+    folder, settings = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    refused = run_main(cwd=tmp_path, **dict(settings, mode=mode, resume="never"))
+    assert refused.code == 2 and "would set aside" in refused.err
+    assert (tmp_path / "run" / train_gpt.ARTIFACT_NAME).exists()
+
+
+def test_the_sizes_of_a_given_file_name_its_own_compressor(trained, tmp_path):
+    folder, _ = trained
+    weights = train_gpt.load_weights(folder / "run" / train_gpt.FLOAT_NAME)
+    config = dataclasses.replace(weights.config, compressor="lzma")
+    blob = train_gpt.pack_artifact(config, weights.state_dict)
+    (tmp_path / "model.ptz").write_bytes(blob)
+    over = evaluate(trained, tmp_path, budget_bytes=1000)
+    assert f"Serialized model int6+lzma: {len(blob)} bytes" in over.out
 
 
 def test_a_file_over_the_budget_is_not_scored(trained, tmp_path):

@@ -545,6 +545,19 @@ def test_one_rank_agrees_with_itself():
     comm.barrier()
 
 
+def test_a_user_has_one_key_and_one_without_a_home_has_none(config, runtime, monkeypatch, tmp_path):
+    made = runtime(config)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    key = made.user_key()
+    assert re.fullmatch("[0-9a-f]{64}", key) and made.user_key() == key
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(train_gpt.Path, "expanduser", no_home)
+    assert made.user_key() == ""
+
+
 # How a run ends
 
 
@@ -595,6 +608,11 @@ def test_a_stopped_run_says_so_where_launchers_look(config, runtime, tmp_path, c
     (event,) = events(tmp_path / "deep/run")
     assert (event["event"], event["signal"]) == ("stopped", "SIGUSR1")
     assert (tmp_path / "deep/run/STOPPED").exists()
+
+
+def test_a_stop_that_another_rank_heard_says_so(config, runtime, capsys):
+    assert ending(runtime(config), train_gpt.Stopped("in training after step 3/6")) == 75
+    assert capsys.readouterr().out.startswith("stopped signal:another_rank phase:in training")
 
 
 def test_an_unexpected_error_keeps_its_traceback(config, runtime, tmp_path, capsys):
