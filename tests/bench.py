@@ -2,7 +2,6 @@
 
     python tests/bench.py                     # all measurements as a Markdown table, a few minutes
     python tests/bench.py training refiners   # only these
-    python tests/bench.py --readme            # also rewrite the performance section of README.md
 
 What is compared is timed in turns, and medians are compared, so that a busy machine disturbs both
 alike.
@@ -190,10 +189,26 @@ def runtime(config):
         made.close()
 
 
+class Pieces:
+    """What the audit asks of a tokenizer: 1,024 pieces of two bytes."""
+
+    def vocab_size(self):
+        return 1024
+
+    def id_to_piece(self, number):
+        return "xx"
+
+    def is_control(self, number):
+        return False
+
+    is_unknown = is_unused = is_byte = is_control
+
+
 class Text:
     """TokenBytes of two bytes per token, so that no tokenizer is needed."""
 
     vocab_size = 1024
+    model = Pieces()
 
     def count(self, prev_ids, target_ids):
         return np.full(np.shape(target_ids), 2, np.uint16)
@@ -208,9 +223,10 @@ def evaluation():
     config = golf.Config(**SHAPE)
     stream, model = random_stream(config, 8192), golf.GPT(config, golf.cpu_attention).eval()
     with runtime(config) as machine:
+        machine.log = lambda line: None
 
-        def sliding(slot="off"):
-            return golf.evaluate(model, stream, config, machine, slot=slot)
+        def sliding(slot="off", spot_checks=0.0):
+            return golf.evaluate(model, stream, config, machine, slot=slot, spot_checks=spot_checks)
 
         @torch.no_grad()
         def all_positions():
@@ -225,12 +241,22 @@ def evaluation():
                 [row[first - start :].double().sum() for row, (start, first, _) in zip(nll, batch)]
 
         seconds = in_turns(
-            4, sliding=sliding, everything=all_positions, slot=lambda: sliding("causal")
+            4,
+            sliding=sliding,
+            everything=all_positions,
+            slot=lambda: sliding("causal"),
+            checked=lambda: sliding(spot_checks=1.0),
         )
     yield (
         "sliding window, stride 64",
         f"{stream.num_targets / seconds['sliding']:,.0f} scored tokens/s",
         f"{seconds['everything'] / seconds['sliding']:.2f} x as fast as with logits everywhere",
+    )
+    check = seconds["checked"] / seconds["sliding"] - 1
+    yield (
+        "spot check of a round",
+        f"{check:.2f} x the round",
+        f"{100 * config.spot_checks * check:.2f} % of an evaluation at the default SPOT_CHECKS",
     )
     yield (
         "SLOT causal, per scored token",
@@ -356,25 +382,19 @@ def checkpoints():
 
 
 def audit_cost():
-    """Tokens the audit passes through the model, against a full evaluation of the canonical split.
-    Tokens the audit passes through the model, against a full evaluation of the canonical split."""
+    """Tokens that the audit passes through the model, against those of a full evaluation."""
     config = golf.Config()
     passes = {}
 
     class Counting(golf.Evaluation):
-        def score(self, low, high):
-            passes["n"] += (high - low) * config.eval_seq_len
-            self.windows_seen(low, high)
+        """Counts tokens and computes nothing."""
 
-        def windows_seen(self, low, high):
-            for _, first, end in self.windows[low:high]:
-                self.meter.add(first, end, torch.zeros((), dtype=torch.float64), 1)
+        def summed_nll(self, windows, observer):
+            passes["n"] += sum(window.end - window.start for window in windows)
+            return torch.zeros((), dtype=torch.float64)
 
-        def train(self, first, low, high, rate):
-            passes["n"] += 3 * (high - low) * config.eval_seq_len
-
-        def load(self):
-            self.sgd = None
+        def train(self, item):  # forward and backward
+            passes["n"] += 3 * (item.row_high - item.row_low) * self.config.eval_seq_len
 
     def total(run):
         passes["n"] = 0
@@ -420,23 +440,12 @@ SECTIONS = dict(
 )
 
 
-def rewrite_readme(table):
-    path, begin, end = ROOT / "README.md", "<!-- bench begin -->\n", "<!-- bench end -->"
-    text = path.read_text()
-    if begin not in text or end not in text:
-        sys.exit(f"{path} has no lines '{begin.strip()}' and '{end}' to write between")
-    path.write_text(text[: text.index(begin)] + begin + table + text[text.index(end) :])
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)}; default all"
-    )
-    parser.add_argument(
-        "--readme", action="store_true", help="rewrite the performance section of README.md"
     )
     options = parser.parse_args()
     unknown = set(options.sections) - set(SECTIONS)
@@ -445,20 +454,14 @@ def main():
             f"unknown section {', '.join(sorted(unknown))}: expected any of {', '.join(SECTIONS)}"
         )
     golf.keep_large_blocks()
-    lines = ["| what | measured | compared |", "|---|---|---|"]
-    print("\n".join(lines), flush=True)
+    print("| what | measured | compared |\n|---|---|---|", flush=True)
     for name in options.sections or SECTIONS:
         for row in SECTIONS[name]():
-            lines.append("| " + " | ".join(row) + " |")
-            print(lines[-1], flush=True)
-    lines += [
-        "",
-        f"Measured by `python tests/bench.py` on {os.cpu_count()} cores ({platform.machine()}), "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
-        "",
-    ]
-    if options.readme:
-        rewrite_readme("\n".join(lines))
+            print("| " + " | ".join(row) + " |", flush=True)
+    print(
+        f"\nMeasured by `python tests/bench.py` on {os.cpu_count()} cores ({platform.machine()}), "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads."
+    )
 
 
 if __name__ == "__main__":

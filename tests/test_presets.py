@@ -81,33 +81,12 @@ COMMON = dict(
     warmdown_frac=0.0,
     min_lr=0.0,
     muon_row_norm=False,
-    embed_wd=-1.0,
-    scalar_wd=-1.0,
-    ema_full_steps=5000,
-    quantizer="lite",
-    calibration_tokens=65_536,
-)
-
-# What later records added is off in all of these systems.
-LATER = dict(
-    embed_dim=0,
-    smear_enabled=True,
-    smear_inputs=0,
-    gate_inputs=0,
-    num_loops=0,
-    skip_gates=False,
-    parallel_last_n=0,
-    shuffle=False,
-    warmdown_frac=0.0,
-    min_lr=0.0,
-    muon_row_norm=False,
     embed_wd=-1.0,  # as ADAM_WD
     scalar_wd=-1.0,
     ema_full_steps=5000,  # shorter than any of their runs
     quantizer="lite",
+    calibration_tokens=65_536,
 )
-# Settings of parts that LATER switches off.
-IDLE = {"loop_start", "loop_end", "loop_at", "calibration_tokens"}
 
 COLUMNS = {
     "trunk": "num_layers mlp_mult gated_attention value_residual xsa_last_n bigram_vocab_size "
@@ -118,57 +97,32 @@ COLUMNS = {
     "packing": "embed_bits compressor",
     "scoring": "eval_seq_len ttt_enabled ttt_epochs ttt_freeze_blocks slot",
 }
+# Parts that several systems share.
+TRUNK = (11, 3.0, True, True, 11, 4096, 0, 2)  # §4
+STEPS_7K = (7000, 2800, "linear", 0.0, False, 0.0)
+STEPS_20K = (20000, 12000, "cosine", 0.0, False, 0.0)  # §5
+# §4 #1166: no gate, no value residual, XSA 4, Bigram 1536, VE128 on the last two layers, both
+# refiners, SWA, QAT, lzma
+TTT_LINEAR = [
+    (True, True, False),
+    (7185, 4311, "linear", 0.0, True, 0.15),
+    (8, "lzma"),
+    (2048, False, 10, 2, "off"),
+]
+SCORING = (2048, True, 10, 2, "off")  # §7 window 2048
 TABLE = {
     # §3 the default; §4 trunk with NativeFlowMatcher; §6 embeddings int8, zstd; §7 window 1024, 10
     # epochs, 2 blocks frozen
-    "nfm_7k": [
-        (11, 3.0, True, True, 11, 4096, 0, 2),
-        (False, False, True),
-        (7000, 2800, "linear", 0.0, False, 0.0),
-        (8, "zstd"),
-        (1024, True, 10, 2, "off"),
-    ],
-    # §3 its matched base: no NFM; §7 window 2048
-    "base_7k": [
-        (11, 3.0, True, True, 11, 4096, 0, 2),
-        (False, False, False),
-        (7000, 2800, "linear", 0.0, False, 0.0),
-        (8, "zstd"),
-        (2048, True, 10, 2, "off"),
-    ],
-    # §5 20,000 steps, cosine over the last 12,000; §6 everything int6
-    "base_20k": [
-        (11, 3.0, True, True, 11, 4096, 0, 2),
-        (False, False, False),
-        (20000, 12000, "cosine", 0.0, False, 0.0),
-        (6, "zstd"),
-        (2048, True, 10, 2, "off"),
-    ],
+    "nfm_7k": [TRUNK, (False, False, True), STEPS_7K, (8, "zstd"), (1024, True, 10, 2, "off")],
+    # §3 its matched base: no NFM
+    "base_7k": [TRUNK, (False, False, False), STEPS_7K, (8, "zstd"), SCORING],
+    # §5 20,000 steps; §6 everything int6
+    "base_20k": [TRUNK, (False, False, False), STEPS_20K, (6, "zstd"), SCORING],
     # §3 the same with FlowRefiner
-    "flow_20k": [
-        (11, 3.0, True, True, 11, 4096, 0, 2),
-        (False, True, False),
-        (20000, 12000, "cosine", 0.0, False, 0.0),
-        (6, "zstd"),
-        (2048, True, 10, 2, "off"),
-    ],
-    # §4 #1166: 10 layers, no gate, no value residual, XSA 4, Bigram 1536, VE128 on 8-9, both
-    # refiners, SWA, QAT, lzma
-    "ttt_linear_10l": [
-        (10, 3.0, False, False, 4, 1536, 128, 2),
-        (True, True, False),
-        (7185, 4311, "linear", 0.0, True, 0.15),
-        (8, "lzma"),
-        (2048, False, 10, 2, "off"),
-    ],
-    # §3 its 11-layer variant, VE128 on 9-10
-    "ttt_linear_11l": [
-        (11, 3.0, False, False, 4, 1536, 128, 2),
-        (True, True, False),
-        (7185, 4311, "linear", 0.0, True, 0.15),
-        (8, "lzma"),
-        (2048, False, 10, 2, "off"),
-    ],
+    "flow_20k": [TRUNK, (False, True, False), STEPS_20K, (6, "zstd"), SCORING],
+    "ttt_linear_10l": [(10, 3.0, False, False, 4, 1536, 128, 2), *TTT_LINEAR],
+    # §3 its 11-layer variant
+    "ttt_linear_11l": [(11, 3.0, False, False, 4, 1536, 128, 2), *TTT_LINEAR],
     # §4 #1150: MLP 2.8, XSA 4, VE128 on 9-10, EMA + SWA, lzma, 600 s cap, TTT of 3 epochs, nothing
     # frozen, SLOT; steps, warmdown and QAT are those of the #549 base
     "slot_11l": [
@@ -196,12 +150,12 @@ def test_the_presets_are_the_published_systems_and_the_demo():
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_preset_has_the_settings_of_the_reference(name):
-    config, expected = preset_config(name).as_dict(), {**COMMON, **LATER, **row_of(name)}
+    config, expected = preset_config(name).as_dict(), {**COMMON, **row_of(name)}
     assert {field: config[field] for field in expected} == expected
 
 
 def test_the_tables_miss_no_setting_that_could_change_a_result():
-    judged = {*COMMON, *LATER, *IDLE, *row_of("nfm_7k"), "seed", "eval_batch_seqs"}
+    judged = {*COMMON, *row_of("nfm_7k"), "seed", "eval_batch_seqs"}
     assert judged >= set(Config().as_dict("arch", "train", "eval"))
     assert judged >= {field for name in SYSTEMS for field in PRESETS[name]}
 
