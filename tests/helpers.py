@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -195,6 +196,49 @@ def assert_near(mine, expected, atol, rtol, name):
     torch.testing.assert_close(
         mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}"
     )
+
+
+# ---- the model's formulas, plain, for references ----
+
+
+def plain_norm(x):
+    """RMSNorm without gain, with float32's epsilon in any type."""
+    return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
+
+
+def plain_rope(x, dims, base):
+    """x (B, T, d) of one head: the pair (x_j, x_{j + dims/2}) is a complex number that turns."""
+    half = dims // 2
+    angle = torch.tensor(
+        [[t * base ** (-2 * j / dims) for j in range(half)] for t in range(x.size(1))]
+    )
+    turn = torch.polar(torch.ones_like(angle), angle)
+    turned = torch.complex(x[..., :half], x[..., half:dims]) * turn
+    return torch.cat([turned.real, turned.imag, x[..., dims:]], -1)
+
+
+def plain_heads(c, q_gain, q, k, v, is_exclusive, gates=None):
+    """Attention before its projection, by a loop over heads and an explicit mask.
+
+    q (B, T, D), k and v (B, T, K*d), gates' logits (B, T, H) or None -> (B, T, D).
+    """
+    d, heads = c.head_dim, []
+    future = torch.ones(q.size(1), q.size(1), dtype=torch.bool).triu(1)
+    for h in range(c.num_heads):
+        mine, group = slice(h * d, (h + 1) * d), h // (c.num_heads // c.num_kv_heads)
+        shared = slice(group * d, (group + 1) * d)
+        query = plain_rope(plain_norm(q[..., mine]), c.rope_dims, c.rope_base) * q_gain[h]
+        key = plain_rope(plain_norm(k[..., shared]), c.rope_dims, c.rope_base)
+        value = v[..., shared]
+        scores = (query @ key.mT / math.sqrt(d)).masked_fill(future, -math.inf)
+        y = torch.softmax(scores, -1) @ value
+        if is_exclusive:
+            unit = value / value.norm(dim=-1, keepdim=True)
+            y = y - (y * unit).sum(-1, keepdim=True) * unit
+        if gates is not None:
+            y = y * torch.sigmoid(gates[..., h])[..., None]
+        heads.append(y)
+    return torch.cat(heads, -1)
 
 
 # ---- evaluations in this process ----

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_near, events, launch, random_batch, randomised, tiny_config
+from helpers import (
+    assert_near,
+    events,
+    launch,
+    plain_heads,
+    plain_norm,
+    random_batch,
+    randomised,
+    tiny_config,
+)
 
 import train_gpt
 
@@ -80,27 +89,12 @@ def test_new_parts_start_where_they_change_nothing_or_as_published():
 
 
 # Reference ----------------------------------------------------------------------------------------
-def norm(x):
-    return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
-
-
-def rope(x, dims, base):
-    """x (B, T, d) of one head: the pair (x_j, x_{j + dims/2}) is a complex number that turns."""
-    half = dims // 2
-    angle = torch.tensor(
-        [[t * base ** (-2 * j / dims) for j in range(half)] for t in range(x.size(1))]
-    )
-    turn = torch.polar(torch.ones_like(angle), angle)
-    turned = torch.complex(x[..., :half], x[..., half:dims]) * turn
-    return torch.cat([turned.real, turned.imag, x[..., dims:]], -1)
-
-
 def reference_input(c, w, ids):
     """The stream before the first block, by a loop over positions."""
     x = w["tok_emb.weight"][ids]
     if c.embed_dim:
         x = x @ w["embed_in.weight"].T
-    x = norm(x)
+    x = plain_norm(x)
     if not c.smear_enabled:
         return x
     out = [x[:, 0]]
@@ -112,26 +106,14 @@ def reference_input(c, w, ids):
 
 
 def reference_attention(c, w, layer, x):
-    """Attention of the records, with XSA and the sparse gate, by a loop over heads."""
-    at, d, heads = f"blocks.{layer}.attn.", c.head_dim, []
+    """Attention of the records, with XSA and the sparse gate."""
+    at = f"blocks.{layer}.attn."
     q, k, v = (x @ w[f"{at}{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
-    future = torch.ones(x.size(1), x.size(1), dtype=torch.bool).triu(1)
-    for h in range(c.num_heads):
-        mine, group = slice(h * d, (h + 1) * d), h // (c.num_heads // c.num_kv_heads)
-        shared = slice(group * d, (group + 1) * d)
-        query = rope(norm(q[..., mine]), c.rope_dims, c.rope_base) * w[f"{at}q_gain"][h]
-        key, value = rope(norm(k[..., shared]), c.rope_dims, c.rope_base), v[..., shared]
-        scores = (query @ key.mT / math.sqrt(d)).masked_fill(future, -math.inf)
-        y = torch.softmax(scores, -1) @ value
-        unit = value / value.norm(dim=-1, keepdim=True)
-        y = y - (y * unit).sum(-1, keepdim=True) * unit
-        if c.gated_attention:
-            y = (
-                y
-                * torch.sigmoid(x[..., : c.gate_inputs] @ w[f"{at}attn_gate.weight"][h])[..., None]
-            )
-        heads.append(y)
-    return torch.cat(heads, -1) @ w[f"{at}proj.weight"].T
+    gates = None
+    if c.gated_attention:
+        gates = x[..., : c.gate_inputs] @ w[f"{at}attn_gate.weight"].T
+    heads = plain_heads(c, w[f"{at}q_gain"], q, k, v, True, gates)
+    return heads @ w[f"{at}proj.weight"].T
 
 
 def reference_mlp(w, layer, x):
@@ -153,12 +135,14 @@ def reference_hidden(c, w, ids, order):
             else:
                 x = x + skip
         h = w[f"{at}resid_mix"][0] * x + w[f"{at}resid_mix"][1] * x0
-        attended = h + w[f"{at}attn_scale"] * reference_attention(c, w, layer, norm(h) * scale)
+        attended = h + w[f"{at}attn_scale"] * reference_attention(
+            c, w, layer, plain_norm(h) * scale
+        )
         reads = h if layer >= c.num_layers - c.parallel_last_n else attended
-        x = attended + w[f"{at}mlp_scale"] * reference_mlp(w, layer, norm(reads) * scale)
+        x = attended + w[f"{at}mlp_scale"] * reference_mlp(w, layer, plain_norm(reads) * scale)
         if visit < half:
             skips.append(x)
-    return norm(x)
+    return plain_norm(x)
 
 
 def reference_loss(c, w, ids, targets, order):
@@ -204,13 +188,6 @@ VARIANTS = {
     "narrow embedding": dict(embed_dim=24),
     "everything": ALL,
 }
-
-
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("looped", [True, False])

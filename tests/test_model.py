@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_near, count, random_batch, randomised, tiny_config
+from helpers import (
+    assert_near,
+    count,
+    plain_heads,
+    plain_norm,
+    random_batch,
+    randomised,
+    tiny_config,
+)
 
 import train_gpt
 
@@ -201,24 +209,6 @@ def assert_orthogonal(weight):
 
 
 # ---------------------------------------------------------------------------------------- reference
-def norm(x):
-    return (
-        x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
-    )  # float32's epsilon in any type
-
-
-def rope(x, dims, base):
-    """x (B, T, d) of one head: the pair (x_j, x_{j + dims/2}) is a complex number that turns."""
-    half = dims // 2
-    angle = torch.tensor(
-        [[t * base ** (-2 * j / dims) for j in range(half)] for t in range(x.size(1))]
-    )
-    turned = torch.complex(x[..., :half], x[..., half:dims]) * torch.polar(
-        torch.ones_like(angle), angle
-    )
-    return torch.cat([turned.real, turned.imag, x[..., dims:]], -1)
-
-
 def bigram_rows(ids, rows):
     """The hash with the wrap-around of 32-bit integers, position 0 in the last row."""
     t = ids.numpy().astype(np.int32)
@@ -230,40 +220,26 @@ def bigram_rows(ids, rows):
 
 
 def reference_attention(c, w, layer, x, v0, ve):
-    """(B, T, D) and this layer's values, by loops over heads and an explicit mask."""
-    at, d, heads = f"blocks.{layer}.attn.", c.head_dim, []
+    """(B, T, D) and this layer's values."""
+    at = f"blocks.{layer}.attn."
     q, k, own = (x @ w[f"{at}{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
     v = own = own + ve
     if c.value_residual:  # layer 0 mixes its values with themselves
         mix = w[f"{at}vr_lambda"]
         v = mix[0] * (own if v0 is None else v0) + mix[1] * own
-    future = torch.ones(x.size(1), x.size(1), dtype=torch.bool).triu(1)
-    for h in range(c.num_heads):
-        mine, group = slice(h * d, (h + 1) * d), h // (c.num_heads // c.num_kv_heads)
-        shared = slice(group * d, (group + 1) * d)
-        query = rope(norm(q[..., mine]), c.rope_dims, c.rope_base) * w[f"{at}q_gain"][h]
-        key, value = rope(norm(k[..., shared]), c.rope_dims, c.rope_base), v[..., shared]
-        scores = (query @ key.mT / math.sqrt(d)).masked_fill(future, -math.inf)
-        y = torch.softmax(scores, -1) @ value
-        if layer >= c.num_layers - c.xsa_last_n:
-            unit = value / value.norm(dim=-1, keepdim=True)
-            y = y - (y * unit).sum(-1, keepdim=True) * unit
-        if c.gated_attention:
-            y = (
-                y
-                * torch.sigmoid(x @ w[f"{at}attn_gate.weight"][h] + w[f"{at}attn_gate.bias"][h])[
-                    ..., None
-                ]
-            )
-        heads.append(y)
-    return torch.cat(heads, -1) @ w[f"{at}proj.weight"].T, own
+    gates = None
+    if c.gated_attention:
+        gates = x @ w[f"{at}attn_gate.weight"].T + w[f"{at}attn_gate.bias"]
+    is_exclusive = layer >= c.num_layers - c.xsa_last_n
+    heads = plain_heads(c, w[f"{at}q_gain"], q, k, v, is_exclusive, gates)
+    return heads @ w[f"{at}proj.weight"].T, own
 
 
 def reference_embedding(c, w, ids):
     bigram = (
         w["bigram.embed.weight"][bigram_rows(ids, c.bigram_vocab_size)] @ w["bigram.proj.weight"].T
     )
-    x = norm(w["tok_emb.weight"][ids] + bigram * w["bigram.scale"])
+    x = plain_norm(w["tok_emb.weight"][ids] + bigram * w["bigram.scale"])
     gate, smeared = torch.sigmoid(w["smear.gate"]), []
     for t in range(ids.size(1)):
         before = torch.zeros_like(x[:, t]) if t == 0 else x[:, t - 1] * (ids[:, t] != BOS)[:, None]
@@ -284,15 +260,15 @@ def reference_hidden(c, w, ids):
             ve = w["ve.embed.weight"][ids] @ w["ve.proj.weight"].T
             ve = ve * w["ve.scale"] * w["ve.layer_scales"][late]
         h = w[f"{at}resid_mix"][0] * x + w[f"{at}resid_mix"][1] * x0
-        y, v = reference_attention(c, w, i, norm(h) * scale, v0, ve)
+        y, v = reference_attention(c, w, i, plain_norm(h) * scale, v0, ve)
         v0 = v if v0 is None else v0
         y = h + w[f"{at}attn_scale"] * y
-        up = norm(y) * scale @ w[f"{at}mlp.fc.weight"].T
+        up = plain_norm(y) * scale @ w[f"{at}mlp.fc.weight"].T
         squared = torch.where(up > 0, up, 0.5 * up).square()
         x = y + w[f"{at}mlp_scale"] * (squared @ w[f"{at}mlp.proj.weight"].T)
         if i < c.num_layers // 2:
             skips.append(x)
-    return norm(x)
+    return plain_norm(x)
 
 
 def reference_logits(c, w, ids):
