@@ -4,7 +4,6 @@ Skipped without CUDA; `-s` shows the figures for docs/gpu.md.
 """
 
 import dataclasses
-import io
 import json
 import pydoc_data.topics
 import re
@@ -13,10 +12,9 @@ import time
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.nn.functional as F
-from helpers import launch, read_json, tiny_config
+from helpers import launch, read_json, tiny_config, train_tokenizer
 
 import train_gpt
 
@@ -28,22 +26,7 @@ def shards(tmp_path_factory):
     """Settings of a sp1024 tokenizer and shards of English, long enough for 50 steps of nfm_7k."""
     folder = tmp_path_factory.mktemp("gpu_data")
     texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
-        model_writer=model,
-        vocab_size=1024,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    processor = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=1024)
     tokens = np.concatenate([[train_gpt.BOS, *processor.encode(text)] for text in texts])
     train_gpt.write_shard(folder / "fineweb_val_000000.bin", tokens[:140_000])
     # The stream is a ring: 50 steps of 786,432 tokens go over this text many times.
