@@ -349,7 +349,7 @@ class Config:
     scores_file: str = run_option(
         "",
         "write the nll of every target here (little-endian float32, nats, in order); {label} "
-        "becomes the score's name",
+        "becomes the score's name, and without it the last score stays",
     )
     ttt_cuda_graph: str = run_option(
         "auto",
@@ -998,6 +998,17 @@ def write_json(path, value):
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=1)
     write_atomic(path, [f"{text}\n".encode()])
+
+
+def read_json(path):
+    """What write_json wrote. Raises ConfigError for a damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ConfigError(
+            f"{path} is damaged ({printable(error, 100)}): RESUME=never keeps this run aside and "
+            "starts anew"
+        ) from None
 
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -7253,14 +7264,14 @@ class Run:
     def take_over_record(self):
         """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
         path = self.path / "config.json"
-        old = json.loads(path.read_text()) if path.exists() else None
+        old = read_json(path) if path.exists() else None
         # The evaluation of a given file is a check of it: what an earlier one found is not taken
         # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
         earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
             self.check_same_run(old)
             with contextlib.suppress(FileNotFoundError):
-                self.results = json.loads((self.path / "scores.json").read_text())
+                self.results = read_json(self.path / "scores.json")
         config = self.config
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
@@ -7488,7 +7499,7 @@ class Run:
             # A given file is audited anew each time; so is all when the audit is what was asked.
             if config.eval_only or config.mode == "audit" or not path.exists():
                 return False
-            old = json.loads(path.read_text())
+            old = read_json(path)
             return old.get("audit_key") == audit_key and old["passed"]
 
         self.audited = True  # below, a failure raises

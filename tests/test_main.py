@@ -100,6 +100,17 @@ def test_the_file_to_be_scored_is_never_set_aside(trained, tmp_path):
     assert (tmp_path / artifact).exists() and not (tmp_path / "run" / "old_1").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "scores.json"])
+def test_a_damaged_record_is_named_with_the_way_out(trained, tmp_path, name):
+    folder, settings = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    text = (tmp_path / "run" / name).read_bytes()
+    (tmp_path / "run" / name).write_bytes(text[: len(text) // 2])
+    refused = run_main(cwd=tmp_path, **settings)
+    assert refused.code == 2 and f"{name} is damaged" in refused.err
+    assert "RESUME=never" in refused.err
+
+
 @pytest.mark.parametrize("mode", ["sample", "audit"])
 def test_a_run_that_is_only_read_is_never_set_aside(trained, tmp_path, mode):
     folder, settings = trained
