@@ -335,7 +335,7 @@ class Config:
         choices=("train", "audit", "sample"),
     )
     audit: bool = run_option(
-        False, "prove the four legality conditions before scoring; on for EVAL_ONLY and the demo"
+        False, "check the four legality conditions before scoring; on for EVAL_ONLY and the demo"
     )
     audit_seed: int = run_option(
         0,
@@ -7643,7 +7643,7 @@ class Run:
         return legal[-1] if legal else None
 
     def legality_of(self, label):
-        """1 proved by this run's audit, 0 known to be illegal, or why there is nothing to say."""
+        """1 passed by this run's audit, 0 known to be illegal, or why there is nothing to say."""
         score = self.results["scores"][label]
         if not score["legal"]:
             return "0"

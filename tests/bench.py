@@ -125,6 +125,20 @@ def training():
     )
 
 
+def loops():
+    """A layer that is visited again should cost what a further layer costs."""
+    layers = dict(num_layers=8, xsa_last_n=8)
+    twice = dict(num_loops=1, loop_start=2, loop_end=3)  # 6 layers, 8 visits
+    seconds = in_turns(4, trunk=Step(), looped=Step(**twice), deeper=Step(**layers))
+    more = (seconds["looped"] - seconds["trunk"]) / (seconds["deeper"] - seconds["trunk"])
+    ratio = seconds["looped"] / seconds["deeper"]
+    yield (
+        "training step, 2 of 6 layers twice",
+        f"{seconds['looped']:.2f} s",
+        f"{ratio:.2f} x that of 8 layers; the visits cost {more:.2f} x what the layers do",
+    )
+
+
 def refiners():
     steps = dict(
         trunk=Step(),
@@ -430,6 +444,7 @@ def audit_cost():
 
 SECTIONS = dict(
     training=training,
+    loops=loops,
     functions=functions,
     evaluation=evaluation,
     optimiser=optimiser,
