@@ -359,6 +359,25 @@ def test_the_loss_in_blocks_is_the_loss_of_all(reduction, monkeypatch, double):
         torch.testing.assert_close(mine, expected, atol=1e-12, rtol=1e-10)
 
 
+def test_the_loss_in_blocks_compiles_to_one_graph(monkeypatch):
+    """What every record does on a GPU: the blocks are computed again inside the compiled graph."""
+    monkeypatch.setattr(train_gpt, "LOGITS_AT_ONCE", 8 * 384)
+    model = randomised(train_gpt.GPT(tiny_config(**TRUNK)))
+    hidden, targets = torch.randn(2, 21, 48), torch.randint(384, (2, 21))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model.cross_entropy, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    results = []
+    for loss_of in (model.cross_entropy, compiled):
+        model.zero_grad()
+        loss = loss_of(hidden, targets)
+        loss.backward()
+        results.append((loss, model.tok_emb.weight.grad))
+    for mine, expected in zip(*results):
+        torch.testing.assert_close(mine, expected)
+
+
 def test_memory_kept_for_the_gradient_does_not_grow_with_the_vocabulary(monkeypatch):
     monkeypatch.setattr(train_gpt, "LOGITS_AT_ONCE", 4096)
 
