@@ -5035,6 +5035,10 @@ class StepTimer:
         last = self.steps[-count:]
         return sum(last) / len(last)
 
+    def pace(self, count):
+        """Median seconds of the last `count` steps, 0 without any: no single pause moves it."""
+        return float(np.median(self.steps[-count:])) if self.steps else 0.0
+
     def milliseconds(self, percentile):
         """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
         return 1000 * float(np.percentile(self.steps, percentile))
@@ -5146,7 +5150,8 @@ class Trainer:
         cap = training_cap(self.config, self.step, self.seconds)
         if not cap or not self.step:  # nothing measured yet
             return False
-        step_seconds = self.seconds / self.step
+        # Steps of looped layers take longer than the mean of the whole run.
+        step_seconds = max(self.seconds / self.step, self.timer.pace(20))
         if self.seconds + step_seconds > cap:
             self.runtime.log(
                 f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
@@ -7730,7 +7735,7 @@ def continue_tokens(model, ids, config, runtime, generator):
 
 
 def sample(config, runtime, loaded):
-    """MODE=sample: print PROMPT and how the artifact goes on; nothing is scored or written."""
+    """MODE=sample: print PROMPT and how the artifact goes on; nothing is scored or recorded."""
     token_bytes = load_token_bytes(config, loaded.tokenizer_sha256)
     tokenizer = token_bytes.model
     model = build_model(config, runtime)

@@ -292,6 +292,15 @@ def test_times_survive_a_stop(trainer, tmp_path):
     assert again.timer.recent(1) == again.timer.steps[-1]
 
 
+@pytest.mark.parametrize("cap, stops", [(46.0, True), (47.0, False)])
+def test_the_cap_is_kept_by_the_pace_of_the_last_steps(trainer, cap, stops):
+    """30 steps of 0.5 s, then 20 of 1.5 s: the next one will not take the mean of 0.9 s."""
+    made = trainer(max_wallclock_seconds=cap, iterations=1000)
+    made.timer.steps = [0.5] * 30 + [1.5] * 20
+    made.step, made.seconds = 50, 45.0
+    assert made.out_of_time() is stops
+
+
 # --------------------------------------------------------------------------------------------------
 # Rates and averages of a run
 # --------------------------------------------------------------------------------------------------
