@@ -7532,6 +7532,15 @@ class Run:
         settings = self.config.hash("arch", "eval")
         return f"{self.load(path).sha256}/{self.code_sha256}/{settings}"
 
+    def state_key(self, path):
+        """What a cut-off evaluation of a file must agree on to be continued.
+
+        A given file is checked, so only states of this user's own runs are believed. A training
+        run's phases are taken on trust anyway: its job may go on where the user's key is not.
+        """
+        key = self.evaluation_key(path)
+        return f"{key}/{self.origin()}" if self.config.eval_only else key
+
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
         config = self.config
@@ -7561,7 +7570,7 @@ class Run:
                 label=job.label,
                 observer=scores_file,
                 checkpoints=checkpoints,
-                identity=self.evaluation_key(path) + "/" + self.origin(),
+                identity=self.state_key(path),
                 spot_checks=config.spot_checks,
             )
             self.record(score, job)

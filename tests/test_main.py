@@ -100,6 +100,20 @@ def test_the_file_to_be_scored_is_never_set_aside(trained, tmp_path):
     assert (tmp_path / artifact).exists() and not (tmp_path / "run" / "old_1").exists()
 
 
+@pytest.mark.parametrize("eval_only, same", [("", True), ("model.ptz", False)])
+def test_a_training_run_goes_on_without_the_users_key_and_a_check_does_not(
+    eval_only, same, runtime, monkeypatch
+):
+    config = train_gpt.Config(device="cpu", eval_only=eval_only)
+    run = train_gpt.Run(config, runtime(config))
+    monkeypatch.setattr(run, "evaluation_key", lambda path: "file/script/settings")
+    keys = []
+    for key in ("mine", "another machine's"):
+        monkeypatch.setattr(run.runtime, "user_key", lambda key=key: key)
+        keys.append(run.state_key("file"))
+    assert (keys[0] == keys[1]) is same
+
+
 @pytest.mark.parametrize("name", ["config.json", "scores.json"])
 def test_a_damaged_record_is_named_with_the_way_out(trained, tmp_path, name):
     folder, settings = trained
@@ -153,7 +167,7 @@ def test_code_bytes_leave_room_when_packing_but_are_not_believed_when_scoring(tr
 
 
 def test_the_headline_is_a_fixed_order_and_not_the_minimum(runtime):
-    config = train_gpt.Config(run_dir="run", device="cpu")
+    config = train_gpt.Config(device="cpu")
     run = train_gpt.Run(config, runtime(config))
     for label, bpb in [("pre_quant", 1.0), ("final_int6_sliding_window", 1.1), ("legal_ttt", 1.2)]:
         run.results["scores"][label] = dict(val_bpb=bpb, legal=True, audited=False)
