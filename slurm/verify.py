@@ -537,8 +537,11 @@ class Writer:
                 k = window + (k - window) // stride * stride + beside
             elif number % 4 == 3 and size > chunk:  # the same of a chunk
                 k = max(1, round(k / chunk)) * chunk + beside
-            if number == count - 1:  # the last batch, which may be smaller than the others
+            # The last window, and the last batch: both may be smaller than the others.
+            if number == count - 1:
                 k = size - 1 - int(self.random.integers(0, stride))
+            if number == count - 2:
+                k = size - 1 - int(self.random.integers(0, stride * hints.eval_batch_seqs))
             k = min(max(k, 1), size - 1)
             while states[k]:  # not inside a character
                 k -= 1

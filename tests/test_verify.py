@@ -368,6 +368,8 @@ def test_twins_are_equal_up_to_k_and_differ_at_once(writer, token_bytes):
     # Every fourth lies at a window's edge, every fourth at a chunk's.
     assert sum((k - 64) % 16 in (0, 1, 15) for k in places) >= 5
     assert sum(k % 256 in (0, 1, 255) for k in places) >= 5
+    # One in the last window, and one more in the last batch of four.
+    assert max(places) >= 2990 - 1 - 16 and sum(k >= 2990 - 1 - 64 for k in places) >= 2
     for number, k in enumerate(places):
         twin = writer.twin(tokens, k, writer.OPENINGS[number % len(writer.OPENINGS)])
         assert len(twin) == len(tokens) and (twin[: k + 1] == tokens[: k + 1]).all()
