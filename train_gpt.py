@@ -3387,9 +3387,8 @@ def flow_noise_keys(config, step, first, count, device):
 UNIT_TOKENS = 8192  # tokens of one forward and backward pass, the atom that ranks share out
 UNSEEN_COUNT = 2.0  # readings that each row of an embedding is credited with
 SUM_BITS = 36  # precision of the largest entry of a first term; float32 itself has 24
-# Measured on one core of a CPU (1.4, and 1.2e-6 with six packings), with a margin.
-CALIBRATION_COST = 2.0  # seconds of a calibration token in seconds of a training token
-SOLVING_SECONDS = 2e-6  # a parameter's share of all solutions and packings
+# Seconds of a calibration token in seconds of a training token: 1.4 on a CPU, and a margin.
+CALIBRATION_COST = 2.0
 
 
 class Sensitivity(typing.NamedTuple):
@@ -3634,11 +3633,10 @@ def parameter_count(config):
         return sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
-def quantiser_seconds(config, step_seconds):
-    """Predicted seconds of calibrating, solving and packing, from those of a training step."""
+def calibration_seconds(config, step_seconds):
+    """Predicted seconds of `calibrate`, from those of a training step."""
     token_seconds = step_seconds / config.train_batch_tokens
-    calibrating = CALIBRATION_COST * token_seconds * config.calibration_tokens
-    return calibrating + SOLVING_SECONDS * parameter_count(config)
+    return CALIBRATION_COST * token_seconds * config.calibration_tokens
 
 
 # ==================================================================================================
@@ -3967,11 +3965,19 @@ def reduce_clip_step(muon, adamw, comm, clip):
 
 
 def training_cap(config, step, seconds):
-    """Seconds that the steps may take, 0 for no cap: what QUANTIZER=gptq will need is left free."""
+    """Seconds that the steps may take, 0 for no cap: the time of `calibrate` is left free."""
     cap = config.max_wallclock_seconds
     if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
         return cap
-    return max(1e-9, cap - quantiser_seconds(config, seconds / step))
+    return max(1e-9, cap - calibration_seconds(config, seconds / step))
+
+
+def without_reserve(config, reserve):
+    """The Config whose wallclock cap leaves `reserve` seconds for what follows training."""
+    if not config.max_wallclock_seconds:
+        return config
+    cap = max(1e-9, config.max_wallclock_seconds - reserve)
+    return dataclasses.replace(config, max_wallclock_seconds=cap)
 
 
 def run_fraction(config, step, seconds=0.0):
@@ -5059,8 +5065,9 @@ class Trainer:
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
-    def __init__(self, config, runtime, val):
+    def __init__(self, config, runtime, val, reserve=0.0):
         self.config = config
+        self.timed = without_reserve(config, reserve)  # for all that depends on the clock
         self.runtime = runtime
         self.val = val
         self.comm = runtime.comm
@@ -5147,7 +5154,7 @@ class Trainer:
 
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
-        cap = training_cap(self.config, self.step, self.seconds)
+        cap = training_cap(self.timed, self.step, self.seconds)
         if not cap or not self.step:  # nothing measured yet
             return False
         # Steps of looped layers take longer than the mean of the whole run.
@@ -5163,7 +5170,7 @@ class Trainer:
     def one_step(self):
         """One optimiser step, its log line, and a checkpoint where one is due."""
         config = self.config
-        scale = lr_scale(config, self.step, self.seconds)
+        scale = lr_scale(self.timed, self.step, self.seconds)
         self.set_lrs(scale)
         facts = self.agree(self.accumulate(self.step, self.stream))
         # Before the optimisers: a loss that is not finite must not reach the weights.
@@ -5206,7 +5213,7 @@ class Trainer:
 
     def set_order(self):
         """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
-        fraction = run_fraction(self.config, self.step, self.seconds)
+        fraction = run_fraction(self.timed, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
 
     def set_lrs(self, scale):
@@ -5466,12 +5473,13 @@ class Trainer:
         )
 
 
-def train(config, runtime, val, path):
+def train(config, runtime, val, path, reserve=0.0):
     """Train (or go on training), write the exported float weights to `path`.
 
+    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
     Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
     """
-    trainer = Trainer(config, runtime, val)
+    trainer = Trainer(config, runtime, val, reserve)
     trainer.announce()
     trainer.run()
     trainer.report_throughput()
@@ -6244,6 +6252,42 @@ def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log
     groups = account(encoder, packing)
     log_account(groups, log)
     return Packed(packing.blob, control.packings, groups)
+
+
+TRIAL_SIZE = 512  # rows and columns of the matrix that is solved and packed to time this machine
+# RateControl usually needs 2 solutions and 4 to 6 packings; the rest is margin.
+RESERVED_SOLUTIONS = 4
+RESERVED_PACKINGS = 12
+SOLVING_WORKERS = 2  # cores that solutions keep busy: their loops over columns share Python's lock
+
+
+def trial_seconds(config):
+    """Seconds of one solution and of one packing of a single matrix, with the real functions."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * TRIAL_SIZE, TRIAL_SIZE, generator=generator).double()
+    weight = torch.randn(TRIAL_SIZE, TRIAL_SIZE, generator=generator)
+    sensitivity = Sensitivity("inputs", torch.ones(TRIAL_SIZE))
+    knowledge = Knowledge({"inputs": inputs.T @ inputs}, {"trial": sensitivity})
+    begin = time.monotonic()
+    quantiser = Quantiser({"trial": weight}, knowledge, print)
+    unit = quantiser.guessed_unit(weight.numel() / 2)  # about 4 bits each
+    solved = quantiser.solve(unit)["trial"]
+    solving = time.monotonic() - begin
+    begin = time.monotonic()
+    grid = Grid(solved.row, quantiser.grids["trial"].column)
+    tensor = GridTensor(solved.codes, grid, code_classes(solved.codes))
+    seal_payload(config, grid_sections([tensor]))
+    return solving, time.monotonic() - begin
+
+
+def solving_seconds(config):
+    """Predicted seconds of all solutions and packings on this machine, from trials scaled up."""
+    trials = [trial_seconds(config) for _ in range(3)]
+    # The fastest: the first one loads code, and any may be interrupted.
+    solving, packing = (min(seconds) for seconds in zip(*trials))
+    workers = min(SOLVING_WORKERS, os.cpu_count() or 1)
+    each = RESERVED_SOLUTIONS * solving / workers + RESERVED_PACKINGS * packing
+    return each * parameter_count(config) / TRIAL_SIZE**2
 
 
 # ---- reading ----
@@ -7379,7 +7423,17 @@ class Run:
     def train(self):
         """Write the float weights, unless they are there."""
         if not self.already_done("train", self.float_path.exists):
-            train(self.config, self.runtime, self.val, self.float_path)
+            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
+
+    def packing_reserve(self):
+        """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
+        config = self.config
+        if config.quantizer != "gptq" or not config.max_wallclock_seconds:
+            return 0.0
+        seconds = solving_seconds(config) if self.runtime.is_main else 0.0
+        seconds = self.runtime.comm.from_main(seconds)
+        self.log(f"wallclock_reserve: {seconds:.1f}s for solving and packing")
+        return seconds
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
@@ -7401,7 +7455,8 @@ class Run:
         seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
         if self.config.quantizer == "gptq":
             step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
-            seconds += quantiser_seconds(self.config, step_seconds)
+            seconds += calibration_seconds(self.config, step_seconds)
+            seconds += solving_seconds(self.config)
         return seconds
 
     def pack_lite(self, state_dict):

@@ -551,7 +551,7 @@ def test_training_leaves_time_for_the_quantiser():
     assert golf.training_cap(lite, 10, 20.0) == 100
     assert golf.training_cap(config, 0, 0.0) == 100
     left = golf.training_cap(config, 10, 20.0)
-    assert 100 - golf.quantiser_seconds(config, 2.0) == left < 80
+    assert 100 - golf.calibration_seconds(config, 2.0) == left < 80
     # A machine of half the speed needs more, and the schedule ends where training ends.
     assert golf.training_cap(config, 10, 40.0) < left
     assert golf.run_fraction(config, 40, 80.0) == 1
@@ -559,13 +559,35 @@ def test_training_leaves_time_for_the_quantiser():
     assert golf.expected_steps(config, 10, 20.0) <= golf.expected_steps(lite, 10, 20.0)
 
 
+def test_the_reserve_for_solving_is_measured_and_leaves_the_cap(monkeypatch):
+    config = tiny_config(quantizer="gptq", max_wallclock_seconds=100.0)
+    monkeypatch.setattr(golf, "trial_seconds", lambda config: (0.3, 0.1))
+    monkeypatch.setattr(golf.os, "cpu_count", lambda: 64)
+    trials = golf.parameter_count(config) / golf.TRIAL_SIZE**2
+    # Four solutions on two cores at a time, twelve packings on one.
+    assert golf.solving_seconds(config) == pytest.approx((4 * 0.3 / 2 + 12 * 0.1) * trials)
+    shorter = golf.without_reserve(config, 30.0)
+    for step, seconds in ((0, 0.0), (10, 0.2)):
+        caps = [golf.training_cap(each, step, seconds) for each in (config, shorter)]
+        assert caps[0] - caps[1] == pytest.approx(30)
+    uncapped = tiny_config(quantizer="gptq")
+    assert golf.without_reserve(uncapped, 30.0) == uncapped
+
+
+def test_a_trial_takes_time():
+    solving, packing = golf.trial_seconds(tiny_config(quantizer="gptq"))
+    assert solving > 0 and packing > 0
+
+
 def test_a_run_with_a_cap_stops_early_enough(make_run):
     changes = dict(iterations=100_000, warmdown_iters=3, spot_checks=0, audit=False, eval_stride=64)
     run, out = make_run("run", max_wallclock_seconds=6.0, **changes)
     assert "stopping_early" in out
+    reserve = float(re.search(r"^wallclock_reserve: (\S+)s for", out, re.M)[1])
+    assert 0 < reserve < 6
     (packed,) = events(run, "packed")
     (trained,) = events(run, "trained")
-    assert trained["train_time_s"] < 6
+    assert trained["train_time_s"] < 6 - reserve
     assert packed["with_training_seconds"] == pytest.approx(
         trained["train_time_s"] + packed["quantiser_seconds"], abs=0.1
     )
