@@ -757,7 +757,10 @@ def test_an_artifact_of_lite_says_nothing_of_a_grid():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["nfm_7k", "slot_11l", "ttt_linear_11l"])
+@pytest.mark.parametrize(
+    "preset",
+    ["nfm_7k", "slot_11l", "ttt_linear_11l", "record_0409", "frontier_8192", "frontier_1024"],
+)
 def test_full_size_fits_within_8000_bytes(preset):
     """Weights and knowledge are made up, sizes are real."""
     config = golf.Config.from_env({"PRESET": preset, "QUANTIZER": "gptq"})
