@@ -860,11 +860,13 @@ PRESETS = {
         gated_attention=True,
         gate_inputs=12,
     ),
-    # The same on 1,024 pieces, where pairs of tokens still tell much: with the bigram table.
+    # The same on 1,024 pieces, where pairs of tokens still tell much: with the bigram table, and
+    # with layer 0's values in every layer. This is the stack that docs/ladder.md measures.
     "frontier_1024": dict(
         RECORD_0409,
         vocab_size=1024,
         bigram_vocab_size=4096,
+        value_residual=True,
         smear_enabled=True,
         smear_inputs=12,
         gated_attention=True,

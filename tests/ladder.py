@@ -3,6 +3,7 @@
     python tests/ladder.py --out ladder              # all rungs, two seeds, 300 and 900 steps
     python tests/ladder.py --out ladder --steps 300 --seeds 42 --only 3
     python tests/ladder.py --out ladder --report     # what is finished, without training
+    python tests/ladder.py --out demo --report --beside dictionary    # two texts on one page
 
 DATA_PATH and TOKENIZER_PATH choose another text than the demo's. Every cell is a run of
 train_gpt.py in its own folder under --out: stop it at any time, the same command goes on. A rung
@@ -42,7 +43,7 @@ SIZE = dict(
     TTT_ENABLED=0,
     QUANTIZER="gptq",
     CODE_BYTES=1,  # the budget is the artifact's alone
-    BUDGET_BYTES=2_400_000,
+    BUDGET_BYTES=2_700_000,
     TRAIN_LOG_EVERY=50,
     VAL_LOSS_EVERY=0,
     CHECKPOINT_SECONDS=120,
@@ -74,6 +75,22 @@ RUNGS = [
     Rung("smear gate by input", dict(SMEAR_INPUTS=12), "−0.0018"),
     Rung("output gate by 12 inputs", dict(GATE_INPUTS=12), "not given apart"),
     Rung("MLP ×4", dict(MLP_MULT=4), "not given apart"),
+    # What 300 steps want: the records' decay, a momentum and an average that forget sooner.
+    Rung(
+        "decay, momentum, warmdown and average for a short run",
+        dict(
+            MUON_WD=0.09,
+            EMBED_WD=0.085,
+            SCALAR_WD=0.02,
+            WARMDOWN_FRAC=0.5,
+            MUON_MOMENTUM=0.95,
+            MUON_MOMENTUM_WARMUP_START=0.85,
+            MUON_MOMENTUM_WARMUP_STEPS=100,
+            EMA_DECAY=0.85,
+            EMA_FULL_STEPS=1,
+        ),
+        "",
+    ),
 ]
 
 
@@ -136,51 +153,75 @@ def finished_cells(out):
     return pd.DataFrame(rows)
 
 
-def report(cells, steps):
-    """Markdown table of the rungs at one number of steps; changes are against the rung before."""
-    cells = cells[cells.steps == steps]
-    rows = []
-    before = None
+def changes(packed):
+    """Columns of a table: {rung: change against base_7k}, {rung: against the rung below it}."""
+    from_base, from_below = {}, {}
+    below = 0  # number of the rung that is built upon
     for index, rung in enumerate(RUNGS):
-        mine = cells[cells.rung == index]
-        if mine.empty:
-            continue
-        packed = mine.packed_bpb.mean()
-        spread = mine.packed_bpb.max() - mine.packed_bpb.min() if len(mine) > 1 else None
+        if index in packed and index > 0:
+            if 0 in packed:
+                from_base[index] = f"{packed[index] - packed[0]:+.4f}"
+            if below in packed:
+                from_below[index] = f"{packed[index] - packed[below]:+.4f}"
+        if rung.kept:
+            below = index
+    return from_base, from_below
+
+
+def report(cells):
+    """Markdown table of the rungs that were measured."""
+    groups = cells.groupby("rung")
+    mean = groups.mean(numeric_only=True)
+    spread = groups.packed_bpb.max() - groups.packed_bpb.min()
+    from_base, from_below = changes(mean.packed_bpb.to_dict())
+    rows = []
+    for index, row in mean.iterrows():
+        rung = RUNGS[index]
+        several = len(groups.get_group(index)) > 1
         rows.append(
             {
                 "rung": rung.name if rung.kept else f"{rung.name} (alone)",
-                "float": f"{mine.float_bpb.mean():.4f}",
-                "packed": f"{packed:.4f}",
-                "change": "" if before is None else f"{packed - before:+.4f}",
-                "seeds apart": "" if spread is None else f"{spread:.4f}",
-                "bytes": f"{mine.bytes.mean():,.0f}",
-                "ms/step": f"{mine.step_ms.mean():,.0f}",
+                "float": f"{row.float_bpb:.4f}",
+                "packed": f"{row.packed_bpb:.4f}",
+                "against base_7k": from_base.get(index, ""),
+                "against the rung below": from_below.get(index, ""),
+                "seeds apart": f"{spread[index]:.4f}" if several else "one seed",
+                "bytes": f"{row.bytes:,.0f}",
+                "ms/step": f"{row.step_ms:,.0f}",
                 "published change": rung.published,
             }
         )
-        if rung.kept:
-            before = packed
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
-def write_document(cells, path):
-    """docs/ladder.md."""
+def write_document(folders, path):
+    """docs/ladder.md of the runs in one or more folders, a section for each text and length."""
     parts = [
         "# The ladder",
         "Each rung adds one part of the frontier stack to all that are above it (those marked "
         '"alone" are taken out again). Six layers of width 256, 16,384 tokens a step, sequences of '
-        "512, one process; bits per byte of the demo's validation text (or of DATA_PATH's), "
-        "non-overlapping windows. All rungs are packed by the same quantiser into the same bytes. "
-        "`python tests/ladder.py` trains what is missing and writes this page.",
+        "512, one process; bits per byte of validation text, non-overlapping windows. All rungs "
+        "are packed by the same quantiser into the same bytes. `python tests/ladder.py` trains "
+        "what is missing and writes this page; a rung that is not in a table was not trained.",
         "A small model's verdict after minutes does not overrule the published one at full size: "
-        "parts that need a long run (a high QK gain, weight decay, costly recurrence) look worse "
-        'here than there. Seed noise is the column "seeds apart"; a change below it shows nothing.',
+        "parts that need a long run (a high QK gain, costly recurrence) look worse here than "
+        'there. Seed noise is the column "seeds apart"; a change below it shows nothing.',
     ]
-    for steps in sorted(cells.steps.unique()):
-        parts += [f"## {steps} steps", report(cells, steps)]
+    count = 0
+    for folder in folders:
+        cells = finished_cells(folder)
+        if cells.empty:
+            sys.exit(f"{folder} holds no finished run: leave --report out to train")
+        notes = folder / "text.md"  # what the text is, for a reader of the page
+        for steps in sorted(cells.steps.unique()):
+            chosen = cells[cells.steps == steps]
+            count += len(chosen)
+            parts.append(f"## {folder.resolve().name}, {steps} steps")
+            if notes.exists():
+                parts.append(notes.read_text().strip())
+            parts.append(report(chosen))
     path.write_text("\n\n".join(parts) + "\n")
-    print(f"{len(cells)} runs -> {path}")
+    print(f"{count} runs -> {path}")
 
 
 def main():
@@ -190,6 +231,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the rungs to train")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="folders to report too")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "ladder.md")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -199,10 +241,7 @@ def main():
         # All rungs with the first seed and few steps first: an interrupted ladder is a whole one.
         for steps, seed, index in itertools.product(options.steps, options.seeds, rungs):
             run_cell(index, seed, steps, options.out.resolve(), paths)
-    cells = finished_cells(options.out)
-    if cells.empty:
-        sys.exit(f"{options.out} holds no finished run: leave --report out to train")
-    write_document(cells, options.document)
+    write_document([options.out, *options.beside], options.document)
 
 
 if __name__ == "__main__":
