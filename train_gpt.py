@@ -4976,6 +4976,7 @@ PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100": 989e12,  # SXM, which calls itself "H100 80GB HBM3"
     "H200": 989e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
