@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,6 +208,12 @@ def write_document(folders, path):
         "parts that need a long run (a high QK gain, costly recurrence) look worse here than "
         'there. Seed noise is the column "seeds apart"; a change below it shows nothing.',
     ]
+    whole = [f"{name}={value}" for name, value in settings_of(len(RUNGS) - 1).items()]
+    command = textwrap.fill(" ".join(whole), 100, break_long_words=False, break_on_hyphens=False)
+    parts.append(
+        "The last rung as variables (DATA_PATH, TOKENIZER_PATH, SEED and ITERATIONS are yours):\n"
+        f"```\n{command}\n```"
+    )
     count = 0
     for folder in folders:
         cells = finished_cells(folder)

@@ -35,6 +35,7 @@ def test_the_page_compares_with_base_and_with_the_rung_below(tmp_path, monkeypat
     # The rung below the last one was not trained.
     assert rows[ladder.RUNGS[last].name].count("-0.0500") == 1
     assert ladder.RUNGS[2].name not in rows
+    assert "SHUFFLE=1" in text
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path, monkeypatch):
