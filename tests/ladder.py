@@ -78,7 +78,7 @@ RUNGS = [
     Rung("MLP ×4", dict(MLP_MULT=4), "not given apart"),
     # What 300 steps want: the records' decay, a momentum and an average that forget sooner.
     Rung(
-        "decay, momentum, warmdown and average for a short run",
+        "all of the above; decay, momentum, warmdown, average for a short run",
         dict(
             MUON_WD=0.09,
             EMBED_WD=0.085,
