@@ -7435,7 +7435,7 @@ class Run:
             return 0.0
         seconds = solving_seconds(config) if self.runtime.is_main else 0.0
         seconds = self.runtime.comm.from_main(seconds)
-        self.log(f"wallclock_reserve: {seconds:.1f}s for solving and packing")
+        self.log(f"wallclock_reserve: {seconds:.4f}s for solving and packing")
         return seconds
 
     def pack(self):

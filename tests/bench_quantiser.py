@@ -4,10 +4,10 @@
     python tests/bench_quantiser.py --held-out 131072   # scores fewer tokens of held-out text
     python tests/bench_quantiser.py --plot docs/quantiser.svg
 
-The trunk (6 layers of 256, 300 steps of 16,384 tokens) takes a quarter of an hour on one core. Training
-goes on where it was stopped, and every point is kept in --folder: a second run only prints. Text
-comes from DATA_PATH and TOKENIZER_PATH, or is the demo's. Documents of the training shards are set
-aside first; what is scored was seen neither in training nor in calibration.
+The trunk (6 layers of 256, 300 steps of 16,384 tokens) takes a quarter of an hour on one core.
+Training goes on where it was stopped, and every point is kept in --folder: a second run only
+prints. Text comes from DATA_PATH and TOKENIZER_PATH, or is the demo's. Documents of the training
+shards are set aside first; what is scored was seen neither in training nor in calibration.
 """
 
 import argparse
