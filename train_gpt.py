@@ -5077,7 +5077,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
-        self.average = WeightAverage(self.model.parameters(), config)
+        self.average = WeightAverage(self.model.parameters(), self.timed)
         self.stream = open_train_stream(config)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
@@ -7454,13 +7454,12 @@ class Run:
 
     def packing_seconds(self, weights):
         """Predicted seconds of packing LoadedWeights, calibration included."""
-        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
-        seconds = 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
         if self.config.quantizer == "gptq":
             step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
-            seconds += calibration_seconds(self.config, step_seconds)
-            seconds += solving_seconds(self.config)
-        return seconds
+            calibrating = calibration_seconds(self.config, step_seconds)
+            return 3 + calibrating + solving_seconds(self.config)
+        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
+        return 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
 
     def pack_lite(self, state_dict):
         """Artifact of rounded rows, on rank 0."""
