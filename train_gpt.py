@@ -2920,6 +2920,7 @@ class FlowRefiner(nn.Module):
 
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 divided by it: steps that cover the integers evenly
+GOLDEN_INVERSE = pow(GOLDEN_RATIO, -1, 2**64)  # their product is 1 modulo 2^64
 # SplitMix64's finaliser (Steele, Lea and Flood 2014) with the constants of Stafford's variant 13.
 MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 MIX_LAST_SHIFT = 31
@@ -2952,7 +2953,10 @@ def draw_noise(keys, length, width):
     batch = keys.size(0)
     pairs = -(-length * width // 2)  # a hash of 64 bits gives two normal numbers
     counter = torch.arange(pairs + length, device=keys.device)
-    hashes = mix64(keys[:, None] + counter * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
+    # keys + counter * GOLDEN_RATIO, with the product last: a product of positions alone is an index
+    # to the compiler, which computes it without wrapping at 64 bits and fails.
+    steps = keys[:, None] * as_int64(GOLDEN_INVERSE) + counter
+    hashes = mix64(steps * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
 
     def uniform(bits):
         # 23 bits and a half are what float32 holds exactly: never 0, never 1.
@@ -5982,7 +5986,8 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
             log(f"budget: {over} bytes over, MLP of layer {order[rung]} to int5")
     raise ArtifactError(
         f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
-        "int5: train a smaller model (MLP_MULT, NUM_LAYERS)"
+        f"int5 and {code_bytes} bytes of code: run the same command with CODE_BYTES at the size of "
+        "the packed script (slurm/package.py), or train a smaller model (MLP_MULT, NUM_LAYERS)"
     )
 
 

@@ -3,6 +3,7 @@ shows."""
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -540,6 +541,16 @@ def test_the_whole_model_compiles_to_one_graph_that_equals_eager(refiner, backen
 )
 def test_generated_code_equals_eager(refiner, backend):
     assert_compiled_equals_eager(refiner, backend, 1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_generated_noise_is_that_of_plain_pytorch():
+    """Positions times a large constant must wrap at 64 bits in generated code too."""
+    keys = torch.tensor([0, -(2**63), 2**63 - 1, 12345])
+    torch._dynamo.reset()
+    compiled = torch.compile(train_gpt.draw_noise, fullgraph=True, dynamic=False)
+    for mine, expected in zip(compiled(keys, 20, 33), train_gpt.draw_noise(keys, 20, 33)):
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------ initial seeds

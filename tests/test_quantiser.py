@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from helpers import events, launch, random_model, tiny_config
+from helpers import events, launch, layers_for, random_model, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -453,8 +453,10 @@ def exact_scores(out):
     ],
 )
 def test_every_preset_packs_and_scores_as_its_float_weights(make_run, preset):
-    width = dict(ve_dim=8) if golf.PRESETS[preset].get("ve_dim") else {}
-    run, out = make_run("run", preset=preset, spot_checks=0, audit=False, **width)
+    changes = layers_for(preset)
+    if golf.PRESETS[preset].get("ve_dim"):
+        changes["ve_dim"] = 8
+    run, out = make_run("run", preset=preset, spot_checks=0, audit=False, **changes)
     scores = exact_scores(out)
     assert abs(scores["final_int6_roundtrip"] - scores["pre_quant"]) < 0.01
     assert "warning: the Hessian" not in out
