@@ -1087,6 +1087,9 @@ def private_copy(tree):
     return tree
 
 
+CHECKPOINT_THREAD = "checkpoint"  # how names of threads that write a state begin
+
+
 class Checkpointer:
     """Numbered states of one training run or evaluation, the last two of which are kept.
 
@@ -1125,7 +1128,7 @@ class Checkpointer:
         self.wait()
         self.saved_at = time.monotonic()
         # A pool of one thread, because its future carries an error to wait().
-        executor = ThreadPoolExecutor(1)
+        executor = ThreadPoolExecutor(1, thread_name_prefix=CHECKPOINT_THREAD)
         self.writing = executor.submit(self._write, number, private_copy(state), saved)
         executor.shutdown(wait=False)  # the thread ends with this write
 
@@ -7870,9 +7873,10 @@ def report_error(runtime, code, message, shown, rank):
 
 def leave(runtime, code):
     """Exit now: tearing down a process group whose peers may be gone can hang."""
-    # A checkpoint that is being written must be whole before the process goes.
+    # A checkpoint that is being written must be whole before the process goes. Other threads are
+    # not waited for: those of the compiler's pools do not end by themselves.
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
+        if thread.name.startswith(CHECKPOINT_THREAD):
             thread.join()
     sys.stdout.flush()
     if runtime.comm.world > 1:

@@ -11,7 +11,9 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -622,3 +624,27 @@ def test_an_unexpected_error_keeps_its_traceback(config, runtime, tmp_path, caps
     )
     (event,) = events(tmp_path / "deep/run")
     assert (event["code"], event["message"]) == (1, "ZeroDivisionError: by our own mistake")
+
+
+def test_the_end_waits_for_a_checkpoint_and_for_no_other_thread(config, runtime, monkeypatch):
+    made = runtime(config)
+    written = []
+
+    def slow_save(path, state):
+        time.sleep(0.5)
+        written.append(path)
+        return 0
+
+    monkeypatch.setattr(train_gpt, "save_tensors", slow_save)
+    checkpoints = train_gpt.Checkpointer(made, "step", 0)
+    # The thread of a pool, as a compiler leaves behind, is idle until the interpreter ends.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        checkpoints.save(1, {}, lambda seconds, size: None)
+        codes = []
+        end = threading.Thread(
+            target=lambda: codes.append(ending(made, train_gpt.DataError("no"))), daemon=True
+        )
+        end.start()
+        end.join(20)
+        assert codes == [3] and len(written) == 1
