@@ -11,8 +11,10 @@ normalised distribution, C3 nothing learns from a token before its score is fina
 is scored once.
 
 * Repeat. The same text twice gives the same digits; on a GPU all but the noise of its kernels. The
-  second run audits itself and checks every round (AUDIT=1, SPOT_CHECKS=1). That these pass is not
-  believed; a script that calls a score illegal, by exit code 6 or by word, is.
+  first run shows its scores, audits itself and checks every round (AUDIT=1, SPOT_CHECKS=1); the
+  second is the published command, with no variable that tells that it is watched. That its own
+  checks pass is not believed; a script that calls a score illegal, by exit code 6 or by word, is.
+  No run may change the artifact that it was given.
 * Bet (C1 to C4 at once). Tokens are drawn from a distribution q that only this program knows. If
   the script's p is a legal prediction, then p(x)/q(x) is at most 1 on average, at each token and
   whatever came before it. So a gambler who stakes a share of his money on p/q, token after token,
@@ -20,10 +22,13 @@ is scored once.
   where, may depend on the past alone.
 * Twins (C1, C3). Two shards are equal up to k and differ after it, on disk. All scores up to k must
   be equal, bit for bit.
-* Recount (C4, bytes). Targets, nats and UTF-8 bytes, counted here, must give the printed digits.
+* Recount (C4, bytes). Targets, nats and UTF-8 bytes, counted here, must give the printed digits, in
+  every line that names a score.
 * Model alone (C1). The script's GPT, imported, must give the same logits at a place whatever
-  follows it: what leaks from the target itself changes no score before it.
-* Training twin. Ten steps beside two different validation shards must give the same artifact.
+  follows it, in whole windows and where only the last positions are asked for: what leaks from the
+  target itself changes no score before it.
+* Training twin. Ten steps beside two validation shards must give the same artifact: one is the
+  training text, the other noise, so that a choice by validation loss falls differently.
 
 SCORES_FILE=path/{label}.f32 asks the script for the nll of every target. A script that does not
 know this variable gets the tests that need printed lines only, and the report names the others.
@@ -31,7 +36,9 @@ Exit code: 0 nothing illegal was found, 6 illegal, 2 could not be tested.
 
 What no test from outside can show: a script that behaves well on texts of --tokens targets and
 otherwise on the official split, which it may know by size or hash (--whole looks at a text of full
-length); what changes a score by less than the bet can see.
+length), or on more ranks than --ranks; the better of two legal evaluations of the whole text (it
+gains ln 2 nats at most, and changes with the text only where the order of the two does); a choice by
+validation text in training that begins after the ten steps of the training twin.
 """
 
 import argparse
@@ -73,6 +80,10 @@ SKIPPED = "not run"
 
 class UntestableError(Exception):
     """What keeps the folder from being tested; the message says what to change."""
+
+
+class ConfessedError(Exception):
+    """The script's own checks found it illegal and ended it: there is no score to test."""
 
 
 def printable(text, limit=400):
@@ -297,12 +308,16 @@ model = candidate.GPT(unpacked[0]).eval()
 model.load_state_dict(unpacked[1])
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model.to(device)
-while head := sys.stdin.buffer.read(12):
-    rows, length, place = struct.unpack("<iii", head)
+while head := sys.stdin.buffer.read(16):
+    rows, length, place, last = struct.unpack("<iiii", head)
     ids = np.frombuffer(sys.stdin.buffer.read(4 * rows * length), "<i4").reshape(rows, length)
     ids = torch.from_numpy(ids.astype(np.int64)).to(device)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        logits = model.logits(model.hidden(ids)[:, place])
+        if last:  # as a sliding window asks for the states of its last positions only
+            hidden = model.hidden(ids, last)[:, place - length]
+        else:
+            hidden = model.hidden(ids)[:, place]
+        logits = model.logits(hidden)
     answer.write(logits.float().cpu().numpy().astype("<f4").tobytes())
     answer.flush()
 """
@@ -340,10 +355,13 @@ class ModelSource:
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
 
-    def logits(self, ids, place):
-        """The model's logits (B, V) at one place of the windows ids (B, T)."""
+    def logits(self, ids, place, last=0):
+        """The model's logits (B, V) at one place of the windows ids (B, T).
+
+        With `last` only the states of so many last positions are asked for.
+        """
         ids = np.ascontiguousarray(ids, "<i4")
-        head = np.array([*ids.shape, place], "<i4")
+        head = np.array([*ids.shape, place, last], "<i4")
         try:
             self.child.stdin.write(head.tobytes() + ids.tobytes())
             self.child.stdin.flush()
@@ -386,6 +404,7 @@ class Sampler:
     SILENT_SHARE = 0.0015
     DIGIT_SHARE = 0.003
     ANY_SHARE = 0.006
+    AGAIN_SHARE = 0.002  # the token before once more
     # After a silent piece: a space there has no byte, and is rare at the start of a text.
     SPACE_SHARE = 0.3
 
@@ -413,6 +432,9 @@ class Sampler:
         if room <= self.utf8.LONGEST:
             allowed = np.where(states[:, None] == 0, self.utf8.ending, allowed)
         special = self.special[self.silent[contexts[:, -1]].astype(int)]  # (B, V)
+        again = contexts[:, -1]
+        special = special.copy()
+        special[np.arange(len(again)), again] += self.AGAIN_SHARE
         q = (1 - special.sum(1, keepdims=True)) * source.predict(contexts) + special
         q = (q + 1e-9) * allowed  # the source may give no mass to what must come next
         return q / q.sum(1, keepdims=True)
@@ -455,13 +477,22 @@ class Writer:
     def streams(self, size):
         return max(8, size // self.STREAM_TOKENS)
 
-    def real_pieces(self, rows, length):
-        """Pieces (rows, length) of real text that begin and end between two characters."""
+    def real_pieces(self, rows, length, from_start=False):
+        """Pieces (rows, length) of real text that begin and end between two characters.
+
+        With `from_start` the first one is the beginning of the text.
+        """
         # A piece begins at the token after one that ends a character.
         last = np.arange(len(self.real) - length)
         whole = (self.states[last] == 0) & (self.states[last + length] == 0)
         starts = self.random.choice(last[whole], rows) + 1
-        return np.stack([self.real[at : at + length] for at in starts]).astype(int)
+        pieces = np.stack([self.real[at : at + length] for at in starts]).astype(int)
+        if from_start:
+            pieces[0] = self.real[:length]
+            # It ends between two characters too.
+            end = 1 + np.flatnonzero(self.states[:length] == 0)[-1]
+            pieces[0, end:] = self.tokenizer.plain[0]
+        return pieces
 
     def text(self, source, size, streams, steps=None):
         """A Text of `size` tokens: pieces of real text, each continued by what `source` draws.
@@ -472,7 +503,8 @@ class Writer:
         share = -(-size // streams)  # rounded up
         room = share - min(source.context, share // 2)
         steps = min(steps or room, room)
-        given = self.real_pieces(streams, share - steps)
+        # A script may know the text by how it begins.
+        given = self.real_pieces(streams, share - steps, from_start=True)
         return self.continued(source, given, steps, size)
 
     def drawn_text(self, source, size):
@@ -642,6 +674,7 @@ class Outcome(NamedTuple):
     repeated: list  # labels that were printed twice
     nll: dict  # label -> nll by target (n,) float32, as SCORES_FILE shows it
     artifacts: dict  # file name -> SHA-256 of what training left
+    given_changed: bool  # whether the artifact that was given to score is another one afterwards
 
     def last_words(self):
         return printable(" ".join(self.output.split()[-40:]))
@@ -684,6 +717,30 @@ def parse_output(output):
     return printed, repeated
 
 
+# Where the challenge's scripts look for shards: a script may behave otherwise anywhere else.
+OFFICIAL_DATA = "data/datasets/fineweb10B_sp1024"
+
+
+DIGITS = re.compile(r"\bval_(loss|bpb):(\d+)(?:\.(\d{1,12}))?(?!\S)", re.ASCII)
+
+
+def other_digits(outcome):
+    """Sentences on lines of the output that name a printed score and give it other digits."""
+    found = []
+    for line in outcome.output.splitlines():
+        words = line[:400].split()[:2]  # as in `LABEL val_loss:…` and `result LABEL val_bpb:…`
+        label = next((word for word in words if word in outcome.printed), None)
+        if label is None:
+            continue
+        for name, whole, decimals in DIGITS.findall(line[:400]):
+            value = getattr(outcome.printed[label], f"val_{name}")
+            shown = float(f"{whole}.{decimals or 0}")
+            # Rounded to the decimals of the line.
+            if abs(shown - value) > 0.51 * 10.0 ** -len(decimals) + LAST_DIGIT:
+                found.append(f"{label}: val_{name} {shown} beside {value:.8f}")
+    return found
+
+
 class Candidate:
     """The folder under test: runs its script in a fresh copy of it, on shards that are given."""
 
@@ -691,6 +748,10 @@ class Candidate:
         self.sandbox = sandbox
         self.script = script
         self.artifact = artifact  # None: it can only train
+        self.artifact_sha256 = ""
+        if artifact is not None:
+            with open(artifact, "rb") as file:
+                self.artifact_sha256 = hashlib.sha256(file.read(ARTIFACT_LIMIT)).hexdigest()
         self.tokenizer = tokenizer
         self.ranks = ranks
         self.seconds = seconds  # that a run may take
@@ -705,14 +766,14 @@ class Candidate:
     def run(self, val, train=None, scores_file=True, settings=()):
         """Score a validation shard, or with training tokens train and score; returns an Outcome."""
         folder = self.sandbox.folder()
-        data = folder / "data"
-        data.mkdir()
+        data = folder / OFFICIAL_DATA
+        data.mkdir(parents=True)
         (folder / "scores").mkdir()
         shutil.copy(self.script, folder)
         shutil.copy(self.tokenizer, folder)
         write_shard(data / "fineweb_val_000000.bin", val)
         environ = dict(settings)
-        environ.update(DATA_PATH="data", TOKENIZER_PATH=self.tokenizer.name, RUN_DIR="run")
+        environ.update(DATA_PATH=f"./{OFFICIAL_DATA}", TOKENIZER_PATH=self.tokenizer.name)
         if train is None:
             shutil.copy(self.artifact, folder)
             environ["EVAL_ONLY"] = self.artifact.name
@@ -755,7 +816,9 @@ class Candidate:
         for path in ordinary_files(folder, "*.ptz") or ordinary_files(folder, "*.pt"):
             with open(path, "rb") as file:
                 artifacts[path.name] = hashlib.sha256(file.read(ARTIFACT_LIMIT)).hexdigest()
-        return Outcome(code, seconds, text, *parse_output(text), nll, artifacts)
+        given = environ.get("EVAL_ONLY")
+        changed = given is not None and artifacts.get(given) != self.artifact_sha256
+        return Outcome(code, seconds, text, *parse_output(text), nll, artifacts, changed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -908,6 +971,14 @@ TRAINING_TOKENS = 32_768
 LAST_DIGIT = 1.5e-8  # what two ways to round to eight decimals, and float32 values, may differ by
 
 
+# Settings of the script's own checks, which take time. ALL_CHECKS: it audits itself and repeats
+# every round; that it passes is not believed, that it does not is, see Verifier.heed(). AS_PUBLISHED
+# sets nothing: no variable tells the script that it is watched.
+NO_CHECKS = {"AUDIT": "0"}
+ALL_CHECKS = {"AUDIT": "1", "SPOT_CHECKS": "1"}
+AS_PUBLISHED = {}
+
+
 class Verifier:
     """Runs the tests on one folder; `results` holds what they found."""
 
@@ -938,7 +1009,10 @@ class Verifier:
         """Run the tests, the cheapest first; returns the exit code. Raises UntestableError."""
         self.first_run()
         self.draw_exam()
-        self.take_exam()
+        try:
+            self.take_exam()
+        except ConfessedError:
+            return ILLEGAL
         tests = [
             self.recount,
             self.bet,
@@ -971,15 +1045,12 @@ class Verifier:
         print(f"{status:8}{test:14}{printable(label):28}{printable(detail)}", flush=True)
 
     # -- runs --------------------------------------------------------------------------------------
-    def run(self, tokens, scores_file=True, train=None, own_checks=False):
+    def run(self, tokens, scores_file=True, train=None, checks=NO_CHECKS):
         """Outcome of the script on a validation shard; one that cannot score only, trains first.
 
-        With `own_checks` it audits itself and repeats every round. That it passes is not believed,
-        that it does not is: see heed().
+        `checks` are the settings of its own checks.
         """
-        settings = {"AUDIT": "0"}  # it takes time
-        if own_checks:
-            settings = {"AUDIT": "1", "SPOT_CHECKS": "1"}
+        settings = dict(checks)
         if self.trains and train is None:
             train = self.training_text()
         if train is not None:
@@ -1026,6 +1097,8 @@ class Verifier:
             for label, printed in outcome.printed.items()
             if printed.declared_illegal
         }
+        if not self.trains and outcome.given_changed:
+            verdicts["artifact"] = "a run that scores changed the artifact that it was given"
         if outcome.code == ILLEGAL:
             verdicts[""] = f"the script ends with exit code 6: {outcome.last_words()}"
         for label in verdicts.keys() - self.confessed:  # once is enough
@@ -1129,11 +1202,15 @@ class Verifier:
         """Run the script on the exam, watched and not: the digits must be the same."""
         begin = time.monotonic()
         tokens = self.text.tokens
-        jobs = [dict(tokens=tokens), dict(tokens=tokens, scores_file=False, own_checks=True)]
+        # The one that is not watched is the published command, with no variable that tells.
+        jobs = [
+            dict(tokens=tokens, checks=ALL_CHECKS),
+            dict(tokens=tokens, scores_file=False, checks=AS_PUBLISHED),
+        ]
         watched, alone = self.run_all(jobs)
         self.exam = watched
-        if alone.code == ILLEGAL and watched.printed:
-            return  # it ended before its last score
+        if ILLEGAL in (watched.code, alone.code):
+            raise ConfessedError  # it ended before its last score
         for outcome in (watched, alone):
             if outcome.code or not outcome.printed:
                 raise UntestableError(
@@ -1183,6 +1260,9 @@ class Verifier:
             f"{len(self.exam.repeated)} labels printed twice"
         )
         self.add("recount", "", matched and not self.exam.repeated, detail, begin)
+        other = other_digits(self.exam)
+        detail = "all lines that name a score say the same of it"
+        self.add("recount", "other lines", not other, "; ".join(other[:3]) or detail, begin)
         for label in printed:
             if label in nll:
                 self.recount_shown(label, nll[label], begin)
@@ -1275,25 +1355,35 @@ class Verifier:
         if not isinstance(self.source, ModelSource):
             self.add("model alone", "", None, "the script's GPT was not imported", begin)
             return
+        window = min(self.hints.eval_seq_len, len(self.writer.real) // 2)
+        # Whole windows, then the last positions, which a script may compute in another way.
+        stride = min(self.hints.eval_stride, window)
+        wrong = self.leaking_places(window, np.linspace(0, window - 2, MODEL_PLACES), 0)
+        with contextlib.suppress(UntestableError):  # this model knows no such call
+            places = np.linspace(window - stride, window - 2, MODEL_PLACES // 2)
+            wrong += self.leaking_places(window, places, stride)
+        self.source.close()
+        detail = f"logits at {MODEL_PLACES} places of a window or more, all that follows replaced"
+        if wrong:
+            detail += f": different at {wrong[:5]}"
+        self.add("model alone", "", not wrong, detail, begin)
+
+    def leaking_places(self, window, places, last):
+        """Those places of a window at which the model's logits change with what follows them."""
         writer = self.writer
-        window = min(self.hints.eval_seq_len, len(writer.real) // 2)
         wrong = []
-        for number, place in enumerate(np.linspace(0, window - 2, MODEL_PLACES).astype(int)):
+        for number, place in enumerate(places.astype(int)):
             ids = writer.real_pieces(8, window)
             other = writer.real_pieces(8, window)
             kind = writer.OPENINGS[number % len(writer.OPENINGS)]
             other[0, : place + 1] = ids[0, : place + 1]
             other[0, place + 1] = writer.opening(kind, ids[0, place + 1])[0]
             # The same row of two batches of one shape: what is equal gives equal bits.
-            before = self.source.logits(ids, place)[0]
-            after = self.source.logits(other, place)[0]
+            before = self.source.logits(ids, place, last)[0]
+            after = self.source.logits(other, place, last)[0]
             if not np.array_equal(before, after):
                 wrong.append(int(place))
-        self.source.close()
-        detail = f"logits at {MODEL_PLACES} places of a window, all that follows replaced"
-        if wrong:
-            detail += f": different at {wrong[:5]}"
-        self.add("model alone", "", not wrong, detail, begin)
+        return wrong
 
     def twins(self):
         """What comes after target k changes no score up to k."""
@@ -1302,9 +1392,10 @@ class Verifier:
             self.add("twins", "", None, "the script writes no SCORES_FILE", begin)
             return
         jobs_at_once = self.arguments.jobs
-        each = 1.1 * self.exam.seconds / jobs_at_once
-        count = int(np.clip(self.left() / each, 4, self.arguments.twins))
         tokens = self.text.tokens
+        # The exam's own time has the script's checks in it.
+        each = 1.1 * (self.start_seconds + self.target_seconds * len(tokens)) / jobs_at_once
+        count = int(np.clip(self.left() / each, 4, self.arguments.twins))
         size = min(len(nll) for nll in self.exam.nll.values())
         places = self.writer.twin_places(tokens, count, size, self.hints)
         outcomes = []
@@ -1383,8 +1474,7 @@ class Verifier:
             return
         train = self.training_text()
         jobs = []
-        for _ in range(2):
-            val = self.writer.ordinary(4 * self.hints.eval_seq_len + 1)
+        for val in self.unlike_texts(4 * self.hints.eval_seq_len + 1, train):
             jobs.append(dict(tokens=val, train=train, scores_file=False))
         first, second = self.run_all(jobs)
         if not first.artifacts or not second.artifacts:
@@ -1399,6 +1489,17 @@ class Verifier:
         if different:
             detail = f"different beside another validation shard: {', '.join(different)}"
         self.add("training twin", "", not different, detail, begin)
+
+    def unlike_texts(self, size, train):
+        """Two validation texts (size,): what training learns, and what no training can learn.
+
+        A choice by validation loss (of a step, a rate, a scale) falls differently on them, where it
+        would be the same on two pieces of ordinary text.
+        """
+        learnt = np.resize(train, size).astype(int)
+        plain = self.tokenizer.plain
+        noise = self.writer.random.choice(plain, size)
+        return learnt, noise
 
     def overlap(self):
         """Validation text inside the training shards, by hashes of BLOCK tokens."""
