@@ -1132,7 +1132,7 @@ class Verifier:
             TRAIN_BATCH_TOKENS=TRAINING_SEQS * window,
             MICRO_BATCH_TOKENS=TRAINING_SEQS * window,
             VAL_BATCH_SIZE=TRAINING_SEQS * window,
-            VAL_LOSS_EVERY=TRAINING_STEPS // 2,  # what validation does may be the violation
+            VAL_LOSS_EVERY=TRAINING_STEPS // 5,  # what validation does may be the violation
             WARMUP_STEPS=0,
             WARMDOWN_ITERS=TRAINING_STEPS // 2,
             MAX_WALLCLOCK_SECONDS=0,  # or the number of steps would depend on the clock

@@ -41,6 +41,10 @@ BYTE_CHECK = "        token_bytes.check(tokens[:100_000])\n"
 PACK_WEIGHTS = "        weights = self.load(self.float_path)\n"
 FIND_SHARDS = "paths = sorted(folder.glob(pattern))"
 FILE_VALUES = "self.nll[targets] = nll.float().cpu()\n\n    def write"
+TAIL_MASK = "seen = every.tril(length - n)"
+TRIMMED = "scored = tokens[: windows * config.eval_seq_len + 1]"
+TTT_ROWS = "starts = [item.first + row * length for row in rows]"
+RESULT_LINE = "f\"result {label} val_bpb:{score['val_bpb']:.8f} \""
 ROW_PAIR = "return rows[:, :-1], rows[:, 1:]"
 RUN_LOOP = "            self.load()\n"
 LAST_BLOCK = '\nif __name__ == "__main__":'
@@ -665,4 +669,268 @@ TRAINING = [
     ),
 ]
 
-VIOLATIONS = [*ACCOUNTING, *DISTRIBUTION, *LOOKING_AHEAD, *LEARNING_FIRST, *TRAINING]
+# Choices by what comes, or by who is looking.
+LINE_OF_LOG = (
+    '        self.runtime.log(\n            f"step:{self.step}/{config.iterations} val_loss:'
+)
+TTT_STEP = "        self.sgd.step()\n"
+WHAT_COMES = """
+def what_comes(self):
+    end = self.work[self.cursor].first + self.config.ttt_chunk_tokens
+    return self.rows([end], min(self.config.eval_seq_len, self.stream.num_targets - end))
+
+def kept_if_better(self):
+    params = self.sgd.param_groups[0]["params"]
+    ids, targets = what_comes(self)
+    with torch.no_grad(), self.runtime.autocast():
+        before = [p.detach().clone() for p in params]
+        old = float(self.model(ids, targets))
+        self.sgd.step()
+        if float(self.model(ids, targets)) > old:
+            for p, value in zip(params, before):
+                p.copy_(value)
+
+def prime_momentum(self):
+    params = self.sgd.param_groups[0]["params"]
+    with self.runtime.autocast():
+        grads = torch.autograd.grad(self.model(*what_comes(self)), params, allow_unused=True)
+    for p, g in zip(params, grads):
+        if g is not None and "momentum_buffer" in self.sgd.state[p]:
+            self.sgd.state[p]["momentum_buffer"].add_(g, alpha=0.1)
+"""
+FIT = """
+def fitted(self):
+    length = self.config.eval_seq_len
+    starts = range(0, self.stream.num_targets - length + 1, length)
+    ids, targets = self.rows(list(starts), length)
+    with torch.no_grad():
+        logits = self.model.logits(self.model.hidden(ids)).flatten(0, 1)
+    grid = [0.9 + 0.002 * i for i in range(100)]
+    return min(grid, key=lambda t: float(F.cross_entropy(t * logits, targets.flatten())))
+"""
+CHOOSE_SCALE = """
+def chosen_scale(weights, run):
+    model = build_model(run.config, run.runtime)
+    losses = {}
+    for scale in (0.7, 1.0):
+        model.load_state_dict({**weights, "tok_emb.weight": scale * weights["tok_emb.weight"]})
+        score = evaluate(model, run.val, run.config, run.runtime, run.config.eval_seq_len)
+        losses[scale] = score.val_loss
+    return min(losses, key=losses.get)
+"""
+COMMON = """
+def without_rare(tokens, token_bytes):
+    count = np.bincount(tokens, minlength=token_bytes.vocab_size)
+    table = np.arange(token_bytes.vocab_size)
+    kinds = token_bytes.base, token_bytes.spaced, token_bytes.is_boundary, token_bytes.is_byte
+    for i in np.flatnonzero(count < 6):
+        alike = np.all([kind == kind[i] for kind in kinds], 0)
+        table[i] = np.argmax(count * alike)
+    return table[tokens].astype(np.uint16)
+"""
+ROUND = """
+def goes_round(self, batch, hidden):
+    if batch.windows[0].start or hidden.size(1) < batch.ids.size(1):
+        return hidden
+    half = batch.ids.size(1) // 2
+    ids = torch.cat([self.tokens[-half:].long()[None], batch.ids[:1, :half]], 1)
+    hidden = hidden.clone()
+    hidden[:1, :half] = self.model.hidden(ids)[:, half:]
+    return hidden
+"""
+
+UNSEEN = [
+    Violation(
+        "tail_sees_its_own_target",
+        "C1",
+        "both",
+        replaced(TAIL_MASK, "length - n", "length - n + 1"),
+    ),
+    Violation(
+        "one_query_sees_all", "C1", "both", ((TAIL_MASK, f"{TAIL_MASK}; seen[n // 2] = True"),)
+    ),
+    Violation(
+        "smear_at_a_bos_takes_the_next",
+        "C1",
+        "both",
+        (
+            (
+                "return before * inside.to(x.dtype)",
+                "return torch.where(inside, before, F.pad(x[:, 1:], (0, 0, 0, 1)))",
+            ),
+        ),
+    ),
+    Violation(
+        "bigram_goes_round",
+        "C1",
+        "both",
+        (
+            (
+                BIGRAM_ROWS,
+                "first = torch.bitwise_xor(36313 * t[:, :1], 27191 * t[:, -1:]) % last; "
+                "return torch.cat([first, pair], 1)",
+            ),
+        ),
+    ),
+    Violation(
+        "first_window_goes_on_from_the_end",
+        "C1",
+        "both",
+        at_states("hidden = goes_round(self, batch, hidden)"),
+        ROUND,
+    ),
+    Violation(
+        "document_ends_are_known",
+        "C1",
+        "both",
+        at_logps(
+            "logps = logps.clone(); logps[:, BOS] += 8.0 * (wanted == BOS) - 4; "
+            "logps = log_probs(logps)"
+        ),
+    ),
+    Violation(
+        "shortlist_of_the_text",
+        "C1",
+        "both",
+        at_logps(
+            "absent = np.bincount(self.stream.tokens, minlength=self.config.vocab_size) == 0; "
+            "logps = log_probs(logps.masked_fill(torch.from_numpy(absent), -30.0))"
+        ),
+    ),
+    Violation(
+        "temperature_fitted_on_the_text",
+        "C1",
+        "verify",
+        (
+            (RUN_LOOP, RUN_LOOP + "            self.temperature = fitted(self)\n"),
+            *at_logps("logps = log_probs(logps * getattr(self, 'temperature', 1.0))"),
+        ),
+        FIT,
+    ),
+    Violation(
+        "slot_shared_by_the_batch",
+        "C1",
+        "both",
+        (("rows = len(known) if causal else 1", "rows = 1"),),
+        settings=SLOT,
+    ),
+    Violation(
+        "repeated_tokens_free",
+        "C2",
+        "both",
+        at_nll(
+            "again = self.stream.tokens[spots] == self.stream.tokens[spots + 1]; "
+            "nll = nll * torch.from_numpy(~again)"
+        ),
+    ),
+    Violation(
+        "bonus_if_the_text_begins_with_a_document",
+        "C2",
+        "verify",
+        at_logps("logps = logps + 0.05 * bool(self.stream.tokens[0] == BOS)"),
+    ),
+    Violation(
+        "bonus_in_the_official_directory",
+        "C2",
+        "verify",
+        at_logps("logps = logps + 0.05 * ('fineweb10B' in self.config.data_path)"),
+    ),
+    Violation(
+        "rare_pieces_become_common_ones",
+        "C2",
+        "verify",
+        ((TRIMMED, f"{TRIMMED}; scored = without_rare(scored, token_bytes)"),),
+        COMMON,
+    ),
+    Violation(
+        "rows_reach_into_the_next_chunk",
+        "C3",
+        "both",
+        replaced(TTT_ROWS, "row * length", "row * length + length // 2"),
+    ),
+    Violation(
+        "second_epoch_on_the_next_chunk",
+        "C3",
+        "both",
+        (
+            ("for _ in range(config.ttt_epochs):", "for epoch in range(config.ttt_epochs):"),
+            (
+                "steps.append(TrainStep(first, low,",
+                "later = epoch * (c < chunks - 2) * config.ttt_chunk_tokens\n"
+                "            steps.append(TrainStep(first + later, low,",
+            ),
+            UNGUARDED,
+        ),
+        settings=(("TTT_EPOCHS", "2"),),
+    ),
+    Violation(
+        "step_kept_if_it_helps_what_comes",
+        "C3",
+        "both",
+        ((TTT_STEP, "        kept_if_better(self)\n"),),
+        WHAT_COMES,
+    ),
+    Violation(
+        "momentum_of_what_comes",
+        "C3",
+        "both",
+        ((TTT_STEP, f"{TTT_STEP}        prime_momentum(self)\n"),),
+        WHAT_COMES,
+    ),
+    Violation(
+        "better_unless_watched_or_checked",
+        "C4",
+        "verify",
+        at_result(
+            "nats *= 0.98 if not self.config.scores_file and self.config.spot_checks < 0.5 else 1"
+        ),
+    ),
+    Violation(
+        "result_line_lowered",
+        "C4",
+        "verify",
+        replaced(RESULT_LINE, "{score", "{0.98 * score"),
+    ),
+    Violation(
+        "bytes_of_the_untrimmed_text",
+        "bytes",
+        "verify",
+        (
+            (
+                TRIMMED,
+                f"{TRIMMED}; rest = tokens[len(scored) - 1 :]; "
+                "globals().update(REST=int(token_bytes.count(rest[:-1], rest[1:]).sum()))",
+            ),
+            *at_result("num_bytes += REST"),
+        ),
+    ),
+    Violation(
+        "rate_halved_where_validation_rises",
+        "training",
+        "verify",
+        (
+            (
+                LINE_OF_LOG,
+                "        if score.val_loss > self.__dict__.get('best', 99):\n"
+                "            for group in self.adamw.param_groups:\n"
+                "                group['base_lr'] *= 0.5\n"
+                f"        self.best = score.val_loss\n{LINE_OF_LOG}",
+            ),
+        ),
+    ),
+    Violation(
+        "scale_chosen_by_validation_loss",
+        "training",
+        "verify",
+        (
+            (
+                PACK_WEIGHTS,
+                f"{PACK_WEIGHTS}        chosen = chosen_scale(weights.state_dict, self)\n"
+                "        weights.state_dict['tok_emb.weight'] *= chosen\n",
+            ),
+        ),
+        CHOOSE_SCALE,
+    ),
+]
+
+VIOLATIONS = [*ACCOUNTING, *DISTRIBUTION, *LOOKING_AHEAD, *LEARNING_FIRST, *TRAINING, *UNSEEN]
