@@ -28,7 +28,7 @@ is scored once.
   follows it, in whole windows and where only the last positions are asked for: what leaks from the
   target itself changes no score before it.
 * Training twin. Ten steps beside two validation shards must give the same artifact: one is the
-  training text, the other noise, so that a choice by validation loss falls differently.
+  training text, the other unlike any, so that a choice by validation loss falls differently.
 
 SCORES_FILE=path/{label}.f32 asks the script for the nll of every target. A script that does not
 know this variable gets the tests that need printed lines only, and the report names the others.
@@ -1491,15 +1491,26 @@ class Verifier:
         self.add("training twin", "", not different, detail, begin)
 
     def unlike_texts(self, size, train):
-        """Two validation texts (size,): what training learns, and what no training can learn.
+        """Two validation texts (size,): what training learns, and what it makes less likely.
 
         A choice by validation loss (of a step, a rate, a scale) falls differently on them, where it
         would be the same on two pieces of ordinary text.
         """
         learnt = np.resize(train, size).astype(int)
-        plain = self.tokenizer.plain
-        noise = self.writer.random.choice(plain, size)
-        return learnt, noise
+        tokenizer = self.tokenizer
+        random = self.writer.random
+        # What training makes less likely: characters of two bytes, or else its rarest pieces.
+        leads = np.flatnonzero((tokenizer.byte >= 0xC2) & (tokenizer.byte <= 0xDF))
+        others = np.flatnonzero((tokenizer.byte >= 0x80) & (tokenizer.byte <= 0xBF))
+        if len(leads) and len(others):
+            strange = random.choice(others, size)
+            strange[0::2] = random.choice(leads, len(strange[0::2]))
+            strange[-1] = tokenizer.plain[0]  # no character begins at the end
+        else:
+            counts = np.bincount(train, minlength=tokenizer.size)
+            rarest = tokenizer.plain[np.argsort(counts[tokenizer.plain])]
+            strange = random.choice(rarest[: 1 + len(rarest) // 8], size)
+        return learnt, strange
 
     def overlap(self):
         """Validation text inside the training shards, by hashes of BLOCK tokens."""
