@@ -708,16 +708,6 @@ def fitted(self):
     grid = [0.9 + 0.002 * i for i in range(100)]
     return min(grid, key=lambda t: float(F.cross_entropy(t * logits, targets.flatten())))
 """
-CHOOSE_SCALE = """
-def chosen_scale(weights, run):
-    model = build_model(run.config, run.runtime)
-    losses = {}
-    for scale in (0.7, 1.0):
-        model.load_state_dict({**weights, "tok_emb.weight": scale * weights["tok_emb.weight"]})
-        score = evaluate(model, run.val, run.config, run.runtime, run.config.eval_seq_len)
-        losses[scale] = score.val_loss
-    return min(losses, key=losses.get)
-"""
 COMMON = """
 def without_rare(tokens, token_bytes):
     count = np.bincount(tokens, minlength=token_bytes.vocab_size)
@@ -752,7 +742,7 @@ UNSEEN = [
     Violation(
         "smear_at_a_bos_takes_the_next",
         "C1",
-        "both",
+        "verify",
         (
             (
                 "return before * inside.to(x.dtype)",
@@ -826,7 +816,7 @@ UNSEEN = [
     Violation(
         "bonus_if_the_text_begins_with_a_document",
         "C2",
-        "verify",
+        "both",
         at_logps("logps = logps + 0.05 * bool(self.stream.tokens[0] == BOS)"),
     ),
     Violation(
@@ -917,19 +907,6 @@ UNSEEN = [
                 f"        self.best = score.val_loss\n{LINE_OF_LOG}",
             ),
         ),
-    ),
-    Violation(
-        "scale_chosen_by_validation_loss",
-        "training",
-        "verify",
-        (
-            (
-                PACK_WEIGHTS,
-                f"{PACK_WEIGHTS}        chosen = chosen_scale(weights.state_dict, self)\n"
-                "        weights.state_dict['tok_emb.weight'] *= chosen\n",
-            ),
-        ),
-        CHOOSE_SCALE,
     ),
 ]
 
