@@ -1376,6 +1376,10 @@ class Verifier:
             ids = writer.real_pieces(8, window)
             other = writer.real_pieces(8, window)
             kind = writer.OPENINGS[number % len(writer.OPENINGS)]
+            if number % 2:
+                # A token at the place itself, such as a BOS, may be treated apart.
+                rare = writer.OPENINGS[number // 2 % len(writer.OPENINGS)]
+                ids[0, place] = writer.opening(rare, ids[0, place])[0]
             other[0, : place + 1] = ids[0, : place + 1]
             other[0, place + 1] = writer.opening(kind, ids[0, place + 1])[0]
             # The same row of two batches of one shape: what is equal gives equal bits.
