@@ -571,7 +571,10 @@ class Writer:
             if number % 4 == 1:  # the first target of a window, or the one before or after
                 k = window + (k - window) // stride * stride + beside
             elif number % 4 == 3 and size > chunk:  # the same of a chunk
-                k = max(1, round(k / chunk)) * chunk + beside
+                # Just after an edge shows what was learnt of the targets behind it, all the others
+                # little: three in four lie there.
+                after = self.random.random() < 0.75
+                k = max(1, round(k / chunk)) * chunk + (1 if after else beside)
             # The last window, and the last batch: both may be smaller than the others.
             if number == count - 1:
                 k = size - 1 - int(self.random.integers(0, stride))
