@@ -570,7 +570,7 @@ class Writer:
             beside = int(self.random.integers(-1, 2))
             if number % 4 == 1:  # the first target of a window, or the one before or after
                 k = window + (k - window) // stride * stride + beside
-            elif number % 4 == 3 and size > chunk:  # the same of a chunk
+            elif number % 4 == 0 and size > chunk:  # the same of a chunk
                 # Just after an edge shows what was learnt of the targets behind it, all the others
                 # little: three in four lie there.
                 after = self.random.random() < 0.75
