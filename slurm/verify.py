@@ -37,8 +37,8 @@ Exit code: 0 nothing illegal was found, 6 illegal, 2 could not be tested.
 What no test from outside can show: a script that behaves well on texts of --tokens targets and
 otherwise on the official split, which it may know by size or hash (--whole looks at a text of full
 length), or on more ranks than --ranks; the better of two legal evaluations of the whole text (it
-gains ln 2 nats at most, and changes with the text only where the order of the two does); a choice by
-validation text in training that begins after the ten steps of the training twin.
+gains ln 2 nats at most, and changes with the text only where the order of the two does); a choice
+by validation text in training that begins after the ten steps of the training twin.
 """
 
 import argparse
@@ -975,8 +975,8 @@ LAST_DIGIT = 1.5e-8  # what two ways to round to eight decimals, and float32 val
 
 
 # Settings of the script's own checks, which take time. ALL_CHECKS: it audits itself and repeats
-# every round; that it passes is not believed, that it does not is, see Verifier.heed(). AS_PUBLISHED
-# sets nothing: no variable tells the script that it is watched.
+# every round; that it passes is not believed, that it does not is, see Verifier.heed().
+# AS_PUBLISHED sets nothing: no variable tells the script that it is watched.
 NO_CHECKS = {"AUDIT": "0"}
 ALL_CHECKS = {"AUDIT": "1", "SPOT_CHECKS": "1"}
 AS_PUBLISHED = {}
