@@ -71,6 +71,9 @@ RESUMED = re.compile(r"resum\w*\b.*?\bstep\D{0,3}(\d+)|resum\w*\b.*?step_?(\d+)\
 TRAIN_LOSS = re.compile(rf"(?<![\w-])train[_ ]?loss[\"']?\s*[:=]?\s*{NUMBER}", re.I)
 VAL_LOSS = re.compile(rf"(?<![\w-])(?:val(?:idation)?[_ ])?loss[\"']?\s*[:=]?\s*{NUMBER}", re.I)
 VAL_BPB = re.compile(rf"(?<![\w-])val(?:idation)?[_ ]?bpb[\"']?\s*[:=]?\s*{NUMBER}", re.I)
+LEAST_BPB = 0.1
+# A key of its own kind, alone on its line: "ppm_mix_bpb:0.82"
+NAMED_BPB = re.compile(rf"(?P<name>(?!train)[A-Za-z][\w+-]*)[_-]bpb\s*[:=]\s*{NUMBER}", re.I)
 BARE_BPB = re.compile(rf"(?<![\w-])bpb[\"']?\s*[:=]?\s*{NUMBER}", re.I)
 TIME = r"\s*[:=]\s*([\d.]+)\s*(ms|seconds|secs|sec|s|minutes|min|m)\b"
 EVAL_TIME = re.compile(rf"(?<![\w-])(?:eval_time|eval time|elapsed|time){TIME}", re.I)
@@ -82,16 +85,22 @@ PAIR = re.compile(r"\w+[:=]\s*\S*\d\S*")  # a key with a number, like stride:64
 COUNTER = re.compile(r"\b\d+\s*/\s*\d+\b|\b\d+(\.\d+)?\s?%")
 # Words that mark a number as progress, or as one of another run that this one is compared with.
 NO_RESULT = re.compile(
-    r"\b(running|progress|chunk|batch|so far|partial|eta|baseline|target|goal|best|previous"
-    r"|reference|record|sota|delta|gain|improve\w*|mean|average|avg|std|expected"
-    r"|published|threshold)\b"
+    r"\b(running|progress|chunk|batch|so far|partial|eta|baseline(?! with)|target|goal|best"
+    r"|previous|reference|record|sota|delta|gain|improve\w*|mean|average|avg|std|expected"
+    r"|published|threshold|est|estimated?|projected|gap|diff|difference|degradation|penalty)\b"
 )
 SIZE = re.compile(r"(?P<what>[^:=|]*?)\s*[:=]\s*(?P<size>\d[\d,_]*)\s*bytes\b", re.I)
+# Some scripts print no unit: "int8_zlib:3554683 code:42197 total:3596880"
+BARE_TOTAL = re.compile(
+    r"\bcode\s*[:=]\s*(\d{4,})\b.*?\btotal\s*[:=]\s*(\d{4,})\b(?! ?bytes)", re.I
+)
 SEED_LINE = re.compile(r"(?:random_|global_|train_)?seed\s*[:=]\s*(\d+)", re.I)
 SEED_WORD = re.compile(r"(?<![\w.-])seed\s*[:=]\s*(\d+)\b", re.I)
+SEED_HEADING = re.compile(r"[^\w\s]{2,}(?:.*\W)?seed\W{0,3}(\d+)\W*", re.I)  # === Seed 42 ===
 SEED_NAME = re.compile(r"(?:seed|(?<![a-z0-9])s)[_-]?(\d+)", re.I)
+VERSION = re.compile(r"[_-]v(\d+(?:\.\d+)*)(?![a-z0-9])", re.I)
 PARAMS = re.compile(r"(?<!\w)model_params\s*[:=]\s*(\d+)", re.I)
-VAL_TOKENS = re.compile(r"(?:val[_ ]tokens\s*[:=]|val_loader\S*\s.*\btokens:)\s*(\d+)\b", re.I)
+VAL_TOKENS = re.compile(r"(?:val[_ ]tokens\s*[:=]|val_loader\b.*\btokens:)\s*(\d+)\b", re.I)
 FINGERPRINT = re.compile(
     r"data_fingerprint tokens:\d+ targets:(\d+) bytes:(\d+) .*"
     r"sha256:(\w+) score_scope:(canonical-by-counts|canonical|proxy)"
@@ -104,6 +113,43 @@ ERROR = re.compile(
     r"(error: |stopped signal:|Traceback|[\w.]*(Error|Exception|Interrupt)\b).*", re.S
 )
 KILLED = re.compile(r"TIME LIMIT|CANCELLED AT|Killed\b|out of memory", re.I)
+
+
+def bare(raw):
+    """A line without what the terminal and the launcher have added to it."""
+    line = COLOUR.sub("", raw).strip()
+    return line[DECORATION.match(line).end() :]
+
+
+def without_seed(name):
+    """The name of a log without its seed: equal for the seeds of one configuration."""
+    return SEED_NAME.sub("", name)
+
+
+def version_of(name):
+    """The version in the name of a log as a tuple of numbers, () if it bears none."""
+    found = VERSION.search(name)
+    return tuple(map(int, found[1].split("."))) if found else ()
+
+
+def runs_in(lines):
+    """The lines run by run, where a log holds the runs of several seeds one behind the other.
+
+    A run begins at a heading that names another seed. Without headings nothing tells whether runs
+    were meant to share the file.
+    """
+    cuts, seed, trained = [0], None, False
+    for number, raw in enumerate(lines):
+        heading = SEED_HEADING.fullmatch(raw.strip())
+        # The heading of a first run may be repeated before anything happens
+        if heading and trained and heading[1] != seed:
+            cuts.append(number)
+            trained = False
+        if heading:
+            seed = heading[1]
+        line = bare(raw)
+        trained = trained or bool(TRAIN_LOSS.search(line) or find_pair(line))
+    return [lines[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(lines)])]
 
 
 def seconds_in(pattern, line):
@@ -126,14 +172,21 @@ class Pair(NamedTuple):
 
 
 def find_pair(line):
-    """The Pair of a line, None if it prints no val_bpb. A bare `bpb` counts only beside a loss."""
+    """The Pair of a line, None if it prints no val_bpb.
+
+    A bare `bpb` counts only beside a loss, another key only where it is all of the line.
+    """
     loss = VAL_LOSS.search(line)
     bpb = VAL_BPB.search(line)
     # A bare "bpb" is what progress lines print
     if loss and not bpb:
         bpb = BARE_BPB.search(line)
     if not bpb:
-        return None
+        named = NAMED_BPB.fullmatch(line)
+        # Less than any model reaches: the difference of two scores
+        if not named or not float(named[2]) > LEAST_BPB:
+            return None
+        return Pair(named["name"], None, named[2], "")
     if not loss:
         return Pair(line[: bpb.start()], None, bpb[1], "")
     first, second = sorted((loss, bpb), key=re.Match.start)

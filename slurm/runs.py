@@ -51,6 +51,7 @@ LAST = "last evaluation"
 SLOT = "SLOT"
 TTT = "TTT"
 TTT_SLOT = "TTT + SLOT"
+ADAPTED = (SLOT, TTT, TTT_SLOT)
 STAGES = (FLOAT, ROUNDTRIP, SLIDING, LAST, SLOT, TTT, TTT_SLOT)
 # Scores of the packed model, strongest first. Float weights are no submission.
 HEADLINE_ORDER = tuple(reversed(STAGES[1:]))
@@ -63,6 +64,13 @@ SLOT_WORDS = re.compile(r"(?<!pre )(?<!no )(?<!before )\bslot")
 SLIDING_WORDS = re.compile(r"slid|\bstride|overlap")
 
 
+def names_packed(label):
+    """True if a label's words name the packed model, as "final_int8_roundtrip" does."""
+    words = re.sub(r"[\W_]+", " ", label).strip().lower()
+    # "pre-quantization" holds the word "quantization": the negation is looked for first
+    return bool(PACKED_WORDS.search(words)) and not UNPACKED_WORDS.search(words)
+
+
 def stage_of(label, packed=True):
     """The stage that a label's words name.
 
@@ -70,7 +78,6 @@ def stage_of(label, packed=True):
     printed.
     """
     words = re.sub(r"[\W_]+", " ", label).strip().lower()
-    # "pre-quantization" holds the word "quantization": the negation is looked for first
     if UNPACKED_WORDS.search(words):
         return FLOAT
     with_ttt, with_slot = bool(TTT_WORDS.search(words)), bool(SLOT_WORDS.search(words))
@@ -81,7 +88,7 @@ def stage_of(label, packed=True):
     if with_slot:
         return SLOT
     # Words beat the place in the log: some scripts score the float weights after packing
-    named_packed = bool(PACKED_WORDS.search(words))
+    named_packed = names_packed(label)
     if not named_packed and (FLOAT_WORDS.search(words) or not packed):
         return FLOAT
     if SLIDING_WORDS.search(words):
@@ -497,13 +504,17 @@ class NotALog(RunDataProblem):
 class LogReader:
     """Takes the lines of one log in order and makes a Run of them."""
 
-    def __init__(self, path):
+    WORSE = 6e-4  # bits per byte; less is rounding
+
+    def __init__(self, path, alone=True):
         self.run = Run(path=path)
+        self.alone = alone  # the file holds no other run: its name is of this one
         self.config = {}
         self.events = []  # start, step and val, as replay() wants them
         self.seeds = []  # of lines that say nothing else
         self.seed_hint = None  # of a line that says more
-        self.packed = False  # the size of the packed model has been printed
+        self.packed = False  # a size or a score of the packed model has been printed
+        self.early = set()  # stages of adapted models that were scored before that
         self.adapting = False  # test-time training or SLOT began after the last score
         self.ended = False  # the run says that it is finished
         self.error = ""  # the last error, unless the run went on after it
@@ -512,9 +523,7 @@ class LogReader:
     def read(self, lines, torn):
         """The Run of all lines. `torn`: the last one does not end in a line break."""
         for number, raw in enumerate(lines, 1):
-            # What the terminal and the launcher have added is no part of the line
-            line = logs.COLOUR.sub("", raw).strip()
-            line = line[logs.DECORATION.match(line).end() :]
+            line = logs.bare(raw)
             if torn and number == len(lines):
                 self.read_torn(line)
             else:
@@ -591,6 +600,8 @@ class LogReader:
             known = True
         for found in logs.SIZE.finditer(line):
             known |= self.size(found["what"].lower(), int(re.sub(r"[,_]", "", found["size"])))
+        if found := logs.BARE_TOTAL.search(line):
+            known |= self.size("code", int(found[1])) and self.size("total", int(found[2]))
         return known
 
     def size(self, what, size):
@@ -669,7 +680,10 @@ class LogReader:
             return False
         label = logs.label_of(pair.head)
         if logs.is_progress(line, label):
+            self.pass_over(label, pair, line)
             return False
+        if logs.NAMED_BPB.fullmatch(line):
+            self.remark(f"{line}: read as an evaluation, though its key is not val_bpb")
         seconds = logs.seconds_in(logs.EVAL_TIME, line) if timed else None
         # Both marks are of train_gpt.py; other scripts say nothing of legality
         illegal = "illegal" in label or "legality:illegal" in line
@@ -681,20 +695,45 @@ class LogReader:
         self.error = ""
         return True
 
+    def pass_over(self, label, pair, line):
+        """Remark a whole result that is not taken because of its name, unless it is progress."""
+        if pair.loss is None or not self.packed or logs.COUNTER.search(line):
+            return
+        self.remark(f"{label} val_bpb {pair.bpb} is passed over: its name tells of a comparison")
+
+    def remark(self, text):
+        """Keep what a reader of the numbers should know, once."""
+        if text not in self.run.remarks:
+            self.run.remarks.append(text)
+
+    def place(self, score):
+        """The stage of a score by its label and its place; notes what the place tells."""
+        stage = stage_of(score.label, self.packed)
+        # A summary without a name repeats the last validation of the loop: float weights
+        validated = [event["val_bpb"] for event in self.events if event["event"] == "val"]
+        if not score.label and validated:
+            decimals = logs.decimals_of(validated[-1])
+            if Score("", None, float(validated[-1]), decimals=decimals).agrees(score):
+                return FLOAT
+        if stage in ADAPTED and not self.packed and not names_packed(score.label):
+            self.early.add(stage)
+        else:
+            self.early.discard(stage)
+        self.packed |= names_packed(score.label)
+        return stage
+
     def file(self, score, repeated):
         """Add a score to the run, unless it repeats a stronger one or stands beside one."""
         run = self.run
         # "<name> sliding val_loss:.. sliding val_bpb:.." behind "<name> val_loss:.. val_bpb:.."
         plain = score.label.removesuffix(f" {repeated}") if repeated else ""
         if plain and any(known.label == plain for known in run.scores.values()):
-            remark = (
+            self.remark(
                 f"{plain} prints a '{repeated} val_bpb' beside its own val_bpb; the plain "
                 "val_bpb is taken as its result"
             )
-            if remark not in run.remarks:
-                run.remarks.append(remark)
             return
-        stage = stage_of(score.label, self.packed)
+        stage = self.place(score)
         stronger = STAGES[STAGES.index(stage) + 1 :]
         # A copy of a stronger score under the name that the challenge's own parser looks for.
         if any(name in run.scores and run.scores[name].agrees(score) for name in stronger):
@@ -730,10 +769,41 @@ class LogReader:
         elif run.iterations is not None:
             run.settings["iterations"] = str(run.iterations)
         self.find_seed()
+        self.judge_early()
+        if not self.config:
+            self.compare_stages()
         # Scripts of the field report float weights only as the last validation of the loop.
         if run.packed_scores and run.validations and FLOAT not in run.scores:
             run.scores = {FLOAT: run.validations[-1], **run.scores}
         self.find_status()
+
+    def judge_early(self):
+        """An adapted model that is packed afterwards was adapted as float weights."""
+        run = self.run
+        # Where nothing is scored after packing, the order of the lines tells nothing
+        if not self.packed or self.early.issuperset(run.packed_scores):
+            return
+        for stage in self.early:
+            score = run.scores.pop(stage)
+            run.scores = {FLOAT: score, **run.scores}
+            self.remark(
+                f"{score.label} {score.val_bpb} is of float weights: the model was packed after it"
+            )
+
+    def compare_stages(self):
+        """Remark a strongest evaluation that is worse than a weaker one, as it stays the headline.
+
+        Authors whose adaptation fails submit the other score more often than not.
+        """
+        ranked = list(self.run.packed_scores.items())
+        for stage, score in ranked[1:]:
+            strongest, first = ranked[0]
+            if score.val_bpb < first.val_bpb - self.WORSE:
+                self.remark(
+                    f"{strongest} {first.val_bpb} is worse than {stage} {score.val_bpb}; the "
+                    f"author may have submitted that one: --headline {stage!r}"
+                )
+                return
 
     def find_seed(self):
         """The seed by the file's name and the log, which may print a default that is not used."""
@@ -746,7 +816,7 @@ class LogReader:
         printed = seeds[0] if seeds else self.seed_hint
         if self.config:
             printed = run.seed
-        named = logs.SEED_NAME.search(run.path.stem)
+        named = logs.SEED_NAME.search(run.path.stem) if self.alone else None
         run.seed = printed
         if named and not self.config:
             run.seed = int(named[1])
@@ -761,7 +831,7 @@ class LogReader:
         """Whether the run came to its end: its own word, or a score that nothing was to follow."""
         run = self.run
         # The score of these stages comes minutes after their first line
-        adapted = any(stage in run.scores for stage in (SLOT, TTT, TTT_SLOT))
+        adapted = any(stage in run.scores for stage in ADAPTED)
         cut = self.adapting and not adapted
         if self.config:
             finished = self.ended
@@ -786,12 +856,32 @@ class LogReader:
 
 def read_log(path):
     """The Run of a plain log; RunDataProblem if it has no line of a log, or holds two runs."""
+    lines, torn = read_lines(path)
+    return LogReader(path).read(lines, torn)
+
+
+def read_logs(path):
+    """The Runs of a plain log that may hold several, one behind the other."""
+    lines, torn = read_lines(path)
+    parts = logs.runs_in(lines)
+    if len(parts) == 1:
+        return [LogReader(path).read(lines, torn)]
+    runs = []
+    for part in parts:
+        # The file's name cannot be of all of them, and only the last may be torn
+        reader = LogReader(path, alone=False)
+        runs.append(reader.read(part, torn and part is parts[-1]))
+    return runs
+
+
+def read_lines(path):
+    """(lines of a plain log without embedded source, whether the last one may be torn)."""
     # Shells of other systems write what they capture in UTF-16
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
     text = data.decode(encoding, errors="replace")
     torn = not text.endswith(("\n", "\r"))
-    return LogReader(path).read(logs.without_source(text.splitlines()), torn)
+    return logs.without_source(text.splitlines()), torn
 
 
 # --- What a path holds ---------------------------------------------------------------------------
@@ -805,21 +895,36 @@ def read_path(path):
         raise UsageProblem(f"{path}: no such file or directory; expected a run directory or a log")
     # A file is a log; a folder says by its files what it is
     if not path.is_dir():
-        return [read_log(path)]
-    if (path / "config.json").exists() or (path / "metrics.jsonl").exists():
+        return read_logs(path)
+    if is_run_dir(path):
         return [read_run_dir(path)]
     return read_log_folder(path) or [read_run_dir(path)]
+
+
+def is_run_dir(path):
+    """True for a folder of train_gpt.py, False for others, with or without a config.json."""
+    if (path / "metrics.jsonl").exists() or (path / "manifest.json").exists():
+        return True
+    if not (path / "config.json").exists():
+        return False
+    # Records of the field may keep a configuration of their own kind beside their logs
+    if (path / "scores.json").exists():
+        return True
+    with contextlib.suppress(ValueError, TypeError):
+        written = json.loads((path / "config.json").read_text("utf-8"))
+        return "config" in written or not log_files(path)
+    return True
 
 
 def read_log_folder(path):
     """The Runs of a folder's logs, copies left out; [] if it holds no log or holds run folders."""
     # Runs to be passed one by one: their logs are not all there is of them
-    if any(path.glob("*/config.json")):
+    if any(is_run_dir(file.parent) for file in path.glob("*/config.json")):
         return []
     runs, left_out = [], []
     for file in log_files(path):
         try:
-            runs.append(read_log(file))
+            runs += read_logs(file)
         except NotALog:
             left_out.append(file.name)
     seeded = [run for run in runs if logs.SEED_NAME.search(run.path.stem)]
@@ -829,6 +934,9 @@ def read_log_folder(path):
         runs = [run for run in runs if run not in others or run.eval_only]
     if not runs:
         return []
+    runs, older = newest_versions(runs)
+    runs = join_evaluations(runs)
+    left_out += older
     if left_out:
         runs[0].remarks.append(f"left out, no log of a seed: {', '.join(left_out)}")
     for run in runs:
@@ -841,8 +949,8 @@ def read_log_folder(path):
 
 def log_files(path):
     """The files of a folder that may be logs; those of its subfolders if it holds none itself."""
-    # Some records keep their logs in logs/
-    for pattern in ("*", "*/*"):
+    # Some records keep their logs in logs/, some in a folder per seed
+    for pattern in ("*", "*/*", "*/*/**/*"):
         files = [
             file
             for file in sorted(path.glob(pattern))
@@ -851,6 +959,59 @@ def log_files(path):
         if files:
             return files
     return []
+
+
+def newest_versions(runs):
+    """(the runs of the newest version of each seed, names of the others).
+
+    "log_seed42_v1.1" replaces "log_seed42_v1.0": names that differ in nothing but the version.
+    """
+    versions = {}  # {(name without its version, seed): versions}
+    for run in runs:
+        versions.setdefault(version_key(run), []).append(logs.version_of(run.path.stem))
+    kept, older = [], []
+    for run in runs:
+        newest = max(versions[version_key(run)])
+        # Without a seed in the name, a version may be another run altogether
+        named = logs.SEED_NAME.search(run.path.stem)
+        if named and logs.version_of(run.path.stem) < newest:
+            older.append(f"{run.path.name} (an older version)")
+        else:
+            kept.append(run)
+    return kept, older
+
+
+def join_evaluations(runs):
+    """The runs, with the scores of logs that trained nothing at the log that trained their seed.
+
+    Some records train and adapt in two processes: train_seed42.log and ttt_seed42.log.
+    """
+    trained = [run for run in runs if run.train_curve or run.whole_config]
+    kept = list(trained)
+    for run in runs:
+        if run in trained:
+            continue
+        owners = [other for other in trained if run.seed is not None and other.seed == run.seed]
+        if len(owners) == 1 and run.finished and may_own(owners[0], run):
+            owner = owners[0]
+            owner.scores = {**run.scores, **owner.scores}
+            owner.status, owner.note = "finished", ""
+            owner.remarks.append(f"{run.path.name} trained nothing: its scores are of this seed")
+        else:
+            kept.append(run)
+    return kept
+
+
+def may_own(owner, run):
+    """True if an evaluation may be of the model that another log trained: no score differs."""
+    shared = [stage for stage in run.scores if stage in owner.scores]
+    same = all(owner.scores[stage].agrees(run.scores[stage]) for stage in shared)
+    return same and not owner.whole_config and owner.status != "failed"
+
+
+def version_key(run):
+    """What the logs of one run share, whatever their version."""
+    return logs.VERSION.sub("", run.path.stem), run.seed
 
 
 def without_copies(runs):

@@ -158,6 +158,72 @@ def test_float_weights_are_told_from_the_packed_model_by_words_and_by_place(tmp_
     assert run.scores["float weights"].val_bpb == 1.132
 
 
+def test_a_model_adapted_before_it_is_packed_is_no_result(tmp_path):
+    before = f"ttt:start epochs=8\nDIAGNOSTIC post_ttt {pair(1.05)}\n"
+    behind = f"final_int6_roundtrip {pair(1.15)}\nfinal_int6_sliding_window {pair(1.12)}\n"
+    run = read(tmp_path, training() + before + SIZES + behind)
+    assert headline(run) == ("sliding", 1.12) and run.scores["float weights"].val_bpb == 1.05
+    assert any("the model was packed after it" in each for each in run.remarks)
+    # Where nothing is scored after packing, or the model is named as packed, it is the result
+    assert headline(read(tmp_path, training() + before + SIZES)) == ("TTT", 1.05)
+    packed = f"final_int8_ttt_lora {pair(1.05)}\n"
+    assert headline(read(tmp_path, training() + packed + SIZES + behind)) == ("TTT", 1.05)
+
+
+def test_a_name_tells_that_the_model_is_packed_where_no_size_does(tmp_path):
+    tail = f"artifact:15.88MB\nfinal_ternary_roundtrip {pair(1.14, 4)}\n"
+    run = read(tmp_path, training() + tail + f"final_sliding {pair(1.11, 4)} (stride=16)\n")
+    assert headline(run) == ("sliding", 1.11)
+
+
+def test_a_summary_that_repeats_the_last_validation_is_of_float_weights(tmp_path, capsys):
+    path = tmp_path / "train.log"
+    path.write_text(training(bpb=1.14) + SIZES + "skipping eval\n  val_bpb: 1.1400\n")
+    assert_refused(run_collect(capsys, path), 3, "no evaluation of the packed model")
+    assert headline(read(tmp_path, training(bpb=1.14) + SIZES + "  val_bpb: 1.1500\n")) == (
+        "last evaluation",
+        1.15,
+    )
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("ppm_mix_bpb:0.829467", ("last evaluation", 0.829467)),
+        ("sliding_bpb = 1.12", ("sliding", 1.12)),
+        ("pre_quant_bpb: 1.10", ("roundtrip", 1.15)),
+        ("quant_cost_bpb: 0.0123", ("roundtrip", 1.15)),
+        ("best_val_bpb: 1.10", ("roundtrip", 1.15)),
+        ("train_bpb: 1.10", ("roundtrip", 1.15)),
+        ("mix progress seq:500/60568 mix_bpb:0.7727", ("roundtrip", 1.15)),
+    ],
+)
+def test_a_key_of_its_own_kind_counts_where_it_is_all_of_the_line(tmp_path, line, expected):
+    run = read(tmp_path, training() + SIZES + f"quantized {pair(1.15)}\n{line}\n")
+    assert headline(run) == expected
+    taken = f"{line}: read as an evaluation, though its key is not val_bpb" in run.remarks
+    assert taken == (expected[1] != 1.15 or line.startswith("pre_quant"))
+
+
+def test_a_result_that_is_passed_over_for_its_name_is_remarked(tmp_path):
+    text = training() + SIZES + f"quantized {pair(1.15)}\n"
+    run = read(tmp_path, text + f"previous_record {pair(1.08)}\n")
+    assert headline(run) == ("roundtrip", 1.15)
+    assert any("previous_record val_bpb 1.08" in each for each in run.remarks)
+    # What the baseline reaches with something is a result of this run
+    assert headline(read(tmp_path, text + f"baseline_with_table {pair(1.08)}\n")) == (
+        "last evaluation",
+        1.08,
+    )
+
+
+def test_an_adaptation_that_makes_things_worse_stays_the_headline_and_is_remarked(tmp_path):
+    text = training() + SIZES + f"sliding_window {pair(1.12)}\nsgd_ttt {pair(1.13)}\n"
+    run = read(tmp_path, text)
+    assert headline(run) == ("TTT", 1.13)
+    assert any("TTT 1.13 is worse than sliding 1.12" in each for each in run.remarks)
+
+
 def test_training_before_the_test_text_is_not_test_time_training(tmp_path):
     run = read(
         tmp_path,
@@ -254,6 +320,12 @@ def test_sizes_that_stand_in_one_line_are_told_apart(tmp_path):
     assert run.scores["roundtrip"].eval_time_s is None
 
 
+def test_sizes_without_a_unit_are_read_where_code_and_total_stand_together(tmp_path):
+    text = "raw:14437775 code:42197 total:14479972\nint8:3554683 code:42197 total:3596880 x:3.5\n"
+    run = read(tmp_path, training() + text + f"quantized {pair(1.2)}\n")
+    assert (run.code_bytes, run.total_bytes) == (42197, 3596880)
+
+
 @pytest.mark.parametrize(
     "line, name, seed",
     [
@@ -325,6 +397,14 @@ def test_an_error_that_the_run_has_overcome_is_no_failure(tmp_path):
     assert (
         read(tmp_path, text + training() + SIZES + f"quantized {pair(1.15)}\n").status == "finished"
     )
+
+
+def test_tokens_right_behind_the_loader_are_read(tmp_path):
+    # Bits per token under the name of bits per byte, while the model trains
+    other = f"step:200/200 val_loss:{loss_of(1.14):.4f} val_bpb:4.0064 train_time:10000ms\n"
+    text = f"val_loader:tokens:62021846\n{training()}{other}{SIZES}final {pair(1.15)}\n"
+    run = read(tmp_path, text)
+    assert run.tokens == 62021846 and headline(run) == ("last evaluation", 1.15)
 
 
 def test_an_evaluation_of_a_part_of_the_text_is_refused(tmp_path, capsys):
@@ -435,6 +515,68 @@ def test_repetitions_of_a_seed_count_once_by_their_mean_and_are_remarked(tmp_pat
     assert_refused(run_collect(capsys, *files), 2, "two runs of seed 1")
 
 
+def test_runs_under_headings_in_one_log_are_read_one_by_one(tmp_path, capsys):
+    runs = [(1337, 1.120), (7, 1.122)]
+    text = "".join(
+        f"=== Seed {seed} ===\n{training(seed)}{SIZES}quantized {pair(bpb)}\n" for seed, bpb in runs
+    )
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "v6_seed1337_7.log").write_text(text)
+    write_log(tmp_path / "logs", "v6_seed42.log", 1.124, 42, "quantized")
+    submission = submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert submission["val_bpb"] == pytest.approx(1.122)
+    assert sorted(submission["seeds"]) == [7, 42, 1337]
+
+
+def test_an_evaluation_in_a_log_of_its_own_belongs_to_the_log_that_trained_its_seed(
+    tmp_path, capsys
+):
+    for seed, bpb in ((1, 1.05), (2, 1.06)):
+        write_log(tmp_path / "logs", f"train_seed{seed}.log", 1.15, seed, "quantized")
+        (tmp_path / "logs" / f"ttt_seed{seed}.log").write_text(
+            f"seed: {seed}\nttt: b1/782 bl:2.4\nquantized_ttt {pair(bpb)}\n"
+        )
+    submission = submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert submission["val_bpb"] == pytest.approx(1.055)
+    assert submission["bytes_total"] == 15890000 and sorted(submission["seed_results"]) == [
+        "1",
+        "2",
+    ]
+    # One that contradicts the training log is of another model
+    with open(tmp_path / "logs" / "ttt_seed1.log", "a") as file:
+        file.write(f"quantized {pair(1.16)}\n")
+    run_collect(capsys, tmp_path / "logs", "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "ttt_seed1.log trained nothing" not in page
+    assert "ttt_seed2.log trained nothing" in page
+
+
+def test_a_newer_version_of_a_log_replaces_the_older_one(tmp_path, capsys):
+    for version, bpb in (("v1.9", 1.120), ("v1.10", 1.125)):
+        for seed in (1, 2):
+            write_log(tmp_path / "logs", f"log_seed{seed}_{version}.txt", bpb, seed)
+    submission = submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert submission["val_bpb"] == 1.125 and sorted(submission["seed_results"]) == ["1", "2"]
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "log_seed1_v1.9.txt (an older version)" in page
+
+
+def test_seeds_whose_logs_differ_in_nothing_but_the_seed_may_lie_far_apart(tmp_path, capsys):
+    for seed, bpb in ((1, 1.05), (2, 1.09)):
+        write_log(tmp_path / "logs", f"log_seed{seed}.txt", bpb, seed)
+    assert submission_of(tmp_path, capsys, [tmp_path / "logs"])["val_bpb"] == pytest.approx(1.07)
+    (tmp_path / "logs" / "log_seed2.txt").rename(tmp_path / "logs" / "wide_seed2.txt")
+    assert_refused(run_collect(capsys, tmp_path / "logs"), 2, "the logs of a folder differ")
+
+
+def test_a_configuration_of_another_kind_does_not_hide_the_logs_beside_it(tmp_path, capsys):
+    write_log(tmp_path / "logs", "train.log", 1.12)
+    (tmp_path / "logs" / "config.json").write_text('{"NUM_LAYERS": 9}')
+    assert submission_of(tmp_path, capsys, [tmp_path / "logs"])["val_bpb"] == 1.12
+    (tmp_path / "logs" / "config.json").write_text('{"NUM_LAYERS": ')
+    assert_refused(run_collect(capsys, tmp_path / "logs"), 3, "config.json", "not readable")
+
+
 def test_logs_of_a_folder_that_lie_too_far_apart_are_refused(tmp_path, capsys):
     for name, seed, bpb in (("train_seed1_a.log", 1, 1.120), ("train_seed1_b.log", 1, 1.124)):
         write_log(tmp_path / "repeated", name, bpb, seed)
@@ -464,6 +606,12 @@ def test_logs_without_a_seed_in_their_name_beside_those_that_have_one_are_left_o
 def test_logs_one_level_down_are_found_where_a_folder_has_none_itself(tmp_path, capsys):
     write_log(tmp_path / "record" / "logs", "train_seed1.log", 1.12, 1)
     assert submission_of(tmp_path, capsys, [tmp_path / "record"])["seeds"] == [1]
+
+
+def test_logs_in_a_folder_per_seed_are_found_where_nothing_lies_above_them(tmp_path, capsys):
+    for seed, place in ((1, "runs/seed_1"), (2, "runs/seed_2/logs")):
+        write_log(tmp_path / "record" / place, f"run_seed{seed}.log", 1.12, seed)
+    assert submission_of(tmp_path, capsys, [tmp_path / "record"])["seeds"] == [1, 2]
 
 
 def test_a_folder_whose_only_log_is_cut_is_refused_by_name(tmp_path, capsys):
