@@ -884,7 +884,7 @@ UNSEEN = [
     Violation(
         "bytes_of_the_untrimmed_text",
         "bytes",
-        "verify",
+        "both",
         (
             (
                 TRIMMED,
