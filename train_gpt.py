@@ -7089,7 +7089,9 @@ class Audit:
         span = length + 1
         # Somewhere in the text.
         begin = self.random.integers(0, self.stream.num_targets - length + 1)
-        text = self.stream.tokens[begin : begin + span]
+        text = np.array(self.stream.tokens[begin : begin + span])
+        # A place where a document begins is rare, and may be treated apart: here every eighth.
+        text[self.random.random(span) < 1 / 8] = BOS
         copies = np.tile(text, (size, 1))  # (size, span)
         positions = np.arange(known, length, step)
         rows = np.arange(len(positions)) % size
