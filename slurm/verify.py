@@ -724,19 +724,21 @@ def parse_output(output):
 OFFICIAL_DATA = "data/datasets/fineweb10B_sp1024"
 
 
+# A count of what is done so far marks a line of progress, whose digits are not final.
+PROGRESS = re.compile(r"\d\s*/\s*\d|\d\s*%|progress|running", re.IGNORECASE)
 DIGITS = re.compile(r"\bval_(loss|bpb):(\d+)(?:\.(\d{1,12}))?(?!\S)", re.ASCII)
 
 
-def other_digits(outcome):
+def other_digits(output, printed):
     """Sentences on lines of the output that name a printed score and give it other digits."""
     found = []
-    for line in outcome.output.splitlines():
+    for line in output.splitlines():
         words = line[:400].split()[:2]  # as in `LABEL val_loss:…` and `result LABEL val_bpb:…`
-        label = next((word for word in words if word in outcome.printed), None)
-        if label is None:
+        label = next((word for word in words if word in printed), None)
+        if label is None or PROGRESS.search(line[:400]):
             continue
         for name, whole, decimals in DIGITS.findall(line[:400]):
-            value = getattr(outcome.printed[label], f"val_{name}")
+            value = getattr(printed[label], f"val_{name}")
             shown = float(f"{whole}.{decimals or 0}")
             # Rounded to the decimals of the line.
             if abs(shown - value) > 0.51 * 10.0 ** -len(decimals) + LAST_DIGIT:
@@ -1263,7 +1265,7 @@ class Verifier:
             f"{len(self.exam.repeated)} labels printed twice"
         )
         self.add("recount", "", matched and not self.exam.repeated, detail, begin)
-        other = other_digits(self.exam)
+        other = other_digits(self.exam.output, printed)
         detail = "all lines that name a score say the same of it"
         self.add("recount", "other lines", not other, "; ".join(other[:3]) or detail, begin)
         for label in printed:

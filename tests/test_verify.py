@@ -233,6 +233,22 @@ def test_a_violation_that_does_not_apply_is_an_error():
         injected(SOURCE, Violation("no_such_line", "C1", "verify", (("not in the script", ""),)))
 
 
+def test_all_lines_of_a_score_must_agree_but_those_of_progress():
+    exact = "legal_ttt_exact val_loss:2.00000000 val_bpb:1.23456789"
+    printed, _ = verify.parse_output(exact)
+    honest = [
+        exact,
+        "legal_ttt val_loss:2.0000 val_bpb:1.2346 eval_time:3ms",
+        "result legal_ttt val_bpb:1.23456789 legal:1",
+        "legal_ttt chunk 3/10 val_bpb:1.4",
+        "final_int6_roundtrip val_loss:2.1 val_bpb:1.3",
+    ]
+    assert verify.other_digits("\n".join(honest), printed) == []
+    lowered = "result legal_ttt val_bpb:1.1 legal:1"
+    (found,) = verify.other_digits("\n".join([*honest, lowered]), printed)
+    assert found == "legal_ttt: val_bpb 1.1 beside 1.23456789"
+
+
 # --------------------------------------------------------------------------------------------------
 # SCORES_FILE
 # --------------------------------------------------------------------------------------------------

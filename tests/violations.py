@@ -742,7 +742,7 @@ UNSEEN = [
     Violation(
         "smear_at_a_bos_takes_the_next",
         "C1",
-        "verify",
+        "both",
         (
             (
                 "return before * inside.to(x.dtype)",
