@@ -154,16 +154,25 @@ def finished_cells(out):
     return pd.DataFrame(rows)
 
 
+def change(packed, rung, other):
+    """Text of the mean change from rung `other` over the seeds that both have, "" without any.
+
+    `packed` has a row per rung and a column per seed: seeds differ by more than many a rung.
+    """
+    if not {rung, other} <= set(packed.index):
+        return ""
+    apart = (packed.loc[rung] - packed.loc[other]).dropna()
+    return "" if apart.empty else f"{apart.mean():+.4f}"
+
+
 def changes(packed):
     """Columns of a table: {rung: change against base_7k}, {rung: against the rung below it}."""
     from_base, from_below = {}, {}
     below = 0  # number of the rung that is built upon
     for index, rung in enumerate(RUNGS):
-        if index in packed and index > 0:
-            if 0 in packed:
-                from_base[index] = f"{packed[index] - packed[0]:+.4f}"
-            if below in packed:
-                from_below[index] = f"{packed[index] - packed[below]:+.4f}"
+        if index > 0:
+            from_base[index] = change(packed, index, 0)
+            from_below[index] = change(packed, index, below)
         if rung.kept:
             below = index
     return from_base, from_below
@@ -174,7 +183,7 @@ def report(cells):
     groups = cells.groupby("rung")
     mean = groups.mean(numeric_only=True)
     spread = groups.packed_bpb.max() - groups.packed_bpb.min()
-    from_base, from_below = changes(mean.packed_bpb.to_dict())
+    from_base, from_below = changes(cells.pivot(index="rung", columns="seed", values="packed_bpb"))
     rows = []
     for index, row in mean.iterrows():
         rung = RUNGS[index]
@@ -206,7 +215,8 @@ def write_document(folders, path):
         "what is missing and writes this page; a rung that is not in a table was not trained.",
         "A small model's verdict after minutes does not overrule the published one at full size: "
         "parts that need a long run (a high QK gain, costly recurrence) look worse here than "
-        'there. Seed noise is the column "seeds apart"; a change below it shows nothing.',
+        'there. Seed noise is the column "seeds apart"; a change below it shows nothing. A change '
+        "is the mean over the seeds that both rungs have.",
     ]
     whole = [f"{name}={value}" for name, value in settings_of(len(RUNGS) - 1).items()]
     command = textwrap.fill(" ".join(whole), 100, break_long_words=False, break_on_hyphens=False)
