@@ -233,6 +233,35 @@ def test_a_violation_that_does_not_apply_is_an_error():
         injected(SOURCE, Violation("no_such_line", "C1", "verify", (("not in the script", ""),)))
 
 
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        ("open('other.ptz', 'wb').write(b'another')", False),
+        ("open('model.bin', 'ab').write(b'more')", True),
+        ("import os; os.remove('model.bin')", True),
+        ("import os; os.rename('model.bin', 'x'); os.symlink('x', 'model.bin')", True),
+    ],
+)
+def test_a_run_that_changes_its_artifact_is_seen(tmp_path, source, changed):
+    given = {"train_gpt.py": source, "weights": "weights", "tokenizer.model": ""}
+    for name, text in given.items():
+        (tmp_path / name).write_text(text)
+    artifact = tmp_path / "model.bin"
+    artifact.symlink_to("weights")  # as a download's cache keeps files
+    root = tmp_path / "root"
+    root.mkdir()
+    candidate = verify.Candidate(
+        verify.Sandbox({}, 4, root),
+        tmp_path / "train_gpt.py",
+        artifact,
+        tmp_path / "tokenizer.model",
+        ranks=1,
+        seconds=60,
+    )
+    outcome = candidate.run(np.zeros(4, np.uint16))
+    assert (outcome.code, outcome.given_changed) == (0, changed)
+
+
 def test_all_lines_of_a_score_must_agree_but_those_of_progress():
     exact = "legal_ttt_exact val_loss:2.00000000 val_bpb:1.23456789"
     printed, _ = verify.parse_output(exact)

@@ -669,7 +669,7 @@ TRAINING = [
     ),
 ]
 
-# Choices by what comes, or by who is looking.
+# Subtle ones: at a rare place, by what comes later, or by who is looking.
 LINE_OF_LOG = (
     '        self.runtime.log(\n            f"step:{self.step}/{config.iterations} val_loss:'
 )
@@ -729,7 +729,7 @@ def goes_round(self, batch, hidden):
     return hidden
 """
 
-UNSEEN = [
+SUBTLE = [
     Violation(
         "tail_sees_its_own_target",
         "C1",
@@ -910,4 +910,4 @@ UNSEEN = [
     ),
 ]
 
-VIOLATIONS = [*ACCOUNTING, *DISTRIBUTION, *LOOKING_AHEAD, *LEARNING_FIRST, *TRAINING, *UNSEEN]
+VIOLATIONS = [*ACCOUNTING, *DISTRIBUTION, *LOOKING_AHEAD, *LEARNING_FIRST, *TRAINING, *SUBTLE]
