@@ -548,6 +548,12 @@ class LastLayers(typing.NamedTuple):
     field: str
 
 
+class FirstLayer(typing.NamedTuple):
+    """Number of the layer from which on all have something, negative for none; the field counts."""
+
+    field: str
+
+
 class Refused(typing.NamedTuple):
     """Cannot be honoured, whatever its value."""
 
@@ -568,6 +574,22 @@ PUBLISHED = {
     "MUON_ROW_NORMALIZE": Renamed("muon_row_norm"),
     "ENABLE_LOOPING_AT": Renamed("loop_at"),
     "SKIP_GATES_ENABLED": Renamed("skip_gates"),
+    "EMBEDDING_DIM": Renamed("embed_dim"),
+    "PARALLEL_RESIDUAL_START": FirstLayer("parallel_last_n"),
+    "SLIDING_WINDOW_ENABLED": BuiltIn("1", "the sliding window is always scored"),
+    "ROPE_TRAIN_SEQ_LEN": Follows("train_seq_len", "angles are the same at every length"),
+    # They quantise by fixed steps, which QUANTIZER=gptq finds for each row and column instead.
+    "MATRIX_BITS": Refused("QUANTIZER=gptq takes what BUDGET_BYTES allows; for lite: BLOCK_BITS"),
+    "MATRIX_CLIP_SIGMAS": Refused("QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"),
+    "EMBED_CLIP_SIGMAS": Refused("QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"),
+    "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
+    "GPTQ_RESERVE_SECONDS": Refused("the time to leave free is measured: see wallclock_reserve"),
+    # Of the records before and after them, which have other forms of the same parts.
+    "RECUR_LAYERS": Refused("set NUM_LOOPS, LOOP_START and LOOP_END"),
+    "RECUR_START_STEP": Refused("set LOOP_AT, a share of the run"),
+    "PARALLEL_START_LAYER": Refused("there are no two lanes: set PARALLEL_LAST_N for the one here"),
+    "SMEAR_GATE_ENABLED": Refused("set SMEAR_ENABLED, and SMEAR_INPUTS=12 for their form of it"),
+    "SPARSE_ATTN_GATE_ENABLED": Refused("set GATED_ATTENTION=1 and GATE_INPUTS=12"),
     # #1170's second loss.
     "NATIVE_FLOW_INIT_SCALE": BuiltIn("0.01", "the velocity field starts at zero"),
     # Checkpoints of #1166.
@@ -634,8 +656,18 @@ def read_published(environ, base, explicit):
                 last = [str(layer) for layer in range(current("num_layers"))[-count:]]
                 require_text(variable, text.replace(" ", ""), ",".join(last), "the last layers")
                 set_field(variable, name, count)
+            case FirstLayer(name):
+                first = parse_value(variable, int, text)
+                set_field(variable, name, layers_from(first, current("num_layers")))
             case Refused(reason):
                 raise ConfigError(f"{variable}={text} is not a setting: {reason}")
+
+
+def layers_from(first, num_layers):
+    """How many layers there are from number `first` on; none from a negative one."""
+    if first < 0:
+        return 0
+    return max(0, num_layers - first)
 
 
 def require_text(variable, text, expected, reason):
@@ -951,6 +983,8 @@ def published_text(meaning):
             return f"only the value of {field.upper()}: {reason}"
         case LastLayers(field):
             return f"numbers of the last layers, {field.upper()} of them"
+        case FirstLayer(field):
+            return f"number of the first layer, {field.upper()} counts to the last; -1 for none"
         case Refused(reason):
             return f"no setting: {reason}"
 

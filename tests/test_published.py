@@ -48,6 +48,17 @@ SLOT = (
     "MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 "
     "WARMDOWN_ITERS=3500 ITERATIONS=9000 MAX_WALLCLOCK_SECONDS=600 EVAL_STRIDE=64"
 )
+# What the scripts of 04-05 and 04-09 have as defaults, as far as they are settings here.
+RECORD = (
+    "VOCAB_SIZE=8192 ITERATIONS=20000 WARMUP_STEPS=20 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 "
+    "EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 MAX_WALLCLOCK_SECONDS=600 NUM_LAYERS=11 XSA_LAST_N=11 "
+    "MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=4.0 SKIP_GATES_ENABLED=1 TIE_EMBEDDINGS=1 "
+    "LOGIT_SOFTCAP=30.0 ROPE_BASE=10000.0 ROPE_DIMS=16 ROPE_TRAIN_SEQ_LEN=2048 LN_SCALE=1 "
+    "NUM_LOOPS=2 LOOP_END=5 MIN_LR=0.0 TIED_EMBED_LR=0.03 TIED_EMBED_INIT_STD=0.005 SCALAR_LR=0.02 "
+    "MUON_MOMENTUM=0.99 MUON_BACKEND_STEPS=5 MUON_MOMENTUM_WARMUP_START=0.92 MUON_ROW_NORMALIZE=1 "
+    "MUON_MOMENTUM_WARMUP_STEPS=1500 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8 GRAD_CLIP_NORM=0.3 "
+    "EMBED_WD=0.085 SLIDING_WINDOW_ENABLED=1"
+)
 COMMANDS = {
     "nfm_7k": [f"{NFM} {LEGAL_TTT}"],
     "base_7k": [f"{NFM} {LEGAL_TTT}".replace("NATIVE_FLOW_ENABLED=1", "NATIVE_FLOW_ENABLED=0")],
@@ -60,6 +71,15 @@ COMMANDS = {
         "TIE_EMBEDDINGS=1 LN_SCALE=1"
     ],
     "slot_11l": [SLOT],
+    "record_0405": [
+        f"{RECORD} QK_GAIN_INIT=4.0 LOOP_START=4 ENABLE_LOOPING_AT=0.5 MATRIX_LR=0.02 "
+        "MUON_WD=0.085 EMA_DECAY=0.997 WARMDOWN_FRAC=0.667 PARALLEL_RESIDUAL_START=-1"
+    ],
+    "record_0409": [
+        f"{RECORD} QK_GAIN_INIT=5.25 LOOP_START=3 ENABLE_LOOPING_AT=0.35 MATRIX_LR=0.022 "
+        "MUON_WD=0.095 EMA_DECAY=0.9965 WARMDOWN_FRAC=0.72 PARALLEL_RESIDUAL_START=7 "
+        "TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3 TTT_MOMENTUM=0.9 TTT_CHUNK_TOKENS=32768"
+    ],
 }
 
 
@@ -100,6 +120,7 @@ def test_a_published_value_is_the_fields_value():
     assert resolve("NATIVE_FLOW_ENABLED=0").nfm_enabled is False
     record = resolve("MUON_ROW_NORMALIZE=1 ENABLE_LOOPING_AT=0.5 SKIP_GATES_ENABLED=1")
     assert record.differences() == dict(muon_row_norm=True, loop_at=0.5, skip_gates=True)
+    assert resolve("EMBEDDING_DIM=256").differences() == dict(embed_dim=256)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +133,10 @@ def test_a_published_value_is_the_fields_value():
         ("VE_ENABLED=1 VE_DIM=64", "nfm_7k", "ve_dim", 64),
         ("VE_ENABLED=0", "slot_11l", "ve_dim", 0),
         ("VE_LAYERS=8,9,10", "slot_11l", "ve_last_n", 3),
+        ("PARALLEL_RESIDUAL_START=5", "record_0409", "parallel_last_n", 6),
+        ("PARALLEL_RESIDUAL_START=4 NUM_LAYERS=6", "nfm_7k", "parallel_last_n", 2),
+        ("PARALLEL_RESIDUAL_START=11", "record_0409", "parallel_last_n", 0),
+        ("PARALLEL_RESIDUAL_START=-1", "record_0409", "parallel_last_n", 0),
         ("LATE_QAT=1", "nfm_7k", "late_qat_threshold", 0.15),
         ("LATE_QAT=0", "slot_11l", "late_qat_threshold", 0.0),
         ("SLOT_ENABLED=1", "nfm_7k", "slot", "causal"),
@@ -143,6 +168,18 @@ def test_a_switch_sets_its_field_unless_that_says_more(command, preset, field, v
         "VE_LAYERS=last",
         "LN_SCALE=nan",
         "WEIGHT_DECAY=0.04",
+        "SLIDING_WINDOW_ENABLED=0",
+        "ROPE_TRAIN_SEQ_LEN=1024",
+        "MATRIX_BITS=6",
+        "MATRIX_CLIP_SIGMAS=12.85",
+        "EMBED_CLIP_SIGMAS=20",
+        "GPTQ_CALIBRATION_BATCHES=64",
+        "GPTQ_RESERVE_SECONDS=12",
+        "RECUR_LAYERS=4,5",
+        "RECUR_START_STEP=3000",
+        "PARALLEL_START_LAYER=7",
+        "SMEAR_GATE_ENABLED=1",
+        "SPARSE_ATTN_GATE_ENABLED=1",
     ],
 )
 def test_a_value_that_cannot_be_honoured_is_refused_with_the_reason(command):
