@@ -460,6 +460,21 @@ class Config:
         text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def idle(self):
+        """{field: what makes it so} of those that differ from the preset and have no effect."""
+        found = {}
+        for name, value, fields in IDLE:
+            if getattr(self, name) == value:
+                found.update(dict.fromkeys(fields.split(), f"{name.upper()}={value}"))
+        if self.quantizer == "gptq" and not self.late_qat_threshold:
+            found["block_bits"] = found["embed_bits"] = "QUANTIZER=gptq"
+        # A share of the run comes before a number of steps, and own decays before the common one.
+        if self.warmdown_frac > 0:
+            found["warmdown_iters"] = f"WARMDOWN_FRAC={self.warmdown_frac}"
+        if min(self.embed_wd, self.scalar_wd) >= 0:
+            found["adam_wd"] = f"EMBED_WD={self.embed_wd} and SCALAR_WD={self.scalar_wd}"
+        return {name: found[name] for name in self.differences() if name in found}
+
     def differences(self):
         """Fields that differ from the preset (settings of place and pace included)."""
         base = {field.name: field.default for field in dataclasses.fields(self)}
@@ -467,6 +482,30 @@ class Config:
         # What a run is called is no difference.
         base.update(preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
+
+
+# What a field's value leaves without effect: (field, value, fields that then do nothing).
+IDLE = (
+    ("quantizer", "gptq", "compressor zstd_level lzma_preset"),
+    ("quantizer", "lite", "calibration_tokens"),
+    ("num_loops", 0, "loop_start loop_end loop_at"),
+    ("smear_enabled", False, "smear_inputs"),
+    ("gated_attention", False, "gate_inputs"),
+    ("bigram_vocab_size", 0, "bigram_dim"),
+    ("ve_dim", 0, "ve_last_n"),
+    ("e2e_ttt_enabled", False, "e2e_ttt_mini_batch e2e_ttt_base_lr"),
+    ("flow_enabled", False, "flow_latent_dim flow_hidden_dim flow_init_scale"),
+    ("nfm_enabled", False, "nfm_hidden_dim nfm_loss_weight"),
+    ("ema_decay", 0.0, "ema_full_steps"),
+    ("swa_enabled", False, "swa_every swa_start_scale"),
+    ("slot", "off", "slot_lr slot_steps"),
+    (
+        "ttt_enabled",
+        False,
+        "ttt_lr ttt_momentum ttt_epochs ttt_chunk_tokens ttt_batch_seqs ttt_freeze_blocks "
+        "ttt_grad_clip",
+    ),
+)
 
 
 def read_variables(environ):
@@ -5127,6 +5166,7 @@ class Trainer:
         self.step_started = time.monotonic()  # moved forward by whatever is no training
         self.timer = StepTimer()
         self.logged_step = 0  # of the last log line in this process
+        self.logged_order = []  # of the layers, in this process's log
         self.stopped_early = False  # by the wallclock cap
         self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
@@ -5259,6 +5299,12 @@ class Trainer:
         """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
         fraction = run_fraction(self.timed, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
+        order = layer_order(self.config, self.model.looped)
+        # Where it changes, loss and step time do: whoever reads the log must see why.
+        if self.config.num_loops and order != self.logged_order:
+            visits = " ".join(map(str, order))
+            self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
+            self.logged_order = order
 
     def set_lrs(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
@@ -7412,6 +7458,9 @@ class Run:
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
+        if not config.eval_only:  # an artifact brings what others set
+            for name, reason in config.idle().items():
+                log(f"warning: {name.upper()}={getattr(config, name)} has no effect with {reason}")
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
@@ -7783,7 +7832,10 @@ class Run:
             bpb = results["scores"][headline]["val_bpb"]
             seconds = results["scores"][headline]["eval_time_s"]
             legal = self.legality_of(headline)
-            log(f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal})")
+            log(
+                f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal}, "
+                f"score_scope:{self.val.scope})"
+            )
             log(f"summary: scored {self.val.num_targets:,} targets in {seconds:,.0f} s")
         total = results["total_bytes"]
         log(

@@ -20,7 +20,8 @@ its number. Float weights are no submission. A log cannot prove that its evaluat
 takes the code.
 
 Units: val_loss in nats per token, val_bpb in bits per byte, eval_time_s and train_time_s in
-seconds, step_avg_ms in milliseconds, standard deviations with ddof 1.
+seconds, step_avg_ms in milliseconds, standard deviations with ddof 1. train_time_s holds what
+QUANTIZER=gptq took after the last step: it calibrates on training text, which counts as training.
 
 Exit codes: 0 done; 1 --check found differences; 2 wrong use, or runs that must not be mixed; 3 bad
 run data.
@@ -103,7 +104,7 @@ def compliance(group, stage, p):
     claims = {
         # Limits that every seed has to keep to
         "artifact_under_16mb": within([run.total_bytes for run in group], BUDGET_BYTES),
-        "train_under_600s": within([run.train_time_s for run in group], TIME_LIMIT_S),
+        "train_under_600s": within([run.training_s for run in group], TIME_LIMIT_S),
         "eval_under_600s": within([run.scores[stage].eval_time_s for run in group], TIME_LIMIT_S),
         "audit_passed": passed,
         "same_code_all_seeds": same_code,
@@ -131,7 +132,7 @@ def seed_results(group, stage):
             "artifact_bytes": run.artifact_bytes,
             "steps": run.steps,
             "step_avg_ms": rounded(run.step_avg_ms, 2),
-            "train_time_s": rounded(run.train_time_s, 1),
+            "train_time_s": rounded(run.training_s, 1),
             "eval_time_s": rounded(score.eval_time_s, 1),
         }
     return results

@@ -108,6 +108,7 @@ FINGERPRINT = re.compile(
 SCOPE = re.compile(r"score_scope:(canonical-by-counts|canonical|proxy)")
 CONFIG = re.compile(r"config:(?P<name>\w+)=(?P<value>.*?)( \*)?")
 AUDIT = re.compile(r"audit (pass|FAIL) \d+ checks .*")
+QUANTISED = re.compile(r"quantised packings:\d+ seconds:[\d.]+ with_training:([\d.]+)s")
 ADAPTING = re.compile(r"\s*\w*?(ttt|slot)", re.I)
 ERROR = re.compile(
     r"(error: |stopped signal:|Traceback|[\w.]*(Error|Exception|Interrupt)\b).*", re.S

@@ -113,7 +113,7 @@ def seed_table(group, headline):
         # What has to fit, and how long it took
         row["artifact bytes"] = size_cell(run.artifact_bytes)
         row["total bytes"] = size_cell(run.total_bytes)
-        row["train s"] = cell(run.train_time_s, "{:.1f}")
+        row["train s"] = cell(run.training_s, "{:.1f}")
         row["eval s"] = cell(run.scores[headline].eval_time_s, "{:.1f}")
         rows.append(row)
     # Means of the scores only: nobody compares the mean of sizes

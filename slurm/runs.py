@@ -160,6 +160,7 @@ class Run:
     steps: int | None = None
     step_avg_ms: float | None = None
     train_time_s: float | None = None
+    with_quantiser_s: float | None = None  # the same and what QUANTIZER=gptq took after it
     artifact_bytes: int | None = None
     code_bytes: int | None = None
     total_bytes: int | None = None
@@ -191,6 +192,11 @@ class Run:
     @property
     def finished(self):
         return self.status == "finished"
+
+    @property
+    def training_s(self):
+        """Seconds that count as training; a quantiser that calibrates on training text is part."""
+        return self.train_time_s if self.with_quantiser_s is None else self.with_quantiser_s
 
     @property
     def packed_scores(self):
@@ -365,6 +371,8 @@ def read_run_dir(path):
         apply_manifest(run, read_json(path / "manifest.json"))
     with reading(path / "metrics.jsonl"):
         replay(run, events)
+        for event in events:
+            run.with_quantiser_s = event.get("with_training_seconds", run.with_quantiser_s)
     with reading(path / "scores.json"):
         apply_scores(run, read_json(path / "scores.json"))
     # Written before scores.json: an audited run need not be scored
@@ -574,6 +582,8 @@ class LogReader:
             run.scope = found[1]
         elif found := logs.AUDIT.fullmatch(line):
             run.audit_passed = found[1] == "pass"
+        elif found := logs.QUANTISED.fullmatch(line):
+            run.with_quantiser_s = float(found[1])
         elif line.startswith("manifest:"):
             with contextlib.suppress(ValueError, AttributeError):  # cut short
                 apply_manifest(run, json.loads(line.partition(":")[2]))

@@ -12,6 +12,7 @@ from runs_helpers import (
     bpbs_around,
     collect,
     curves,
+    events_of,
     load_run,
     log_lines,
     loss_of,
@@ -231,6 +232,18 @@ def test_compliance_claims_only_what_was_measured(tmp_path, capsys):
         "eval_under_600s": True,
         "three_seeds": False,
     }
+
+
+def test_the_time_of_a_quantiser_that_calibrates_counts_as_training(tmp_path, capsys):
+    packed = dict(event="packed", quantiser_seconds=11.0, with_training_seconds=601.0)
+    times = dict(scores={"train_time_s": 590.0}, events=[*events_of(1.12), packed])
+    folder = make_run(tmp_path, **times)
+    log = make_log(tmp_path, ours=True)
+    log.write_text(log.read_text() + "quantised packings:4 seconds:11.0 with_training:601.0s\n")
+    for path in (folder, log):
+        submission = submission_of(tmp_path, capsys, [path])
+        assert submission["compliance"]["train_under_600s"] is False
+        assert submission["seed_results"]["42"]["train_time_s"] == 601.0
 
 
 def test_the_audit_lines_of_a_log_back_the_claim(tmp_path, capsys):

@@ -322,6 +322,16 @@ def test_a_run_resumed_on_either_side_of_the_switch_is_the_same_run(
         assert torch.equal(mine, other)
 
 
+def test_the_log_says_when_layers_are_looped_and_in_which_order(runtime, tiny_data, tmp_path):
+    trained(runtime, tiny_data, tmp_path / "run", [])
+    log = (tmp_path / "run" / "train.log").read_text()
+    orders = [line for line in log.splitlines() if line.startswith("layer_order ")]
+    assert orders == [
+        "layer_order step:0 visits:4 layers:0 1 2 3",
+        "layer_order step:3 visits:8 layers:0 1 2 1 2 1 2 3",
+    ]
+
+
 def trained_until(runtime, tiny_data, run_dir, stop):
     """model.looped of the first `stop` steps of the same run, which ends there as by a kill."""
     looped = []

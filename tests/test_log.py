@@ -186,7 +186,8 @@ def test_an_illegal_score_is_never_called_the_best(illegal_run):
     scores, best = illegal_run.scores(), "final_int6_sliding_window"
     assert read_json(illegal_run.dir / "scores.json")["headline"] == best
     bpb = scores[best]["val_bpb"]
-    only(illegal_run.lines, rf"summary: score  {bpb:.4f} bits per byte \({best}, legal:unaudited\)")
+    said = rf"\({best}, legal:unaudited, score_scope:proxy\)"
+    only(illegal_run.lines, rf"summary: score  {bpb:.4f} bits per byte {said}")
 
 
 def test_a_result_line_says_whether_a_score_is_legal_and_why(run, illegal_run):
@@ -300,7 +301,8 @@ def test_the_summary_tells_steps_sizes_and_the_best_score(run):
     assert (
         result["headline"] == "legal_ttt"
     )  # the strongest evaluation, whether or not it is the lowest
-    only(run.lines, rf"summary: score  {bpb:.4f} bits per byte \(legal_ttt, legal:1\)")
+    said = r"\(legal_ttt, legal:1, score_scope:proxy\)"
+    only(run.lines, rf"summary: score  {bpb:.4f} bits per byte {said}")
     only(run.lines, rf"summary: scored 1,472 targets in {INTEGER} s")
     only(
         run.lines, rf"summary: size   {model:,} \+ {code:,} of code = {total:,} of 16,000,000 bytes"

@@ -30,8 +30,8 @@ def flip(says, look, to, **given):
 
 
 class Lab:
-    """Tiny data, settings and weights that all looks share; what was seen without a flip is kept.
-    Tiny data, settings and weights that all looks share; what was seen without a flip is kept."""
+    """Tiny data, settings and weights that all looks share; what was seen without a flip is
+    kept."""
 
     def __init__(self, data, folder):
         self.folder, self.folders, self.seen, self.finished = folder, 0, {}, {}
@@ -446,6 +446,46 @@ def test_without_a_flip_nothing_changes(look, lab):
     before = lab.before(row.look, row.given)
     lab.forget()
     assert row.look(lab, lab.settings(**row.given)) == before
+
+
+# The log warns of a setting that another one leaves without effect.
+IDLE = [(name, value, field) for name, value, fields in train_gpt.IDLE for field in fields.split()]
+IDLE += [("warmdown_frac", 0.5, "warmdown_iters")]
+IDLE += [("quantizer", "gptq", "block_bits"), ("quantizer", "gptq", "embed_bits")]
+
+
+def test_no_setting_that_does_something_is_called_idle(lab):
+    for name, row in FLIPS.items():
+        given = {"ttt_enabled": True, **row.given}
+        config = Config(**{**lab.settings(**given), name: lab.settings(to=row.to)["to"]})
+        assert name not in config.idle()
+
+
+@pytest.mark.parametrize("name,value,field", IDLE)
+def test_a_setting_that_is_called_idle_does_nothing(name, value, field, lab):
+    row = FLIPS[field]
+    given = {name: value}
+    after = lab.settings(**given, **{field: row.to})
+    assert Config(**after).idle()[field] == f"{name.upper()}={value}"
+    # Looks at test-time training and SLOT call these themselves; only whole runs leave them out.
+    look = run_artifact if name == "quantizer" else row.look
+    if name not in ("ttt_enabled", "slot"):
+        assert look(lab, after) == lab.before(look, given)
+
+
+def test_a_common_decay_is_idle_where_all_have_their_own(lab):
+    given = dict(ttt_enabled=True, embed_wd=0.1, scalar_wd=0.1)
+    after = lab.settings(adam_wd=0.0, **given)
+    assert Config(**after).idle() == {"adam_wd": "EMBED_WD=0.1 and SCALAR_WD=0.1"}
+    assert trained(lab, after) == lab.before(trained, given)
+    assert Config(**{**after, "scalar_wd": -1.0}).idle() == {}
+
+
+def test_the_log_warns_of_a_setting_without_effect(lab):
+    changes = dict(iterations=1, num_loops=0, loop_at=0.75)
+    warnings = lines("warning: .*")(lab, lab.settings(**changes))
+    assert "warning: LOOP_AT=0.75 has no effect with NUM_LOOPS=0" in warnings
+    assert lines("warning: .*")(lab, lab.settings(**ARTIFACT)) == []
 
 
 def test_what_is_off_refuses_nothing(lab):
