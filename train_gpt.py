@@ -5205,6 +5205,12 @@ class Trainer:
                 "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
                 "integers"
             )
+        last_step = max(0, self.config.iterations - 1)
+        if self.config.num_loops and run_fraction(self.config, last_step) < self.config.loop_at:
+            log(
+                f"warning: LOOP_AT={self.config.loop_at}: no step of this run loops layers, but "
+                "every score does"
+            )
 
     def run(self):
         """Train to the last step, the wallclock cap or a wish to stop; validate and save."""

@@ -291,6 +291,7 @@ def trained(runtime, tiny_data, run_dir, watch, **changes):
     machine = runtime(config)
     val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
     trainer = train_gpt.Trainer(config, machine, val)
+    trainer.announce()
     one_step = trainer.one_step
 
     def watched():
@@ -330,6 +331,16 @@ def test_the_log_says_when_layers_are_looped_and_in_which_order(runtime, tiny_da
         "layer_order step:0 visits:4 layers:0 1 2 3",
         "layer_order step:3 visits:8 layers:0 1 2 1 2 1 2 3",
     ]
+
+
+@pytest.mark.parametrize("loop_at,warned", [(0.8, False), (0.9, True)])
+def test_a_run_that_never_loops_what_every_score_loops_says_so(
+    loop_at, warned, runtime, tiny_data, tmp_path, capsys
+):
+    looped = []
+    trained(runtime, tiny_data, tmp_path / "run", looped, iterations=6, loop_at=loop_at)
+    assert ("no step of this run loops layers" in capsys.readouterr().out) is warned
+    assert any(looped) is not warned
 
 
 def trained_until(runtime, tiny_data, run_dir, stop):
