@@ -107,8 +107,12 @@ def settings_of(index):
 
 def text_paths(out):
     """DATA_PATH and TOKENIZER_PATH of the environment, or the demo's, built under --out."""
-    if "DATA_PATH" in os.environ:
-        return {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    names = ("DATA_PATH", "TOKENIZER_PATH")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if len(given) == 1:
+        sys.exit(f"{' and '.join(names)} belong together: set both, or none for the demo's text")
+    if given:
+        return given
     paths = dict(DATA_PATH=str(out / "demo_data"), TOKENIZER_PATH=str(out / "demo.model"))
     environ = dict(paths, PRESET="demo")
     train_gpt.build_demo_data(train_gpt.Config.from_env(environ), print)
@@ -182,6 +186,8 @@ def report(cells):
     """Markdown table of the rungs that were measured."""
     groups = cells.groupby("rung")
     mean = groups.mean(numeric_only=True)
+    # Of the first seed: runs on a busy and on a quiet machine have no mean worth knowing.
+    step_ms = cells.sort_values("seed").groupby("rung").step_ms.first()
     spread = groups.packed_bpb.max() - groups.packed_bpb.min()
     from_base, from_below = changes(cells.pivot(index="rung", columns="seed", values="packed_bpb"))
     rows = []
@@ -197,7 +203,7 @@ def report(cells):
                 "against the rung below": from_below.get(index, ""),
                 "seeds apart": f"{spread[index]:.4f}" if several else "one seed",
                 "bytes": f"{row.bytes:,.0f}",
-                "ms/step": f"{row.step_ms:,.0f}",
+                "ms/step": f"{step_ms[index]:,.0f}",
                 "published change": rung.published,
             }
         )
@@ -216,7 +222,8 @@ def write_document(folders, path):
         "A small model's verdict after minutes does not overrule the published one at full size: "
         "parts that need a long run (a high QK gain, costly recurrence) look worse here than "
         'there. Seed noise is the column "seeds apart"; a change below it shows nothing. A change '
-        "is the mean over the seeds that both rungs have.",
+        "is the mean over the seeds that both rungs have. Float, packed and bytes are means over a "
+        "rung's own seeds, ms/step is of its first.",
     ]
     whole = [f"{name}={value}" for name, value in settings_of(len(RUNGS) - 1).items()]
     command = textwrap.fill(" ".join(whole), 100, break_long_words=False, break_on_hyphens=False)
@@ -228,7 +235,9 @@ def write_document(folders, path):
     for folder in folders:
         cells = finished_cells(folder)
         if cells.empty:
-            sys.exit(f"{folder} holds no finished run: leave --report out to train")
+            sys.exit(
+                f"{folder} holds no finished run: name another --out, or train without --report"
+            )
         parts.append(f"## {folder.resolve().name}")
         notes = folder / "text.md"  # what the text is, for a reader of the page
         if notes.exists():
@@ -252,8 +261,10 @@ def main():
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="folders to report too")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "ladder.md")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    if options.only and not set(options.only) <= set(range(len(RUNGS))):
+        parser.error(f"--only {options.only}: rungs have the numbers 0 to {len(RUNGS) - 1}")
     if not options.report:
+        options.out.mkdir(parents=True, exist_ok=True)
         paths = text_paths(options.out.resolve())
         rungs = options.only or range(len(RUNGS))
         # All rungs with the first seed and few steps first: an interrupted ladder is a whole one.
