@@ -249,7 +249,7 @@ class Config:
     grad_clip_norm: float = train_option(0.3, "clip of the global gradient norm, 0 = off", 0)
 
     # Training: initial values, and the weight of the second loss.
-    qk_gain_init: float = train_option(1.5, "initial per-head query gain")
+    qk_gain_init: float = train_option(1.5, "initial per-head query gain, not 0")
     embed_init_std: float = train_option(0.005, "standard deviation of the first embedding", 0)
     flow_init_scale: float = train_option(0.01, "scale of FlowRefiner's first up-projection", 0)
     nfm_loss_weight: float = train_option(0.1, "weight of the flow-matching loss", 0)
@@ -548,12 +548,19 @@ class LastLayers(typing.NamedTuple):
     field: str
 
 
+class FirstLayer(typing.NamedTuple):
+    """Number of a layer; it and all after it are the last ones, and the field is how many."""
+
+    field: str
+
+
 class Refused(typing.NamedTuple):
     """Cannot be honoured, whatever its value."""
 
     reason: str
 
 
+GPTQ_FILLS = "QUANTIZER=gptq finds the steps with which the file fills BUDGET_BYTES"
 # The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no
 # fields, so that their commands run unchanged. A variable that was silently ignored would train
 # another model than asked.
@@ -568,6 +575,13 @@ PUBLISHED = {
     "MUON_ROW_NORMALIZE": Renamed("muon_row_norm"),
     "ENABLE_LOOPING_AT": Renamed("loop_at"),
     "SKIP_GATES_ENABLED": Renamed("skip_gates"),
+    "EMBEDDING_DIM": Renamed("embed_dim"),
+    "PARALLEL_RESIDUAL_START": FirstLayer("parallel_last_n"),
+    "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
+    "GPTQ_RESERVE_SECONDS": Refused("a trial before training measures what packing will need"),
+    "MATRIX_BITS": Refused(GPTQ_FILLS),
+    "MATRIX_CLIP_SIGMAS": Refused(GPTQ_FILLS),
+    "EMBED_CLIP_SIGMAS": Refused(GPTQ_FILLS),
     # #1170's second loss.
     "NATIVE_FLOW_INIT_SCALE": BuiltIn("0.01", "the velocity field starts at zero"),
     # Checkpoints of #1166.
@@ -634,8 +648,21 @@ def read_published(environ, base, explicit):
                 last = [str(layer) for layer in range(current("num_layers"))[-count:]]
                 require_text(variable, text.replace(" ", ""), ",".join(last), "the last layers")
                 set_field(variable, name, count)
+            case FirstLayer(name):
+                set_field(variable, name, layers_from(variable, text, current("num_layers")))
             case Refused(reason):
                 raise ConfigError(f"{variable}={text} is not a setting: {reason}")
+
+
+def layers_from(variable, text, num_layers):
+    """How many layers there are from the one of a variable's text on. Raises ConfigError."""
+    first = parse_value(variable, int, text)
+    if not 0 <= first <= num_layers:
+        raise ConfigError(
+            f"{variable}={text}: expected a layer from 0 to {num_layers}, which is NUM_LAYERS and "
+            "means none"
+        )
+    return num_layers - first
 
 
 def require_text(variable, text, expected, reason):
@@ -697,6 +724,14 @@ def check_fit(config):
     require(config, is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
     known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     require(config, known_device, "device", "expected auto, cpu, cuda or cuda:N")
+    # A gain of 0 makes every query 0, and leaves their matrix without a gradient.
+    expected = "attention would see no difference between tokens: use 1.5 to 5.25, as published"
+    require(config, config.qk_gain_init != 0, "qk_gain_init", expected)
+    # Other negative numbers would act as -1 does.
+    for name in ("embed_wd", "scalar_wd"):
+        value = getattr(config, name)
+        fits = value == -1 or value >= 0
+        require(config, fits, name, "use 0 or more, or -1 for ADAM_WD")
     check_model_fit(config)
     check_batch_fit(config)
     check_window_fit(config)
@@ -951,6 +986,8 @@ def published_text(meaning):
             return f"only the value of {field.upper()}: {reason}"
         case LastLayers(field):
             return f"numbers of the last layers, {field.upper()} of them"
+        case FirstLayer(field):
+            return f"number of the first of the last layers, {field.upper()} of them"
         case Refused(reason):
             return f"no setting: {reason}"
 

@@ -60,6 +60,10 @@ COMMANDS = {
         "TIE_EMBEDDINGS=1 LN_SCALE=1"
     ],
     "slot_11l": [SLOT],
+    "record_0409": [
+        "SEED=42 QK_GAIN_INIT=5.25 PARALLEL_RESIDUAL_START=7 ENABLE_LOOPING_AT=0.35 "
+        "TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3"
+    ],
 }
 
 
@@ -117,6 +121,10 @@ def test_a_published_value_is_the_fields_value():
         ("SLOT_ENABLED=1", "nfm_7k", "slot", "causal"),
         ("SLOT_ENABLED=1 SLOT=published", "nfm_7k", "slot", "published"),
         ("SLOT_ENABLED=0", "slot_11l", "slot", "off"),
+        ("PARALLEL_RESIDUAL_START=7", "record_0405", "parallel_last_n", 4),
+        ("PARALLEL_RESIDUAL_START=7 NUM_LAYERS=9", "record_0409", "parallel_last_n", 2),
+        ("PARALLEL_RESIDUAL_START=11", "record_0409", "parallel_last_n", 0),
+        ("EMBEDDING_DIM=256", "record_0409", "embed_dim", 256),
     ],
 )
 def test_a_switch_sets_its_field_unless_that_says_more(command, preset, field, value):
@@ -143,6 +151,11 @@ def test_a_switch_sets_its_field_unless_that_says_more(command, preset, field, v
         "VE_LAYERS=last",
         "LN_SCALE=nan",
         "WEIGHT_DECAY=0.04",
+        "GPTQ_CALIBRATION_BATCHES=64",
+        "GPTQ_RESERVE_SECONDS=12",
+        "MATRIX_BITS=6",
+        "MATRIX_CLIP_SIGMAS=12.85",
+        "EMBED_CLIP_SIGMAS=20",
     ],
 )
 def test_a_value_that_cannot_be_honoured_is_refused_with_the_reason(command):
@@ -180,6 +193,7 @@ def test_the_built_in_value_may_be_spelt_in_any_way(command):
         ("SLOT_ENABLED=1 SLOT=off", "SLOT=off"),
         ("VE_LAYERS=9,10 VE_LAST_N=3", "VE_LAST_N=3"),
         ("SAVE_DIR=/a RUN_DIR=/b", "RUN_DIR=/b"),
+        ("PARALLEL_RESIDUAL_START=7 PARALLEL_LAST_N=3", "PARALLEL_LAST_N=3"),
     ],
 )
 def test_two_names_that_contradict_each_other_are_refused(command, named):
@@ -199,6 +213,9 @@ def test_two_names_that_agree_are_one():
         ("EMA_ENABLED=yes", "EMA_ENABLED='yes': expected 0, 1, true or false"),
         ("SAVE_EVERY=1.5", "SAVE_EVERY='1.5': expected int"),
         ("NATIVE_FLOW_HIDDEN_DIM=0", "NFM_HIDDEN_DIM=0: expected at least 1"),
+        ("PARALLEL_RESIDUAL_START=7.5", "PARALLEL_RESIDUAL_START='7.5': expected int"),
+        ("PARALLEL_RESIDUAL_START=12", "PARALLEL_RESIDUAL_START=12: expected a layer from 0 to 11"),
+        ("PARALLEL_RESIDUAL_START=-1", "PARALLEL_RESIDUAL_START=-1: expected a layer from 0 to 11"),
     ],
 )
 def test_a_wrong_value_is_reported_like_any_other(command, expected):
