@@ -724,17 +724,10 @@ def check_fit(config):
     require(config, is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
     known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     require(config, known_device, "device", "expected auto, cpu, cuda or cuda:N")
-    # A gain of 0 makes every query 0, and leaves their matrix without a gradient.
-    expected = "attention would see no difference between tokens: use 1.5 to 5.25, as published"
-    require(config, config.qk_gain_init != 0, "qk_gain_init", expected)
-    # Other negative numbers would act as -1 does.
-    for name in ("embed_wd", "scalar_wd"):
-        value = getattr(config, name)
-        fits = value == -1 or value >= 0
-        require(config, fits, name, "use 0 or more, or -1 for ADAM_WD")
     check_model_fit(config)
     check_batch_fit(config)
     check_window_fit(config)
+    check_training_fit(config)
 
 
 def check_model_fit(config):
@@ -791,6 +784,22 @@ def check_window_fit(config):
     expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
     fits = config.slot == "off" or overlap
     require(config, fits, "slot eval_stride eval_seq_len", expected)
+
+
+def check_training_fit(config):
+    """Settings of the optimisers and of what their schedules switch on."""
+    # A gain of 0 makes every query 0, and leaves their matrix without a gradient.
+    expected = "attention would see no difference between tokens: use 1.5 to 5.25, as published"
+    require(config, config.qk_gain_init != 0, "qk_gain_init", expected)
+    # Other negative numbers would act as -1 does.
+    for name in ("embed_wd", "scalar_wd"):
+        value = getattr(config, name)
+        fits = value == -1 or value >= 0
+        require(config, fits, name, "use 0 or more, or -1 for ADAM_WD")
+    # Rounding begins below its threshold, where a rate that stays above it never comes.
+    fits = config.late_qat_threshold == 0 or config.late_qat_threshold > config.min_lr
+    expected = "rounding would never begin: raise the first or lower the second"
+    require(config, fits, "late_qat_threshold min_lr", expected)
 
 
 # The trunk alone, which #1170 compares its NativeFlowMatcher with.
