@@ -229,13 +229,14 @@ def write_document(folders, path):
         cells = finished_cells(folder)
         if cells.empty:
             sys.exit(f"{folder} holds no finished run: leave --report out to train")
+        parts.append(f"## {folder.resolve().name}")
         notes = folder / "text.md"  # what the text is, for a reader of the page
+        if notes.exists():
+            parts.append(notes.read_text().strip())
         for steps in sorted(cells.steps.unique()):
             chosen = cells[cells.steps == steps]
             count += len(chosen)
-            parts.append(f"## {folder.resolve().name}, {steps} steps")
-            if notes.exists():
-                parts.append(notes.read_text().strip())
+            parts.append(f"### {steps} steps")
             parts.append(report(chosen))
     path.write_text("\n\n".join(parts) + "\n")
     print(f"{count} runs -> {path}")

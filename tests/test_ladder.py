@@ -28,7 +28,7 @@ def test_the_page_compares_with_base_and_with_the_rung_below(tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", [*arguments, "--document", str(page)])
     ladder.main()
     text = page.read_text()
-    assert "## some_text, 300 steps\n\nText of a test." in text
+    assert "## some_text\n\nText of a test.\n\n### 300 steps" in text
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:1] == "|"}
     assert "0.0200" in rows["base_7k"]  # between the two seeds
     # Against seed 42 of base_7k, not against the mean of its seeds.
