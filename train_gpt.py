@@ -249,7 +249,7 @@ class Config:
     grad_clip_norm: float = train_option(0.3, "clip of the global gradient norm, 0 = off", 0)
 
     # Training: initial values, and the weight of the second loss.
-    qk_gain_init: float = train_option(1.5, "initial per-head query gain")
+    qk_gain_init: float = train_option(1.5, "initial per-head query gain, not 0")
     embed_init_std: float = train_option(0.005, "standard deviation of the first embedding", 0)
     flow_init_scale: float = train_option(0.01, "scale of FlowRefiner's first up-projection", 0)
     nfm_loss_weight: float = train_option(0.1, "weight of the flow-matching loss", 0)
@@ -599,6 +599,7 @@ class Refused(typing.NamedTuple):
     reason: str
 
 
+STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
 # The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no
 # fields, so that their commands run unchanged. A variable that was silently ignored would train
 # another model than asked.
@@ -619,8 +620,8 @@ PUBLISHED = {
     "ROPE_TRAIN_SEQ_LEN": Follows("train_seq_len", "angles are the same at every length"),
     # They quantise by fixed steps, which QUANTIZER=gptq finds for each row and column instead.
     "MATRIX_BITS": Refused("QUANTIZER=gptq takes what BUDGET_BYTES allows; for lite: BLOCK_BITS"),
-    "MATRIX_CLIP_SIGMAS": Refused("QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"),
-    "EMBED_CLIP_SIGMAS": Refused("QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"),
+    "MATRIX_CLIP_SIGMAS": Refused(STEPS_FOUND),
+    "EMBED_CLIP_SIGMAS": Refused(STEPS_FOUND),
     "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
     "GPTQ_RESERVE_SECONDS": Refused("the time to leave free is measured: see wallclock_reserve"),
     # Of the records before and after them, which have other forms of the same parts.
@@ -771,6 +772,7 @@ def check_fit(config):
     check_model_fit(config)
     check_batch_fit(config)
     check_window_fit(config)
+    check_training_fit(config)
 
 
 def check_model_fit(config):
@@ -827,6 +829,22 @@ def check_window_fit(config):
     expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
     fits = config.slot == "off" or overlap
     require(config, fits, "slot eval_stride eval_seq_len", expected)
+
+
+def check_training_fit(config):
+    """Settings of the optimisers and of what their schedules switch on."""
+    # A gain of 0 makes every query 0, and leaves their matrix without a gradient.
+    expected = "attention would see no difference between tokens: use 1.5 to 5.25, as published"
+    require(config, config.qk_gain_init != 0, "qk_gain_init", expected)
+    # Other negative numbers would act as -1 does.
+    for name in ("embed_wd", "scalar_wd"):
+        value = getattr(config, name)
+        fits = value == -1 or value >= 0
+        require(config, fits, name, "use 0 or more, or -1 for ADAM_WD")
+    # Rounding begins below its threshold, where a rate that stays above it never comes.
+    fits = config.late_qat_threshold == 0 or config.late_qat_threshold > config.min_lr
+    expected = "rounding would never begin: raise the first or lower the second"
+    require(config, fits, "late_qat_threshold min_lr", expected)
 
 
 # The trunk alone, which #1170 compares its NativeFlowMatcher with.

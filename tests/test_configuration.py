@@ -216,6 +216,13 @@ def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(name, text)
         ),
         (dict(SLOT="causal", EVAL_STRIDE="1024"), ["SLOT='causal'", "EVAL_STRIDE=1024"]),
         (dict(SLOT="published", EVAL_STRIDE="1024"), ["SLOT='published'", "EVAL_STRIDE=1024"]),
+        (dict(QK_GAIN_INIT="0"), ["QK_GAIN_INIT=0.0", "as published"]),
+        (dict(EMBED_WD="-0.5"), ["EMBED_WD=-0.5", "-1 for ADAM_WD"]),
+        (dict(SCALAR_WD="-0.01"), ["SCALAR_WD=-0.01", "-1 for ADAM_WD"]),
+        (
+            dict(LATE_QAT_THRESHOLD="0.15", MIN_LR="0.15"),
+            ["LATE_QAT_THRESHOLD=0.15", "MIN_LR=0.15", "never begin"],
+        ),
         (dict(DEVICE="gpu"), ["DEVICE='gpu'", "auto, cpu, cuda or cuda:N"]),
         (dict(PRESET="nfm7k"), ["PRESET='nfm7k'", *PRESETS]),
     ],

@@ -137,11 +137,17 @@ def test_a_published_value_is_the_fields_value():
         ("PARALLEL_RESIDUAL_START=4 NUM_LAYERS=6", "nfm_7k", "parallel_last_n", 2),
         ("PARALLEL_RESIDUAL_START=11", "record_0409", "parallel_last_n", 0),
         ("PARALLEL_RESIDUAL_START=-1", "record_0409", "parallel_last_n", 0),
+        ("PARALLEL_RESIDUAL_START=-1", "record_0409", "parallel_last_n", 0),
         ("LATE_QAT=1", "nfm_7k", "late_qat_threshold", 0.15),
         ("LATE_QAT=0", "slot_11l", "late_qat_threshold", 0.0),
         ("SLOT_ENABLED=1", "nfm_7k", "slot", "causal"),
         ("SLOT_ENABLED=1 SLOT=published", "nfm_7k", "slot", "published"),
         ("SLOT_ENABLED=0", "slot_11l", "slot", "off"),
+        ("PARALLEL_RESIDUAL_START=7", "record_0405", "parallel_last_n", 4),
+        ("PARALLEL_RESIDUAL_START=7 NUM_LAYERS=9", "record_0409", "parallel_last_n", 2),
+        ("PARALLEL_RESIDUAL_START=11", "record_0409", "parallel_last_n", 0),
+        ("PARALLEL_RESIDUAL_START=-1", "record_0409", "parallel_last_n", 0),
+        ("EMBEDDING_DIM=256", "record_0409", "embed_dim", 256),
     ],
 )
 def test_a_switch_sets_its_field_unless_that_says_more(command, preset, field, value):
@@ -217,6 +223,7 @@ def test_the_built_in_value_may_be_spelt_in_any_way(command):
         ("SLOT_ENABLED=1 SLOT=off", "SLOT=off"),
         ("VE_LAYERS=9,10 VE_LAST_N=3", "VE_LAST_N=3"),
         ("SAVE_DIR=/a RUN_DIR=/b", "RUN_DIR=/b"),
+        ("PARALLEL_RESIDUAL_START=7 PARALLEL_LAST_N=3", "PARALLEL_LAST_N=3"),
     ],
 )
 def test_two_names_that_contradict_each_other_are_refused(command, named):
@@ -236,6 +243,7 @@ def test_two_names_that_agree_are_one():
         ("EMA_ENABLED=yes", "EMA_ENABLED='yes': expected 0, 1, true or false"),
         ("SAVE_EVERY=1.5", "SAVE_EVERY='1.5': expected int"),
         ("NATIVE_FLOW_HIDDEN_DIM=0", "NFM_HIDDEN_DIM=0: expected at least 1"),
+        ("PARALLEL_RESIDUAL_START=7.5", "PARALLEL_RESIDUAL_START='7.5': expected int"),
     ],
 )
 def test_a_wrong_value_is_reported_like_any_other(command, expected):
