@@ -401,6 +401,20 @@ def test_a_document_that_the_checked_slice_cuts_inside_a_character_is_no_error(t
         token_bytes.check(ids[:end])
 
 
+def test_pieces_of_another_tokenizer_are_noticed(tmp_path):
+    """They decode and count like any others: only their text, encoded again, gives them away."""
+    halves = TOPICS[:40], TOPICS[40:]
+    models = [train_tokenizer(half, tmp_path / str(i)) for i, half in enumerate(halves)]
+    ids = [BOS]
+    for text in TOPICS:
+        ids += [*models[0].encode(text), BOS]
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array(ids))
+    for i, is_foreign in enumerate((False, True)):
+        token_bytes = TokenBytes(tmp_path / str(i))
+        config = val_config(tmp_path, vocab_size=token_bytes.vocab_size)
+        assert ValidationSet.load(config, token_bytes).is_foreign() == is_foreign
+
+
 def test_a_space_spelt_in_bytes_is_not_counted_as_three(tmp_path):
     """So does byte fallback without a piece "▁", as <0xE2><0x96><0x81>; no score must profit from
     it."""

@@ -9,7 +9,7 @@ import time
 import types
 
 import pytest
-from helpers import ROOT, events, read_json, run_main
+from helpers import ROOT, events, read_json, run_main, train_tokenizer
 
 import train_gpt
 from train_gpt import Config
@@ -482,3 +482,17 @@ def test_swa_that_takes_no_snapshot_warns_and_exports_the_ema(tiny_data, tmp_pat
     )
     only(finished.lines, "export:EMA.*")
     only(finished.lines, ".*warning: SWA took no snapshot.*")
+
+
+# --------------------------------------------------------------------------------------------------
+# Data that do not belong together
+# --------------------------------------------------------------------------------------------------
+def test_a_tokenizer_that_did_not_make_the_shards_is_warned_about(tiny_data, tmp_path):
+    texts = [(ROOT / "train_gpt.py").read_text()]
+    train_tokenizer(texts, tmp_path / "other.model")
+    own = timed_run(tiny_data, tmp_path / "own", iterations=1)
+    other = timed_run(
+        tiny_data, tmp_path / "other", iterations=1, tokenizer_path=str(tmp_path / "other.model")
+    )
+    only(other.lines, "warning: TOKENIZER_PATH=.*other.model does not seem to have made .*")
+    assert not starting(own.lines, "warning: TOKENIZER_PATH")
