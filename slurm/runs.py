@@ -19,6 +19,7 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import claims
 import logs
 
 
@@ -55,6 +56,7 @@ ADAPTED = (SLOT, TTT, TTT_SLOT)
 STAGES = (FLOAT, ROUNDTRIP, SLIDING, LAST, SLOT, TTT, TTT_SLOT)
 # Scores of the packed model, strongest first. Float weights are no submission.
 HEADLINE_ORDER = tuple(reversed(STAGES[1:]))
+WORSE_BPB = 6e-4  # bits per byte; less is rounding
 
 UNPACKED_WORDS = re.compile(r"\b(pre|un|non|before) ?quant|\bno quant|^float ")
 PACKED_WORDS = re.compile(r"quant|round ?trip|gptq|compressed|packed|\bint ?\d|\bq\d")
@@ -132,6 +134,12 @@ class Score:
             return True
         return abs(self.val_loss - other.val_loss) <= slack
 
+    def refine(self, copy):
+        """Take over the digits of a copy of this score that says more."""
+        if copy.is_finer_than(self):
+            self.val_loss, self.val_bpb = copy.val_loss, copy.val_bpb
+            self.decimals = copy.decimals
+
     def is_finer_than(self, other):
         """True if this line says more: a loss as well, or more decimals."""
         mine = (self.val_loss is not None, self.decimals)
@@ -147,7 +155,8 @@ class Run:
     note: str = ""  # why it is not finished
     remarks: list[str] = field(default_factory=list)  # what a reader of its numbers should know
     folder: Path | None = None  # of logs, if it was read with it
-    submitted: bool = False  # a folder of the field marks it as the run that was submitted
+    submitted: str = ""  # why it is the one run that its folder was judged by, if it is
+    claimed_stage: str | None = None  # the score that its folder's author claims
     seed: int | None = None
     preset: str | None = None
     config: dict = field(default_factory=dict)  # as the source spells the values
@@ -504,8 +513,6 @@ class NotALog(RunDataProblem):
 class LogReader:
     """Takes the lines of one log in order and makes a Run of them."""
 
-    WORSE = 6e-4  # bits per byte; less is rounding
-
     def __init__(self, path, alone=True):
         self.run = Run(path=path)
         self.alone = alone  # the file holds no other run: its name is of this one
@@ -736,8 +743,11 @@ class LogReader:
         stage = self.place(score)
         stronger = STAGES[STAGES.index(stage) + 1 :]
         # A copy of a stronger score under the name that the challenge's own parser looks for.
-        if any(name in run.scores and run.scores[name].agrees(score) for name in stronger):
-            return
+        for name in stronger:
+            known = run.scores.get(name)
+            if known and known.agrees(score):
+                known.refine(score)
+                return
         if (
             stage == SLIDING
         ):  # an evaluation without a telling name counts only after the sliding one
@@ -791,17 +801,14 @@ class LogReader:
             )
 
     def compare_stages(self):
-        """Remark a strongest evaluation that is worse than a weaker one, as it stays the headline.
-
-        Authors whose adaptation fails submit the other score more often than not.
-        """
+        """Remark a strongest evaluation that is worse than a weaker one."""
         ranked = list(self.run.packed_scores.items())
         for stage, score in ranked[1:]:
             strongest, first = ranked[0]
-            if score.val_bpb < first.val_bpb - self.WORSE:
+            if score.val_bpb < first.val_bpb - WORSE_BPB:
                 self.remark(
-                    f"{strongest} {first.val_bpb} is worse than {stage} {score.val_bpb}; the "
-                    f"author may have submitted that one: --headline {stage!r}"
+                    f"{strongest} {first.val_bpb} is worse than {stage} {score.val_bpb}; "
+                    f"--headline {strongest!r} or {stage!r} takes either"
                 )
                 return
 
@@ -887,6 +894,8 @@ def read_lines(path):
 # --- What a path holds ---------------------------------------------------------------------------
 
 LOG_SUFFIXES = {".log", ".txt", ".out"}
+# Some records keep their logs in logs/, some in a folder per seed
+LEVELS = ("*", "*/*", "*/*/**/*")
 
 
 def read_path(path):
@@ -912,17 +921,48 @@ def is_run_dir(path):
         return True
     with contextlib.suppress(ValueError, TypeError):
         written = json.loads((path / "config.json").read_text("utf-8"))
-        return "config" in written or not log_files(path)
+        return "config" in written or not any(log_files(path, pattern) for pattern in LEVELS)
     return True
 
 
 def read_log_folder(path):
-    """The Runs of a folder's logs, copies left out; [] if it holds no log or holds run folders."""
+    """The Runs of a folder's logs, copies left out; [] if it holds no log or holds run folders.
+
+    Where the folder claims a score, its logs are those that the claim is about.
+    """
     # Runs to be passed one by one: their logs are not all there is of them
     if any(is_run_dir(file.parent) for file in path.glob("*/config.json")):
         return []
+    levels = filter(None, (runs_of_level(path, pattern) for pattern in LEVELS))
+    runs = next(levels, [])
+    claim = claims.read_claim(path)
+    # A run of train_gpt.py tells its own headline
+    if not runs or claim is None or any(run.whole_config for run in runs):
+        return runs
+    about = claims.logs_of_claim(claim, runs)
+    # What is claimed may lie further down, in supplementary/ say; not all there need be readable
+    with contextlib.suppress(RunDataProblem):
+        while not about and (deeper := next(levels, [])):
+            runs, about = with_deeper_logs(claim, runs, deeper)
+    return claims.settle(claim, runs, about)
+
+
+def with_deeper_logs(claim, runs, deeper):
+    """(runs, those that the claim is about), with the logs further down that it is about."""
+    about = claims.logs_of_claim(claim, deeper)
+    if not about:
+        return runs, []
+    joined = join_evaluations([*runs, *about])
+    # An evaluation gave its score to the run above that it evaluated
+    if len(joined) == len(runs):
+        return joined, claims.logs_of_claim(claim, joined)
+    return joined, about
+
+
+def runs_of_level(path, pattern):
+    """The Runs of the logs that a pattern finds in a folder, copies left out."""
     runs, left_out = [], []
-    for file in log_files(path):
+    for file in log_files(path, pattern):
         try:
             runs += read_logs(file)
         except NotALog:
@@ -943,22 +983,15 @@ def read_log_folder(path):
         run.folder = path
         # The field's folders hold the log of the run that was submitted as train.log, and those of
         # all seeds beside it. A folder of train_gpt.py does too, but its result is the mean.
-        run.submitted = run.path.stem == "train" and len(runs) > 1 and not run.whole_config
+        if run.path.stem == "train" and len(runs) > 1 and not run.whole_config:
+            run.submitted = "keeps as train.log"
     return without_copies(runs)
 
 
-def log_files(path):
-    """The files of a folder that may be logs; those of its subfolders if it holds none itself."""
-    # Some records keep their logs in logs/, some in a folder per seed
-    for pattern in ("*", "*/*", "*/*/**/*"):
-        files = [
-            file
-            for file in sorted(path.glob(pattern))
-            if file.is_file() and file.suffix in LOG_SUFFIXES
-        ]
-        if files:
-            return files
-    return []
+def log_files(path, pattern):
+    """The files in a folder that a pattern finds and that may be logs."""
+    found = sorted(path.glob(pattern))
+    return [file for file in found if file.is_file() and file.suffix in LOG_SUFFIXES]
 
 
 def newest_versions(runs):
@@ -1030,5 +1063,5 @@ def without_copies(runs):
         if twin is None:
             kept.append(run)
         else:
-            twin.submitted |= run.submitted
+            twin.submitted = twin.submitted or run.submitted
     return kept
