@@ -159,7 +159,10 @@ def settle(claim, runs, about):
 
 
 def unmet(claim, runs):
-    """The remark on a claim that no score of the packed model meets."""
+    """The remark on a claim that no score of the packed model meets, or that several do."""
+    met = [run.name for run in runs if run.finished and claimed_stage(claim, [run])]
+    if met:
+        return f"{claim}, which of these logs is not known: {', '.join(met)}"
     floats = [run.scores["float weights"] for run in runs if "float weights" in run.scores]
     if any(claim.is_met_by(score.val_bpb, score.decimals) for score in floats):
         return f"{claim}: that is of float weights, not of the packed model"

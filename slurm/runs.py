@@ -520,6 +520,7 @@ class LogReader:
         self.events = []  # start, step and val, as replay() wants them
         self.seeds = []  # of lines that say nothing else
         self.seed_hint = None  # of a line that says more
+        self.told_mb = None  # (total size in MB, its decimals), where no line tells the bytes
         self.packed = False  # a size or a score of the packed model has been printed
         self.early = set()  # stages of adapted models that were scored before that
         self.adapting = False  # test-time training or SLOT began after the last score
@@ -605,8 +606,11 @@ class LogReader:
         if found := logs.VAL_TOKENS.search(line):
             run.tokens = int(found[1])
             known = True
-        for found in logs.SIZE.finditer(line):
+        sizes = [*logs.SIZE.finditer(line), *logs.SIZE_BEHIND_MB.finditer(line)]
+        for found in sizes:
             known |= self.size(found["what"].lower(), int(re.sub(r"[,_]", "", found["size"])))
+        if found := logs.MB_TOTAL.search(line):
+            self.told_mb = float(found[1]), len(found[2])
         if found := logs.BARE_TOTAL.search(line):
             known |= self.size("code", int(found[1])) and self.size("total", int(found[2]))
         return known
@@ -615,7 +619,7 @@ class LogReader:
         """File a size by its words. The last of a kind counts: float weights are printed first."""
         run = self.run
         # "Total submission size" names the model's scheme too: the total goes first
-        if "total" in what or "submission" in what:
+        if "total" in what or "submission" in what or what.strip() == "size":
             run.total_bytes = size
         elif "code" in what:
             run.code_bytes = size
@@ -742,6 +746,9 @@ class LogReader:
             return
         stage = self.place(score)
         stronger = STAGES[STAGES.index(stage) + 1 :]
+        # A name that tells nothing may repeat a score of a name that does: "wrote summary.json"
+        if stage == LAST:
+            stronger += (ROUNDTRIP, SLIDING)
         # A copy of a stronger score under the name that the challenge's own parser looks for.
         for name in stronger:
             known = run.scores.get(name)
@@ -779,6 +786,7 @@ class LogReader:
         elif run.iterations is not None:
             run.settings["iterations"] = str(run.iterations)
         self.find_seed()
+        self.find_total()
         self.judge_early()
         if not self.config:
             self.compare_stages()
@@ -786,6 +794,20 @@ class LogReader:
         if run.packed_scores and run.validations and FLOAT not in run.scores:
             run.scores = {FLOAT: run.validations[-1], **run.scores}
         self.find_status()
+
+    def find_total(self):
+        """The total of a log that tells it in MB only, from its parts in bytes."""
+        run = self.run
+        if run.total_bytes is not None or self.told_mb is None:
+            return
+        told, decimals = self.told_mb
+        if None not in (run.artifact_bytes, run.code_bytes):
+            parts = run.artifact_bytes + run.code_bytes
+            if logs.told_in_megabytes(parts, told, decimals):
+                run.total_bytes = parts
+                return
+        # Rounded, and MB may mean MiB: no number of bytes that could be compared with a limit
+        self.remark(f"its total size is told in MB only, {told}: its bytes are not known")
 
     def judge_early(self):
         """An adapted model that is packed afterwards was adapted as float weights."""
@@ -870,6 +892,13 @@ def read_log(path):
 def read_logs(path):
     """The Runs of a plain log that may hold several, one behind the other."""
     lines, torn = read_lines(path)
+    launched = logs.by_launched_run(lines)
+    if launched:
+        # The launcher's name of a run is what tells it from the others in the file
+        runs = [LogReader(path / name).read(part, torn) for name, part in launched.items()]
+        for run in runs:
+            run.folder = path
+        return runs
     parts = logs.runs_in(lines)
     if len(parts) == 1:
         return [LogReader(path).read(lines, torn)]
