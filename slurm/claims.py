@@ -18,6 +18,7 @@ import logs
 CLAIM_KEYS = ("val_bpb", "mean_val_bpb")
 # Published files are not always valid JSON: a comma may be missing or one too many
 JSON_BPB = re.compile(r'"(?:mean_)?val_bpb"\s*:\s*(\d+\.\d+)')
+JSON_BYTES = re.compile(r'"bytes_total"\s*:\s*(\d+)\b(?!\.)')
 README_BPB = re.compile(r"\bval[_ ]bpb\W{0,9}(\d\.\d+)", re.I)
 LEAST_DECIMALS = 3  # a coarser claim would be met by too many scores
 
@@ -28,6 +29,7 @@ class Claim(NamedTuple):
     val_bpb: float
     decimals: int
     source: str  # name of the file
+    bytes_total: int | None = None
 
     def is_met_by(self, val_bpb, decimals):
         """True if a score printed with so many decimals may be the claimed one."""
@@ -43,9 +45,12 @@ def read_claim(folder):
     """The Claim of a folder, None if it makes none or its README.md tells several numbers."""
     path = folder / "submission.json"
     if path.is_file():
-        number = number_in_json(path.read_text("utf-8", "replace"))
+        text = path.read_text("utf-8", "replace")
+        number = number_in_json(text)
+        # A null is a statement as well: the author has no score
         if number is not None:
-            return claim_of(number, path.name)
+            size = JSON_BYTES.search(text)
+            return claim_of(number, path.name, size and int(size[1]))
     path = folder / "README.md"
     if path.is_file():
         # Tables and baselines: with several numbers nothing tells which is claimed
@@ -70,14 +75,15 @@ def number_in_json(text):
     return None
 
 
-def claim_of(number, source):
+def claim_of(number, source, bytes_total=None):
     """The Claim that a number as written makes, None if it is none or too coarse."""
     if not re.fullmatch(r"\d+\.\d+", number):
         return None
+    # The decimals as written: a float would have lost the zeros at their end
     decimals = logs.decimals_of(number)
     if decimals < LEAST_DECIMALS:
         return None
-    return Claim(float(number), decimals, source)
+    return Claim(float(number), decimals, source, bytes_total)
 
 
 # --- Which logs ----------------------------------------------------------------------------------
@@ -144,6 +150,7 @@ def settle(claim, runs, about):
         return runs
     for run in about:
         run.claimed_stage = claimed_stage(claim, about)
+    remark_on_size(claim, about)
     others = [run for run in runs if run.finished and run not in about]
     same = [run for run in others if family(run) == family(about[0])]
     # Nothing is left of what the folder keeps as train.log: the claim says more
@@ -156,6 +163,18 @@ def settle(claim, runs, about):
         return runs
     about[0].remarks.append(f"{claim}, which is of this log; left out: {', '.join(strangers)}")
     return [run for run in runs if run in about or run in same]
+
+
+def remark_on_size(claim, about):
+    """Remark a claimed total that is of another artifact than the logs'."""
+    totals = [run.total_bytes for run in about]
+    if claim.bytes_total is None or None in totals:
+        return
+    # Of several seeds an author may tell the largest, one of them or the mean
+    if not min(totals) <= claim.bytes_total <= max(totals):
+        about[0].remarks.append(
+            f"{claim.source} claims {claim.bytes_total} bytes in total, the log tells {totals[0]}"
+        )
 
 
 def unmet(claim, runs):

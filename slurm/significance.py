@@ -86,10 +86,12 @@ def headline_of_strangers(group, shared):
     Authors whose adaptation makes the score worse submit the other one. Of a weaker evaluation
     only those count whose names tell what they are.
     """
+    # The author has chosen, and a log prints it
     claimed = judged_runs(group)[0].claimed_stage
     if claimed in shared:
         return claimed
     best = shared[0]
+    # Both are legal as far as a log shows, so nothing speaks for the worse one
     for stage in shared[1:]:
         gain = sample_of(group, best).mean - sample_of(group, stage).mean
         if stage != LAST and gain > WORSE_BPB:

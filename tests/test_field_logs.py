@@ -732,6 +732,15 @@ def test_a_claim_of_one_seed_leaves_the_others_in_the_table(tmp_path, capsys):
     )
 
 
+def test_a_claimed_size_that_is_not_the_logs_is_remarked(tmp_path, capsys):
+    write_log(tmp_path / "logs", "train.log", 1.121)
+    for size, told in ((15890000, False), (15890001, True)):
+        claim = f'{{"val_bpb": 1.121, "bytes_total": {size}}}'
+        (tmp_path / "logs" / "submission.json").write_text(claim)
+        assert submission_of(tmp_path, capsys, [tmp_path / "logs"])["bytes_total"] == 15890000
+        assert (f"claims {size} bytes in total" in page_of(tmp_path)) == told
+
+
 def test_a_claim_that_no_log_meets_is_remarked(tmp_path, capsys):
     write_log(tmp_path / "logs", "train.log", 1.12)
     for bpb, words in ((1.1, "no log that was read comes to that"), (1.14, "of float weights")):
