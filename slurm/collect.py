@@ -16,8 +16,10 @@ listed.
 
 The headline is the strongest evaluation that all runs share and that is legal, in a fixed order:
 TTT + SLOT, TTT, SLOT, a last evaluation of another name, sliding, roundtrip. It is never chosen by
-its number. Float weights are no submission. A log cannot prove that its evaluation is legal: that
-takes the code.
+its number, except among the logs of other scripts: there the score counts that the folder's
+submission.json or README.md claims, if a log prints it, and without a claim an adaptation that
+makes the score worse does not. Float weights are no submission. A log cannot prove that its
+evaluation is legal: that takes the code.
 
 Units: val_loss in nats per token, val_bpb in bits per byte, eval_time_s and train_time_s in
 seconds, step_avg_ms in milliseconds, standard deviations with ddof 1. train_time_s holds what

@@ -8,7 +8,9 @@ runs that must not be mixed and RunDataProblem for numbers that contradict each 
 from __future__ import annotations
 
 import math
+import re
 
+import claims
 import logs
 import pandas
 from runs import HEADLINE_ORDER, RunDataProblem, UsageProblem, read_path
@@ -269,12 +271,35 @@ def check_seeds(group):
         check_close([other, run], SAME_SEED_BPB, f"two logs of seed {run.seed}")
     # Logs of train_gpt.py tell their configuration, so nothing has to be guessed from their scores
     foreign = [run for run in group if run.folder and not run.whole_config]
+    check_names([run for run in foreign if run.seed is None])
     names = {logs.without_seed(run.path.stem) for run in foreign}
     stated = all(logs.SEED_NAME.search(run.path.stem) for run in foreign)
     # Names that differ in nothing but the seed say so themselves, however far apart the seeds are
     if stated and len(names) == 1:
         return
     check_close(foreign, FOLDER_BPB, "the logs of a folder")
+    remark_on_names([run for run in foreign if run.path.stem != "train"])
+
+
+def check_names(runs):
+    """UsageProblem for logs of unknown seeds whose names tell more than a number apart."""
+    names = sorted({logs.without_counter(run.path.stem) for run in runs})
+    if len(names) > 1:
+        raise UsageProblem(
+            f"the seeds of {len(runs)} logs are unknown and their names differ: "
+            f"{', '.join(names)}; expected seeds of one configuration, or their mean says nothing. "
+            "Pass those that belong together, one by one."
+        )
+
+
+def remark_on_names(runs):
+    """Remark on the first of logs whose names differ in words: they may be ablations."""
+    words = {re.sub(r"\d+", "", claims.family(run)[1]): run.name for run in runs}
+    if len(words) > 1:
+        runs[0].remarks.append(
+            f"the names of the logs differ in more than the seed ({', '.join(words.values())}): "
+            "are they of one configuration?"
+        )
 
 
 def check_close(runs, limit, what):

@@ -70,7 +70,10 @@ LATER_STEP = re.compile(r"\bstep\W{0,2}(\d+)/(\d+)", re.I)
 RESUMED = re.compile(r"resum\w*\b.*?\bstep\D{0,3}(\d+)|resum\w*\b.*?step_?(\d+)\.pt", re.I)
 TRAIN_LOSS = re.compile(rf"(?<![\w-])train[_ ]?loss[\"']?\s*[:=]?\s*{NUMBER}", re.I)
 VAL_LOSS = re.compile(rf"(?<![\w-])(?:val(?:idation)?[_ ])?loss[\"']?\s*[:=]?\s*{NUMBER}", re.I)
-VAL_BPB = re.compile(rf"(?<![\w-])val(?:idation)?[_ ]?bpb[\"']?\s*[:=]?\s*{NUMBER}", re.I)
+# "val_bpb (int4 roundtrip): 1.60" tells behind the key what the others tell before it
+VAL_BPB = re.compile(
+    rf"(?<![\w-])val(?:idation)?[_ ]?bpb[\"']?\s*(?:\((?P<what>[^()]*)\)\s*)?[:=]?\s*{NUMBER}", re.I
+)
 LEAST_BPB = 0.1
 # A key of its own kind, alone on its line: "ppm_mix_bpb:0.82"
 NAMED_BPB = re.compile(rf"(?P<name>(?!train)[A-Za-z][\w+-]*)[_-]bpb\s*[:=]\s*{NUMBER}", re.I)
@@ -90,6 +93,16 @@ NO_RESULT = re.compile(
     r"|published|threshold|est|estimated?|projected|gap|diff|difference|degradation|penalty)\b"
 )
 SIZE = re.compile(r"(?P<what>[^:=|]*?)\s*[:=]\s*(?P<size>\d[\d,_]*)\s*bytes\b", re.I)
+# The unit first: "Size 5.64 MB (5,645,856 bytes)"
+SIZE_BEHIND_MB = re.compile(
+    r"(?P<what>[A-Za-z][\w ]*?)\s*[:=]?\s*\d+(?:\.\d+)?\s*Mi?B\s*\((?P<size>\d[\d,_]*)\s*bytes\b",
+    re.I,
+)
+# Some tell no more than that: "TOTAL: 13.00 MB"
+MB_TOTAL = re.compile(
+    r"\b(?:total|submission|artifact)\b[^:=|]*[:=]\s*(\d+\.(\d+))\s*Mi?B\b(?!\s*\()", re.I
+)
+MEGABYTES = (1e6, 2.0**20)  # authors write MB for both
 # Some scripts print no unit: "int8_zlib:3554683 code:42197 total:3596880"
 BARE_TOTAL = re.compile(
     r"\bcode\s*[:=]\s*(\d{4,})\b.*?\btotal\s*[:=]\s*(\d{4,})\b(?! ?bytes)", re.I
@@ -99,6 +112,7 @@ SEED_WORD = re.compile(r"(?<![\w.-])seed\s*[:=]\s*(\d+)\b", re.I)
 SEED_HEADING = re.compile(r"[^\w\s]{2,}(?:.*\W)?seed\W{0,3}(\d+)\W*", re.I)  # === Seed 42 ===
 SEED_NAME = re.compile(r"(?:seed|(?<![a-z0-9])s)[_-]?(\d+)", re.I)
 VERSION = re.compile(r"[_-]v(\d+(?:\.\d+)*)(?![a-z0-9])", re.I)
+COUNTER_NAME = re.compile(r"[_-]?(?:v|run|rep|repeat|try)?[_-]?\d{1,2}$", re.I)
 PARAMS = re.compile(r"(?<!\w)model_params\s*[:=]\s*(\d+)", re.I)
 VAL_TOKENS = re.compile(r"(?:val[_ ]tokens\s*[:=]|val_loader\b.*\btokens:)\s*(\d+)\b", re.I)
 FINGERPRINT = re.compile(
@@ -122,9 +136,38 @@ def bare(raw):
     return line[DECORATION.match(line).end() :]
 
 
+# A launcher may put the name of a run before its lines: "wide_lr2: step:100/7000 train_loss:..."
+LAUNCHED = re.compile(
+    r"(?P<name>[\w.+-]+):\s+(?=(?:step|iter)\w*\W{0,3}\d+\s*/\s*\d+\s+train_loss)"
+)
+# Such a name is of a process, and all of them print the same
+PROCESS_NAME = re.compile(r"(rank|node|worker|gpu|host|proc|local|default)\w*", re.I)
+
+
+def by_launched_run(lines):
+    """{name: lines} of the runs whose names a launcher put before every line; {} without any."""
+    names = [found["name"] for raw in lines if (found := LAUNCHED.match(raw))]
+    runs = {name: [] for name in names if not PROCESS_NAME.fullmatch(name)}
+    for raw in lines:
+        name, colon, rest = raw.partition(":")
+        if colon and name in runs:
+            runs[name].append(rest.strip())
+    return runs
+
+
+def told_in_megabytes(size, told, decimals):
+    """True if a size in bytes is what a log tells in MB, in one of the two meanings."""
+    return any(abs(size / unit - told) <= 0.51 * 10.0**-decimals for unit in MEGABYTES)
+
+
 def without_seed(name):
     """The name of a log without its seed: equal for the seeds of one configuration."""
     return SEED_NAME.sub("", name)
+
+
+def without_counter(name):
+    """The name of a log without the number that counts repetitions: "train_v2" is "train"."""
+    return COUNTER_NAME.sub("", name)
 
 
 def version_of(name):
@@ -188,14 +231,16 @@ def find_pair(line):
         if not named or not float(named[2]) > LEAST_BPB:
             return None
         return Pair(named["name"], None, named[2], "")
+    number = bpb[bpb.lastindex]
     if not loss:
-        return Pair(line[: bpb.start()], None, bpb[1], "")
+        told_behind = bpb.groupdict().get("what") or ""
+        return Pair(f"{line[: bpb.start()]} {told_behind}", None, number, "")
     first, second = sorted((loss, bpb), key=re.Match.start)
     head, between = line[: first.start()], line[first.end() : second.start()]
     # The same word in front of both keys, and another one before it
     word = re.search(r"([A-Za-z]\w*)\s+$", between)
     repeated = word[1] if word and re.search(rf"\w\W+{word[1]}\s+$", head) else ""
-    return Pair(head, loss[1], bpb[1], repeated)
+    return Pair(head, loss[1], number, repeated)
 
 
 def decimals_of(number):

@@ -198,7 +198,7 @@ def submission_text(submission, runs, group, stage, significance):
     if judged is not group:
         headline = sample_of(judged, stage)
         basis = (
-            f", seed {judged[0].seed}: the run that its folder keeps as train.log; mean of "
+            f", seed {judged[0].seed}: the run that its folder {judged[0].submitted}; mean of "
             f"{sample.n} seed(s) {sample}"
         )
     return (

@@ -19,6 +19,7 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import claims
 import logs
 
 
@@ -55,6 +56,7 @@ ADAPTED = (SLOT, TTT, TTT_SLOT)
 STAGES = (FLOAT, ROUNDTRIP, SLIDING, LAST, SLOT, TTT, TTT_SLOT)
 # Scores of the packed model, strongest first. Float weights are no submission.
 HEADLINE_ORDER = tuple(reversed(STAGES[1:]))
+WORSE_BPB = 6e-4  # bits per byte; less is rounding
 
 UNPACKED_WORDS = re.compile(r"\b(pre|un|non|before) ?quant|\bno quant|^float ")
 PACKED_WORDS = re.compile(r"quant|round ?trip|gptq|compressed|packed|\bint ?\d|\bq\d")
@@ -132,6 +134,12 @@ class Score:
             return True
         return abs(self.val_loss - other.val_loss) <= slack
 
+    def refine(self, copy):
+        """Take over the digits of a copy of this score that says more."""
+        if copy.is_finer_than(self):
+            self.val_loss, self.val_bpb = copy.val_loss, copy.val_bpb
+            self.decimals = copy.decimals
+
     def is_finer_than(self, other):
         """True if this line says more: a loss as well, or more decimals."""
         mine = (self.val_loss is not None, self.decimals)
@@ -147,7 +155,8 @@ class Run:
     note: str = ""  # why it is not finished
     remarks: list[str] = field(default_factory=list)  # what a reader of its numbers should know
     folder: Path | None = None  # of logs, if it was read with it
-    submitted: bool = False  # a folder of the field marks it as the run that was submitted
+    submitted: str = ""  # why it is the one run that its folder was judged by, if it is
+    claimed_stage: str | None = None  # the score that its folder's author claims
     seed: int | None = None
     preset: str | None = None
     config: dict = field(default_factory=dict)  # as the source spells the values
@@ -512,8 +521,6 @@ class NotALog(RunDataProblem):
 class LogReader:
     """Takes the lines of one log in order and makes a Run of them."""
 
-    WORSE = 6e-4  # bits per byte; less is rounding
-
     def __init__(self, path, alone=True):
         self.run = Run(path=path)
         self.alone = alone  # the file holds no other run: its name is of this one
@@ -521,6 +528,7 @@ class LogReader:
         self.events = []  # start, step and val, as replay() wants them
         self.seeds = []  # of lines that say nothing else
         self.seed_hint = None  # of a line that says more
+        self.told_mb = None  # (total size in MB, its decimals), where no line tells the bytes
         self.packed = False  # a size or a score of the packed model has been printed
         self.early = set()  # stages of adapted models that were scored before that
         self.adapting = False  # test-time training or SLOT began after the last score
@@ -608,8 +616,11 @@ class LogReader:
         if found := logs.VAL_TOKENS.search(line):
             run.tokens = int(found[1])
             known = True
-        for found in logs.SIZE.finditer(line):
+        sizes = [*logs.SIZE.finditer(line), *logs.SIZE_BEHIND_MB.finditer(line)]
+        for found in sizes:
             known |= self.size(found["what"].lower(), int(re.sub(r"[,_]", "", found["size"])))
+        if found := logs.MB_TOTAL.search(line):
+            self.told_mb = float(found[1]), len(found[2])
         if found := logs.BARE_TOTAL.search(line):
             known |= self.size("code", int(found[1])) and self.size("total", int(found[2]))
         return known
@@ -618,7 +629,7 @@ class LogReader:
         """File a size by its words. The last of a kind counts: float weights are printed first."""
         run = self.run
         # "Total submission size" names the model's scheme too: the total goes first
-        if "total" in what or "submission" in what:
+        if "total" in what or "submission" in what or what.strip() == "size":
             run.total_bytes = size
         elif "code" in what:
             run.code_bytes = size
@@ -745,9 +756,15 @@ class LogReader:
             return
         stage = self.place(score)
         stronger = STAGES[STAGES.index(stage) + 1 :]
+        # A name that tells nothing may repeat a score of a name that does: "wrote summary.json"
+        if stage == LAST:
+            stronger += (ROUNDTRIP, SLIDING)
         # A copy of a stronger score under the name that the challenge's own parser looks for.
-        if any(name in run.scores and run.scores[name].agrees(score) for name in stronger):
-            return
+        for name in stronger:
+            known = run.scores.get(name)
+            if known and known.agrees(score):
+                known.refine(score)
+                return
         if (
             stage == SLIDING
         ):  # an evaluation without a telling name counts only after the sliding one
@@ -779,6 +796,7 @@ class LogReader:
         elif run.iterations is not None:
             run.settings["iterations"] = str(run.iterations)
         self.find_seed()
+        self.find_total()
         self.judge_early()
         if not self.config:
             self.compare_stages()
@@ -786,6 +804,20 @@ class LogReader:
         if run.packed_scores and run.validations and FLOAT not in run.scores:
             run.scores = {FLOAT: run.validations[-1], **run.scores}
         self.find_status()
+
+    def find_total(self):
+        """The total of a log that tells it in MB only, from its parts in bytes."""
+        run = self.run
+        if run.total_bytes is not None or self.told_mb is None:
+            return
+        told, decimals = self.told_mb
+        if None not in (run.artifact_bytes, run.code_bytes):
+            parts = run.artifact_bytes + run.code_bytes
+            if logs.told_in_megabytes(parts, told, decimals):
+                run.total_bytes = parts
+                return
+        # Rounded, and MB may mean MiB: no number of bytes that could be compared with a limit
+        self.remark(f"its total size is told in MB only, {told}: its bytes are not known")
 
     def judge_early(self):
         """An adapted model that is packed afterwards was adapted as float weights."""
@@ -801,17 +833,14 @@ class LogReader:
             )
 
     def compare_stages(self):
-        """Remark a strongest evaluation that is worse than a weaker one, as it stays the headline.
-
-        Authors whose adaptation fails submit the other score more often than not.
-        """
+        """Remark a strongest evaluation that is worse than a weaker one."""
         ranked = list(self.run.packed_scores.items())
         for stage, score in ranked[1:]:
             strongest, first = ranked[0]
-            if score.val_bpb < first.val_bpb - self.WORSE:
+            if score.val_bpb < first.val_bpb - WORSE_BPB:
                 self.remark(
-                    f"{strongest} {first.val_bpb} is worse than {stage} {score.val_bpb}; the "
-                    f"author may have submitted that one: --headline {stage!r}"
+                    f"{strongest} {first.val_bpb} is worse than {stage} {score.val_bpb}; "
+                    f"--headline {strongest!r} or {stage!r} takes either"
                 )
                 return
 
@@ -873,6 +902,13 @@ def read_log(path):
 def read_logs(path):
     """The Runs of a plain log that may hold several, one behind the other."""
     lines, torn = read_lines(path)
+    launched = logs.by_launched_run(lines)
+    if launched:
+        # The launcher's name of a run is what tells it from the others in the file
+        runs = [LogReader(path / name).read(part, torn) for name, part in launched.items()]
+        for run in runs:
+            run.folder = path
+        return runs
     parts = logs.runs_in(lines)
     if len(parts) == 1:
         return [LogReader(path).read(lines, torn)]
@@ -897,6 +933,8 @@ def read_lines(path):
 # --- What a path holds ---------------------------------------------------------------------------
 
 LOG_SUFFIXES = {".log", ".txt", ".out"}
+# Some records keep their logs in logs/, some in a folder per seed
+LEVELS = ("*", "*/*", "*/*/**/*")
 
 
 def read_path(path):
@@ -922,17 +960,48 @@ def is_run_dir(path):
         return True
     with contextlib.suppress(ValueError, TypeError):
         written = json.loads((path / "config.json").read_text("utf-8"))
-        return "config" in written or not log_files(path)
+        return "config" in written or not any(log_files(path, pattern) for pattern in LEVELS)
     return True
 
 
 def read_log_folder(path):
-    """The Runs of a folder's logs, copies left out; [] if it holds no log or holds run folders."""
+    """The Runs of a folder's logs, copies left out; [] if it holds no log or holds run folders.
+
+    Where the folder claims a score, its logs are those that the claim is about.
+    """
     # Runs to be passed one by one: their logs are not all there is of them
     if any(is_run_dir(file.parent) for file in path.glob("*/config.json")):
         return []
+    levels = filter(None, (runs_of_level(path, pattern) for pattern in LEVELS))
+    runs = next(levels, [])
+    claim = claims.read_claim(path)
+    # A run of train_gpt.py tells its own headline
+    if not runs or claim is None or any(run.whole_config for run in runs):
+        return runs
+    about = claims.logs_of_claim(claim, runs)
+    # What is claimed may lie further down, in supplementary/ say; not all there need be readable
+    with contextlib.suppress(RunDataProblem):
+        while not about and (deeper := next(levels, [])):
+            runs, about = with_deeper_logs(claim, runs, deeper)
+    return claims.settle(claim, runs, about)
+
+
+def with_deeper_logs(claim, runs, deeper):
+    """(runs, those that the claim is about), with the logs further down that it is about."""
+    about = claims.logs_of_claim(claim, deeper)
+    if not about:
+        return runs, []
+    joined = join_evaluations([*runs, *about])
+    # An evaluation gave its score to the run above that it evaluated
+    if len(joined) == len(runs):
+        return joined, claims.logs_of_claim(claim, joined)
+    return joined, about
+
+
+def runs_of_level(path, pattern):
+    """The Runs of the logs that a pattern finds in a folder, copies left out."""
     runs, left_out = [], []
-    for file in log_files(path):
+    for file in log_files(path, pattern):
         try:
             runs += read_logs(file)
         except NotALog:
@@ -953,22 +1022,15 @@ def read_log_folder(path):
         run.folder = path
         # The field's folders hold the log of the run that was submitted as train.log, and those of
         # all seeds beside it. A folder of train_gpt.py does too, but its result is the mean.
-        run.submitted = run.path.stem == "train" and len(runs) > 1 and not run.whole_config
+        if run.path.stem == "train" and len(runs) > 1 and not run.whole_config:
+            run.submitted = "keeps as train.log"
     return without_copies(runs)
 
 
-def log_files(path):
-    """The files of a folder that may be logs; those of its subfolders if it holds none itself."""
-    # Some records keep their logs in logs/, some in a folder per seed
-    for pattern in ("*", "*/*", "*/*/**/*"):
-        files = [
-            file
-            for file in sorted(path.glob(pattern))
-            if file.is_file() and file.suffix in LOG_SUFFIXES
-        ]
-        if files:
-            return files
-    return []
+def log_files(path, pattern):
+    """The files in a folder that a pattern finds and that may be logs."""
+    found = sorted(path.glob(pattern))
+    return [file for file in found if file.is_file() and file.suffix in LOG_SUFFIXES]
 
 
 def newest_versions(runs):
@@ -1040,5 +1102,5 @@ def without_copies(runs):
         if twin is None:
             kept.append(run)
         else:
-            twin.submitted |= run.submitted
+            twin.submitted = twin.submitted or run.submitted
     return kept

@@ -8,10 +8,12 @@ import pytest
 from runs_helpers import (
     ROOT,
     assert_refused,
+    bpbs_around,
     collect,
     load_run,
     logs,
     loss_of,
+    make_log,
     run_collect,
     run_records,
     significance,
@@ -102,7 +104,25 @@ TAILS = {
     ),
     "a worse evaluation of a stronger kind": (
         f"final_int6_sliding_window_exact {pair(1.12)}\nlegal_ttt_exact {pair(1.13)}\n",
-        ("TTT", 1.13),
+        ("sliding", 1.12),
+    ),
+    "a stronger kind that is worse by its rounding": (
+        f"final_int6_sliding_window_exact {pair(1.12)}\nlegal_ttt_exact {pair(1.1204)}\n",
+        ("TTT", 1.1204),
+    ),
+    "an ablation of the evaluation behind the result": (
+        f"final_int6_roundtrip_exact {pair(1.15)}\nsteps_ablation {pair(1.154, 6)}\n"
+        "wrote summary.json: total_bytes=15890000 val_bpb=1.150000\n",
+        ("roundtrip", 1.15),
+    ),
+    "what was scored is told behind the key": (
+        "val_bpb (pre-quant): 1.10\nval_bpb (int4 roundtrip): 1.15\nval_bpb (3-seed mean): 1.14\n",
+        ("roundtrip", 1.15),
+    ),
+    "the digits of a copy under the challenge's name": (
+        f"final_int8_zlib_roundtrip_ttt {pair(1.1100123, 4)}\n"
+        f"final_int8_zlib_roundtrip_exact {pair(1.1100123, 7)}\n",
+        ("TTT", 1.1100123),
     ),
     "a weaker evaluation printed last": (
         f"legal_ttt_exact {pair(1.10)}\nfinal_int6_roundtrip_exact {pair(1.15)}\n",
@@ -217,10 +237,11 @@ def test_a_result_that_is_passed_over_for_its_name_is_remarked(tmp_path):
     )
 
 
-def test_an_adaptation_that_makes_things_worse_stays_the_headline_and_is_remarked(tmp_path):
+def test_an_adaptation_that_makes_things_worse_is_no_headline_and_is_remarked(tmp_path):
     text = training() + SIZES + f"sliding_window {pair(1.12)}\nsgd_ttt {pair(1.13)}\n"
     run = read(tmp_path, text)
-    assert headline(run) == ("TTT", 1.13)
+    assert headline(run) == ("sliding", 1.12)
+    assert significance.choose_headline([run], "TTT") == "TTT"
     assert any("TTT 1.13 is worse than sliding 1.12" in each for each in run.remarks)
 
 
@@ -324,6 +345,24 @@ def test_sizes_without_a_unit_are_read_where_code_and_total_stand_together(tmp_p
     text = "raw:14437775 code:42197 total:14479972\nint8:3554683 code:42197 total:3596880 x:3.5\n"
     run = read(tmp_path, training() + text + f"quantized {pair(1.2)}\n")
     assert (run.code_bytes, run.total_bytes) == (42197, 3596880)
+
+
+@pytest.mark.parametrize(
+    "lines, total, told",
+    [
+        # 12971408 + 29164 bytes are 13.00 MB, and 12.40 MiB
+        (" - model: 12971408 bytes\n - Code: 29164 bytes\n - TOTAL: 13.00 MB\n", 13000572, False),
+        (" - model: 12971408 bytes\n - Code: 29164 bytes\n - TOTAL: 12.40 MB\n", 13000572, False),
+        (" - model: 12971408 bytes\n - Code: 29164 bytes\n - TOTAL: 13.90 MB\n", None, True),
+        ("artifact:15.88MB code:76908\n", None, True),
+        ("done | Size 5.64 MB (5,645,856 bytes)\n", 5645856, False),
+        ("submission size: 15889999 bytes (15.89 MB)\n", 15889999, False),
+    ],
+)
+def test_a_total_in_mb_counts_only_where_its_bytes_are_told(tmp_path, lines, total, told):
+    run = read(tmp_path, training() + lines + f"quantized {pair(1.2)}\n")
+    assert run.total_bytes == total
+    assert any("in MB only" in each for each in run.remarks) == told
 
 
 @pytest.mark.parametrize(
@@ -628,6 +667,204 @@ def test_logs_of_models_of_different_size_are_refused(tmp_path, capsys):
     assert_refused(
         run_collect(capsys, tmp_path / "logs"), 2, "model_params: 1000000 (train_seed1.log)"
     )
+
+
+# --- what the author of a folder claims ----------------------------------------------------------
+
+
+def write_claim(folder, val_bpb, key="val_bpb"):
+    """A submission.json with the claim as its author rounds it, to four decimals."""
+    (folder / "submission.json").write_text(f'{{"name": "new", "{key}": {val_bpb:.4f}}}')
+
+
+def page_of(tmp_path):
+    return (tmp_path / "out" / "results.md").read_text()
+
+
+def test_the_claim_decides_between_the_evaluations_of_a_log(tmp_path, capsys):
+    folder = tmp_path / "logs"
+    write_log(folder, "train_seed1.log", 1.12, 1)
+    with open(folder / "train_seed1.log", "a") as file:
+        file.write(f"legal_ttt {pair(1.13)}\n")
+    assert submission_of(tmp_path, capsys, [folder])["val_bpb"] == 1.12
+    write_claim(folder, 1.1300)
+    assert submission_of(tmp_path, capsys, [folder])["val_bpb"] == 1.13
+    assert submission_of(tmp_path, capsys, [folder], "--headline", "sliding")["val_bpb"] == 1.12
+
+
+def test_of_ablations_in_a_folder_the_claimed_one_is_taken(tmp_path, capsys):
+    for name, bpb in (("base", 1.121), ("wide", 1.118), ("deep", 1.124)):
+        write_log(tmp_path / "logs", f"{name}.log", bpb)
+    write_claim(tmp_path / "logs", 1.118)
+    assert submission_of(tmp_path, capsys, [tmp_path / "logs"])["val_bpb"] == 1.118
+    assert "is of this log; left out: base.log, deep.log" in page_of(tmp_path)
+
+
+def test_the_seeds_that_a_claim_is_the_mean_of_are_taken_from_their_folder(tmp_path, capsys):
+    for seed, bpb in ((1, 1.121), (2, 1.123)):
+        write_log(tmp_path / "record" / "new_logs", f"new_seed{seed}.log", bpb, seed)
+        write_log(tmp_path / "record" / "old_logs", f"old_seed{seed}.log", bpb + 0.01, seed)
+    assert_refused(run_collect(capsys, tmp_path / "record"), 2, "two logs of seed 1 differ")
+    write_claim(tmp_path / "record", 1.122, "mean_val_bpb")
+    submission = submission_of(tmp_path, capsys, [tmp_path / "record"])
+    assert submission["val_bpb"] == pytest.approx(1.122) and sorted(submission["seeds"]) == [1, 2]
+    # The number in the name is known as the seed from the lines
+    for place, name in (("new_logs", "new"), ("old_logs", "old")):
+        for seed in (1, 2):
+            path = tmp_path / "record" / place / f"{name}_seed{seed}.log"
+            path.rename(path.with_name(f"{name}_{seed}.txt"))
+    renamed = submission_of(tmp_path, capsys, [tmp_path / "record"])
+    assert renamed["seed_results"] == submission["seed_results"]
+
+
+def test_a_claim_of_one_seed_leaves_the_others_in_the_table(tmp_path, capsys):
+    for seed, bpb in ((1, 1.121), (2, 1.123), (3, 1.129)):
+        write_log(tmp_path / "logs", f"train_seed{seed}.log", bpb, seed)
+    write_log(tmp_path / "logs", "train.log", 1.129, 3)  # a copy
+    write_claim(tmp_path / "logs", 1.121)
+    submission = submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert submission["val_bpb"] == 1.121 and len(submission["seed_results"]) == 3
+    assert "the run that its folder claims in submission.json; mean of 3" in page_of(tmp_path)
+    # The mean is of all, whichever is kept as train.log
+    write_claim(tmp_path / "logs", 1.12433)
+    assert submission_of(tmp_path, capsys, [tmp_path / "logs"])["val_bpb"] == pytest.approx(
+        1.1243333, abs=1e-7
+    )
+
+
+def test_a_claimed_size_that_is_not_the_logs_is_remarked(tmp_path, capsys):
+    write_log(tmp_path / "logs", "train.log", 1.121)
+    for size, told in ((15890000, False), (15890001, True)):
+        claim = f'{{"val_bpb": 1.121, "bytes_total": {size}}}'
+        (tmp_path / "logs" / "submission.json").write_text(claim)
+        assert submission_of(tmp_path, capsys, [tmp_path / "logs"])["bytes_total"] == 15890000
+        assert (f"claims {size} bytes in total" in page_of(tmp_path)) == told
+
+
+def test_a_claim_that_no_log_meets_is_remarked(tmp_path, capsys):
+    write_log(tmp_path / "logs", "train.log", 1.12)
+    for bpb, words in ((1.1, "no log that was read comes to that"), (1.14, "of float weights")):
+        write_claim(tmp_path / "logs", bpb)
+        assert submission_of(tmp_path, capsys, [tmp_path / "logs"])["val_bpb"] == 1.12
+        assert f"submission.json claims val_bpb {bpb}: " in page_of(tmp_path)
+        assert words in page_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, text, decides",
+    [
+        ("submission.json", '{"bytes_total": 1\n "val_bpb": 1.1300,\n}', True),
+        ("submission.json", '["val_bpb"]', False),
+        ("submission.json", '{"val_bpb": null, "val_loss": 1.13}', False),
+        ("submission.json", '{"val_bpb": 1.1}', False),  # too coarse to tell anything
+        ("README.md", "# Mine\n\n**val_bpb: 1.1300** (one seed)\n| val_bpb | size |\n", True),
+        ("README.md", "baseline val_bpb 1.2244, mine val_bpb = 1.1300\n", False),
+    ],
+)
+def test_a_claim_is_read_where_it_is_clear(tmp_path, capsys, name, text, decides):
+    folder = tmp_path / "logs"
+    write_log(folder, "train_seed1.log", 1.12, 1)
+    with open(folder / "train_seed1.log", "a") as file:
+        file.write(f"legal_ttt {pair(1.13)}\n")
+    (folder / name).write_text(text)
+    expected = 1.13 if decides else 1.12
+    assert submission_of(tmp_path, capsys, [folder])["val_bpb"] == expected
+    assert "comes to that" not in page_of(tmp_path)
+
+
+def test_two_logs_that_meet_a_claim_alike_are_not_told_apart(tmp_path, capsys):
+    for seed, (name, bpb) in enumerate((("base", 1.11), ("wide", 1.11), ("deep", 1.122))):
+        write_log(tmp_path / "logs", f"{name}.log", bpb, seed)
+    write_claim(tmp_path / "logs", 1.11)
+    submission = submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert submission["val_bpb"] == pytest.approx(1.114)
+    assert "which of these logs is not known: base.log, wide.log" in page_of(tmp_path)
+
+
+def test_a_claim_that_lies_further_down_is_found(tmp_path, capsys):
+    folder = tmp_path / "record"
+    write_log(folder, "train.log", 1.12, 1)
+    write_log(folder / "supplementary", "other_seed1.log", 1.19, 1)
+    (folder / "supplementary" / "ttt_seed1.log").write_text(
+        f"seed:1\nttt: b1/782 bl:2.4\nquantized_ttt {pair(1.11)}\n"
+    )
+    write_claim(folder, 1.12)
+    assert submission_of(tmp_path, capsys, [folder])["val_bpb"] == 1.12
+    write_claim(folder, 1.11)
+    submission = submission_of(tmp_path, capsys, [folder])
+    assert submission["val_bpb"] == 1.11 and submission["bytes_total"] == 15890000
+    assert "ttt_seed1.log trained nothing: its scores are of this seed" in page_of(tmp_path)
+    # A log of a whole run takes the place of the one above it
+    write_claim(folder, 1.19)
+    assert submission_of(tmp_path, capsys, [folder])["val_bpb"] == 1.19
+    assert "left out: train.log" in page_of(tmp_path)
+
+
+def test_logs_further_down_that_cannot_be_read_do_no_harm(tmp_path, capsys):
+    write_log(tmp_path / "record", "train.log", 1.12, 1)
+    write_log(tmp_path / "record" / "old", "both.log", 1.2, 1)
+    with open(tmp_path / "record" / "old" / "both.log", "a") as file:
+        file.write("seed:2\n")
+    write_claim(tmp_path / "record", 1.11)
+    assert submission_of(tmp_path, capsys, [tmp_path / "record"])["val_bpb"] == 1.12
+
+
+def test_a_list_of_packages_does_not_hide_the_logs_below_it(tmp_path, capsys):
+    write_log(tmp_path / "record" / "logs", "train_seed1.log", 1.12, 1)
+    (tmp_path / "record" / "requirements.txt").write_text("torch==2.9\n")
+    assert submission_of(tmp_path, capsys, [tmp_path / "record"])["seeds"] == [1]
+
+
+def test_the_headline_of_train_gpt_is_chosen_by_no_number_and_no_claim(tmp_path, capsys):
+    path = make_log(tmp_path, ours=True, bpbs={**bpbs_around(1.12), "legal_ttt": 1.2})
+    write_claim(tmp_path, 1.13)
+    assert significance.choose_headline([load_run(path)]) == "TTT"
+    assert submission_of(tmp_path, capsys, [tmp_path])["val_bpb"] == 1.2
+
+
+# --- runs whose seeds are not known --------------------------------------------------------------
+
+
+def without_seed_line(text):
+    return text.partition("\n")[2]
+
+
+def test_logs_of_unknown_seeds_are_averaged_only_under_one_name(tmp_path, capsys):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    for name, bpb in (("train_v1", 1.12), ("train_v2", 1.122)):
+        text = without_seed_line(training()) + SIZES + f"quantized {pair(bpb)}\n"
+        (folder / f"{name}.txt").write_text(text)
+    assert submission_of(tmp_path, capsys, [folder])["val_bpb"] == pytest.approx(1.121)
+    (folder / "train_v2.txt").rename(folder / "wide.txt")
+    assert_refused(run_collect(capsys, folder), 2, "the seeds of 2 logs are unknown", "wide")
+
+
+def test_names_that_differ_in_words_are_remarked(tmp_path, capsys):
+    write_log(tmp_path / "logs", "base_1.log", 1.12, 1)
+    write_log(tmp_path / "logs", "base_2.log", 1.121, 2)
+    submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert "are they of one configuration?" not in page_of(tmp_path)
+    write_log(tmp_path / "logs", "wide_3.log", 1.122, 3)
+    submission_of(tmp_path, capsys, [tmp_path / "logs"])
+    assert "(base_2.log, wide_3.log): are they of one configuration?" in page_of(tmp_path)
+
+
+def test_runs_whose_names_a_launcher_puts_before_their_lines_are_told_apart(tmp_path, capsys):
+    def launched(name, bpb):
+        text = without_seed_line(training()) + f"final_roundtrip_exact {pair(bpb)} codec:lzma\n"
+        return "".join(f"{name}: {line}\n" for line in text.splitlines()) + f"train {name} rc=0\n"
+
+    path = tmp_path / "sweep.out"
+    path.write_text(launched("deep_lr2_s7", 1.15))
+    run = load_run(path)
+    assert headline(run) == ("roundtrip", 1.15)
+    assert (run.name, run.steps, run.seed) == ("deep_lr2_s7", 200, 7)
+    path.write_text(launched("deep_lr2", 1.15) + launched("wide_lr2", 1.151))
+    assert_refused(run_collect(capsys, path), 2, "the seeds of 2 logs are unknown", "deep_lr")
+    # Ranks print the same lines, and their names are of no runs
+    path.write_text(launched("rank0", 1.15))
+    assert all(run.path == path for run in run_records.read_path(path))
 
 
 # --- the field's own logs ------------------------------------------------------------------------
