@@ -5237,17 +5237,28 @@ class Trainer:
         log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
         log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
         log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
-        quantised = any(module.bits for _, module in self.model.quantizable())
-        if self.config.late_qat_threshold and not quantised:
+        self.warn_of_settings()
+
+    def warn_of_settings(self):
+        """Lines on settings that do other than whoever chose them may expect."""
+        config = self.config
+        log = self.runtime.log
+        rounded = any(module.bits for _, module in self.model.quantizable())
+        if config.late_qat_threshold and not rounded:
             log(
                 "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
                 "integers"
             )
-        last_step = max(0, self.config.iterations - 1)
-        if self.config.num_loops and run_fraction(self.config, last_step) < self.config.loop_at:
+        if config.late_qat_threshold and config.quantizer == "gptq":
             log(
-                f"warning: LOOP_AT={self.config.loop_at}: no step of this run loops layers, but "
-                "every score does"
+                "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
+                "chooses its own after training"
+            )
+        last_step = max(0, config.iterations - 1)
+        if config.num_loops and run_fraction(config, last_step) < config.loop_at:
+            log(
+                f"warning: LOOP_AT={config.loop_at}: no step of this run loops layers, but every "
+                "score does"
             )
 
     def run(self):

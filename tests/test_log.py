@@ -484,6 +484,14 @@ def test_swa_that_takes_no_snapshot_warns_and_exports_the_ema(tiny_data, tmp_pat
     only(finished.lines, ".*warning: SWA took no snapshot.*")
 
 
+@pytest.mark.parametrize("quantizer", ["lite", "gptq"])
+def test_rounding_in_training_to_another_grid_than_the_file_s_is_said(trainer, quantizer, capsys):
+    made = trainer(late_qat_threshold=0.5, quantizer=quantizer)
+    made.announce()
+    said = "training rounds to the steps of QUANTIZER=lite" in capsys.readouterr().out
+    assert said is (quantizer == "gptq")
+
+
 # --------------------------------------------------------------------------------------------------
 # Data that do not belong together
 # --------------------------------------------------------------------------------------------------
