@@ -236,8 +236,8 @@ def bytes_of_text(text, model, traits):
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """{traits: (model, TokenBytes)} of models that keep the text as it is, whatever spaces it has.
-    {traits: (model, TokenBytes)} of models that keep the text as it is, whatever spaces it has."""
+    """{traits: (model, TokenBytes)} of models that keep the text as it is, whatever spaces it
+    has."""
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
     for count in range(len(TRAITS) + 1):
         for traits in itertools.combinations(TRAITS, count):

@@ -137,7 +137,6 @@ def test_a_published_value_is_the_fields_value():
         ("PARALLEL_RESIDUAL_START=4 NUM_LAYERS=6", "nfm_7k", "parallel_last_n", 2),
         ("PARALLEL_RESIDUAL_START=11", "record_0409", "parallel_last_n", 0),
         ("PARALLEL_RESIDUAL_START=-1", "record_0409", "parallel_last_n", 0),
-        ("PARALLEL_RESIDUAL_START=-1", "record_0409", "parallel_last_n", 0),
         ("LATE_QAT=1", "nfm_7k", "late_qat_threshold", 0.15),
         ("LATE_QAT=0", "slot_11l", "late_qat_threshold", 0.0),
         ("SLOT_ENABLED=1", "nfm_7k", "slot", "causal"),
@@ -145,8 +144,6 @@ def test_a_published_value_is_the_fields_value():
         ("SLOT_ENABLED=0", "slot_11l", "slot", "off"),
         ("PARALLEL_RESIDUAL_START=7", "record_0405", "parallel_last_n", 4),
         ("PARALLEL_RESIDUAL_START=7 NUM_LAYERS=9", "record_0409", "parallel_last_n", 2),
-        ("PARALLEL_RESIDUAL_START=11", "record_0409", "parallel_last_n", 0),
-        ("PARALLEL_RESIDUAL_START=-1", "record_0409", "parallel_last_n", 0),
         ("EMBEDDING_DIM=256", "record_0409", "embed_dim", 256),
     ],
 )
