@@ -1046,10 +1046,14 @@ def published_text(meaning):
 
 
 # ==================================================================================================
-# Files
-# What must survive a kill, a full disk or a damaged copy is written whole or not at all, and
-# carries a checksum that is compared before anything in it is used.
+# Runtime
+# Device, ranks, log, clock and signals: everything that touches the machine sits in one object
+# made in main and passed down, so that all that follows is the same code on a laptop and on eight
+# GPUs.
 # ==================================================================================================
+# ---- files ----
+
+
 def sha256_file(path):
     """Hex digest of a file, read in blocks of 1 MiB so that its size does not matter."""
     digest = hashlib.sha256()
@@ -1291,12 +1295,8 @@ def open_lines(path):
     return file
 
 
-# ==================================================================================================
-# Runtime
-# Device, ranks, log, clock and signals: everything that touches the machine sits in one object
-# made in main and passed down, so that all that follows is the same code on a laptop and on eight
-# GPUs.
-# ==================================================================================================
+# ---- the machine ----
+
 # PyTorch 2.13 renamed two collectives.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -2208,199 +2208,6 @@ def build_demo_data(config, log):
 
 
 # ==================================================================================================
-# Quantisation grid
-# How a matrix becomes small integers, and which tensors do. It stands before the model because
-# rounding during training (late QAT) and packing must agree on the grid to the last bit.
-# ==================================================================================================
-class Scheme(typing.NamedTuple):
-    """One way in which the artifact stores a tensor."""
-
-    name: str  # as the artifact's header spells it
-    dtype: type  # numpy type of the stored values
-    bits: int  # of symmetric integer codes with a scale per row; 0 for floating point
-
-    @property
-    def top(self):
-        """Largest value that may be stored."""
-        return largest_code(self.bits) if self.bits else math.inf
-
-
-# In the order in which the artifact groups them: like beside like compresses best.
-SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("grid", np.int16, 0),  # integers whose steps differ by row and column, see Grid
-        Scheme("int5", np.int8, 5),
-        Scheme("int6", np.int8, 6),
-        Scheme("int8", np.int8, 8),
-        Scheme("fp16", np.float16, 0),
-        Scheme("fp32", np.float32, 0),
-    )
-}
-# Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
-CONTROL = (
-    "scale",
-    "scales",
-    "resid_mix",
-    "q_gain",
-    "skip_weights",
-    "skip_gates",
-    "gate",
-    "vr_lambda",
-)
-HALF_LIMIT = 65_536  # tensors up to this many elements stay float16, but for block matrices
-# The six matrices of a block, where most of the weights are.
-BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
-# GPTQ-lite: candidates for the clip of a row, as quantiles of its absolute values.
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-
-
-def scheme_of(name, shape, config, int5_layers=()):
-    """Name of the scheme by which the artifact stores a tensor.
-
-    The MLPs of `int5_layers` take 5 bits (see fit_budget). Anything of one dimension, or more than
-    two, is never rounded to integers: a row has no meaning there.
-    """
-    if len(shape) < 2 or name.split(".")[-1] in CONTROL:
-        return "fp32"
-    small = math.prod(shape) <= HALF_LIMIT and not BLOCK_MATRIX.fullmatch(name)
-    if len(shape) > 2 or small:
-        return "fp16"
-    mlp = re.match(r"blocks\.(\d+)\.mlp\.", name)
-    if mlp and int(mlp.group(1)) in int5_layers:
-        return "int5"
-    bits = config.block_bits if name.startswith("blocks.") else config.embed_bits
-    return f"int{bits}"
-
-
-def largest_code(bits):
-    """The grid is symmetric: codes lie in [-largest_code, largest_code]."""
-    return 2 ** (bits - 1) - 1
-
-
-def round_to_grid(weight, scale, bits):
-    """Codes, still floating point, of the grid points scale * code that are nearest to `weight`."""
-    top = largest_code(bits)
-    return (weight / scale).round().clamp(-top, top)
-
-
-def clip_candidates(rows):
-    """(Q, R, 1): the CLIP_QUANTILES of |row| for rows (R, C), as torch.quantile defines them.
-
-    They lie among the few largest values, so a partial sort replaces the full one.
-    """
-    columns = rows.size(1)
-    # Fractional places in the descending order of a row's absolute values.
-    places = [(columns - 1) * (1 - quantile) for quantile in CLIP_QUANTILES]
-    count = min(columns, int(max(places)) + 2)
-    largest = rows.abs().topk(count, dim=1).values  # (R, count)
-    clips = []
-    for place in places:
-        low = min(int(place), count - 1)
-        high = min(low + 1, count - 1)
-        part = place - int(place)
-        clips.append(torch.lerp(largest[:, low], largest[:, high], part))
-    return torch.stack(clips).unsqueeze(-1)
-
-
-@torch.no_grad()
-def row_scales(rows, bits):
-    """float16 step (R, 1) of each row of `rows` (R, C), by GPTQ-lite.
-
-    The largest weight decides how coarse a row's grid is; clipping a few outliers makes it finer
-    for all others. Each row takes the candidate that leaves the least squared error.
-    """
-    # The floor is float16's smallest number: an epsilon, so that rows of zeros stay zeros.
-    steps = clip_candidates(rows) / largest_code(bits)  # (Q, R, 1)
-    scales = steps.clamp(min=2.0**-24, max=65504.0).half()
-    steps = scales.float()  # rounded to float16, as the artifact stores them
-    rounded = round_to_grid(rows, steps, bits) * steps  # (Q, R, C)
-    errors = (rounded - rows).square().sum(-1, keepdim=True)  # (Q, R, 1)
-    best = errors.argmin(0, keepdim=True)  # (1, R, 1)
-    return scales.gather(0, best)[0]
-
-
-@torch.no_grad()
-def quantize_rows(weight, bits):
-    """int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), one scale per row."""
-    rows = weight.detach().float().flatten(0, -2)  # (R, C)
-    scales = row_scales(rows, bits)
-    codes = round_to_grid(rows, scales.float(), bits)
-    return codes.to(torch.int8), scales
-
-
-# The grid of QUANTIZER=gptq: entry (i, j) of a matrix is stored as an integer times
-# unit * 2^(row[i] / 2) * 2^(column[j] / 2). `unit` is the dial that sets the file's size.
-STEPS_PER_OCTAVE = 2  # a finer choice of steps costs more bytes than it saves
-UNIT_LIMITS = (2.0**-60, 2.0**10)  # with these no stored step overflows or vanishes
-MAX_EXPONENT = 64  # of a row or a column, in half octaves
-MAX_CODE = 127 * 256 + 127  # codes travel as two signed bytes
-
-
-class Grid(typing.NamedTuple):
-    """Exponents of a matrix's steps, in half octaves, int8."""
-
-    row: np.ndarray  # (R,)
-    column: np.ndarray  # (C,)
-
-
-def gptq_scheme_of(name, shape):
-    """Name of the scheme under QUANTIZER=gptq: matrices on the grid, the rest in half precision.
-
-    Half precision of the control scalars loses nothing that could be measured.
-    """
-    is_matrix = len(shape) == 2 and name.endswith(".weight")
-    return "grid" if is_matrix else "fp16"
-
-
-def exact_power(exponents):
-    """2^(n / 2) as float32 of integers n; a table and ldexp give the same bits on every machine."""
-    n = np.asarray(exponents).astype(np.int32)
-    roots = np.array([1.0, 1.4142135623730951])
-    return np.ldexp(roots[n & 1], n >> 1).astype(np.float32)
-
-
-def grid_steps(grid, units):
-    """Steps of the rows (R, 1), times `units` (R,) or a number, and of the columns (1, C)."""
-    rows = exact_power(grid.row) * np.float32(units)
-    return rows[:, None], exact_power(grid.column)[None, :]
-
-
-def to_exponents(steps):
-    """Nearest half octaves (int8) of positive steps, a float64 tensor."""
-    exponents = (STEPS_PER_OCTAVE * steps.log2()).round()
-    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8).numpy()
-
-
-class Quantizable:
-    """A module whose weight can be rounded in training as the artifact will round it (late QAT).
-
-    `qat_blend` (0-d) and `qat_scale` (rows, 1) are buffers: switching rounding on changes a number
-    in memory, not the code, so that nothing is compiled again in the middle of a run.
-    """
-
-    bits = 0  # 0: never rounded
-
-    def enable_qat(self, bits):
-        self.bits = bits
-        device = self.weight.device
-        off = torch.zeros((), device=device)
-        scale = torch.ones(self.weight.size(0), 1, device=device)
-        # Not persistent: both follow from the weights and the learning rate's schedule.
-        self.register_buffer("qat_blend", off, persistent=False)
-        self.register_buffer("qat_scale", scale, persistent=False)
-
-    def effective_weight(self):
-        """The weight, rounded if late QAT is on; its gradient always reaches the full weight."""
-        if not self.bits or not self.training:
-            return self.weight
-        value = self.weight.detach()
-        rounded = round_to_grid(value, self.qat_scale, self.bits) * self.qat_scale
-        # weight - value is exactly 0 and carries the straight-through gradient.
-        return torch.lerp(value, rounded, self.qat_blend) + (self.weight - value)
-
-
-# ==================================================================================================
 # Model
 # The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner,
 # NativeFlowMatcher. `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the
@@ -2730,6 +2537,34 @@ def exclusive_attention(y, v):
     dot = (grouped * v).sum(-1, keepdim=True).to(wide)  # (B, T, K, H/K, 1)
     along = (dot / square.clamp(min=1e-24)).to(y.dtype)
     return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
+
+
+class Quantizable:
+    """A module whose weight can be rounded in training as the artifact will round it (late QAT).
+
+    `qat_blend` (0-d) and `qat_scale` (rows, 1) are buffers: switching rounding on changes a number
+    in memory, not the code, so that nothing is compiled again in the middle of a run.
+    """
+
+    bits = 0  # 0: never rounded
+
+    def enable_qat(self, bits):
+        self.bits = bits
+        device = self.weight.device
+        off = torch.zeros((), device=device)
+        scale = torch.ones(self.weight.size(0), 1, device=device)
+        # Not persistent: both follow from the weights and the learning rate's schedule.
+        self.register_buffer("qat_blend", off, persistent=False)
+        self.register_buffer("qat_scale", scale, persistent=False)
+
+    def effective_weight(self):
+        """The weight, rounded if late QAT is on; its gradient always reaches the full weight."""
+        if not self.bits or not self.training:
+            return self.weight
+        value = self.weight.detach()
+        rounded = round_to_grid(value, self.qat_scale, self.bits) * self.qat_scale
+        # weight - value is exactly 0 and carries the straight-through gradient.
+        return torch.lerp(value, rounded, self.qat_blend) + (self.weight - value)
 
 
 class Linear(Quantizable, nn.Linear):
@@ -3497,269 +3332,6 @@ def flow_noise_keys(config, step, first, count, device):
 
 
 # ==================================================================================================
-# Calibration
-# What the loss does when a matrix changes, to second order: an error E in a weight (R, C) costs
-# 1/2 sum_i d_i (E H E^T)_ii nats per token. H is the second moment of the matrix's input (OBS,
-# Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the sensitivity of output i: its gradient's
-# second moment on labels drawn from the model itself, which is the Fisher information (K-FAC,
-# arXiv 1503.05671). Only training text is read.
-# ==================================================================================================
-UNIT_TOKENS = 8192  # tokens of one forward and backward pass, the atom that ranks share out
-UNSEEN_COUNT = 2.0  # readings that each row of an embedding is credited with
-SUM_BITS = 36  # precision of the largest entry of a first term; float32 itself has 24
-# Seconds of a calibration token in seconds of a training token: 1.4 on a CPU, and a margin.
-CALIBRATION_COST = 2.0
-
-
-class Sensitivity(typing.NamedTuple):
-    """Second-order knowledge of one matrix (R, C)."""
-
-    hessian: str  # name of its H
-    row_weight: torch.Tensor  # d (R,), nats per token
-
-
-class Knowledge(typing.NamedTuple):
-    """What calibration found, in float64 on the CPU."""
-
-    hessians: dict  # H (C, C) by name
-    sensitivities: dict  # Sensitivity by parameter name
-
-
-class ExactSum:
-    """Sums by name that do not depend on the order of their terms, hence not on the world size.
-
-    Floating-point sums round differently in every order. Here a term is rounded to multiples of a
-    power of two, whose sum is exact. The first term under a name chooses it: all ranks must start
-    with the same one.
-    """
-
-    def __init__(self):
-        self.totals = {}
-        self.resolution = {}
-
-    def add(self, name, value):
-        """Add a tensor to the sum of this name."""
-        value = value.detach().double()
-        if name not in self.totals:
-            # A first term of zeros says nothing about size: 1e-30 stands for it.
-            exponent = math.frexp(max(float(value.abs().max()), 1e-30))[1]
-            self.resolution[name] = 2.0 ** (exponent - SUM_BITS)
-            self.totals[name] = torch.zeros_like(value, dtype=torch.int64)
-        # Saturation keeps a wild term from overflowing; 2^12 terms of this size still fit.
-        steps = (value / self.resolution[name]).round().clamp(-(2.0**50), 2.0**50)
-        self.totals[name] += steps.long()
-
-    def forget(self):
-        """Keep the resolutions, drop the terms."""
-        for total in self.totals.values():
-            total.zero_()
-
-    def result(self, comm):
-        """{name: float64 sum over all ranks}, on the CPU."""
-        sums = {}
-        for name in sorted(self.totals):  # ranks must meet in the same order
-            total = self.totals[name]
-            if comm.world > 1:
-                comm.all_reduce(total).wait()
-            sums[name] = total.cpu().double() * self.resolution[name]
-        return sums
-
-
-def hessian_name(module_name):
-    """Name of the H of a Linear: queries, keys, values and gates read one input and share one H."""
-    stem, _, leaf = module_name.rpartition(".")
-    if leaf in ("c_k", "c_v", "attn_gate"):
-        return f"{stem}.c_q"
-    return module_name
-
-
-def gram(x):
-    """Sum of x x^T over tokens (C, C), float32, of x (..., C).
-
-    Hooks run under the forward's autocast, whose bfloat16 product would not be positive definite;
-    neither would TF32's, which a GPU uses for float32 products unless it is told not to.
-    """
-    x = x.detach().float().reshape(-1, x.size(-1))  # (tokens, C)
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(x.device.type, enabled=False):
-            return x.T @ x
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-class CalibrationHooks:
-    """Adds to `sums` what passes through the real forward and backward while the context is open.
-
-    A Linear contributes the Gram matrix of its inputs. An embedding's input is a one-hot vector:
-    its H is diagonal over rows, and what couples its columns is the gradient of its output. A layer
-    that is visited more than once adds up all its visits.
-    """
-
-    def __init__(self, model, sums):
-        self.model = model
-        self.sums = sums
-        self.handles = []
-
-    def __enter__(self):
-        tapped = set()
-        for name, module in self.model.named_modules():
-            if isinstance(module, Embedding):
-                hook = module.register_forward_hook(self.embedding_hook(name))
-                self.handles.append(hook)
-            if not isinstance(module, (Attention, Linear)):
-                continue
-            # Attention multiplies by the weights of its projections itself, in one product. It
-            # comes before them here, so that its input is read and their hooks are not needed.
-            is_attention = isinstance(module, Attention)
-            source = f"{name}.c_q" if is_attention else hessian_name(name)
-            if source not in tapped:
-                tapped.add(source)
-                self.handles.append(module.register_forward_pre_hook(self.input_hook(source)))
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
-
-    def input_hook(self, source):
-        def before_forward(module, args):
-            self.sums.add(f"hessian/{source}", gram(args[0]))
-
-        return before_forward
-
-    def embedding_hook(self, name):
-        def after_forward(module, args, output):
-            rows = torch.bincount(args[0].flatten().long(), minlength=module.num_embeddings)
-            self.sums.add(f"count/{name}", rows)
-            output.register_hook(lambda grad: self.sums.add(f"hessian/{name}", gram(grad)))
-
-        return after_forward
-
-
-def drawn_labels(logps, unit, seed):
-    """One label per position (n,) drawn from logps (n, V): a function of seed and unit alone.
-
-    The Fisher information needs the model's own labels; with the data's, errors that the model
-    makes anyway would count as sensitivity.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + unit)
-    height = torch.rand(len(logps), 1, generator=generator).to(logps.device)
-    below = logps.exp().cumsum(-1) < height  # (n, V)
-    return below.sum(-1).clamp(max=logps.size(-1) - 1)
-
-
-def calibrate_unit(model, ids, unit, runtime, sums):
-    """Add what one batch of training tokens `ids` (B, T) says to `sums`."""
-    # The same weights must give the same artifact on a GPU too.
-    with deterministic_algorithms(), runtime.autocast():
-        hidden = model.hidden(ids)  # (B, T, D)
-        head_input = model.head_input(hidden)
-        logits = model.head(head_input).flatten(0, 1)  # (B * T, V)
-    logps = logits.detach().float().log_softmax(-1)
-    probs = logps.exp()
-    sums.add("hessian/head", gram(head_input))
-    # p (1 - p) is the variance of a drawn label, so the second derivative of the loss in its logit.
-    sums.add("label_variance", (probs * (1 - probs)).sum(0))
-    labels = drawn_labels(logps, unit, model.config.seed)
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    model.zero_grad()
-    with deterministic_algorithms():
-        loss.backward()
-    for name, module in model.named_modules():
-        # The labels of different tokens are independent: the square of the sum is, on average, the
-        # sum of the squares.
-        if isinstance(module, Linear):
-            sums.add(f"gradient/{name}", module.weight.grad.float().square().sum(1))
-    model.zero_grad()
-
-
-class CalibrationText:
-    """CALIBRATION_TOKENS training tokens in sequences spread evenly over the training shards."""
-
-    def __init__(self, config):
-        self.length = config.train_seq_len
-        self.stream = open_train_stream(config)
-        self.sequences = max(1, config.calibration_tokens // self.length)
-        self.per_unit = max(1, UNIT_TOKENS // self.length)
-        self.units = math.ceil(self.sequences / self.per_unit)
-
-    def read(self, unit):
-        """Token ids (B, T) of a unit, uint16."""
-        first = unit * self.per_unit
-        last = min(first + self.per_unit, self.sequences)
-        total = int(self.stream.ends[-1])
-        rows = []
-        for number in range(first, last):
-            self.stream.position = number * total // self.sequences
-            rows.append(self.stream.rows(0, 0, self.length, self.length)[:, :-1])  # (1, T)
-        return np.concatenate(rows)
-
-
-def calibrate(model, config, runtime):
-    """Knowledge of every matrix of `model` from training tokens; all ranks must call it.
-
-    Ranks share the units out. Sums are exact, so any world size finds the same bits.
-    """
-    text = CalibrationText(config)
-    comm = runtime.comm
-    sums = ExactSum()
-    model.eval()
-    with CalibrationHooks(model, sums):
-        # Every rank starts with unit 0, which sets the resolutions; only rank 0 counts it.
-        calibrate_unit(model, runtime.to_device(text.read(0)), 0, runtime, sums)
-        if comm.rank != 0:
-            sums.forget()
-        for unit in range(comm.rank, text.units, comm.world):
-            if unit > 0:
-                calibrate_unit(model, runtime.to_device(text.read(unit)), unit, runtime, sums)
-    return knowledge_from(model, sums.result(comm), text.sequences * text.length)
-
-
-def knowledge_from(model, sums, tokens):
-    """Turn sums over `tokens` tokens into Hessians and sensitivities per token."""
-    hessians = {}
-    for key, total in sums.items():
-        kind, _, name = key.partition("/")
-        if kind == "hessian":
-            hessians[name] = total / tokens
-    sensitivities = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Embedding):
-            # A row's share of the loss is how often it is read.
-            weight = (sums[f"count/{name}"] + UNSEEN_COUNT) / tokens
-            sensitivities[f"{name}.weight"] = Sensitivity(name, weight)
-        elif isinstance(module, Linear):
-            # E |dW_i|^2 = d_i tr(H): the Kronecker factors' traces agree with the gradient's.
-            source = hessian_name(name)
-            columns = module.in_features
-            if columns < hessians[source].size(0):  # a gate that reads the leading channels
-                hessians[name] = hessians[source][:columns, :columns]
-                source = name
-            weight = sums[f"gradient/{name}"] / tokens
-            weight = weight / hessians[source].trace().clamp(min=1e-30)
-            sensitivities[f"{name}.weight"] = Sensitivity(source, weight)
-    # The tied embedding is read as input and multiplied as output; token frequencies weigh both.
-    variance = sums["label_variance"] / tokens
-    hessians["tok_emb"] = hessians["tok_emb"] + variance.sum() * hessians.pop("head")
-    sensitivities["tok_emb.weight"] = Sensitivity("tok_emb", variance / variance.sum())
-    return Knowledge(hessians, sensitivities)
-
-
-@functools.lru_cache(maxsize=8)
-def parameter_count(config):
-    """Parameters of the architecture, without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
-
-
-def calibration_seconds(config, step_seconds):
-    """Predicted seconds of `calibrate`, from those of a training step."""
-    token_seconds = step_seconds / config.train_batch_tokens
-    return CALIBRATION_COST * token_seconds * config.calibration_tokens
-
-
-# ==================================================================================================
 # Optimisers
 # Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and
 # clipped then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its
@@ -4234,6 +3806,592 @@ class WeightAverage:
                 target.copy_(value)
         self.snapshots = state["snapshots"]
         self.decay = state["decay"]
+
+
+# ==================================================================================================
+# Training
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
+# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
+# run is the uninterrupted one bit for bit.
+# ==================================================================================================
+class HostCopy:
+    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
+
+    float(tensor) would wait for everything that the device was given so far. This copy is queued
+    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
+    immediate.
+    """
+
+    def __init__(self, tensor):
+        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
+        self.arrived = None
+        if tensor.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.value)
+
+
+class StepFacts(typing.NamedTuple):
+    """What all ranks agree on in every step."""
+
+    loss: float  # mean over the step's tokens
+    stop: bool  # some rank was told to stop
+    save: bool  # a checkpoint is due by the clock
+    seconds: float  # since the last step, by rank 0's clock
+
+
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,  # SXM, which calls itself "H100 80GB HBM3"
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(name):
+    """Dense bfloat16 FLOP/s of the device `name`, None where the table has no honest answer."""
+    if "MIG" in name:  # a slice of a GPU, which says nothing of its size
+        return None
+    for part, flops in PEAK_FLOPS.items():
+        if part in name:
+            return flops
+    return None
+
+
+def flops_per_token(model):
+    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L D T.
+
+    N counts the parameters that multiply every token, those of a looped layer at each visit: not
+    the tables that are only looked up, but the token embedding, which is also the head. L layers
+    attend over T tokens at width D. This is the formula of PaLM (Chowdhery et al. 2022, arXiv
+    2204.02311, appendix B), which gives no discount for the causal half, so that shares of the peak
+    compare with those of others.
+    """
+    config = model.config
+    multiplied = sum(param.numel() for param in model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name != "tok_emb":
+            multiplied -= module.weight.numel()
+    order = layer_order(config, model.looped)
+    for layer, block in enumerate(model.blocks):
+        # What a looped layer has is multiplied at each of its visits.
+        further_visits = order.count(layer) - 1
+        multiplied += further_visits * sum(param.numel() for param in block.parameters())
+    attention = len(order) * config.model_dim * config.train_seq_len
+    return 6 * multiplied + 12 * attention
+
+
+class StepTimer:
+    """Where training's time goes, by this rank's own clock; part of the checkpoint.
+
+    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead
+    and waits once a step, for the loss: "forward_backward" then holds whatever the device still had
+    to do, the optimisers' kernels of the step before included, while "data" and "optimiser" are
+    what the host itself needs to prepare and to launch. Their growth is what starves the device.
+    """
+
+    PARTS = ("data", "forward_backward", "optimiser", "validation")
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self.steps = []  # seconds of every step, as all ranks agreed on
+        self.flops = 0.0  # floating-point operations of all steps and ranks
+
+    @contextlib.contextmanager
+    def part(self, name):
+        begin = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - begin
+
+    def recent(self, count):
+        """Mean seconds of the last `count` steps."""
+        last = self.steps[-count:]
+        return sum(last) / len(last)
+
+    def pace(self, count):
+        """Median seconds of the last `count` steps, 0 without any: no single pause moves it."""
+        return float(np.median(self.steps[-count:])) if self.steps else 0.0
+
+    def milliseconds(self, percentile):
+        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
+        return 1000 * float(np.percentile(self.steps, percentile))
+
+    def state_dict(self):
+        # A tensor, since thousands of Python floats are slow to write.
+        steps = torch.tensor(self.steps, dtype=torch.float64)
+        return dict(seconds=dict(self.seconds), steps=steps, flops=self.flops)
+
+    def load_state_dict(self, state):
+        self.seconds = dict(state["seconds"])
+        self.steps = state["steps"].tolist()
+        self.flops = state["flops"]
+
+
+class Trainer:
+    """Model, optimisers, averages, data position and clock of one training run."""
+
+    PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
+
+    def __init__(self, config, runtime, val, reserve=0.0):
+        self.config = config
+        self.timed = without_reserve(config, reserve)  # for all that depends on the clock
+        self.runtime = runtime
+        self.val = val
+        self.comm = runtime.comm
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.model = build_model(config, runtime)
+        self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
+        self.average = WeightAverage(self.model.parameters(), self.timed)
+        self.stream = open_train_stream(config)
+        self.loss = runtime.compiled(self.model)
+        self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
+        self.step = 0  # steps done
+        self.seconds = 0.0  # of training: without start, warm-up and validation
+        self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.timer = StepTimer()
+        self.logged_step = 0  # of the last log line in this process
+        self.logged_order = []  # of the layers, in this process's log
+        self.stopped_early = False  # by the wallclock cap
+        self.saved_step = 0  # of the last checkpoint
+        self.plan_micro_batches()
+        # A checkpoint of other settings or other data must not be continued.
+        last_token = int(self.stream.ends[-1])
+        self.identity = dict(hash=config.hash(), data=[last_token, val.fingerprint["val_sha256"]])
+
+    def plan_micro_batches(self):
+        """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
+        config = self.config
+        world = self.comm.world
+        sequences = config.train_batch_tokens // config.train_seq_len
+        if sequences % world:
+            raise ConfigError(
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
+                f"which {world} ranks cannot share evenly: change the batch or the number of "
+                "ranks"
+            )
+        self.seqs_per_rank = sequences // world
+        most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
+        # Equal parts: the mean of their mean losses is the step's loss, and one graph fits all.
+        divisors = [n for n in range(1, most + 1) if self.seqs_per_rank % n == 0]
+        self.micro_batch_seqs = max(divisors)
+        self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
+
+    def announce(self):
+        """Lines that the challenge's tools parse, in its own format."""
+        log = self.runtime.log
+        data_set = Path(self.config.data_path).name
+        log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
+        log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
+        log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
+        self.warn_of_settings()
+
+    def warn_of_settings(self):
+        """Lines on settings that do other than whoever chose them may expect."""
+        config = self.config
+        log = self.runtime.log
+        rounded = any(module.bits for _, module in self.model.quantizable())
+        if config.late_qat_threshold and not rounded:
+            log(
+                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
+                "integers"
+            )
+        if config.late_qat_threshold and config.quantizer == "gptq":
+            log(
+                "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
+                "chooses its own after training"
+            )
+        last_step = max(0, config.iterations - 1)
+        if config.num_loops and run_fraction(config, last_step) < config.loop_at:
+            log(
+                f"warning: LOOP_AT={config.loop_at}: no step of this run loops layers, but every "
+                "score does"
+            )
+
+    def run(self):
+        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
+        self.load()
+        self.warm_up()
+        # The clock starts here: compiling and reading a checkpoint are not training.
+        self.step_started = time.monotonic()
+        self.checkpoints.saved_at = self.step_started
+        try:
+            self.run_steps()
+        # Whatever ends the run early, the user learns what is safe.
+        except Stopped:
+            if self.saved_step != self.step:  # stopped in a validation
+                self.save(wait=True)
+            raise
+        except DataError as error:
+            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
+        self.checkpoints.wait()
+
+    def run_steps(self):
+        every = self.config.val_loss_every
+        done = False
+        while not done:
+            self.set_order()
+            # Asked before the validation, so that the last one is of the final weights.
+            done = self.step >= self.config.iterations or self.out_of_time()
+            if done or (every and self.step and self.step % every == 0):
+                self.validate()
+            if not done:
+                self.one_step()
+
+    def out_of_time(self):
+        """Whether the next step is predicted to pass the wallclock cap."""
+        cap = training_cap(self.timed, self.step, self.seconds)
+        if not cap or not self.step:  # nothing measured yet
+            return False
+        # Steps of looped layers take longer than the mean of the whole run.
+        step_seconds = max(self.seconds / self.step, self.timer.pace(20))
+        if self.seconds + step_seconds > cap:
+            self.runtime.log(
+                f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
+                f"step:{self.step}/{self.config.iterations}"
+            )
+            self.stopped_early = True
+        return self.stopped_early
+
+    def one_step(self):
+        """One optimiser step, its log line, and a checkpoint where one is due."""
+        config = self.config
+        scale = lr_scale(self.timed, self.step, self.seconds)
+        self.set_lrs(scale)
+        facts = self.agree(self.accumulate(self.step, self.stream))
+        # Before the optimisers: a loss that is not finite must not reach the weights.
+        if not math.isfinite(facts.loss):
+            self.diverged(facts.loss)
+        with self.timer.part("optimiser"):
+            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+            self.average.update(self.step, scale, self.seconds)
+        self.step += 1
+        self.seconds += facts.seconds
+        self.timer.steps.append(facts.seconds)
+        # Counted step by step, because looped layers are switched on in mid-run.
+        self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
+        self.report(facts.loss, scale)
+        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
+            self.save(wait=True)
+            raise Stopped(f"in training after step {self.step}/{config.iterations}")
+        every = config.checkpoint_every
+        if facts.save or (every and self.step % every == 0):
+            self.save()
+
+    def agree(self, loss):
+        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
+
+        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
+        decided together, or one rank would wait for ever in a collective that no other enters.
+        """
+        now = time.monotonic()
+        step_seconds = self.seconds / max(1, self.step)
+        # The stop is seen one step late, so there must be time for two.
+        stop = self.runtime.stop.wanted(2 * step_seconds)
+        save = self.checkpoints.due()
+        elapsed = now - self.step_started
+        self.step_started = now
+        if not self.runtime.is_main:  # rank 0's clock decides
+            save = False
+            elapsed = 0.0
+        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
+        return StepFacts(loss, stop > 0, save > 0, elapsed)
+
+    def set_order(self):
+        """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
+        fraction = run_fraction(self.timed, self.step, self.seconds)
+        self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
+        order = layer_order(self.config, self.model.looped)
+        # Where it changes, loss and step time do: whoever reads the log must see why.
+        if self.config.num_loops and order != self.logged_order:
+            visits = " ".join(map(str, order))
+            self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
+            self.logged_order = order
+
+    def set_lrs(self, scale):
+        """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
+        config = self.config
+        self.muon.lr = config.matrix_lr * scale
+        self.muon.momentum = momentum_at(config, self.step)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        if config.late_qat_threshold:
+            self.model.set_qat(float(scale < config.late_qat_threshold))
+
+    def accumulate(self, step, stream):
+        """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
+        config = self.config
+        length = config.train_seq_len
+        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
+        last = first + self.seqs_per_rank
+        with self.timer.part("data"):
+            # (n, T + 1): one token more than there are inputs, the last target.
+            rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
+        self.model.zero_grad()
+        self.model.train()  # a validation may have left it in evaluation mode
+        total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
+        for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
+            high = low + self.micro_batch_seqs
+            with self.timer.part("data"):
+                tokens = self.runtime.to_device(rows[low:high])
+                noise = flow_noise_keys(
+                    config, step, first + low, self.micro_batch_seqs, self.runtime.device
+                )
+            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
+                loss = self.micro_batch_loss(tokens, noise)
+                total = total + loss.detach()
+                if high == self.seqs_per_rank:
+                    # Ahead of the last backward, for which it then need not wait.
+                    on_host = HostCopy(total)
+                loss.backward()
+        with self.timer.part("forward_backward"):
+            # The step's one synchronisation. On CUDA the last backward is still running behind it,
+            # long enough to hide the agreement of the ranks and the optimisers' launches.
+            return on_host.read()
+
+    def micro_batch_loss(self, tokens, noise):
+        """Share of the step's mean loss (0-d) of `tokens` (B, T + 1)."""
+        ids = tokens[:, :-1]  # (B, T)
+        targets = tokens[:, 1:]  # (B, T): each token's successor
+        with self.runtime.autocast():
+            # Divided here, so that sums over micro-batches and ranks are means.
+            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
+
+    @contextlib.contextmanager
+    def naming_a_smaller_batch(self):
+        """Out of memory becomes a ResourceError that names the setting to change."""
+        try:
+            yield
+        except OUT_OF_MEMORY:
+            length = self.config.train_seq_len
+            smaller = max(self.micro_batch_seqs * length // 2, length)
+            raise ResourceError(
+                "out of memory in training with MICRO_BATCH_TOKENS="
+                f"{self.config.micro_batch_tokens}: run the same command with "
+                f"MICRO_BATCH_TOKENS={smaller}"
+            ) from None
+
+    def clock(self):
+        milliseconds = 1000 * self.seconds
+        average = milliseconds / max(1, self.step)
+        return f"train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+
+    def report(self, loss, scale):
+        """The step's log line, and on a terminal the moving one."""
+        config = self.config
+        step = self.step
+        text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
+        # The first steps show whether a run is sound at all.
+        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
+        # The pace since the last line, where a node that slows down shows at once.
+        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
+        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
+        if logged:
+            self.runtime.log(f"{text} {self.clock()} {pace}")
+            self.logged_step = step
+        # Every step's, so that the curve that is drawn of them can be smoothed.
+        self.runtime.event(
+            "step",
+            step=step,
+            train_loss=loss,
+            train_time_ms=1000 * self.seconds,
+            lr_scale=scale,
+        )
+        # By the mean of the whole run: steadier than the last step's time.
+        eta = (config.iterations - step) * self.seconds / step
+        self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
+
+    def report_throughput(self):
+        """Two lines at the end: the pace and its share of the device's peak, where time went."""
+        timer = self.timer
+        if not timer.steps:
+            return
+        median = timer.milliseconds(50)
+        tokens = self.config.train_batch_tokens * len(timer.steps)
+        tokens_per_second = tokens / max(1e-9, self.seconds)
+        device = device_name(self.runtime.device)
+        peak = peak_flops(device)
+        share = None
+        described = f"unknown (no bfloat16 peak is listed for {device})"
+        if peak is not None:
+            flops_per_second = timer.flops / max(1e-9, self.seconds)
+            share = flops_per_second / (peak * self.comm.world)
+            described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
+        self.runtime.log(
+            f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
+            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+        )
+        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
+        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
+        self.runtime.event(
+            "throughput",
+            tokens_per_s=tokens_per_second,
+            step_median_ms=median,
+            step_p95_ms=timer.milliseconds(95),
+            peak_share=share,
+            flops=timer.flops,
+            seconds_in=timer.seconds,
+        )
+
+    def validate(self):
+        """Validate the raw weights by non-overlapping windows; this is no training time."""
+        config = self.config
+        begin = time.monotonic()
+        try:
+            with self.timer.part("validation"):
+                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+        except ArtifactError:  # what the evaluation says to weights whose loss is not finite
+            self.diverged(math.nan)
+        self.runtime.log(
+            f"step:{self.step}/{config.iterations} val_loss:{score.val_loss:.4f} "
+            f"val_bpb:{score.val_bpb:.4f} {self.clock()}"
+        )
+        self.runtime.event(
+            "val",
+            step=self.step,
+            val_loss=score.val_loss,
+            val_bpb=score.val_bpb,
+            train_time_ms=1000 * self.seconds,
+        )
+        self.step_started += time.monotonic() - begin  # as if no time had passed
+
+    def warm_up(self):
+        """Compile on synthetic tokens, then restore weights and optimisers bit for bit.
+
+        Compilation takes minutes on CUDA and would otherwise count against the wallclock cap.
+        """
+        config = self.config
+        finished = self.step >= config.iterations
+        if not self.runtime.compiling or not config.warmup_steps or finished:
+            return
+        before = private_copy(self.training_state())  # on the host: the device may be full
+        timing = self.timer.state_dict()
+        generator = np.random.default_rng(0)
+        shape = (self.seqs_per_rank, config.train_seq_len + 1)
+        tokens = generator.integers(0, config.vocab_size, shape)
+        # A stand-in for TrainStream: the real position must not move.
+        synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
+        # Both orders of the layers, so that no graph is compiled in the middle of the run.
+        for looped in (False, True) if config.num_loops else (False,):
+            self.model.looped = looped
+            for i in range(config.warmup_steps):
+                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        self.restore(before)
+        self.timer.load_state_dict(timing)
+        self.runtime.log(
+            f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
+        )
+
+    def training_state(self):
+        """Everything the next step depends on; every rank must call it."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
+
+    def restore(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+
+    def save(self, wait=False):
+        """Copy the state and write it in the background.
+
+        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
+        never saved: the checkpoints before them are the ones to keep.
+        """
+        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
+        if not all(finite):
+            self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
+            return
+        state = self.training_state()  # a collective: momentum is gathered from all ranks
+        self.saved_step = self.step
+        if self.runtime.is_main:
+            state.update(self.identity)
+            state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
+            state.update(timing=self.timer.state_dict())
+            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
+        self.checkpoints.saved_at = time.monotonic()
+        if wait:
+            self.checkpoints.wait_or_raise()
+            # A rank that left now would have the launcher end the one that still writes.
+            self.comm.barrier()
+
+    def report_saved(self, step, seconds, size):
+        self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
+        self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
+
+    def load(self):
+        """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
+        step, state = self.checkpoints.load()
+        if not step:
+            return
+        path = self.checkpoints.path(step)
+        if any(state[name] != value for name, value in self.identity.items()):
+            raise ConfigError(
+                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
+            )
+        self.restore(state)
+        # With step, clock and position the next step is the one that would have come.
+        self.step = step
+        self.seconds = state["seconds"]
+        self.timer.load_state_dict(state["timing"])
+        self.logged_step = step
+        self.stream.position = state["position"]
+        self.runtime.log(f"resumed_from:{path} step:{step}")
+
+    def diverged(self, loss):
+        """Save the weights that met the bad loss if they are finite themselves, and stop."""
+        self.save(wait=True)
+        raise DivergedError(
+            f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
+            f"weights: {self.checkpoints.last()}"
+        )
+
+    def export(self):
+        """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
+        kind, tensors = self.average.exported()
+        self.runtime.log(f"export:{kind}")
+        # The model's own state first, for what is no parameter; then the averages in its place.
+        state = dict(self.model.state_dict())
+        names = [name for name, _ in self.model.named_parameters()]
+        state.update(zip(names, tensors, strict=True))
+        info = dict(
+            steps=self.step,
+            train_time_s=self.seconds,
+            step_avg_ms=1000 * self.seconds / max(1, self.step),
+            stopped_early=self.stopped_early,
+            peak_mib=self.runtime.peak_mib().allocated,
+        )
+        return dict(
+            config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
+        )
+
+
+def train(config, runtime, val, path, reserve=0.0):
+    """Train (or go on training), write the exported float weights to `path`.
+
+    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
+    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    """
+    trainer = Trainer(config, runtime, val, reserve)
+    trainer.announce()
+    trainer.run()
+    trainer.report_throughput()
+    exported = trainer.export()
+    allocated, reserved = runtime.peak_mib()
+    runtime.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    if runtime.is_main:
+        save_tensors(path, exported)
+    runtime.event("trained", **exported["info"])
+    runtime.comm.barrier()  # whoever reads the file next finds it whole
 
 
 # ==================================================================================================
@@ -5051,597 +5209,1059 @@ def evaluation_jobs(config):
     return jobs
 
 
-# ==================================================================================================
-# Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
-# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
-# run is the uninterrupted one bit for bit.
-# ==================================================================================================
-class HostCopy:
-    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
+# ---- legality ----
 
-    float(tensor) would wait for everything that the device was given so far. This copy is queued
-    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
-    immediate.
-    """
-
-    def __init__(self, tensor):
-        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
-        self.arrived = None
-        if tensor.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self):
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return float(self.value)
-
-
-class StepFacts(typing.NamedTuple):
-    """What all ranks agree on in every step."""
-
-    loss: float  # mean over the step's tokens
-    stop: bool  # some rank was told to stop
-    save: bool  # a checkpoint is due by the clock
-    seconds: float  # since the last step, by rank 0's clock
-
-
-# Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,  # SXM, which calls itself "H100 80GB HBM3"
-    "H200": 989e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+CHECKS = {
+    "C1 future_flip": "no score depends on later tokens",
+    "C1 own_token": "no distribution depends on the token that it predicts",
+    "C1 dense_sweep": "the same for every position of a first, a later and an adapted window",
+    "C2 normalised": "each distribution is over the whole vocabulary and sums to 1",
+    "C2 nll_is_entry": "what is summed is minus the entry of each target",
+    "C3 state_unchanged": "scoring leaves weights, buffers and optimiser alone",
+    "C3 trained_is_scored": "no target is trained on before it is scored",
+    "C3 twin_run": "no state depends on a token that it has not scored",
+    "C4 coverage": "each target is scored once",
+    "C4 single_pass": "from left to right, and sums only grow",
+    "C4 score": "nats and bytes, counted anew, give the score that is returned",
+    "C4 full_plan": "the plan of the whole evaluation is in order, without gaps",
+    "rule smear_bos": "nothing is mixed into a document from the one before it",
 }
+# The condition that an evaluation found broken by itself.
+BROKEN_BY = {
+    ScoredTwiceError: "C4 single_pass",
+    TrainedAheadError: "C3 trained_is_scored",
+    LookedAheadError: "C1 future_flip",
+    NotAnEntryError: "C2 nll_is_entry",
+}
+SWEPT = 16  # positions of a first window that every score's sweep looks at
+LN_2 = 0.6931471805599453  # written out: the audit counts for itself
 
 
-def peak_flops(name):
-    """Dense bfloat16 FLOP/s of the device `name`, None where the table has no honest answer."""
-    if "MIG" in name:  # a slice of a GPU, which says nothing of its size
-        return None
-    for part, flops in PEAK_FLOPS.items():
-        if part in name:
-            return flops
-    return None
+class SweepError(LegalityError):
+    """A dense sweep found something, on all ranks: the rest is not worth its time."""
 
 
-def flops_per_token(model):
-    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L D T.
+class Watch(Observer):
+    """Checks every position that it is shown, and keeps the nll (n,) of every target.
 
-    N counts the parameters that multiply every token, those of a looped layer at each visit: not
-    the tables that are only looked up, but the token embedding, which is also the head. L layers
-    attend over T tokens at width D. This is the formula of PaLM (Chowdhery et al. 2022, arXiv
-    2204.02311, appendix B), which gives no discount for the causal half, so that shares of the peak
-    compare with those of others.
-    """
-    config = model.config
-    multiplied = sum(param.numel() for param in model.parameters())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name != "tok_emb":
-            multiplied -= module.weight.numel()
-    order = layer_order(config, model.looped)
-    for layer, block in enumerate(model.blocks):
-        # What a looped layer has is multiplied at each of its visits.
-        further_visits = order.count(layer) - 1
-        multiplied += further_visits * sum(param.numel() for param in block.parameters())
-    attention = len(order) * config.model_dim * config.train_seq_len
-    return 6 * multiplied + 12 * attention
-
-
-class StepTimer:
-    """Where training's time goes, by this rank's own clock; part of the checkpoint.
-
-    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead
-    and waits once a step, for the loss: "forward_backward" then holds whatever the device still had
-    to do, the optimisers' kernels of the step before included, while "data" and "optimiser" are
-    what the host itself needs to prepare and to launch. Their growth is what starves the device.
+    `keep`: targets whose log-probabilities (V,) are kept too.
     """
 
-    PARTS = ("data", "forward_backward", "optimiser", "validation")
+    def __init__(self, stream, vocab_size, keep=()):
+        self.tokens = stream.tokens  # the text, whatever the evaluation makes of it
+        self.vocab_size = vocab_size
+        self.nll = np.zeros(stream.num_targets, np.float32)
+        self.keep = {int(target): None for target in keep}
+        self.worst = 0.0  # largest distance of a distribution's log-sum from 0
+        self.wrong_entries = 0
+
+    def scored(self, targets, logps, nll):
+        self.nll[targets] = nll.float().cpu().numpy()
+        # A subclass of Tensor could show one thing and give another.
+        logps = logps.as_subclass(torch.Tensor)
+        log_sums = logps.double().logsumexp(-1)  # (n,)
+        worst = log_sums.abs().max().item()
+        if logps.size(-1) != self.vocab_size or not math.isfinite(worst):
+            worst = math.inf
+        self.worst = max(self.worst, worst)
+        # Looked up by the audit's own copy of the text: target t is token t + 1.
+        own = self.tokens[targets + 1].astype(np.int64)
+        own = torch.from_numpy(own).to(logps.device)
+        entries = logps.gather(1, own.unsqueeze(1))  # (n, 1)
+        wrong = nll != -entries.squeeze(1)
+        self.wrong_entries += wrong.sum().item()
+        wanted = np.isin(targets, list(self.keep))
+        for row in np.flatnonzero(wanted):
+            target = int(targets[row])
+            self.keep[target] = logps[row].float().cpu().numpy()
+
+    def same_distribution(self, other, target):
+        """Whether both saw the same; also true where another rank scored the target."""
+        mine = self.keep[target]
+        if mine is None:
+            return True
+        return np.array_equal(mine, other.keep[target])
+
+
+class Recorder(Watch):
+    """Also keeps the course of an evaluation.
+
+    `hash_state`: whether to hash the state that each round of scoring finds. `sweeps`: functions of
+    the evaluation, by the first target of the round before which they are called.
+    """
+
+    def __init__(self, stream, vocab_size, keep=(), hash_state=False, sweeps=None):
+        super().__init__(stream, vocab_size, keep)
+        self.times = np.zeros(stream.num_targets, np.int64)  # how often each target was shown
+        self.nats = 0.0
+        self.hash_state = hash_state
+        self.sweeps = sweeps or {}
+        self.order = []  # first scored target of every round
+        self.sums = []  # the meter's nats after every item
+        self.state_entering = {}  # first scored target: hash of the state that scores it
+        self.state = None  # hash of the state as scoring left it
+        self.score_changed_state = False
+        self.trained_ahead = False
+
+    def scored(self, targets, logps, nll):
+        super().scored(targets, logps, nll)
+        np.add.at(self.times, targets, 1)  # counts a target twice if it is shown twice
+        self.nats += float(nll.double().sum())
+
+    def before_item(self, evaluation, item):
+        if isinstance(item, TrainStep):
+            self.trained_ahead |= trains_ahead(evaluation, item)
+            self.state = None
+            return
+        first = evaluation.windows[item.low].first
+        self.order.append(first)
+        if self.hash_state:
+            found = state_hash(evaluation)
+            # Since the round before only scoring has happened.
+            self.score_changed_state |= self.state not in (None, found)
+            self.state = found
+            self.state_entering[first] = found
+        if first in self.sweeps:
+            self.sweeps[first](evaluation)
+
+    def after_item(self, evaluation, item):
+        self.sums.append(float(evaluation.meter.nll))
+        if isinstance(item, TrainStep) or not self.hash_state:
+            return
+        following = evaluation.cursor + 1
+        if following < len(evaluation.work):
+            item = evaluation.work[following]
+            if isinstance(item, ScoreRound):
+                return  # which compares for itself, before it scores
+        left = state_hash(evaluation)
+        self.score_changed_state |= left != self.state
+
+
+def trains_ahead(evaluation, item):
+    """Whether a TrainStep uses a target that is not scored yet, or that is to be scored later."""
+    end = item.first + item.row_high * evaluation.config.eval_seq_len
+    if not evaluation.all_coverage()[item.first : end].all():
+        return True
+    for upcoming in evaluation.work[evaluation.cursor + 1 :]:
+        if isinstance(upcoming, ScoreRound):
+            return end > evaluation.windows[upcoming.low].first
+    return False
+
+
+def state_hash(evaluation):
+    """SHA-256 over parameters, buffers and optimiser state of an evaluation."""
+    tensors = [*evaluation.model.parameters(), *evaluation.model.buffers()]
+    if evaluation.sgd is not None:
+        for state in evaluation.sgd.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):  # momentum; None before the first step
+                    tensors.append(value)
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        # bfloat16 has no counterpart in NumPy, hence the bytes.
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def windows_fault(evaluation):
+    """What is wrong with the windows of an evaluation, or an empty text."""
+    seq_len = evaluation.config.eval_seq_len
+    done = 0
+    for start, first, end in evaluation.windows:
+        in_order = start <= first < end and first == done
+        if not in_order or end - start > seq_len:
+            return f"window {start}…{end} scores from {first} after {done}"
+        done = end
+    if done != evaluation.stream.num_targets:
+        return f"targets from {done} on are not scored"
+    return ""
+
+
+def work_fault(evaluation):
+    """What is wrong with the work items of an evaluation: (check, text), the text may be empty."""
+    windows = evaluation.windows
+    upcoming = 0  # the next window
+    scored = 0  # end of the targets that are scored by then
+    for item in evaluation.work:
+        if isinstance(item, TrainStep):
+            end = item.first + item.row_high * evaluation.config.eval_seq_len
+            if end > scored:
+                text = f"targets up to {end} are trained on after {scored}"
+                return "C3 trained_is_scored", text
+            continue
+        if item.low != upcoming or not item.low < item.high <= len(windows):
+            return "C4 full_plan", f"windows {item.low}…{item.high} come after {upcoming}"
+        upcoming = item.high
+        scored = windows[upcoming - 1].end
+    if upcoming != len(windows):
+        return "C4 full_plan", f"windows from {upcoming} on are not scored"
+    return "C4 full_plan", ""
+
+
+class ByteCount:
+    """The audit's own count of UTF-8 bytes, from the tokenizer's pieces.
+
+    A piece that stands for no text has none; a space in front of a piece counts unless the piece
+    before it stands for no text.
+    """
+
+    def __init__(self, tokenizer):
+        lengths = []
+        spaces = []
+        for i in range(tokenizer.vocab_size()):
+            text = tokenizer.id_to_piece(i).replace("▁", " ")
+            if tokenizer.is_byte(i):
+                text = "?"  # any one byte
+            if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
+                text = ""
+            lengths.append(len(text.encode()))
+            spaces.append(text.startswith(" "))
+        self.lengths = np.array(lengths)  # (V,)
+        self.spaces = np.array(spaces)  # (V,)
+
+    def of_targets(self, tokens):
+        """Bytes (n,) of the targets tokens[1:] of n + 1 tokens."""
+        targets = tokens[1:]
+        silent_before = self.lengths[tokens[:-1]] == 0
+        return self.lengths[targets] - (self.spaces[targets] & silent_before)
+
+    def total(self, tokens):
+        """Bytes of all targets, counted in parts for memory's sake."""
+        total = 0
+        for low in range(0, len(tokens) - 1, 1 << 20):
+            part = tokens[low : low + (1 << 20) + 1]
+            total += int(self.of_targets(part).sum())
+        return total
+
+
+class Audit:
+    """Runs the checks for every EvaluationJob; report() logs and returns them."""
+
+    def __init__(self, model, stream, config, runtime):
+        self.model = model
+        self.stream = stream
+        self.config = config
+        self.runtime = runtime
+        self.comm = runtime.comm
+        self.seed = check_seed(config, stream.fingerprint["val_sha256"])
+        # All ranks draw the same texts and places from the first, their own from the second.
+        self.random = np.random.default_rng(self.seed)
+        self.own_random = np.random.default_rng([self.seed, self.comm.rank])
+        self.byte_count = ByteCount(stream.token_bytes.model)
+        # Half of it is short or silent: controls, bytes, single characters.
+        vocab = np.arange(config.vocab_size)
+        short = vocab[self.byte_count.lengths <= 1]
+        often = np.resize(short, len(vocab))
+        self.salt = np.concatenate([vocab, often])
+        self.counts = dict.fromkeys(CHECKS, 0)  # comparisons that were made
+        self.failures = {name: [] for name in CHECKS}
+
+    def note(self, check, passed, what):
+        """One comparison of a check; `what` is shown when it failed."""
+        self.counts[check] += 1
+        if not passed:
+            self.failures[check].append(what)
+
+    def report(self):
+        """[{"name", "passed", "detail"}], logged; a check passes when it passes on every rank."""
+        self.runtime.log(f"legality audit_seed:{self.seed}")
+        checks = []
+        for name, claim in CHECKS.items():
+            failures = self.failures[name]
+            # Each rank sees only what it scored.
+            passed = not self.comm.any_rank(failures)
+            detail = f"{claim}; {self.counts[name]} comparisons"
+            if failures:
+                some = ", ".join(failures[:3])
+                detail += f"; {len(failures)} differ: {some}"
+            checks.append(dict(name=name, passed=passed, detail=detail))
+            verdict = "pass" if passed else "FAIL"
+            if passed and not self.comm.any_rank(self.counts[name]):
+                verdict = "not_reached"  # after a sweep that found something
+            self.runtime.log(f"legality {name} {verdict} {detail}")
+        return checks
+
+    # ---- runs ----
+
+    def evaluation(self, job, stream, observer=None):
+        """The evaluation that scores, not a copy of it."""
+        return Evaluation(
+            self.model,
+            stream,
+            self.config,
+            self.runtime,
+            job.stride,
+            ttt=job.ttt,
+            slot=job.slot,
+            observer=observer,
+            label=job.label,
+            quiet=True,
+        )
+
+    def changed(self, stream, low):
+        """`stream` with all tokens from `low` on replaced by others, often by a BOS first."""
+        tokens = np.array(stream.tokens)
+        later = other_tokens(tokens[low:], self.config.vocab_size, self.random)
+        later[0] = self.replacement(tokens[low])
+        tokens[low:] = later
+        return stream.replaced(tokens)
+
+    def beginning(self, job):
+        """The part of the text that a job is run on: some rounds, with TTT a chunk before them.
+
+        One token in eight is replaced by any other, special ones above all: what is rare in a text
+        must be treated like the rest.
+        """
+        config = self.config
+        # At least two batches after the first window, and more than one round of all ranks.
+        batches = max(2, self.comm.world + 1)
+        windows = batches * config.eval_batch_seqs
+        targets = config.eval_seq_len + windows * job.stride
+        if job.ttt:
+            targets += config.ttt_chunk_tokens
+        targets = min(self.stream.num_targets, targets)
+        tokens = np.array(self.stream.tokens[: targets + 1])
+        salted = self.random.random(len(tokens)) < 1 / 8
+        salt = self.random.choice(self.salt, len(tokens))
+        tokens[salted] = salt[salted]
+        return self.stream.replaced(tokens)
+
+    def places(self, job, num_targets):
+        """Targets after which everything is replaced: at and around edges, and some at random."""
+        config = self.config
+        last = num_targets - 1
+        length = config.eval_seq_len
+        chunk = config.ttt_chunk_tokens
+        if job.ttt and last > chunk:
+            # The edge between two chunks, and inside the second.
+            inside = self.random.integers(chunk + 1, last + 1)
+            wanted = [chunk, int(inside)]
+        else:
+            # The edges of the first window and of the first batch.
+            batch_end = length + job.stride * (config.eval_batch_seqs - 1)
+            wanted = [length, batch_end + 1, last]
+        # Inside the first chunk, or anywhere in a short text.
+        anywhere = self.random.integers(1, min(last, chunk) + 1)
+        wanted.append(int(anywhere))
+        places = {place for place in wanted if 0 < place <= last}
+        return sorted(places)
+
+    # ---- checks ----
+
+    def check_job(self, job):
+        """All checks that look at one score: its plan, its run, and runs on changed tokens."""
+        if not self.check_plan(job):
+            return  # what such a plan scores is not worth looking at
+        vocab = self.config.vocab_size
+        chunk = self.config.ttt_chunk_tokens
+        stream = self.beginning(job)
+        places = self.places(job, stream.num_targets)
+        sweeps = {0: functools.partial(self.sweep_windows, job)}
+        if job.ttt and stream.num_targets > chunk:
+            # What the first chunk has taught is in use from here on.
+            sweeps[chunk] = functools.partial(self.sweep_later, job)
+        base = Recorder(stream, vocab, keep=places, hash_state=True, sweeps=sweeps)
+        evaluation = self.evaluation(job, stream, base)
+        score = evaluation.run()
+        self.check_distributions(job, base)
+        self.check_sharp(job, stream)
+        self.check_order(job, base, evaluation)
+        self.check_score(job, base, evaluation, score)
+        for place in places:
+            # Target `place` is token place + 1: it and all that follows are replaced.
+            other = self.changed(stream, place + 1)
+            # Without test-time training the state hardly moves: once is enough.
+            hash_state = job.ttt or place == places[-1]
+            twin = Recorder(other, vocab, keep=[place], hash_state=hash_state)
+            self.evaluation(job, other, twin).run(last_target=place)
+            self.check_twin(job, base, twin, place)
+
+    def check_job_or_note(self, job):
+        """check_job, of which an error is a finding too."""
+        try:
+            self.check_job(job)
+        except SweepError:
+            raise
+        except LegalityError as error:
+            if self.comm.world > 1:
+                raise  # the other ranks wait in the middle of an evaluation
+            check = BROKEN_BY.get(type(error), "C4 coverage")
+            self.note(check, False, f"{job.label}: {error}")
+
+    def check_plan(self, job):
+        """C3 and C4 of the plan of the whole evaluation, which no short run shows."""
+        evaluation = self.evaluation(job, self.stream)
+        text = windows_fault(evaluation)
+        self.note("C4 full_plan", not text, f"{job.label}: {text}")
+        if text:
+            return False
+        check, text = work_fault(evaluation)
+        self.note(check, not text, f"{job.label}: {text}")
+        return not text
+
+    def check_distributions(self, job, watch):
+        """C2: every distribution that was shown, and that nll are its entries."""
+        worst = watch.worst
+        text = f"{job.label}: log-sum {worst:.1e}"
+        is_normalised = worst < 1e-4
+        self.note("C2 normalised", is_normalised, text)
+        wrong = watch.wrong_entries
+        text = f"{job.label}: {wrong} targets"
+        self.note("C2 nll_is_entry", not wrong, text)
+
+    def check_sharp(self, job, stream):
+        """C2 where the model is sure of itself, which a weak or a surprised one never is."""
+        observer = Watch(stream, self.config.vocab_size)
+        evaluation = self.evaluation(job, stream)
+        plain = evaluation.hidden
+
+        def sharper(*ids_and_last):
+            states = plain(*ids_and_last)  # (B, T, D)
+            factors = torch.logspace(0, 2, states.size(1), device=states.device)
+            return states * factors.unsqueeze(1).to(states.dtype)
+
+        evaluation.hidden = sharper
+        with evaluation_mode(self.model, self.config.ttt_freeze_blocks):
+            evaluation.summed_nll(evaluation.windows[:1], observer)
+        self.check_distributions(job, observer)
+
+    def check_order(self, job, base, evaluation):
+        """C3 and C4 as far as one run shows them."""
+        label = job.label
+        self.note("C3 state_unchanged", not base.score_changed_state, label)
+        self.note("C3 trained_is_scored", not base.trained_ahead, label)
+        # Counted twice: by the meter, and as seen here.
+        by_meter = evaluation.all_coverage()
+        seen = self.comm.gather_rows(base.times).sum(0)
+        once = (by_meter == 1) & (seen == 1)
+        missed = np.count_nonzero(~once)
+        self.note("C4 coverage", not missed, f"{label}: {missed} targets")
+        in_order = base.order == sorted(base.order)
+        self.note("C4 single_pass", in_order, f"{label}: order of rounds")
+        grows = base.sums == sorted(base.sums)
+        self.note("C4 single_pass", grows, f"{label}: sums")
+        counted = float(evaluation.meter.nll)
+        same = math.isclose(counted, base.nats, rel_tol=1e-9)
+        text = f"{label}: {counted} nats, not {base.nats}"
+        self.note("C2 nll_is_entry", same, text)
+
+    def check_score(self, job, base, evaluation, score):
+        """C4: the returned Score is what was shown, per target and per byte of the text."""
+        nats = float(self.comm.gather_rows([base.nats]).sum())  # of all ranks
+        targets = evaluation.stream.num_targets
+        num_bytes = self.byte_count.total(evaluation.stream.tokens)
+        expected = {
+            "tokens": targets,
+            "bytes": num_bytes,
+            "val_loss": nats / targets,
+            "val_bpb": nats / LN_2 / num_bytes,
+        }
+        for name, value in expected.items():
+            found = getattr(score, name)
+            same = math.isclose(found, value, rel_tol=1e-9)
+            self.note("C4 score", same, f"{job.label}: {name} is {found}, not {value}")
+
+    def check_twin(self, job, base, twin, place):
+        """C1 and C3: what came before target `place` is the same, whatever comes from it on."""
+        where = f"{job.label} at {place}"
+        # Of every round up to the one that scores `place`.
+        same_state = True
+        for first, state in twin.state_entering.items():
+            same_state &= state == base.state_entering.get(first)
+        if twin.hash_state:
+            self.note("C3 twin_run", same_state, where)
+        if same_state:
+            # Otherwise the state is to blame for what differs.
+            same_nll = np.array_equal(twin.nll[:place], base.nll[:place])
+            self.note("C1 future_flip", same_nll, where)
+            self.note("C1 own_token", twin.same_distribution(base, place), where)
+
+    def sweep_windows(self, job, evaluation):
+        """Dense sweep of a later window, and of a part of a first one, before the first round."""
+        self.sweep_later(job, evaluation)
+        length = evaluation.windows[0].end
+        self.sweep(job, evaluation, 0, max(1, length // SWEPT))
+
+    def sweep_later(self, job, evaluation):
+        """Dense sweep of a window that scores its last `stride` targets."""
+        length = evaluation.windows[0].end
+        if 0 < job.stride < length:
+            self.sweep(job, evaluation, length - job.stride, 1)
+
+    def sweep_first(self):
+        """Dense sweep of all positions of a first window, the longest of the checks."""
+        _, sliding, *_ = evaluation_jobs(self.config)
+        evaluation = self.evaluation(sliding, self.beginning(sliding))
+        # The same blocks are frozen as in every evaluation: what is compiled for them serves here.
+        with evaluation_mode(self.model, self.config.ttt_freeze_blocks):
+            self.sweep(sliding, evaluation, 0, 1)
+
+    def sweep(self, job, evaluation, known, step):
+        """C1 for the scored positions of a window of which the first `known` are scored before.
+
+        For every position j (each `step`-th) the token that it predicts is replaced in a copy of
+        the window: the distribution at j and the scores before it must be the same. The copies are
+        laid out as one text and go through the function that scores, in its own batches. Raises
+        SweepError where something differs.
+        """
+        state = state_hash(evaluation)
+        size = self.config.eval_batch_seqs
+        length = evaluation.windows[0].end
+        span = length + 1
+        # Somewhere in the text.
+        begin = self.random.integers(0, self.stream.num_targets - length + 1)
+        text = np.array(self.stream.tokens[begin : begin + span])
+        # A place where a document begins is rare, and may be treated apart: here every eighth.
+        text[self.random.random(span) < 1 / 8] = BOS
+        copies = np.tile(text, (size, 1))  # (size, span)
+        positions = np.arange(known, length, step)
+        rows = np.arange(len(positions)) % size
+        targets = rows * span + positions  # in the text of copies
+        # A copy is compared with the same row of a batch of unchanged ones: all else is equal.
+        base = self.watch(job, copies, known, targets)
+        for low in range(0, len(positions), size):
+            part = slice(low, low + size)
+            flipped = copies.copy()
+            for row, j in zip(rows[part], positions[part]):
+                flipped[row, j + 1] = self.replacement(text[j + 1])
+            batch = low // size
+            if batch % self.comm.world != self.comm.rank:
+                continue  # another rank's; the replacements are drawn on all of them
+            twin = self.watch(job, flipped, known, targets[part])
+            for row, target in zip(rows[part], targets[part]):
+                first = row * span + known
+                self.check_flip(job, base, twin, first, target)
+        unchanged = state_hash(evaluation) == state
+        self.note("C3 state_unchanged", unchanged, f"{job.label}: in a sweep")
+        # With another state other scores are no wonder.
+        if self.comm.any_rank(unchanged and self.failures["C1 dense_sweep"]):
+            raise SweepError(job.label)
+
+    def check_flip(self, job, base, twin, first, target):
+        """Compare what lies in a window from its first scored target up to `target`."""
+        where = f"{job.label}, scored position {target - first}"
+        before = slice(first, target)
+        same_nll = np.array_equal(twin.nll[before], base.nll[before])
+        self.note("C1 future_flip", same_nll, where)
+        same = twin.same_distribution(base, target)
+        self.note("C1 own_token", same, where)
+        self.note("C1 dense_sweep", same and same_nll, where)
+
+    def replacement(self, token):
+        """Another token than `token`, every fourth time a BOS."""
+        if token != BOS and self.random.random() < 0.25:
+            return BOS
+        alone = np.array([token])
+        other = other_tokens(alone, self.config.vocab_size, self.random)
+        return other[0]
+
+    def watch(self, job, copies, known, keep):
+        """Watch of windows laid out as one text: copies (n, T + 1)."""
+        span = copies.shape[1]
+        stream = self.stream.replaced(copies.reshape(-1))
+        windows = []
+        for start in range(0, copies.size, span):
+            end = start + span - 1  # the last token of a copy is no input
+            windows.append(Window(start, start + known, end))
+        observer = Watch(stream, self.config.vocab_size, keep)
+        evaluation = self.evaluation(job, stream)
+        # Nothing may depend on how far an evaluation has come.
+        evaluation.cursor = int(self.own_random.integers(0, 1000))
+        evaluation.summed_nll(windows, observer)
+        self.check_distributions(job, observer)
+        return observer
+
+    def check_bytes(self):
+        """C4: the bytes by which bits are divided, of the whole text and of every single token."""
+        token_bytes = self.stream.token_bytes
+        counted = int(self.stream.bytes.sum(dtype=np.int64))
+        expected = self.byte_count.total(self.stream.tokens)
+        text = f"the text has {counted} bytes, not {expected}"
+        self.note("C4 score", counted == expected, text)
+        # Each token after a document's start and after itself: a text may not hold what is wrong.
+        vocab = np.arange(self.config.vocab_size)
+        starts = np.full_like(vocab, BOS)
+        tokens = np.stack([starts, vocab, vocab], 1).flatten()
+        counted = token_bytes.count(tokens[:-1], tokens[1:])
+        differ = counted != self.byte_count.of_targets(tokens)
+        wrong = tokens[1:][differ]
+        text = f"the bytes of tokens {wrong[:5].tolist()}"
+        self.note("C4 score", not len(wrong), text)
+
+    def check_boundary(self):
+        """A document's first state takes nothing from the token before it but the bigram's row.
+
+        The organisers ruled on this for the smear gate (#1797); attention may cross documents.
+        """
+        vocab = self.config.vocab_size
+        row = self.random.integers(2, vocab, 16)
+        row[8] = BOS  # a new document in the middle
+        other = row.copy()
+        other[7:8] = other_tokens(row[7:8], vocab, self.random)  # differs just before it
+        both = np.stack([row, other])  # (2, 16)
+        ids = self.runtime.to_device(both)
+        bigram = self.model.bigram
+        self.model.bigram = None  # its row is that of a pair of tokens
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                states = self.model.embed(ids)  # (2, 16, D)
+        finally:
+            self.model.bigram = bigram
+        same_before = torch.equal(states[0, :7], states[1, :7])
+        same_at_bos = torch.equal(states[0, 8], states[1, 8])
+        self.note("rule smear_bos", same_before and same_at_bos, "the state at a BOS")
+
+
+def audit(model, stream, config, runtime):
+    """[{"name", "passed", "detail"}] of CHECKS, for every score of evaluation_jobs."""
+    checker = Audit(model, stream, config, runtime)
+    checker.check_bytes()
+    checker.check_boundary()
+    try:
+        # The score to report first.
+        for job in reversed(evaluation_jobs(config)):
+            checker.check_job_or_note(job)
+        checker.sweep_first()
+    except SweepError:
+        pass  # noted
+    return checker.report()
+
+
+# ==================================================================================================
+# Quantisation
+# How a matrix becomes small integers, and which tensors do. It stands before the model because
+# rounding during training (late QAT) and packing must agree on the grid to the last bit.
+# ==================================================================================================
+# ---- the grid ----
+
+
+class Scheme(typing.NamedTuple):
+    """One way in which the artifact stores a tensor."""
+
+    name: str  # as the artifact's header spells it
+    dtype: type  # numpy type of the stored values
+    bits: int  # of symmetric integer codes with a scale per row; 0 for floating point
+
+    @property
+    def top(self):
+        """Largest value that may be stored."""
+        return largest_code(self.bits) if self.bits else math.inf
+
+
+# In the order in which the artifact groups them: like beside like compresses best.
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("grid", np.int16, 0),  # integers whose steps differ by row and column, see Grid
+        Scheme("int5", np.int8, 5),
+        Scheme("int6", np.int8, 6),
+        Scheme("int8", np.int8, 8),
+        Scheme("fp16", np.float16, 0),
+        Scheme("fp32", np.float32, 0),
+    )
+}
+# Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
+CONTROL = (
+    "scale",
+    "scales",
+    "resid_mix",
+    "q_gain",
+    "skip_weights",
+    "skip_gates",
+    "gate",
+    "vr_lambda",
+)
+HALF_LIMIT = 65_536  # tensors up to this many elements stay float16, but for block matrices
+# The six matrices of a block, where most of the weights are.
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight")
+# GPTQ-lite: candidates for the clip of a row, as quantiles of its absolute values.
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+
+
+def scheme_of(name, shape, config, int5_layers=()):
+    """Name of the scheme by which the artifact stores a tensor.
+
+    The MLPs of `int5_layers` take 5 bits (see fit_budget). Anything of one dimension, or more than
+    two, is never rounded to integers: a row has no meaning there.
+    """
+    if len(shape) < 2 or name.split(".")[-1] in CONTROL:
+        return "fp32"
+    small = math.prod(shape) <= HALF_LIMIT and not BLOCK_MATRIX.fullmatch(name)
+    if len(shape) > 2 or small:
+        return "fp16"
+    mlp = re.match(r"blocks\.(\d+)\.mlp\.", name)
+    if mlp and int(mlp.group(1)) in int5_layers:
+        return "int5"
+    bits = config.block_bits if name.startswith("blocks.") else config.embed_bits
+    return f"int{bits}"
+
+
+def largest_code(bits):
+    """The grid is symmetric: codes lie in [-largest_code, largest_code]."""
+    return 2 ** (bits - 1) - 1
+
+
+def round_to_grid(weight, scale, bits):
+    """Codes, still floating point, of the grid points scale * code that are nearest to `weight`."""
+    top = largest_code(bits)
+    return (weight / scale).round().clamp(-top, top)
+
+
+def clip_candidates(rows):
+    """(Q, R, 1): the CLIP_QUANTILES of |row| for rows (R, C), as torch.quantile defines them.
+
+    They lie among the few largest values, so a partial sort replaces the full one.
+    """
+    columns = rows.size(1)
+    # Fractional places in the descending order of a row's absolute values.
+    places = [(columns - 1) * (1 - quantile) for quantile in CLIP_QUANTILES]
+    count = min(columns, int(max(places)) + 2)
+    largest = rows.abs().topk(count, dim=1).values  # (R, count)
+    clips = []
+    for place in places:
+        low = min(int(place), count - 1)
+        high = min(low + 1, count - 1)
+        part = place - int(place)
+        clips.append(torch.lerp(largest[:, low], largest[:, high], part))
+    return torch.stack(clips).unsqueeze(-1)
+
+
+@torch.no_grad()
+def row_scales(rows, bits):
+    """float16 step (R, 1) of each row of `rows` (R, C), by GPTQ-lite.
+
+    The largest weight decides how coarse a row's grid is; clipping a few outliers makes it finer
+    for all others. Each row takes the candidate that leaves the least squared error.
+    """
+    # The floor is float16's smallest number: an epsilon, so that rows of zeros stay zeros.
+    steps = clip_candidates(rows) / largest_code(bits)  # (Q, R, 1)
+    scales = steps.clamp(min=2.0**-24, max=65504.0).half()
+    steps = scales.float()  # rounded to float16, as the artifact stores them
+    rounded = round_to_grid(rows, steps, bits) * steps  # (Q, R, C)
+    errors = (rounded - rows).square().sum(-1, keepdim=True)  # (Q, R, 1)
+    best = errors.argmin(0, keepdim=True)  # (1, R, 1)
+    return scales.gather(0, best)[0]
+
+
+@torch.no_grad()
+def quantize_rows(weight, bits):
+    """int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), one scale per row."""
+    rows = weight.detach().float().flatten(0, -2)  # (R, C)
+    scales = row_scales(rows, bits)
+    codes = round_to_grid(rows, scales.float(), bits)
+    return codes.to(torch.int8), scales
+
+
+# The grid of QUANTIZER=gptq: entry (i, j) of a matrix is stored as an integer times
+# unit * 2^(row[i] / 2) * 2^(column[j] / 2). `unit` is the dial that sets the file's size.
+STEPS_PER_OCTAVE = 2  # a finer choice of steps costs more bytes than it saves
+UNIT_LIMITS = (2.0**-60, 2.0**10)  # with these no stored step overflows or vanishes
+MAX_EXPONENT = 64  # of a row or a column, in half octaves
+MAX_CODE = 127 * 256 + 127  # codes travel as two signed bytes
+
+
+class Grid(typing.NamedTuple):
+    """Exponents of a matrix's steps, in half octaves, int8."""
+
+    row: np.ndarray  # (R,)
+    column: np.ndarray  # (C,)
+
+
+def gptq_scheme_of(name, shape):
+    """Name of the scheme under QUANTIZER=gptq: matrices on the grid, the rest in half precision.
+
+    Half precision of the control scalars loses nothing that could be measured.
+    """
+    is_matrix = len(shape) == 2 and name.endswith(".weight")
+    return "grid" if is_matrix else "fp16"
+
+
+def exact_power(exponents):
+    """2^(n / 2) as float32 of integers n; a table and ldexp give the same bits on every machine."""
+    n = np.asarray(exponents).astype(np.int32)
+    roots = np.array([1.0, 1.4142135623730951])
+    return np.ldexp(roots[n & 1], n >> 1).astype(np.float32)
+
+
+def grid_steps(grid, units):
+    """Steps of the rows (R, 1), times `units` (R,) or a number, and of the columns (1, C)."""
+    rows = exact_power(grid.row) * np.float32(units)
+    return rows[:, None], exact_power(grid.column)[None, :]
+
+
+def to_exponents(steps):
+    """Nearest half octaves (int8) of positive steps, a float64 tensor."""
+    exponents = (STEPS_PER_OCTAVE * steps.log2()).round()
+    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8).numpy()
+
+
+# ---- calibration ----
+# What the loss does when a matrix changes, to second order: an error E in a weight (R, C) costs
+# 1/2 sum_i d_i (E H E^T)_ii nats per token. H is the second moment of the matrix's input (OBS,
+# Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the sensitivity of output i: its gradient's
+# second moment on labels drawn from the model itself, which is the Fisher information (K-FAC,
+# arXiv 1503.05671). Only training text is read.
+
+UNIT_TOKENS = 8192  # tokens of one forward and backward pass, the atom that ranks share out
+UNSEEN_COUNT = 2.0  # readings that each row of an embedding is credited with
+SUM_BITS = 36  # precision of the largest entry of a first term; float32 itself has 24
+# Seconds of a calibration token in seconds of a training token: 1.4 on a CPU, and a margin.
+CALIBRATION_COST = 2.0
+
+
+class Sensitivity(typing.NamedTuple):
+    """Second-order knowledge of one matrix (R, C)."""
+
+    hessian: str  # name of its H
+    row_weight: torch.Tensor  # d (R,), nats per token
+
+
+class Knowledge(typing.NamedTuple):
+    """What calibration found, in float64 on the CPU."""
+
+    hessians: dict  # H (C, C) by name
+    sensitivities: dict  # Sensitivity by parameter name
+
+
+class ExactSum:
+    """Sums by name that do not depend on the order of their terms, hence not on the world size.
+
+    Floating-point sums round differently in every order. Here a term is rounded to multiples of a
+    power of two, whose sum is exact. The first term under a name chooses it: all ranks must start
+    with the same one.
+    """
 
     def __init__(self):
-        self.seconds = dict.fromkeys(self.PARTS, 0.0)
-        self.steps = []  # seconds of every step, as all ranks agreed on
-        self.flops = 0.0  # floating-point operations of all steps and ranks
+        self.totals = {}
+        self.resolution = {}
 
-    @contextlib.contextmanager
-    def part(self, name):
-        begin = time.monotonic()
-        yield
-        self.seconds[name] += time.monotonic() - begin
+    def add(self, name, value):
+        """Add a tensor to the sum of this name."""
+        value = value.detach().double()
+        if name not in self.totals:
+            # A first term of zeros says nothing about size: 1e-30 stands for it.
+            exponent = math.frexp(max(float(value.abs().max()), 1e-30))[1]
+            self.resolution[name] = 2.0 ** (exponent - SUM_BITS)
+            self.totals[name] = torch.zeros_like(value, dtype=torch.int64)
+        # Saturation keeps a wild term from overflowing; 2^12 terms of this size still fit.
+        steps = (value / self.resolution[name]).round().clamp(-(2.0**50), 2.0**50)
+        self.totals[name] += steps.long()
 
-    def recent(self, count):
-        """Mean seconds of the last `count` steps."""
-        last = self.steps[-count:]
-        return sum(last) / len(last)
+    def forget(self):
+        """Keep the resolutions, drop the terms."""
+        for total in self.totals.values():
+            total.zero_()
 
-    def pace(self, count):
-        """Median seconds of the last `count` steps, 0 without any: no single pause moves it."""
-        return float(np.median(self.steps[-count:])) if self.steps else 0.0
-
-    def milliseconds(self, percentile):
-        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
-        return 1000 * float(np.percentile(self.steps, percentile))
-
-    def state_dict(self):
-        # A tensor, since thousands of Python floats are slow to write.
-        steps = torch.tensor(self.steps, dtype=torch.float64)
-        return dict(seconds=dict(self.seconds), steps=steps, flops=self.flops)
-
-    def load_state_dict(self, state):
-        self.seconds = dict(state["seconds"])
-        self.steps = state["steps"].tolist()
-        self.flops = state["flops"]
+    def result(self, comm):
+        """{name: float64 sum over all ranks}, on the CPU."""
+        sums = {}
+        for name in sorted(self.totals):  # ranks must meet in the same order
+            total = self.totals[name]
+            if comm.world > 1:
+                comm.all_reduce(total).wait()
+            sums[name] = total.cpu().double() * self.resolution[name]
+        return sums
 
 
-class Trainer:
-    """Model, optimisers, averages, data position and clock of one training run."""
-
-    PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
-
-    def __init__(self, config, runtime, val, reserve=0.0):
-        self.config = config
-        self.timed = without_reserve(config, reserve)  # for all that depends on the clock
-        self.runtime = runtime
-        self.val = val
-        self.comm = runtime.comm
-        torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.model = build_model(config, runtime)
-        self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
-        self.average = WeightAverage(self.model.parameters(), self.timed)
-        self.stream = open_train_stream(config)
-        self.loss = runtime.compiled(self.model)
-        self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
-        self.step = 0  # steps done
-        self.seconds = 0.0  # of training: without start, warm-up and validation
-        self.step_started = time.monotonic()  # moved forward by whatever is no training
-        self.timer = StepTimer()
-        self.logged_step = 0  # of the last log line in this process
-        self.logged_order = []  # of the layers, in this process's log
-        self.stopped_early = False  # by the wallclock cap
-        self.saved_step = 0  # of the last checkpoint
-        self.plan_micro_batches()
-        # A checkpoint of other settings or other data must not be continued.
-        last_token = int(self.stream.ends[-1])
-        self.identity = dict(hash=config.hash(), data=[last_token, val.fingerprint["val_sha256"]])
-
-    def plan_micro_batches(self):
-        """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
-        config = self.config
-        world = self.comm.world
-        sequences = config.train_batch_tokens // config.train_seq_len
-        if sequences % world:
-            raise ConfigError(
-                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
-                f"which {world} ranks cannot share evenly: change the batch or the number of "
-                "ranks"
-            )
-        self.seqs_per_rank = sequences // world
-        most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
-        # Equal parts: the mean of their mean losses is the step's loss, and one graph fits all.
-        divisors = [n for n in range(1, most + 1) if self.seqs_per_rank % n == 0]
-        self.micro_batch_seqs = max(divisors)
-        self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
-
-    def announce(self):
-        """Lines that the challenge's tools parse, in its own format."""
-        log = self.runtime.log
-        data_set = Path(self.config.data_path).name
-        log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
-        log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
-        log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
-        self.warn_of_settings()
-
-    def warn_of_settings(self):
-        """Lines on settings that do other than whoever chose them may expect."""
-        config = self.config
-        log = self.runtime.log
-        rounded = any(module.bits for _, module in self.model.quantizable())
-        if config.late_qat_threshold and not rounded:
-            log(
-                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
-                "integers"
-            )
-        if config.late_qat_threshold and config.quantizer == "gptq":
-            log(
-                "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
-                "chooses its own after training"
-            )
-        last_step = max(0, config.iterations - 1)
-        if config.num_loops and run_fraction(config, last_step) < config.loop_at:
-            log(
-                f"warning: LOOP_AT={config.loop_at}: no step of this run loops layers, but every "
-                "score does"
-            )
-
-    def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
-        self.load()
-        self.warm_up()
-        # The clock starts here: compiling and reading a checkpoint are not training.
-        self.step_started = time.monotonic()
-        self.checkpoints.saved_at = self.step_started
-        try:
-            self.run_steps()
-        # Whatever ends the run early, the user learns what is safe.
-        except Stopped:
-            if self.saved_step != self.step:  # stopped in a validation
-                self.save(wait=True)
-            raise
-        except DataError as error:
-            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
-        self.checkpoints.wait()
-
-    def run_steps(self):
-        every = self.config.val_loss_every
-        done = False
-        while not done:
-            self.set_order()
-            # Asked before the validation, so that the last one is of the final weights.
-            done = self.step >= self.config.iterations or self.out_of_time()
-            if done or (every and self.step and self.step % every == 0):
-                self.validate()
-            if not done:
-                self.one_step()
-
-    def out_of_time(self):
-        """Whether the next step is predicted to pass the wallclock cap."""
-        cap = training_cap(self.timed, self.step, self.seconds)
-        if not cap or not self.step:  # nothing measured yet
-            return False
-        # Steps of looped layers take longer than the mean of the whole run.
-        step_seconds = max(self.seconds / self.step, self.timer.pace(20))
-        if self.seconds + step_seconds > cap:
-            self.runtime.log(
-                f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
-                f"step:{self.step}/{self.config.iterations}"
-            )
-            self.stopped_early = True
-        return self.stopped_early
-
-    def one_step(self):
-        """One optimiser step, its log line, and a checkpoint where one is due."""
-        config = self.config
-        scale = lr_scale(self.timed, self.step, self.seconds)
-        self.set_lrs(scale)
-        facts = self.agree(self.accumulate(self.step, self.stream))
-        # Before the optimisers: a loss that is not finite must not reach the weights.
-        if not math.isfinite(facts.loss):
-            self.diverged(facts.loss)
-        with self.timer.part("optimiser"):
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-            self.average.update(self.step, scale, self.seconds)
-        self.step += 1
-        self.seconds += facts.seconds
-        self.timer.steps.append(facts.seconds)
-        # Counted step by step, because looped layers are switched on in mid-run.
-        self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
-        self.report(facts.loss, scale)
-        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
-            self.save(wait=True)
-            raise Stopped(f"in training after step {self.step}/{config.iterations}")
-        every = config.checkpoint_every
-        if facts.save or (every and self.step % every == 0):
-            self.save()
-
-    def agree(self, loss):
-        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
-
-        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
-        decided together, or one rank would wait for ever in a collective that no other enters.
-        """
-        now = time.monotonic()
-        step_seconds = self.seconds / max(1, self.step)
-        # The stop is seen one step late, so there must be time for two.
-        stop = self.runtime.stop.wanted(2 * step_seconds)
-        save = self.checkpoints.due()
-        elapsed = now - self.step_started
-        self.step_started = now
-        if not self.runtime.is_main:  # rank 0's clock decides
-            save = False
-            elapsed = 0.0
-        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
-        return StepFacts(loss, stop > 0, save > 0, elapsed)
-
-    def set_order(self):
-        """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
-        fraction = run_fraction(self.timed, self.step, self.seconds)
-        self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
-        order = layer_order(self.config, self.model.looped)
-        # Where it changes, loss and step time do: whoever reads the log must see why.
-        if self.config.num_loops and order != self.logged_order:
-            visits = " ".join(map(str, order))
-            self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
-            self.logged_order = order
-
-    def set_lrs(self, scale):
-        """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
-        config = self.config
-        self.muon.lr = config.matrix_lr * scale
-        self.muon.momentum = momentum_at(config, self.step)
-        for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * scale
-        if config.late_qat_threshold:
-            self.model.set_qat(float(scale < config.late_qat_threshold))
-
-    def accumulate(self, step, stream):
-        """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
-        config = self.config
-        length = config.train_seq_len
-        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
-        last = first + self.seqs_per_rank
-        with self.timer.part("data"):
-            # (n, T + 1): one token more than there are inputs, the last target.
-            rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
-        self.model.zero_grad()
-        self.model.train()  # a validation may have left it in evaluation mode
-        total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
-        for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
-            high = low + self.micro_batch_seqs
-            with self.timer.part("data"):
-                tokens = self.runtime.to_device(rows[low:high])
-                noise = flow_noise_keys(
-                    config, step, first + low, self.micro_batch_seqs, self.runtime.device
-                )
-            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
-                loss = self.micro_batch_loss(tokens, noise)
-                total = total + loss.detach()
-                if high == self.seqs_per_rank:
-                    # Ahead of the last backward, for which it then need not wait.
-                    on_host = HostCopy(total)
-                loss.backward()
-        with self.timer.part("forward_backward"):
-            # The step's one synchronisation. On CUDA the last backward is still running behind it,
-            # long enough to hide the agreement of the ranks and the optimisers' launches.
-            return on_host.read()
-
-    def micro_batch_loss(self, tokens, noise):
-        """Share of the step's mean loss (0-d) of `tokens` (B, T + 1)."""
-        ids = tokens[:, :-1]  # (B, T)
-        targets = tokens[:, 1:]  # (B, T): each token's successor
-        with self.runtime.autocast():
-            # Divided here, so that sums over micro-batches and ranks are means.
-            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
-
-    @contextlib.contextmanager
-    def naming_a_smaller_batch(self):
-        """Out of memory becomes a ResourceError that names the setting to change."""
-        try:
-            yield
-        except OUT_OF_MEMORY:
-            length = self.config.train_seq_len
-            smaller = max(self.micro_batch_seqs * length // 2, length)
-            raise ResourceError(
-                "out of memory in training with MICRO_BATCH_TOKENS="
-                f"{self.config.micro_batch_tokens}: run the same command with "
-                f"MICRO_BATCH_TOKENS={smaller}"
-            ) from None
-
-    def clock(self):
-        milliseconds = 1000 * self.seconds
-        average = milliseconds / max(1, self.step)
-        return f"train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
-
-    def report(self, loss, scale):
-        """The step's log line, and on a terminal the moving one."""
-        config = self.config
-        step = self.step
-        text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
-        # The first steps show whether a run is sound at all.
-        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
-        # The pace since the last line, where a node that slows down shows at once.
-        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
-        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
-        if logged:
-            self.runtime.log(f"{text} {self.clock()} {pace}")
-            self.logged_step = step
-        # Every step's, so that the curve that is drawn of them can be smoothed.
-        self.runtime.event(
-            "step",
-            step=step,
-            train_loss=loss,
-            train_time_ms=1000 * self.seconds,
-            lr_scale=scale,
-        )
-        # By the mean of the whole run: steadier than the last step's time.
-        eta = (config.iterations - step) * self.seconds / step
-        self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
-
-    def report_throughput(self):
-        """Two lines at the end: the pace and its share of the device's peak, where time went."""
-        timer = self.timer
-        if not timer.steps:
-            return
-        median = timer.milliseconds(50)
-        tokens = self.config.train_batch_tokens * len(timer.steps)
-        tokens_per_second = tokens / max(1e-9, self.seconds)
-        device = device_name(self.runtime.device)
-        peak = peak_flops(device)
-        share = None
-        described = f"unknown (no bfloat16 peak is listed for {device})"
-        if peak is not None:
-            flops_per_second = timer.flops / max(1e-9, self.seconds)
-            share = flops_per_second / (peak * self.comm.world)
-            described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
-        self.runtime.log(
-            f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
-            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
-        )
-        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
-        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
-        self.runtime.event(
-            "throughput",
-            tokens_per_s=tokens_per_second,
-            step_median_ms=median,
-            step_p95_ms=timer.milliseconds(95),
-            peak_share=share,
-            flops=timer.flops,
-            seconds_in=timer.seconds,
-        )
-
-    def validate(self):
-        """Validate the raw weights by non-overlapping windows; this is no training time."""
-        config = self.config
-        begin = time.monotonic()
-        try:
-            with self.timer.part("validation"):
-                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
-        except ArtifactError:  # what the evaluation says to weights whose loss is not finite
-            self.diverged(math.nan)
-        self.runtime.log(
-            f"step:{self.step}/{config.iterations} val_loss:{score.val_loss:.4f} "
-            f"val_bpb:{score.val_bpb:.4f} {self.clock()}"
-        )
-        self.runtime.event(
-            "val",
-            step=self.step,
-            val_loss=score.val_loss,
-            val_bpb=score.val_bpb,
-            train_time_ms=1000 * self.seconds,
-        )
-        self.step_started += time.monotonic() - begin  # as if no time had passed
-
-    def warm_up(self):
-        """Compile on synthetic tokens, then restore weights and optimisers bit for bit.
-
-        Compilation takes minutes on CUDA and would otherwise count against the wallclock cap.
-        """
-        config = self.config
-        finished = self.step >= config.iterations
-        if not self.runtime.compiling or not config.warmup_steps or finished:
-            return
-        before = private_copy(self.training_state())  # on the host: the device may be full
-        timing = self.timer.state_dict()
-        generator = np.random.default_rng(0)
-        shape = (self.seqs_per_rank, config.train_seq_len + 1)
-        tokens = generator.integers(0, config.vocab_size, shape)
-        # A stand-in for TrainStream: the real position must not move.
-        synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
-        # Both orders of the layers, so that no graph is compiled in the middle of the run.
-        for looped in (False, True) if config.num_loops else (False,):
-            self.model.looped = looped
-            for i in range(config.warmup_steps):
-                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
-                reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-        self.restore(before)
-        self.timer.load_state_dict(timing)
-        self.runtime.log(
-            f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
-        )
-
-    def training_state(self):
-        """Everything the next step depends on; every rank must call it."""
-        return {name: getattr(self, name).state_dict() for name in self.PARTS}
-
-    def restore(self, state):
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-
-    def save(self, wait=False):
-        """Copy the state and write it in the background.
-
-        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
-        never saved: the checkpoints before them are the ones to keep.
-        """
-        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
-        if not all(finite):
-            self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
-            return
-        state = self.training_state()  # a collective: momentum is gathered from all ranks
-        self.saved_step = self.step
-        if self.runtime.is_main:
-            state.update(self.identity)
-            state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
-            state.update(timing=self.timer.state_dict())
-            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
-        self.checkpoints.saved_at = time.monotonic()
-        if wait:
-            self.checkpoints.wait_or_raise()
-            # A rank that left now would have the launcher end the one that still writes.
-            self.comm.barrier()
-
-    def report_saved(self, step, seconds, size):
-        self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
-        self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
-
-    def load(self):
-        """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
-        step, state = self.checkpoints.load()
-        if not step:
-            return
-        path = self.checkpoints.path(step)
-        if any(state[name] != value for name, value in self.identity.items()):
-            raise ConfigError(
-                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
-            )
-        self.restore(state)
-        # With step, clock and position the next step is the one that would have come.
-        self.step = step
-        self.seconds = state["seconds"]
-        self.timer.load_state_dict(state["timing"])
-        self.logged_step = step
-        self.stream.position = state["position"]
-        self.runtime.log(f"resumed_from:{path} step:{step}")
-
-    def diverged(self, loss):
-        """Save the weights that met the bad loss if they are finite themselves, and stop."""
-        self.save(wait=True)
-        raise DivergedError(
-            f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
-            f"weights: {self.checkpoints.last()}"
-        )
-
-    def export(self):
-        """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
-        kind, tensors = self.average.exported()
-        self.runtime.log(f"export:{kind}")
-        # The model's own state first, for what is no parameter; then the averages in its place.
-        state = dict(self.model.state_dict())
-        names = [name for name, _ in self.model.named_parameters()]
-        state.update(zip(names, tensors, strict=True))
-        info = dict(
-            steps=self.step,
-            train_time_s=self.seconds,
-            step_avg_ms=1000 * self.seconds / max(1, self.step),
-            stopped_early=self.stopped_early,
-            peak_mib=self.runtime.peak_mib().allocated,
-        )
-        return dict(
-            config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
-        )
+def hessian_name(module_name):
+    """Name of the H of a Linear: queries, keys, values and gates read one input and share one H."""
+    stem, _, leaf = module_name.rpartition(".")
+    if leaf in ("c_k", "c_v", "attn_gate"):
+        return f"{stem}.c_q"
+    return module_name
 
 
-def train(config, runtime, val, path, reserve=0.0):
-    """Train (or go on training), write the exported float weights to `path`.
+def gram(x):
+    """Sum of x x^T over tokens (C, C), float32, of x (..., C).
 
-    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
-    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    Hooks run under the forward's autocast, whose bfloat16 product would not be positive definite;
+    neither would TF32's, which a GPU uses for float32 products unless it is told not to.
     """
-    trainer = Trainer(config, runtime, val, reserve)
-    trainer.announce()
-    trainer.run()
-    trainer.report_throughput()
-    exported = trainer.export()
-    allocated, reserved = runtime.peak_mib()
-    runtime.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-    if runtime.is_main:
-        save_tensors(path, exported)
-    runtime.event("trained", **exported["info"])
-    runtime.comm.barrier()  # whoever reads the file next finds it whole
+    x = x.detach().float().reshape(-1, x.size(-1))  # (tokens, C)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            return x.T @ x
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-# ==================================================================================================
-# Quantiser
+class CalibrationHooks:
+    """Adds to `sums` what passes through the real forward and backward while the context is open.
+
+    A Linear contributes the Gram matrix of its inputs. An embedding's input is a one-hot vector:
+    its H is diagonal over rows, and what couples its columns is the gradient of its output. A layer
+    that is visited more than once adds up all its visits.
+    """
+
+    def __init__(self, model, sums):
+        self.model = model
+        self.sums = sums
+        self.handles = []
+
+    def __enter__(self):
+        tapped = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, Embedding):
+                hook = module.register_forward_hook(self.embedding_hook(name))
+                self.handles.append(hook)
+            if not isinstance(module, (Attention, Linear)):
+                continue
+            # Attention multiplies by the weights of its projections itself, in one product. It
+            # comes before them here, so that its input is read and their hooks are not needed.
+            is_attention = isinstance(module, Attention)
+            source = f"{name}.c_q" if is_attention else hessian_name(name)
+            if source not in tapped:
+                tapped.add(source)
+                self.handles.append(module.register_forward_pre_hook(self.input_hook(source)))
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def input_hook(self, source):
+        def before_forward(module, args):
+            self.sums.add(f"hessian/{source}", gram(args[0]))
+
+        return before_forward
+
+    def embedding_hook(self, name):
+        def after_forward(module, args, output):
+            rows = torch.bincount(args[0].flatten().long(), minlength=module.num_embeddings)
+            self.sums.add(f"count/{name}", rows)
+            output.register_hook(lambda grad: self.sums.add(f"hessian/{name}", gram(grad)))
+
+        return after_forward
+
+
+def drawn_labels(logps, unit, seed):
+    """One label per position (n,) drawn from logps (n, V): a function of seed and unit alone.
+
+    The Fisher information needs the model's own labels; with the data's, errors that the model
+    makes anyway would count as sensitivity.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + unit)
+    height = torch.rand(len(logps), 1, generator=generator).to(logps.device)
+    below = logps.exp().cumsum(-1) < height  # (n, V)
+    return below.sum(-1).clamp(max=logps.size(-1) - 1)
+
+
+def calibrate_unit(model, ids, unit, runtime, sums):
+    """Add what one batch of training tokens `ids` (B, T) says to `sums`."""
+    # The same weights must give the same artifact on a GPU too.
+    with deterministic_algorithms(), runtime.autocast():
+        hidden = model.hidden(ids)  # (B, T, D)
+        head_input = model.head_input(hidden)
+        logits = model.head(head_input).flatten(0, 1)  # (B * T, V)
+    logps = logits.detach().float().log_softmax(-1)
+    probs = logps.exp()
+    sums.add("hessian/head", gram(head_input))
+    # p (1 - p) is the variance of a drawn label, so the second derivative of the loss in its logit.
+    sums.add("label_variance", (probs * (1 - probs)).sum(0))
+    labels = drawn_labels(logps, unit, model.config.seed)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    model.zero_grad()
+    with deterministic_algorithms():
+        loss.backward()
+    for name, module in model.named_modules():
+        # The labels of different tokens are independent: the square of the sum is, on average, the
+        # sum of the squares.
+        if isinstance(module, Linear):
+            sums.add(f"gradient/{name}", module.weight.grad.float().square().sum(1))
+    model.zero_grad()
+
+
+class CalibrationText:
+    """CALIBRATION_TOKENS training tokens in sequences spread evenly over the training shards."""
+
+    def __init__(self, config):
+        self.length = config.train_seq_len
+        self.stream = open_train_stream(config)
+        self.sequences = max(1, config.calibration_tokens // self.length)
+        self.per_unit = max(1, UNIT_TOKENS // self.length)
+        self.units = math.ceil(self.sequences / self.per_unit)
+
+    def read(self, unit):
+        """Token ids (B, T) of a unit, uint16."""
+        first = unit * self.per_unit
+        last = min(first + self.per_unit, self.sequences)
+        total = int(self.stream.ends[-1])
+        rows = []
+        for number in range(first, last):
+            self.stream.position = number * total // self.sequences
+            rows.append(self.stream.rows(0, 0, self.length, self.length)[:, :-1])  # (1, T)
+        return np.concatenate(rows)
+
+
+def calibrate(model, config, runtime):
+    """Knowledge of every matrix of `model` from training tokens; all ranks must call it.
+
+    Ranks share the units out. Sums are exact, so any world size finds the same bits.
+    """
+    text = CalibrationText(config)
+    comm = runtime.comm
+    sums = ExactSum()
+    model.eval()
+    with CalibrationHooks(model, sums):
+        # Every rank starts with unit 0, which sets the resolutions; only rank 0 counts it.
+        calibrate_unit(model, runtime.to_device(text.read(0)), 0, runtime, sums)
+        if comm.rank != 0:
+            sums.forget()
+        for unit in range(comm.rank, text.units, comm.world):
+            if unit > 0:
+                calibrate_unit(model, runtime.to_device(text.read(unit)), unit, runtime, sums)
+    return knowledge_from(model, sums.result(comm), text.sequences * text.length)
+
+
+def knowledge_from(model, sums, tokens):
+    """Turn sums over `tokens` tokens into Hessians and sensitivities per token."""
+    hessians = {}
+    for key, total in sums.items():
+        kind, _, name = key.partition("/")
+        if kind == "hessian":
+            hessians[name] = total / tokens
+    sensitivities = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Embedding):
+            # A row's share of the loss is how often it is read.
+            weight = (sums[f"count/{name}"] + UNSEEN_COUNT) / tokens
+            sensitivities[f"{name}.weight"] = Sensitivity(name, weight)
+        elif isinstance(module, Linear):
+            # E |dW_i|^2 = d_i tr(H): the Kronecker factors' traces agree with the gradient's.
+            source = hessian_name(name)
+            columns = module.in_features
+            if columns < hessians[source].size(0):  # a gate that reads the leading channels
+                hessians[name] = hessians[source][:columns, :columns]
+                source = name
+            weight = sums[f"gradient/{name}"] / tokens
+            weight = weight / hessians[source].trace().clamp(min=1e-30)
+            sensitivities[f"{name}.weight"] = Sensitivity(source, weight)
+    # The tied embedding is read as input and multiplied as output; token frequencies weigh both.
+    variance = sums["label_variance"] / tokens
+    hessians["tok_emb"] = hessians["tok_emb"] + variance.sum() * hessians.pop("head")
+    sensitivities["tok_emb.weight"] = Sensitivity("tok_emb", variance / variance.sum())
+    return Knowledge(hessians, sensitivities)
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_count(config):
+    """Parameters of the architecture, without allocating them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+def calibration_seconds(config, step_seconds):
+    """Predicted seconds of `calibrate`, from those of a training step."""
+    token_seconds = step_seconds / config.train_batch_tokens
+    return CALIBRATION_COST * token_seconds * config.calibration_tokens
+
+
+# ---- gptq ----
 # QUANTIZER=gptq, from knowledge to bytes: steps that equalise the predicted loss, integers by GPTQ,
 # codes sorted by size. Only their coding is known to the reader; how codes were chosen is not.
-# ==================================================================================================
+
 DAMPING = 0.03  # of the mean diagonal, added to it
 ROW_TEMPER = 0.7  # exponent of the rows' sensitivities
 # Nats per token, far below what could be measured: predictions for a model that was hardly trained
@@ -5972,12 +6592,11 @@ def code_bits(codes, keys):
     return bits
 
 
-# ==================================================================================================
-# Compression
+# ---- the artifact ----
 # Integers row by row, then a general compressor. The container is plain data with a checksum: its
 # reader believes nothing that it has not compared with what the architecture must contain, and
 # allocates nothing of a size that the architecture does not have.
-# ==================================================================================================
+
 ARTIFACT_NAME = "final_model.int6.ptz"
 FLOAT_NAME = "final_model.pt"
 # Like PNG's, the magic bytes show a transfer that changed line ends.
@@ -6715,630 +7334,6 @@ def load_float_weights(path):
             f"{path}: not the final weights of a run ({type(error).__name__}: "
             f"{printable(error, 200)}): name {FLOAT_NAME} or {ARTIFACT_NAME}"
         ) from None
-
-
-# ==================================================================================================
-# Legality
-# The four conditions of issue #1017, checked on the functions that produce the score, for every
-# score that is reported and in its own configuration: the checks change tokens and look at what the
-# scoring loop shows an Observer. Two runs that must agree agree bit for bit: rounding would hide a
-# small leak. It is a self-test: a script that wants to deceive can also change this section.
-# ==================================================================================================
-CHECKS = {
-    "C1 future_flip": "no score depends on later tokens",
-    "C1 own_token": "no distribution depends on the token that it predicts",
-    "C1 dense_sweep": "the same for every position of a first, a later and an adapted window",
-    "C2 normalised": "each distribution is over the whole vocabulary and sums to 1",
-    "C2 nll_is_entry": "what is summed is minus the entry of each target",
-    "C3 state_unchanged": "scoring leaves weights, buffers and optimiser alone",
-    "C3 trained_is_scored": "no target is trained on before it is scored",
-    "C3 twin_run": "no state depends on a token that it has not scored",
-    "C4 coverage": "each target is scored once",
-    "C4 single_pass": "from left to right, and sums only grow",
-    "C4 score": "nats and bytes, counted anew, give the score that is returned",
-    "C4 full_plan": "the plan of the whole evaluation is in order, without gaps",
-    "rule smear_bos": "nothing is mixed into a document from the one before it",
-}
-# The condition that an evaluation found broken by itself.
-BROKEN_BY = {
-    ScoredTwiceError: "C4 single_pass",
-    TrainedAheadError: "C3 trained_is_scored",
-    LookedAheadError: "C1 future_flip",
-    NotAnEntryError: "C2 nll_is_entry",
-}
-SWEPT = 16  # positions of a first window that every score's sweep looks at
-LN_2 = 0.6931471805599453  # written out: the audit counts for itself
-
-
-class SweepError(LegalityError):
-    """A dense sweep found something, on all ranks: the rest is not worth its time."""
-
-
-class Watch(Observer):
-    """Checks every position that it is shown, and keeps the nll (n,) of every target.
-
-    `keep`: targets whose log-probabilities (V,) are kept too.
-    """
-
-    def __init__(self, stream, vocab_size, keep=()):
-        self.tokens = stream.tokens  # the text, whatever the evaluation makes of it
-        self.vocab_size = vocab_size
-        self.nll = np.zeros(stream.num_targets, np.float32)
-        self.keep = {int(target): None for target in keep}
-        self.worst = 0.0  # largest distance of a distribution's log-sum from 0
-        self.wrong_entries = 0
-
-    def scored(self, targets, logps, nll):
-        self.nll[targets] = nll.float().cpu().numpy()
-        # A subclass of Tensor could show one thing and give another.
-        logps = logps.as_subclass(torch.Tensor)
-        log_sums = logps.double().logsumexp(-1)  # (n,)
-        worst = log_sums.abs().max().item()
-        if logps.size(-1) != self.vocab_size or not math.isfinite(worst):
-            worst = math.inf
-        self.worst = max(self.worst, worst)
-        # Looked up by the audit's own copy of the text: target t is token t + 1.
-        own = self.tokens[targets + 1].astype(np.int64)
-        own = torch.from_numpy(own).to(logps.device)
-        entries = logps.gather(1, own.unsqueeze(1))  # (n, 1)
-        wrong = nll != -entries.squeeze(1)
-        self.wrong_entries += wrong.sum().item()
-        wanted = np.isin(targets, list(self.keep))
-        for row in np.flatnonzero(wanted):
-            target = int(targets[row])
-            self.keep[target] = logps[row].float().cpu().numpy()
-
-    def same_distribution(self, other, target):
-        """Whether both saw the same; also true where another rank scored the target."""
-        mine = self.keep[target]
-        if mine is None:
-            return True
-        return np.array_equal(mine, other.keep[target])
-
-
-class Recorder(Watch):
-    """Also keeps the course of an evaluation.
-
-    `hash_state`: whether to hash the state that each round of scoring finds. `sweeps`: functions of
-    the evaluation, by the first target of the round before which they are called.
-    """
-
-    def __init__(self, stream, vocab_size, keep=(), hash_state=False, sweeps=None):
-        super().__init__(stream, vocab_size, keep)
-        self.times = np.zeros(stream.num_targets, np.int64)  # how often each target was shown
-        self.nats = 0.0
-        self.hash_state = hash_state
-        self.sweeps = sweeps or {}
-        self.order = []  # first scored target of every round
-        self.sums = []  # the meter's nats after every item
-        self.state_entering = {}  # first scored target: hash of the state that scores it
-        self.state = None  # hash of the state as scoring left it
-        self.score_changed_state = False
-        self.trained_ahead = False
-
-    def scored(self, targets, logps, nll):
-        super().scored(targets, logps, nll)
-        np.add.at(self.times, targets, 1)  # counts a target twice if it is shown twice
-        self.nats += float(nll.double().sum())
-
-    def before_item(self, evaluation, item):
-        if isinstance(item, TrainStep):
-            self.trained_ahead |= trains_ahead(evaluation, item)
-            self.state = None
-            return
-        first = evaluation.windows[item.low].first
-        self.order.append(first)
-        if self.hash_state:
-            found = state_hash(evaluation)
-            # Since the round before only scoring has happened.
-            self.score_changed_state |= self.state not in (None, found)
-            self.state = found
-            self.state_entering[first] = found
-        if first in self.sweeps:
-            self.sweeps[first](evaluation)
-
-    def after_item(self, evaluation, item):
-        self.sums.append(float(evaluation.meter.nll))
-        if isinstance(item, TrainStep) or not self.hash_state:
-            return
-        following = evaluation.cursor + 1
-        if following < len(evaluation.work):
-            item = evaluation.work[following]
-            if isinstance(item, ScoreRound):
-                return  # which compares for itself, before it scores
-        left = state_hash(evaluation)
-        self.score_changed_state |= left != self.state
-
-
-def trains_ahead(evaluation, item):
-    """Whether a TrainStep uses a target that is not scored yet, or that is to be scored later."""
-    end = item.first + item.row_high * evaluation.config.eval_seq_len
-    if not evaluation.all_coverage()[item.first : end].all():
-        return True
-    for upcoming in evaluation.work[evaluation.cursor + 1 :]:
-        if isinstance(upcoming, ScoreRound):
-            return end > evaluation.windows[upcoming.low].first
-    return False
-
-
-def state_hash(evaluation):
-    """SHA-256 over parameters, buffers and optimiser state of an evaluation."""
-    tensors = [*evaluation.model.parameters(), *evaluation.model.buffers()]
-    if evaluation.sgd is not None:
-        for state in evaluation.sgd.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):  # momentum; None before the first step
-                    tensors.append(value)
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        # bfloat16 has no counterpart in NumPy, hence the bytes.
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def windows_fault(evaluation):
-    """What is wrong with the windows of an evaluation, or an empty text."""
-    seq_len = evaluation.config.eval_seq_len
-    done = 0
-    for start, first, end in evaluation.windows:
-        in_order = start <= first < end and first == done
-        if not in_order or end - start > seq_len:
-            return f"window {start}…{end} scores from {first} after {done}"
-        done = end
-    if done != evaluation.stream.num_targets:
-        return f"targets from {done} on are not scored"
-    return ""
-
-
-def work_fault(evaluation):
-    """What is wrong with the work items of an evaluation: (check, text), the text may be empty."""
-    windows = evaluation.windows
-    upcoming = 0  # the next window
-    scored = 0  # end of the targets that are scored by then
-    for item in evaluation.work:
-        if isinstance(item, TrainStep):
-            end = item.first + item.row_high * evaluation.config.eval_seq_len
-            if end > scored:
-                text = f"targets up to {end} are trained on after {scored}"
-                return "C3 trained_is_scored", text
-            continue
-        if item.low != upcoming or not item.low < item.high <= len(windows):
-            return "C4 full_plan", f"windows {item.low}…{item.high} come after {upcoming}"
-        upcoming = item.high
-        scored = windows[upcoming - 1].end
-    if upcoming != len(windows):
-        return "C4 full_plan", f"windows from {upcoming} on are not scored"
-    return "C4 full_plan", ""
-
-
-class ByteCount:
-    """The audit's own count of UTF-8 bytes, from the tokenizer's pieces.
-
-    A piece that stands for no text has none; a space in front of a piece counts unless the piece
-    before it stands for no text.
-    """
-
-    def __init__(self, tokenizer):
-        lengths = []
-        spaces = []
-        for i in range(tokenizer.vocab_size()):
-            text = tokenizer.id_to_piece(i).replace("▁", " ")
-            if tokenizer.is_byte(i):
-                text = "?"  # any one byte
-            if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
-                text = ""
-            lengths.append(len(text.encode()))
-            spaces.append(text.startswith(" "))
-        self.lengths = np.array(lengths)  # (V,)
-        self.spaces = np.array(spaces)  # (V,)
-
-    def of_targets(self, tokens):
-        """Bytes (n,) of the targets tokens[1:] of n + 1 tokens."""
-        targets = tokens[1:]
-        silent_before = self.lengths[tokens[:-1]] == 0
-        return self.lengths[targets] - (self.spaces[targets] & silent_before)
-
-    def total(self, tokens):
-        """Bytes of all targets, counted in parts for memory's sake."""
-        total = 0
-        for low in range(0, len(tokens) - 1, 1 << 20):
-            part = tokens[low : low + (1 << 20) + 1]
-            total += int(self.of_targets(part).sum())
-        return total
-
-
-class Audit:
-    """Runs the checks for every EvaluationJob; report() logs and returns them."""
-
-    def __init__(self, model, stream, config, runtime):
-        self.model = model
-        self.stream = stream
-        self.config = config
-        self.runtime = runtime
-        self.comm = runtime.comm
-        self.seed = check_seed(config, stream.fingerprint["val_sha256"])
-        # All ranks draw the same texts and places from the first, their own from the second.
-        self.random = np.random.default_rng(self.seed)
-        self.own_random = np.random.default_rng([self.seed, self.comm.rank])
-        self.byte_count = ByteCount(stream.token_bytes.model)
-        # Half of it is short or silent: controls, bytes, single characters.
-        vocab = np.arange(config.vocab_size)
-        short = vocab[self.byte_count.lengths <= 1]
-        often = np.resize(short, len(vocab))
-        self.salt = np.concatenate([vocab, often])
-        self.counts = dict.fromkeys(CHECKS, 0)  # comparisons that were made
-        self.failures = {name: [] for name in CHECKS}
-
-    def note(self, check, passed, what):
-        """One comparison of a check; `what` is shown when it failed."""
-        self.counts[check] += 1
-        if not passed:
-            self.failures[check].append(what)
-
-    def report(self):
-        """[{"name", "passed", "detail"}], logged; a check passes when it passes on every rank."""
-        self.runtime.log(f"legality audit_seed:{self.seed}")
-        checks = []
-        for name, claim in CHECKS.items():
-            failures = self.failures[name]
-            # Each rank sees only what it scored.
-            passed = not self.comm.any_rank(failures)
-            detail = f"{claim}; {self.counts[name]} comparisons"
-            if failures:
-                some = ", ".join(failures[:3])
-                detail += f"; {len(failures)} differ: {some}"
-            checks.append(dict(name=name, passed=passed, detail=detail))
-            verdict = "pass" if passed else "FAIL"
-            if passed and not self.comm.any_rank(self.counts[name]):
-                verdict = "not_reached"  # after a sweep that found something
-            self.runtime.log(f"legality {name} {verdict} {detail}")
-        return checks
-
-    # ---- runs ----
-
-    def evaluation(self, job, stream, observer=None):
-        """The evaluation that scores, not a copy of it."""
-        return Evaluation(
-            self.model,
-            stream,
-            self.config,
-            self.runtime,
-            job.stride,
-            ttt=job.ttt,
-            slot=job.slot,
-            observer=observer,
-            label=job.label,
-            quiet=True,
-        )
-
-    def changed(self, stream, low):
-        """`stream` with all tokens from `low` on replaced by others, often by a BOS first."""
-        tokens = np.array(stream.tokens)
-        later = other_tokens(tokens[low:], self.config.vocab_size, self.random)
-        later[0] = self.replacement(tokens[low])
-        tokens[low:] = later
-        return stream.replaced(tokens)
-
-    def beginning(self, job):
-        """The part of the text that a job is run on: some rounds, with TTT a chunk before them.
-
-        One token in eight is replaced by any other, special ones above all: what is rare in a text
-        must be treated like the rest.
-        """
-        config = self.config
-        # At least two batches after the first window, and more than one round of all ranks.
-        batches = max(2, self.comm.world + 1)
-        windows = batches * config.eval_batch_seqs
-        targets = config.eval_seq_len + windows * job.stride
-        if job.ttt:
-            targets += config.ttt_chunk_tokens
-        targets = min(self.stream.num_targets, targets)
-        tokens = np.array(self.stream.tokens[: targets + 1])
-        salted = self.random.random(len(tokens)) < 1 / 8
-        salt = self.random.choice(self.salt, len(tokens))
-        tokens[salted] = salt[salted]
-        return self.stream.replaced(tokens)
-
-    def places(self, job, num_targets):
-        """Targets after which everything is replaced: at and around edges, and some at random."""
-        config = self.config
-        last = num_targets - 1
-        length = config.eval_seq_len
-        chunk = config.ttt_chunk_tokens
-        if job.ttt and last > chunk:
-            # The edge between two chunks, and inside the second.
-            inside = self.random.integers(chunk + 1, last + 1)
-            wanted = [chunk, int(inside)]
-        else:
-            # The edges of the first window and of the first batch.
-            batch_end = length + job.stride * (config.eval_batch_seqs - 1)
-            wanted = [length, batch_end + 1, last]
-        # Inside the first chunk, or anywhere in a short text.
-        anywhere = self.random.integers(1, min(last, chunk) + 1)
-        wanted.append(int(anywhere))
-        places = {place for place in wanted if 0 < place <= last}
-        return sorted(places)
-
-    # ---- checks ----
-
-    def check_job(self, job):
-        """All checks that look at one score: its plan, its run, and runs on changed tokens."""
-        if not self.check_plan(job):
-            return  # what such a plan scores is not worth looking at
-        vocab = self.config.vocab_size
-        chunk = self.config.ttt_chunk_tokens
-        stream = self.beginning(job)
-        places = self.places(job, stream.num_targets)
-        sweeps = {0: functools.partial(self.sweep_windows, job)}
-        if job.ttt and stream.num_targets > chunk:
-            # What the first chunk has taught is in use from here on.
-            sweeps[chunk] = functools.partial(self.sweep_later, job)
-        base = Recorder(stream, vocab, keep=places, hash_state=True, sweeps=sweeps)
-        evaluation = self.evaluation(job, stream, base)
-        score = evaluation.run()
-        self.check_distributions(job, base)
-        self.check_sharp(job, stream)
-        self.check_order(job, base, evaluation)
-        self.check_score(job, base, evaluation, score)
-        for place in places:
-            # Target `place` is token place + 1: it and all that follows are replaced.
-            other = self.changed(stream, place + 1)
-            # Without test-time training the state hardly moves: once is enough.
-            hash_state = job.ttt or place == places[-1]
-            twin = Recorder(other, vocab, keep=[place], hash_state=hash_state)
-            self.evaluation(job, other, twin).run(last_target=place)
-            self.check_twin(job, base, twin, place)
-
-    def check_job_or_note(self, job):
-        """check_job, of which an error is a finding too."""
-        try:
-            self.check_job(job)
-        except SweepError:
-            raise
-        except LegalityError as error:
-            if self.comm.world > 1:
-                raise  # the other ranks wait in the middle of an evaluation
-            check = BROKEN_BY.get(type(error), "C4 coverage")
-            self.note(check, False, f"{job.label}: {error}")
-
-    def check_plan(self, job):
-        """C3 and C4 of the plan of the whole evaluation, which no short run shows."""
-        evaluation = self.evaluation(job, self.stream)
-        text = windows_fault(evaluation)
-        self.note("C4 full_plan", not text, f"{job.label}: {text}")
-        if text:
-            return False
-        check, text = work_fault(evaluation)
-        self.note(check, not text, f"{job.label}: {text}")
-        return not text
-
-    def check_distributions(self, job, watch):
-        """C2: every distribution that was shown, and that nll are its entries."""
-        worst = watch.worst
-        text = f"{job.label}: log-sum {worst:.1e}"
-        is_normalised = worst < 1e-4
-        self.note("C2 normalised", is_normalised, text)
-        wrong = watch.wrong_entries
-        text = f"{job.label}: {wrong} targets"
-        self.note("C2 nll_is_entry", not wrong, text)
-
-    def check_sharp(self, job, stream):
-        """C2 where the model is sure of itself, which a weak or a surprised one never is."""
-        observer = Watch(stream, self.config.vocab_size)
-        evaluation = self.evaluation(job, stream)
-        plain = evaluation.hidden
-
-        def sharper(*ids_and_last):
-            states = plain(*ids_and_last)  # (B, T, D)
-            factors = torch.logspace(0, 2, states.size(1), device=states.device)
-            return states * factors.unsqueeze(1).to(states.dtype)
-
-        evaluation.hidden = sharper
-        with evaluation_mode(self.model, self.config.ttt_freeze_blocks):
-            evaluation.summed_nll(evaluation.windows[:1], observer)
-        self.check_distributions(job, observer)
-
-    def check_order(self, job, base, evaluation):
-        """C3 and C4 as far as one run shows them."""
-        label = job.label
-        self.note("C3 state_unchanged", not base.score_changed_state, label)
-        self.note("C3 trained_is_scored", not base.trained_ahead, label)
-        # Counted twice: by the meter, and as seen here.
-        by_meter = evaluation.all_coverage()
-        seen = self.comm.gather_rows(base.times).sum(0)
-        once = (by_meter == 1) & (seen == 1)
-        missed = np.count_nonzero(~once)
-        self.note("C4 coverage", not missed, f"{label}: {missed} targets")
-        in_order = base.order == sorted(base.order)
-        self.note("C4 single_pass", in_order, f"{label}: order of rounds")
-        grows = base.sums == sorted(base.sums)
-        self.note("C4 single_pass", grows, f"{label}: sums")
-        counted = float(evaluation.meter.nll)
-        same = math.isclose(counted, base.nats, rel_tol=1e-9)
-        text = f"{label}: {counted} nats, not {base.nats}"
-        self.note("C2 nll_is_entry", same, text)
-
-    def check_score(self, job, base, evaluation, score):
-        """C4: the returned Score is what was shown, per target and per byte of the text."""
-        nats = float(self.comm.gather_rows([base.nats]).sum())  # of all ranks
-        targets = evaluation.stream.num_targets
-        num_bytes = self.byte_count.total(evaluation.stream.tokens)
-        expected = {
-            "tokens": targets,
-            "bytes": num_bytes,
-            "val_loss": nats / targets,
-            "val_bpb": nats / LN_2 / num_bytes,
-        }
-        for name, value in expected.items():
-            found = getattr(score, name)
-            same = math.isclose(found, value, rel_tol=1e-9)
-            self.note("C4 score", same, f"{job.label}: {name} is {found}, not {value}")
-
-    def check_twin(self, job, base, twin, place):
-        """C1 and C3: what came before target `place` is the same, whatever comes from it on."""
-        where = f"{job.label} at {place}"
-        # Of every round up to the one that scores `place`.
-        same_state = True
-        for first, state in twin.state_entering.items():
-            same_state &= state == base.state_entering.get(first)
-        if twin.hash_state:
-            self.note("C3 twin_run", same_state, where)
-        if same_state:
-            # Otherwise the state is to blame for what differs.
-            same_nll = np.array_equal(twin.nll[:place], base.nll[:place])
-            self.note("C1 future_flip", same_nll, where)
-            self.note("C1 own_token", twin.same_distribution(base, place), where)
-
-    def sweep_windows(self, job, evaluation):
-        """Dense sweep of a later window, and of a part of a first one, before the first round."""
-        self.sweep_later(job, evaluation)
-        length = evaluation.windows[0].end
-        self.sweep(job, evaluation, 0, max(1, length // SWEPT))
-
-    def sweep_later(self, job, evaluation):
-        """Dense sweep of a window that scores its last `stride` targets."""
-        length = evaluation.windows[0].end
-        if 0 < job.stride < length:
-            self.sweep(job, evaluation, length - job.stride, 1)
-
-    def sweep_first(self):
-        """Dense sweep of all positions of a first window, the longest of the checks."""
-        _, sliding, *_ = evaluation_jobs(self.config)
-        evaluation = self.evaluation(sliding, self.beginning(sliding))
-        # The same blocks are frozen as in every evaluation: what is compiled for them serves here.
-        with evaluation_mode(self.model, self.config.ttt_freeze_blocks):
-            self.sweep(sliding, evaluation, 0, 1)
-
-    def sweep(self, job, evaluation, known, step):
-        """C1 for the scored positions of a window of which the first `known` are scored before.
-
-        For every position j (each `step`-th) the token that it predicts is replaced in a copy of
-        the window: the distribution at j and the scores before it must be the same. The copies are
-        laid out as one text and go through the function that scores, in its own batches. Raises
-        SweepError where something differs.
-        """
-        state = state_hash(evaluation)
-        size = self.config.eval_batch_seqs
-        length = evaluation.windows[0].end
-        span = length + 1
-        # Somewhere in the text.
-        begin = self.random.integers(0, self.stream.num_targets - length + 1)
-        text = np.array(self.stream.tokens[begin : begin + span])
-        # A place where a document begins is rare, and may be treated apart: here every eighth.
-        text[self.random.random(span) < 1 / 8] = BOS
-        copies = np.tile(text, (size, 1))  # (size, span)
-        positions = np.arange(known, length, step)
-        rows = np.arange(len(positions)) % size
-        targets = rows * span + positions  # in the text of copies
-        # A copy is compared with the same row of a batch of unchanged ones: all else is equal.
-        base = self.watch(job, copies, known, targets)
-        for low in range(0, len(positions), size):
-            part = slice(low, low + size)
-            flipped = copies.copy()
-            for row, j in zip(rows[part], positions[part]):
-                flipped[row, j + 1] = self.replacement(text[j + 1])
-            batch = low // size
-            if batch % self.comm.world != self.comm.rank:
-                continue  # another rank's; the replacements are drawn on all of them
-            twin = self.watch(job, flipped, known, targets[part])
-            for row, target in zip(rows[part], targets[part]):
-                first = row * span + known
-                self.check_flip(job, base, twin, first, target)
-        unchanged = state_hash(evaluation) == state
-        self.note("C3 state_unchanged", unchanged, f"{job.label}: in a sweep")
-        # With another state other scores are no wonder.
-        if self.comm.any_rank(unchanged and self.failures["C1 dense_sweep"]):
-            raise SweepError(job.label)
-
-    def check_flip(self, job, base, twin, first, target):
-        """Compare what lies in a window from its first scored target up to `target`."""
-        where = f"{job.label}, scored position {target - first}"
-        before = slice(first, target)
-        same_nll = np.array_equal(twin.nll[before], base.nll[before])
-        self.note("C1 future_flip", same_nll, where)
-        same = twin.same_distribution(base, target)
-        self.note("C1 own_token", same, where)
-        self.note("C1 dense_sweep", same and same_nll, where)
-
-    def replacement(self, token):
-        """Another token than `token`, every fourth time a BOS."""
-        if token != BOS and self.random.random() < 0.25:
-            return BOS
-        alone = np.array([token])
-        other = other_tokens(alone, self.config.vocab_size, self.random)
-        return other[0]
-
-    def watch(self, job, copies, known, keep):
-        """Watch of windows laid out as one text: copies (n, T + 1)."""
-        span = copies.shape[1]
-        stream = self.stream.replaced(copies.reshape(-1))
-        windows = []
-        for start in range(0, copies.size, span):
-            end = start + span - 1  # the last token of a copy is no input
-            windows.append(Window(start, start + known, end))
-        observer = Watch(stream, self.config.vocab_size, keep)
-        evaluation = self.evaluation(job, stream)
-        # Nothing may depend on how far an evaluation has come.
-        evaluation.cursor = int(self.own_random.integers(0, 1000))
-        evaluation.summed_nll(windows, observer)
-        self.check_distributions(job, observer)
-        return observer
-
-    def check_bytes(self):
-        """C4: the bytes by which bits are divided, of the whole text and of every single token."""
-        token_bytes = self.stream.token_bytes
-        counted = int(self.stream.bytes.sum(dtype=np.int64))
-        expected = self.byte_count.total(self.stream.tokens)
-        text = f"the text has {counted} bytes, not {expected}"
-        self.note("C4 score", counted == expected, text)
-        # Each token after a document's start and after itself: a text may not hold what is wrong.
-        vocab = np.arange(self.config.vocab_size)
-        starts = np.full_like(vocab, BOS)
-        tokens = np.stack([starts, vocab, vocab], 1).flatten()
-        counted = token_bytes.count(tokens[:-1], tokens[1:])
-        differ = counted != self.byte_count.of_targets(tokens)
-        wrong = tokens[1:][differ]
-        text = f"the bytes of tokens {wrong[:5].tolist()}"
-        self.note("C4 score", not len(wrong), text)
-
-    def check_boundary(self):
-        """A document's first state takes nothing from the token before it but the bigram's row.
-
-        The organisers ruled on this for the smear gate (#1797); attention may cross documents.
-        """
-        vocab = self.config.vocab_size
-        row = self.random.integers(2, vocab, 16)
-        row[8] = BOS  # a new document in the middle
-        other = row.copy()
-        other[7:8] = other_tokens(row[7:8], vocab, self.random)  # differs just before it
-        both = np.stack([row, other])  # (2, 16)
-        ids = self.runtime.to_device(both)
-        bigram = self.model.bigram
-        self.model.bigram = None  # its row is that of a pair of tokens
-        try:
-            with torch.no_grad(), self.runtime.autocast():
-                states = self.model.embed(ids)  # (2, 16, D)
-        finally:
-            self.model.bigram = bigram
-        same_before = torch.equal(states[0, :7], states[1, :7])
-        same_at_bos = torch.equal(states[0, 8], states[1, 8])
-        self.note("rule smear_bos", same_before and same_at_bos, "the state at a BOS")
-
-
-def audit(model, stream, config, runtime):
-    """[{"name", "passed", "detail"}] of CHECKS, for every score of evaluation_jobs."""
-    checker = Audit(model, stream, config, runtime)
-    checker.check_bytes()
-    checker.check_boundary()
-    try:
-        # The score to report first.
-        for job in reversed(evaluation_jobs(config)):
-            checker.check_job_or_note(job)
-        checker.sweep_first()
-    except SweepError:
-        pass  # noted
-    return checker.report()
 
 
 # ==================================================================================================
