@@ -57,11 +57,9 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
-import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -71,10 +69,10 @@ CODE_PATH = Path(__file__).resolve()  # its size counts towards the budget
 
 
 def printable(text, limit=None, keep=""):
-    """Text of a stranger's file as a terminal may show it: one line, of `limit` characters at most.
+    """Return a stranger's text as a terminal may show it: one line of at most `limit` characters.
 
-    Control characters could clear the screen, rename the window or hide what an error says; they
-    are escaped, but for those in `keep`.
+    Control characters could clear the screen, rename the window or hide an error; they are escaped,
+    but for those in `keep`.
     """
     text = str(text)
     if limit is not None and len(text) > limit:
@@ -86,68 +84,55 @@ def printable(text, limit=None, keep=""):
 
 
 class GolfError(Exception):
-    """An error a user can act on; `code` is the process's exit code."""
+    """An error that a user can act on; `code` is the process's exit code."""
 
     code = 1
 
 
 class ConfigError(GolfError):
-    """A setting is wrong, or does not fit the others or the run in RUN_DIR."""
-
-    code = 2
+    code = 2  # a setting is wrong, or does not fit the others or the run in RUN_DIR
 
 
 class DataError(GolfError):
-    """Shards or tokenizer are missing, damaged, or do not belong together."""
-
-    code = 3
+    code = 3  # shards or tokenizer are missing, damaged, or do not belong together
 
 
 class ArtifactError(GolfError):
-    """A file of weights is over the budget or unreadable."""
-
-    code = 4
+    code = 4  # a file of weights is over the budget or unreadable
 
 
 class DivergedError(GolfError):
-    """The training loss is not finite."""
-
-    code = 5
+    code = 5  # the training loss is not finite
 
 
 class LegalityError(GolfError):
-    """A score would break one of the challenge's conditions."""
-
-    code = 6
+    code = 6  # a score would break one of the challenge's conditions
 
 
 class ResourceError(GolfError):
-    """Out of storage or memory."""
-
-    code = 7
+    code = 7  # out of storage or memory
 
 
 class Stopped(GolfError):
-    """Raised after everything was saved, at a signal or before a time limit."""
-
-    code = 75
+    code = 75  # everything is saved, at a signal or before a time limit
 
 
 # ==================================================================================================
 # Configuration
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
-# A field's kind says what it belongs to: "arch" and "eval" travel inside the artifact, "train"
-# fixes the weights, "run" changes where and how a run happens but not its result. The hash covers
-# all but "run", so that two runs with equal hashes are comparable.
+# A field's kind says what it belongs to: "train" fixes the float weights, "pack" the artifact made
+# of them, "arch" and "eval" travel inside the artifact, "run" changes where and how a run happens
+# but not its result. The hash covers all but "run", so that runs with equal hashes are comparable.
 # ==================================================================================================
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
-    """A Config field with what --help and the range checks need to know."""
+    """Return a Config field with what --help and the range checks need to know."""
     metadata = dict(kind=kind, text=text, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 arch_option = functools.partial(option, "arch")
 train_option = functools.partial(option, "train")
+pack_option = functools.partial(option, "pack")
 eval_option = functools.partial(option, "eval")
 run_option = functools.partial(option, "run")
 
@@ -165,9 +150,7 @@ class Config:
     model_dim: int = arch_option(512, "width of the residual stream", 16, 4096)
     num_heads: int = arch_option(8, "query heads", 1, 64)
     num_kv_heads: int = arch_option(4, "key/value heads", 1, 64)
-    mlp_mult: float = arch_option(
-        3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16
-    )
+    mlp_mult: float = arch_option(3.0, "MLP width / MODEL_DIM, down to a multiple of 8", 0.25, 16)
     rope_dims: int = arch_option(16, "rotated dimensions per head", 0, 512)
     rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
@@ -181,7 +164,7 @@ class Config:
     gated_attention: bool = arch_option(True, "per-head sigmoid gate on the attention output")
     value_residual: bool = arch_option(True, "mix layer 0's values into every layer")
 
-    # Architecture: what later records have instead or in addition.
+    # Architecture: parts of later records.
     embed_dim: int = arch_option(0, "width of the token embedding, 0 = MODEL_DIM", 0, 4096)
     smear_enabled: bool = arch_option(True, "mix each position with its predecessor")
     smear_inputs: int = arch_option(
@@ -195,11 +178,9 @@ class Config:
     loop_start: int = arch_option(3, "first of the looped layers", 0, 63)
     loop_end: int = arch_option(5, "last of the looped layers", 0, 63)
     skip_gates: bool = arch_option(False, "learned mean of stream and skip instead of a sum")
-    parallel_last_n: int = arch_option(
-        0, "last layers whose attention and MLP read the same state", 0, 64
-    )
+    parallel_last_n: int = arch_option(0, "last layers with attention and MLP in parallel", 0, 64)
 
-    # Architecture: the refiners between the trunk and the logits, each off or on by itself.
+    # Architecture: the refiners between the trunk and the logits.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
     e2e_ttt_mini_batch: int = arch_option(16, "tokens per inner step of TTT-Linear", 1, 1024)
     e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0, 1e3)
@@ -218,20 +199,24 @@ class Config:
     warmdown_iters: int = train_option(2800, "last steps, over which the rate falls to 0", 0)
     warmdown_frac: float = train_option(
         0.0,
-        "share of the run (of the steps, or of the wallclock cap) that the warmdown takes, "
+        "share of the run (of its steps or its training time) that the warmdown takes, "
         "0 = WARMDOWN_ITERS",
         0,
         1,
     )
-    warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
+    warmdown_shape: str = train_option("linear", "warmdown's shape", choices=("linear", "cosine"))
     min_lr: float = train_option(0.0, "share of every rate below which the warmdown stays", 0, 1)
     max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
+    gptq_reserve_seconds: float = train_option(
+        12.0,
+        "QUANTIZER=gptq: seconds of MAX_WALLCLOCK_SECONDS that packing keeps, as published for "
+        "8xH100",
+        0,
+    )
 
     # Training: Muon for the blocks' matrices, AdamW for the rest.
     embed_lr: float = train_option(0.035, "AdamW rate of embeddings", 0)
-    scalar_lr: float = train_option(
-        0.025, "AdamW rate of what is neither embedding nor block matrix", 0
-    )
+    scalar_lr: float = train_option(0.025, "AdamW rate of all other parameters", 0)
     matrix_lr: float = train_option(0.025, "Muon rate of the blocks' matrices", 0)
     # Gradients of the first steps turn fast, so the momentum begins lower.
     muon_momentum: float = train_option(0.99, "Muon momentum after its warm-up", 0, 1)
@@ -241,9 +226,9 @@ class Config:
     muon_wd: float = train_option(0.04, "decoupled weight decay of Muon", 0)
     muon_row_norm: bool = train_option(False, "divide each row by its norm first: MuonEq-R")
     adam_wd: float = train_option(0.04, "decoupled weight decay of AdamW", 0)
-    # Large embeddings want their own.
-    embed_wd: float = train_option(-1.0, "that of the embeddings, -1 = ADAM_WD", -1)
-    scalar_wd: float = train_option(-1.0, "that of all else in AdamW, -1 = ADAM_WD", -1)
+    # Large embeddings want a decay of their own.
+    embed_wd: float = train_option(-1.0, "weight decay of embeddings, -1 = ADAM_WD", -1)
+    scalar_wd: float = train_option(-1.0, "weight decay beside SCALAR_LR, -1 = ADAM_WD", -1)
     beta1: float = train_option(0.9, "AdamW beta1", 0, 0.9999)
     beta2: float = train_option(0.95, "AdamW beta2", 0, 0.999999)
     adam_eps: float = train_option(1e-8, "AdamW epsilon", 1e-30)
@@ -251,43 +236,41 @@ class Config:
 
     # Training: initial values, and the weight of the second loss.
     qk_gain_init: float = train_option(1.5, "initial per-head query gain, not 0")
-    embed_init_std: float = train_option(0.005, "standard deviation of the first embedding", 0)
-    flow_init_scale: float = train_option(0.01, "scale of FlowRefiner's first up-projection", 0)
+    embed_init_std: float = train_option(0.005, "initial standard deviation of the embedding", 0)
+    flow_init_scale: float = train_option(0.01, "initial scale of FlowRefiner's up-projection", 0)
     nfm_loss_weight: float = train_option(0.1, "weight of the flow-matching loss", 0)
 
-    # Training: which average of the weights is exported, and whether they learn to be rounded.
+    # Training: the exported average of the weights, looped layers, rounding in training.
     ema_decay: float = train_option(
-        0.997, "decay of the weight average in a run of EMA_FULL_STEPS, 0 = off", 0, 0.999999
-    )
-    ema_full_steps: int = train_option(
-        5000, "steps from which EMA_DECAY holds; shorter runs forget sooner, 1 = always", 1
+        0.997, "decay of the weight average, lower in the first steps, 0 = off", 0, 0.999999
     )
     swa_enabled: bool = train_option(False, "export the mean of snapshots taken late in the run")
     swa_every: int = train_option(50, "steps between snapshots", 1)
-    swa_start_scale: float = train_option(0.2, "rate scale below which snapshots start", 0, 1)
     loop_at: float = train_option(0.35, "share of the run after which layers are looped", 0, 1)
     late_qat_threshold: float = train_option(
-        0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1
+        0.0, "learning-rate scale below which training rounds the weights, 0 = off", 0, 1
     )
 
-    # Compression.
-    quantizer: str = train_option(
+    # Packing: what the artifact is made of, from the same float weights.
+    quantizer: str = pack_option(
         "lite",
         "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
         "make up for each other's errors, steps that fill BUDGET_BYTES",
         choices=("lite", "gptq"),
     )
-    calibration_tokens: int = train_option(
-        65536, "training tokens that QUANTIZER=gptq looks at", 1, 1 << 24
+    calibration_tokens: int = pack_option(
+        65536, "gptq: training tokens that calibrate it", 1, 1 << 24
     )
-    block_bits: int = train_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = train_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = train_option(
+    block_bits: int = pack_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = pack_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = pack_option(
         "zstd", "lite: compressor of the artifact; gptq takes zstd", choices=("zstd", "lzma")
     )
-    zstd_level: int = train_option(16, "lite: zstd level", 1, 22)
-    lzma_preset: int = train_option(6, "lite: lzma preset", 0, 9)
-    budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
+    zstd_level: int = pack_option(16, "lite: zstd level", 1, 22)
+    budget_bytes: int = pack_option(16_000_000, "bytes that code and artifact may take", 1)
+    code_bytes: int = pack_option(
+        0, "bytes of code to leave room for, 0 = this file's (see slurm/package.py)", 0
+    )
 
     # Evaluation: windows and arithmetic.
     dtype: str = eval_option(
@@ -321,14 +304,8 @@ class Config:
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
     )
-    val_sha256: str = run_option(
-        "", "SHA-256 that the validation tokens must have; a canonical split is certain with it"
-    )
     run_id: str = run_option("", "name of the run; default {preset}_seed{seed} and the SLURM job")
     run_dir: str = run_option("", "directory of the run; default runs/$RUN_ID")
-    resume: str = run_option(
-        "auto", "continue RUN_DIR; never keeps the old run aside", choices=("auto", "never", "must")
-    )
     eval_only: str = run_option("", "score this artifact or float checkpoint, do not train")
     mode: str = run_option(
         "train",
@@ -339,10 +316,7 @@ class Config:
         False, "check the four legality conditions before scoring; on for EVAL_ONLY and the demo"
     )
     audit_seed: int = run_option(
-        0,
-        "seed of the audit's and the spot checks' places; 0 = from what is checked",
-        0,
-        2**31 - 1,
+        0, "seed of the places that audit and spot checks take, 0 = from the files", 0, 2**31 - 1
     )
     spot_checks: float = run_option(
         0.01, "share of scoring rounds repeated on other later tokens, which must agree", 0, 1
@@ -352,19 +326,8 @@ class Config:
         "write the nll of every target here (little-endian float32, nats, in order); {label} "
         "becomes the score's name, and without it the last score stays",
     )
-    ttt_cuda_graph: str = run_option(
-        "auto",
-        "replay test-time training as a CUDA graph; auto = with several ranks",
-        choices=("auto", "0", "1"),
-    )
-    nproc: int = run_option(
-        0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
-    )
-    code_bytes: int = run_option(
-        0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
-    )
 
-    # What MODE=sample writes.
+    # MODE=sample.
     prompt: str = run_option("The", "MODE=sample: the text to continue")
     sample_tokens: int = run_option(200, "MODE=sample: tokens to write at most", 1)
     temperature: float = run_option(0.8, "MODE=sample: flattens the distribution; 0 = likeliest", 0)
@@ -372,27 +335,18 @@ class Config:
 
     # How it runs there.
     device: str = run_option("auto", "auto, cpu, cuda or cuda:N")
-    compile: str = run_option(
-        "auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1")
-    )
+    compile: str = run_option("auto", "torch.compile; auto = on CUDA", choices=("auto", "0", "1"))
     micro_batch_tokens: int = run_option(98304, "tokens per forward pass and rank", 1)
-    warmup_steps: int = run_option(
-        20, "compile warm-up steps on synthetic tokens; weights are restored", 0
-    )
+    warmup_steps: int = run_option(20, "compile warm-up steps; weights are restored", 0)
 
-    # How often it reports, saves, and when it must end.
+    # How often it reports and saves, and when it must end.
     train_log_every: int = run_option(100, "steps between training log lines", 1)
-    val_loss_every: int = run_option(
-        1000, "steps between validations, 0 = only after the last step", 0
+    val_loss_every: int = run_option(1000, "steps between validations, 0 = only the last", 0)
+    checkpoint_every: int = run_option(1000, "training steps between checkpoints, 0 = off", 0)
+    checkpoint_seconds: float = run_option(
+        600.0, "seconds between checkpoints of training and of an evaluation, 0 = off", 0
     )
-    checkpoint_every: int = run_option(1000, "steps between checkpoints, 0 = off", 0)
-    checkpoint_seconds: float = run_option(600.0, "seconds between checkpoints, 0 = off", 0)
-    eval_checkpoint_seconds: float = run_option(
-        300.0, "seconds between states of an evaluation, 0 = off", 0
-    )
-    time_limit_seconds: float = run_option(
-        0.0, "save and stop within this time, 0 = SLURM's or none", 0
-    )
+    time_limit_seconds: float = run_option(0.0, "stop within this time, 0 = SLURM's or none", 0)
 
     def __post_init__(self):
         # Every way to a Config passes here, an artifact's header included.
@@ -410,443 +364,72 @@ class Config:
         return int(self.mlp_mult * self.model_dim) // 8 * 8
 
     @property
+    def training_seconds(self):
+        """Seconds that training may take, 0 for no cap."""
+        if self.max_wallclock_seconds and self.quantizer == "gptq":
+            return self.max_wallclock_seconds - self.gptq_reserve_seconds
+        return self.max_wallclock_seconds
+
+    @property
     def artifact_compressor(self):
         # The sorted codes of gptq are made for zstd, which takes a tenth of lzma's time for them.
         return "zstd" if self.quantizer == "gptq" else self.compressor
 
     @classmethod
-    def from_env(cls, environ, brought=None):
-        """The configuration of a run: explicit variable > `brought` > PRESET > default.
+    def from_env(cls, environ, from_artifact=None):
+        """Return a run's configuration: variable > `from_artifact` > PRESET > default.
 
-        `brought` holds what the artifact of EVAL_ONLY brings along: its architecture, its
-        evaluation settings and a default RUN_ID. Variables of the published scripts count as
-        explicit ones, see PUBLISHED. Raises ConfigError for a near miss of a name, a wrong value,
-        two variables that contradict each other, or an architecture variable that contradicts the
-        artifact.
+        `from_artifact` holds the settings of the file that EVAL_ONLY names: its architecture, its
+        evaluation and a default RUN_ID. Raises ConfigError for a variable that is misspelt, wrong
+        or refused, and for variables that contradict each other or the artifact's architecture.
         """
-        # An unknown preset is reported by check_fit, with the list of those there are.
-        preset = PRESETS.get(environ.get("PRESET"), {})
-        brought = brought or {}
-        explicit = read_variables(environ)
-        read_published(environ, {**preset, **brought}, explicit)
+        # The check of PRESET's own value comes last and lists the presets there are.
+        base = {**PRESETS.get(environ.get("PRESET"), {}), **(from_artifact or {})}
+        explicit = read_variables(environ, base)
         for name in cls.names("arch"):
-            if name in explicit and name in brought and explicit[name] != brought[name]:
+            if from_artifact and name in explicit and explicit[name] != from_artifact[name]:
                 raise ConfigError(
                     f"{name.upper()}={explicit[name]} contradicts the artifact, which has "
-                    f"{brought[name]}: unset {name.upper()} (an artifact brings its own "
+                    f"{from_artifact[name]}: unset {name.upper()} (an artifact brings its own "
                     "architecture)"
                 )
-        values = {"preset": "nfm_7k", **preset, **brought, **explicit}  # the last one wins
+        values = {"preset": "nfm_7k", **base, **explicit}  # the last one wins
         if not values.get("run_id"):
             values["run_id"] = f"{values['preset']}_seed{values.get('seed', cls.seed)}"
-        # Tasks of a job array share their variables, but must not share a directory.
         if "run_id" not in explicit:
-            values["run_id"] += slurm_suffix(environ)
+            # Tasks of a job array share their variables, but must not share a directory.
+            job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
+            task = environ.get("SLURM_ARRAY_TASK_ID")
+            values["run_id"] += "".join(f"_{part}" for part in (job, task) if part)
         if not values.get("run_dir"):
             values["run_dir"] = f"runs/{values['run_id']}"
         return cls(**values)
 
     @classmethod
     def names(cls, *kinds):
-        """Names of the fields of these kinds, in order; of all fields without an argument."""
+        """Return the names of the fields of these kinds, in order; of all without an argument."""
         fields = dataclasses.fields(cls)
         return [f.name for f in fields if not kinds or f.metadata["kind"] in kinds]
 
     def as_dict(self, *kinds):
-        """{name: value} of the fields of these kinds, or of all."""
+        """Return {name: value} of the fields of these kinds, or of all."""
         return {name: getattr(self, name) for name in self.names(*kinds)}
 
     def hash(self, *kinds):
-        """16 hex digits over the fields of these kinds; by default all that can change a result."""
-        text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
+        """Return 16 hex digits over the fields of these kinds; by default of all but "run"."""
+        kinds = kinds or ("arch", "train", "pack", "eval")
+        text = json.dumps(self.as_dict(*kinds), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def idle(self):
-        """{field: what makes it so} of those that differ from the preset and have no effect."""
-        found = {}
-        for name, value, fields in IDLE:
-            if getattr(self, name) == value:
-                found.update(dict.fromkeys(fields.split(), f"{name.upper()}={value}"))
-        if self.quantizer == "gptq" and not self.late_qat_threshold:
-            found["block_bits"] = found["embed_bits"] = "QUANTIZER=gptq"
-        # A share of the run comes before a number of steps, and own decays before the common one.
-        if self.warmdown_frac > 0:
-            found["warmdown_iters"] = f"WARMDOWN_FRAC={self.warmdown_frac}"
-        if min(self.embed_wd, self.scalar_wd) >= 0:
-            found["adam_wd"] = f"EMBED_WD={self.embed_wd} and SCALAR_WD={self.scalar_wd}"
-        return {name: found[name] for name in self.differences() if name in found}
-
     def differences(self):
-        """Fields that differ from the preset (settings of place and pace included)."""
+        """Return {name: value} of the fields that differ from the preset; a run's name does not."""
         base = {field.name: field.default for field in dataclasses.fields(self)}
         base.update(PRESETS[self.preset])
-        # What a run is called is no difference.
         base.update(preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
 
 
-# What a field's value leaves without effect: (field, value, fields that then do nothing).
-IDLE = (
-    ("quantizer", "gptq", "compressor zstd_level lzma_preset"),
-    ("quantizer", "lite", "calibration_tokens"),
-    ("num_loops", 0, "loop_start loop_end loop_at"),
-    ("smear_enabled", False, "smear_inputs"),
-    ("gated_attention", False, "gate_inputs"),
-    ("bigram_vocab_size", 0, "bigram_dim"),
-    ("ve_dim", 0, "ve_last_n"),
-    ("e2e_ttt_enabled", False, "e2e_ttt_mini_batch e2e_ttt_base_lr"),
-    ("flow_enabled", False, "flow_latent_dim flow_hidden_dim flow_init_scale"),
-    ("nfm_enabled", False, "nfm_hidden_dim nfm_loss_weight"),
-    ("ema_decay", 0.0, "ema_full_steps"),
-    ("swa_enabled", False, "swa_every swa_start_scale"),
-    ("slot", "off", "slot_lr slot_steps"),
-    (
-        "ttt_enabled",
-        False,
-        "ttt_lr ttt_momentum ttt_epochs ttt_chunk_tokens ttt_batch_seqs ttt_freeze_blocks "
-        "ttt_grad_clip",
-    ),
-)
-
-
-def read_variables(environ):
-    """{field name: value} of the variables that are set. Raises ConfigError for a near miss."""
-    # A variable is its field's name in capitals.
-    fields = {field.name.upper(): field for field in dataclasses.fields(Config)}
-    check_names(environ, {*fields, *PUBLISHED})  # a slip must not silently train another model
-    return {
-        field.name: parse_value(name, field.type, environ[name])
-        for name, field in fields.items()
-        if name in environ
-    }
-
-
-def check_names(environ, known):
-    """Raise ConfigError for a variable that is no setting but looks like one, such as ITERATONS."""
-    for name in sorted(environ.keys() - known):
-        # 0.86 lets one wrong letter in seven pass as a slip, but tells DATA_DIR from DATA_PATH.
-        near = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.86)
-        if near and len(name) > 3:
-            raise ConfigError(
-                f"environment variable {name}={environ[name]!r} is not a setting, but "
-                f"looks like {near[0]}: rename or unset it (see --help)"
-            )
-
-
-def slurm_suffix(environ):
-    """_JOB or _JOB_TASK under SLURM, so that tasks of an array do not share a RUN_DIR; else ""."""
-    job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
-    task = environ.get("SLURM_ARRAY_TASK_ID")
-    return "".join(f"_{part}" for part in (job, task) if part)
-
-
-# What a shell may say for yes and no: bool("0") is True in Python, hence a table.
-BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
-
-
-def parse_value(variable, kind, text):
-    """The value of a variable's text as bool, int, float or str. Raises ConfigError."""
-    try:
-        return BOOLEANS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        expected = "0, 1, true or false" if kind is bool else kind.__name__
-        raise ConfigError(f"{variable}={text!r}: expected {expected}") from None
-
-
-# What a variable of the published scripts may mean here.
-class Renamed(typing.NamedTuple):
-    """Another name of a field."""
-
-    field: str
-
-
-class Switch(typing.NamedTuple):
-    """1 means any value of the field but `off`; `on`, if nothing else says which."""
-
-    field: str
-    off: object
-    on: object
-
-
-class BuiltIn(typing.NamedTuple):
-    """The one value that this code has."""
-
-    value: str
-    reason: str
-
-
-class Follows(typing.NamedTuple):
-    """Must be the value of a field."""
-
-    field: str
-    reason: str
-
-
-class LastLayers(typing.NamedTuple):
-    """Layer numbers, which must be the last ones of the model; the field is how many."""
-
-    field: str
-
-
-class FirstLayer(typing.NamedTuple):
-    """Number of the layer from which on all have something, negative for none; the field counts."""
-
-    field: str
-
-
-class Refused(typing.NamedTuple):
-    """Cannot be honoured, whatever its value."""
-
-    reason: str
-
-
-STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
-# The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no
-# fields, so that their commands run unchanged. A variable that was silently ignored would train
-# another model than asked.
-PUBLISHED = {
-    "TIED_EMBED_LR": Renamed("embed_lr"),
-    "TIED_EMBED_INIT_STD": Renamed("embed_init_std"),
-    "MUON_BACKEND_STEPS": Renamed("muon_ns_steps"),
-    "NATIVE_FLOW_ENABLED": Renamed("nfm_enabled"),
-    "NATIVE_FLOW_HIDDEN_DIM": Renamed("nfm_hidden_dim"),
-    "NATIVE_FLOW_LOSS_WEIGHT": Renamed("nfm_loss_weight"),
-    # Of the records of April 2026 (#1493 and after).
-    "MUON_ROW_NORMALIZE": Renamed("muon_row_norm"),
-    "ENABLE_LOOPING_AT": Renamed("loop_at"),
-    "SKIP_GATES_ENABLED": Renamed("skip_gates"),
-    "EMBEDDING_DIM": Renamed("embed_dim"),
-    "PARALLEL_RESIDUAL_START": FirstLayer("parallel_last_n"),
-    "SLIDING_WINDOW_ENABLED": BuiltIn("1", "the sliding window is always scored"),
-    "ROPE_TRAIN_SEQ_LEN": Follows("train_seq_len", "angles are the same at every length"),
-    # They quantise by fixed steps, which QUANTIZER=gptq finds for each row and column instead.
-    "MATRIX_BITS": Refused("QUANTIZER=gptq takes what BUDGET_BYTES allows; for lite: BLOCK_BITS"),
-    "MATRIX_CLIP_SIGMAS": Refused(STEPS_FOUND),
-    "EMBED_CLIP_SIGMAS": Refused(STEPS_FOUND),
-    "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
-    "GPTQ_RESERVE_SECONDS": Refused("the time to leave free is measured: see wallclock_reserve"),
-    # Of the records before and after them, which have other forms of the same parts.
-    "RECUR_LAYERS": Refused("set NUM_LOOPS, LOOP_START and LOOP_END"),
-    "RECUR_START_STEP": Refused("set LOOP_AT, a share of the run"),
-    "PARALLEL_START_LAYER": Refused("there are no two lanes: set PARALLEL_LAST_N for the one here"),
-    "SMEAR_GATE_ENABLED": Refused("set SMEAR_ENABLED, and SMEAR_INPUTS=12 for their form of it"),
-    "SPARSE_ATTN_GATE_ENABLED": Refused("set GATED_ATTENTION=1 and GATE_INPUTS=12"),
-    # #1170's second loss.
-    "NATIVE_FLOW_INIT_SCALE": BuiltIn("0.01", "the velocity field starts at zero"),
-    # Checkpoints of #1166.
-    "SAVE_EVERY": Renamed("checkpoint_every"),
-    "SAVE_DIR": Renamed("run_dir"),  # checkpoints lie below it
-    # Features that have a size here, of which 0 is off.
-    "EMA_ENABLED": Switch("ema_decay", 0.0, 0.997),
-    "VE_ENABLED": Switch("ve_dim", 0, 128),
-    "VE_LAYERS": LastLayers("ve_last_n"),
-    "LATE_QAT": Switch("late_qat_threshold", 0.0, 0.15),
-    # As published SLOT looks at what it scores; its legal form stands in unless SLOT=published.
-    "SLOT_ENABLED": Switch("slot", "off", "causal"),
-    # What is always so, or never.
-    "QAT_ENABLED": BuiltIn("0", "rounding in training begins late: see LATE_QAT_THRESHOLD"),
-    "INT5_MLP": BuiltIn("1", "MLPs drop to 5 bits as far as BUDGET_BYTES needs it"),
-    "LEGAL_TTT": BuiltIn("1", "nothing trains on text before it is scored: see TTT_ENABLED"),
-    "TTT_OPTIMIZER": BuiltIn("sgd", "test-time training has no other optimiser"),
-    "LEAKY_RELU": BuiltIn("1", "the MLP has no other activation"),
-    "LEAKY_SLOPE": BuiltIn("0.5", "the MLP has no other activation"),
-    "LN_SCALE": BuiltIn("1", "normalised inputs are scaled by 1/sqrt(layer + 1)"),
-    "TIE_EMBEDDINGS": BuiltIn("1", "the output layer is the embedding"),
-    "CANON_LAST_N": BuiltIn("0", "there are no Canon layers"),
-    "CTW_WEIGHT": BuiltIn("0", "there is no context tree"),
-    "E2E_TTT_NUM_HEADS": Follows("num_heads", "TTT-Linear has the heads of the attention"),
-    "WEIGHT_DECAY": Refused("set MUON_WD for the blocks' matrices and ADAM_WD for the rest"),
-}
-
-
-def read_published(environ, base, explicit):
-    """Add the fields that published variables set to `explicit`; `base` is what it goes on top of.
-
-    Raises ConfigError for a value that this code cannot honour, or that contradicts the field.
-    """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-
-    def current(name):
-        return {**base, **explicit}.get(name, fields[name].default)
-
-    def set_field(variable, name, value):
-        if explicit.get(name, value) != value:
-            raise ConfigError(
-                f"{variable}={environ[variable]} contradicts {name.upper()}={explicit[name]}: "
-                "unset one of them"
-            )
-        explicit[name] = value
-
-    for variable in [name for name in PUBLISHED if name in environ]:
-        text = environ[variable]
-        match PUBLISHED[variable]:
-            case Renamed(name):
-                set_field(variable, name, parse_value(variable, fields[name].type, text))
-            case Switch(name, off, on):
-                if not parse_value(variable, bool, text):
-                    set_field(variable, name, off)
-                elif current(name) == off:  # on already, if it is anything else
-                    set_field(variable, name, on)
-            case BuiltIn(value, reason):
-                require_text(variable, text, value, reason)
-            case Follows(name, reason):
-                require_text(variable, text, current(name), f"{name.upper()}: {reason}")
-            case LastLayers(name):
-                # The model can give value embeddings to its last layers only.
-                count = text.count(",") + 1
-                last = [str(layer) for layer in range(current("num_layers"))[-count:]]
-                require_text(variable, text.replace(" ", ""), ",".join(last), "the last layers")
-                set_field(variable, name, count)
-            case FirstLayer(name):
-                first = parse_value(variable, int, text)
-                set_field(variable, name, layers_from(first, current("num_layers")))
-            case Refused(reason):
-                raise ConfigError(f"{variable}={text} is not a setting: {reason}")
-
-
-def layers_from(first, num_layers):
-    """How many layers there are from number `first` on; none from a negative one."""
-    if first < 0:
-        return 0
-    return max(0, num_layers - first)
-
-
-def require_text(variable, text, expected, reason):
-    """Raise ConfigError unless a variable has the expected value; 1, 1.0 and true are one."""
-    expected = str(expected)
-    # As text first: expected may be a word, a number or a list.
-    same = text.lower() == expected
-    with contextlib.suppress(ValueError):
-        same = same or float(BOOLEANS.get(text.lower(), text)) == float(expected)
-    if not same:
-        raise ConfigError(f"{variable}={text!r} cannot be honoured: only {expected} ({reason})")
-
-
-def check_value(field, value):
-    """Type, range and choices of one field. Raises ConfigError."""
-    meta = field.metadata
-    name = field.name.upper()
-    is_number = field.type in (int, float)
-    # An integer may stand for a float, but True (an int to Python) may not stand for 1.
-    accepted = (int, float) if field.type is float else field.type
-    if not isinstance(value, accepted) or (is_number and isinstance(value, bool)):
-        raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
-    if is_number:
-        # `not <=` also refuses NaN; the bound refuses infinity and integers beyond every float.
-        if not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{name}={value}: expected a finite number")
-        # Bounds are inclusive; what has no upper bound says only the lower one.
-        if not meta["low"] <= value <= meta["high"]:
-            most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
-            raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
-    if meta["choices"] and value not in meta["choices"]:
-        choices = ", ".join(map(str, meta["choices"]))
-        raise ConfigError(f"{name}={value!r}: expected one of {choices}")
-
-
-MAX_PASSES = 1024
-MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
-
-
-def require(config, holds, names, expected):
-    """Raise ConfigError with the settings of these names unless `holds`."""
-    if not holds:
-        settings = [f"{name.upper()}={getattr(config, name)!r}" for name in names.split()]
-        raise ConfigError(f"{' and '.join(settings)}: {expected}")
-
-
-def require_multiple(config, first, second):
-    """Half of the rules are of this form."""
-    holds = getattr(config, first) % getattr(config, second) == 0
-    expected = "the first is no multiple of the second: change one of them"
-    require(config, holds, f"{first} {second}", expected)
-
-
-def check_fit(config):
-    """Settings that only make sense together. Raises ConfigError with their names and values."""
-    presets = ", ".join(PRESETS)
-    require(config, config.preset in PRESETS, "preset", f"expected one of {presets}")
-    is_digest = re.fullmatch(r"([0-9a-f]{64})?", config.val_sha256)
-    require(config, is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
-    known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
-    require(config, known_device, "device", "expected auto, cpu, cuda or cuda:N")
-    check_model_fit(config)
-    check_batch_fit(config)
-    check_window_fit(config)
-    check_training_fit(config)
-
-
-def check_model_fit(config):
-    """Shapes of the model."""
-    require_multiple(config, "model_dim", "num_heads")
-    require_multiple(config, "num_heads", "num_kv_heads")
-    # Rotation turns pairs of dimensions.
-    fits = config.rope_dims % 2 == 0 and config.rope_dims <= config.head_dim
-    expected = f"use an even number up to MODEL_DIM/NUM_HEADS = {config.head_dim}"
-    require(config, fits, "rope_dims", expected)
-    require(config, config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
-    fits = config.ttt_freeze_blocks <= config.num_layers
-    require(config, fits, "ttt_freeze_blocks num_layers", "lower the first")
-    for name in ("embed_dim", "smear_inputs", "gate_inputs"):
-        fits = getattr(config, name) <= config.model_dim
-        require(config, fits, f"{name} model_dim", "lower the first")
-    fits = config.parallel_last_n <= config.num_layers
-    require(config, fits, "parallel_last_n num_layers", "lower the first")
-    # What is off may have any size.
-    fits = config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers
-    expected = "use layers of the model, the first not after the last"
-    require(config, fits, "loop_start loop_end num_layers", expected)
-    require(config, config.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 or at least 2")
-    fits = config.ve_dim == 0 or config.ve_last_n <= config.num_layers
-    require(config, fits, "ve_last_n num_layers", "lower the first")
-
-
-def check_batch_fit(config):
-    """Batches are whole sequences, and small enough for a machine."""
-    require_multiple(config, "train_batch_tokens", "train_seq_len")
-    fits = config.micro_batch_tokens >= config.train_seq_len
-    expected = "not one sequence fits: raise the first"
-    require(config, fits, "micro_batch_tokens train_seq_len", expected)
-    # An artifact says what its windows are: it must not ask for any amount of memory.
-    windows = max(config.eval_batch_seqs, config.ttt_batch_seqs)
-    numbers = windows * config.eval_seq_len * config.model_dim
-    expected = f"a batch of windows has {numbers} activations, use at most {MAX_ACTIVATIONS}"
-    names = "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim"
-    require(config, numbers <= MAX_ACTIVATIONS, names, expected)
-
-
-def check_window_fit(config):
-    """Windows of an evaluation."""
-    fits = config.eval_stride <= config.eval_seq_len
-    expected = "targets between the windows would never be scored: lower the first"
-    require(config, fits, "eval_stride eval_seq_len", expected)
-    # Nor must an artifact ask for any amount of time.
-    passes = config.eval_seq_len / config.eval_stride  # of every token through the model
-    expected = f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}"
-    require(config, passes <= MAX_PASSES, "eval_seq_len eval_stride", expected)
-    require_multiple(config, "ttt_chunk_tokens", "eval_seq_len")
-    # SLOT is fitted on what earlier windows scored, so windows must overlap.
-    overlap = config.eval_stride < config.eval_seq_len
-    expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
-    fits = config.slot == "off" or overlap
-    require(config, fits, "slot eval_stride eval_seq_len", expected)
-
-
-def check_training_fit(config):
-    """Settings of the optimisers and of what their schedules switch on."""
-    # A gain of 0 makes every query 0, and leaves their matrix without a gradient.
-    expected = "attention would see no difference between tokens: use 1.5 to 5.25, as published"
-    require(config, config.qk_gain_init != 0, "qk_gain_init", expected)
-    # Other negative numbers would act as -1 does.
-    for name in ("embed_wd", "scalar_wd"):
-        value = getattr(config, name)
-        fits = value == -1 or value >= 0
-        require(config, fits, name, "use 0 or more, or -1 for ADAM_WD")
-    # Rounding begins below its threshold, where a rate that stays above it never comes.
-    fits = config.late_qat_threshold == 0 or config.late_qat_threshold > config.min_lr
-    expected = "rounding would never begin: raise the first or lower the second"
-    require(config, fits, "late_qat_threshold min_lr", expected)
-
+# ---- presets ----
 
 # The trunk alone, which #1170 compares its NativeFlowMatcher with.
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
@@ -892,7 +475,6 @@ SP8192 = dict(
     scalar_lr=0.02,
     scalar_wd=0.02,
     muon_row_norm=True,
-    ema_full_steps=1,  # about 4,650 steps, averaged by the published decay as it is
     quantizer="gptq",
     data_path="./data/datasets/fineweb10B_sp8192",
     tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
@@ -919,7 +501,6 @@ FRONTIER = dict(
     smear_inputs=12,
     gated_attention=True,
     gate_inputs=12,
-    ema_full_steps=4000,  # the record takes 4,650; a shorter run must forget sooner
 )
 PRESETS = {
     "nfm_7k": {},  # the defaults themselves
@@ -991,7 +572,6 @@ PRESETS = {
         val_loss_every=60,
         checkpoint_every=0,
         checkpoint_seconds=60.0,
-        eval_checkpoint_seconds=30.0,
         eval_seq_len=256,
         # Measured on a model of 300 steps: sliding window 2.0532 bits per byte, with this 2.0255.
         # At five times the rate two thirds of the gain are gone.
@@ -1005,9 +585,311 @@ PRESETS = {
     ),
 }
 
+# ---- reading variables ----
+
+# What a shell may say for yes and no: bool("0") is True in Python, hence a table.
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+
+
+def parse_value(variable, kind, text):
+    """Return a variable's text as bool, int, float or str. Raises ConfigError."""
+    try:
+        return BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        expected = "0, 1, true or false" if kind is bool else kind.__name__
+        raise ConfigError(f"{variable}={text!r}: expected {expected}") from None
+
+
+def require_text(variable, text, expected, reason):
+    """Raise ConfigError unless a variable has the expected value; 1, 1.0 and true are one."""
+    expected = str(expected)
+    # As text first: expected may be a word, a number or a list.
+    same = text.lower() == expected
+    with contextlib.suppress(ValueError):
+        same = same or float(BOOLEANS.get(text.lower(), text)) == float(expected)
+    if not same:
+        raise ConfigError(f"{variable}={text!r} cannot be honoured: only {expected} ({reason})")
+
+
+def switch(field, off, on):
+    """Return an entry of RENAMED: 0 is `off`, 1 keeps a size that is set and else is `on`."""
+
+    def convert(variable, text, current):
+        if not parse_value(variable, bool, text):
+            return off
+        return on if current(field) == off else current(field)
+
+    return field, convert, f"0 is {off}; 1 is {on}, or the value that is set"
+
+
+def same_as(field, reason):
+    """Return an entry of RENAMED: the variable must have the field's value."""
+
+    def convert(variable, text, current):
+        require_text(variable, text, current(field), f"{field.upper()}: {reason}")
+        return current(field)
+
+    return field, convert, f"only this value: {reason}"
+
+
+def count_last_layers(variable, text, current):
+    """Return the number of listed layers, which must be the model's last ones."""
+    count = text.count(",") + 1
+    last = [str(layer) for layer in range(current("num_layers"))[-count:]]
+    require_text(variable, text.replace(" ", ""), ",".join(last), "the last layers")
+    return count
+
+
+def count_layers_from(variable, text, current):
+    """Return the number of layers from a first one on; a negative one stands for none."""
+    first = parse_value(variable, int, text)
+    return max(0, current("num_layers") - first) if first >= 0 else 0
+
+
+# The scripts of #1170, #1232, #1166, #1150 and of later records have variables that are no fields.
+# Their commands run unchanged: an ignored variable would train another model than asked.
+
+# Other names of fields: {variable: field} or {variable: (field, converter, text for --help)}. A
+# converter takes the variable, its text and current(name), the value of a field so far.
+RENAMED = {
+    "TIED_EMBED_LR": "embed_lr",
+    "TIED_EMBED_INIT_STD": "embed_init_std",
+    "MUON_BACKEND_STEPS": "muon_ns_steps",
+    "NATIVE_FLOW_ENABLED": "nfm_enabled",
+    "NATIVE_FLOW_HIDDEN_DIM": "nfm_hidden_dim",
+    "NATIVE_FLOW_LOSS_WEIGHT": "nfm_loss_weight",
+    "MUON_ROW_NORMALIZE": "muon_row_norm",
+    "ENABLE_LOOPING_AT": "loop_at",
+    "SKIP_GATES_ENABLED": "skip_gates",
+    "EMBEDDING_DIM": "embed_dim",
+    "SAVE_EVERY": "checkpoint_every",
+    "SAVE_DIR": "run_dir",  # checkpoints lie below it
+    "EMA_ENABLED": switch("ema_decay", off=0.0, on=0.997),
+    "VE_ENABLED": switch("ve_dim", off=0, on=128),
+    "LATE_QAT": switch("late_qat_threshold", off=0.0, on=0.15),
+    # As published SLOT looks at what it scores; its legal form stands in unless SLOT=published.
+    "SLOT_ENABLED": switch("slot", off="off", on="causal"),
+    "VE_LAYERS": ("ve_last_n", count_last_layers, "numbers of these layers, the last ones"),
+    "PARALLEL_RESIDUAL_START": (
+        "parallel_last_n",
+        count_layers_from,
+        "number of the first of these layers, -1 for none",
+    ),
+    "ROPE_TRAIN_SEQ_LEN": same_as("train_seq_len", "angles are the same at every length"),
+    "E2E_TTT_NUM_HEADS": same_as("num_heads", "TTT-Linear has the heads of the attention"),
+}
+# {variable: (the one value that this code has, why)}
+BUILT_IN = {
+    "SLIDING_WINDOW_ENABLED": ("1", "the sliding window is always scored"),
+    "NATIVE_FLOW_INIT_SCALE": ("0.01", "the velocity field starts at zero"),
+    "QAT_ENABLED": ("0", "rounding in training begins late: see LATE_QAT_THRESHOLD"),
+    "INT5_MLP": ("1", "MLPs drop to 5 bits as far as BUDGET_BYTES needs it"),
+    "LEGAL_TTT": ("1", "nothing trains on text before it is scored: see TTT_ENABLED"),
+    "TTT_OPTIMIZER": ("sgd", "test-time training has no other optimiser"),
+    "LEAKY_RELU": ("1", "the MLP has no other activation"),
+    "LEAKY_SLOPE": ("0.5", "the MLP has no other activation"),
+    "LN_SCALE": ("1", "normalised inputs are scaled by 1/sqrt(layer + 1)"),
+    "TIE_EMBEDDINGS": ("1", "the output layer is the embedding"),
+    "CANON_LAST_N": ("0", "there are no Canon layers"),
+    "CTW_WEIGHT": ("0", "there is no context tree"),
+}
+STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
+# {variable: what to do instead}, whatever its value
+REFUSED = {
+    "WEIGHT_DECAY": "set MUON_WD for the blocks' matrices and ADAM_WD for the rest",
+    # Later records quantise by fixed steps; QUANTIZER=gptq finds one for each row and column.
+    "MATRIX_BITS": "QUANTIZER=gptq takes what BUDGET_BYTES allows; for lite: BLOCK_BITS",
+    "MATRIX_CLIP_SIGMAS": STEPS_FOUND,
+    "EMBED_CLIP_SIGMAS": STEPS_FOUND,
+    "GPTQ_CALIBRATION_BATCHES": "set CALIBRATION_TOKENS",
+    # They have other forms of the same parts.
+    "RECUR_LAYERS": "set NUM_LOOPS, LOOP_START and LOOP_END",
+    "RECUR_START_STEP": "set LOOP_AT, a share of the run",
+    "PARALLEL_START_LAYER": "there are no two lanes: set PARALLEL_LAST_N for the one here",
+    "SMEAR_GATE_ENABLED": "set SMEAR_ENABLED, and SMEAR_INPUTS=12 for their form of it",
+    "SPARSE_ATTN_GATE_ENABLED": "set GATED_ATTENTION=1 and GATE_INPUTS=12",
+    # Settings that this script once had.
+    "NPROC": "start the ranks with torchrun --standalone --nproc_per_node=N",
+    "RESUME": "the same command resumes RUN_DIR: unset it, or set another RUN_ID to start anew",
+    "EMA_FULL_STEPS": "set a lower EMA_DECAY for a short run",
+    "SWA_START_SCALE": "snapshots start at a learning-rate scale of 0.2: unset it",
+    "LZMA_PRESET": "lzma packs with preset 6: unset it",
+    "EVAL_CHECKPOINT_SECONDS": "set CHECKPOINT_SECONDS, which evaluations follow too",
+    "TTT_CUDA_GRAPH": "test-time training is a CUDA graph with several ranks: unset it",
+    "VAL_SHA256": "the log's data_fingerprint has the SHA-256 of the validation tokens: unset it",
+}
+
+
+def read_variables(environ, base):
+    """Return {field: value} of the variables that are set, published names included.
+
+    `base` holds the values below them, of preset and artifact. Raises ConfigError.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    check_names(environ, {*map(str.upper, fields), *RENAMED, *BUILT_IN, *REFUSED})
+    explicit = {}  # a variable is its field's name in capitals
+    for name, field in fields.items():
+        if name.upper() in environ:
+            explicit[name] = parse_value(name.upper(), field.type, environ[name.upper()])
+
+    def current(name):
+        return {**base, **explicit}.get(name, fields[name].default)
+
+    for variable in [name for name in RENAMED if name in environ]:
+        text = environ[variable]
+        if isinstance(RENAMED[variable], str):
+            name = RENAMED[variable]
+            value = parse_value(variable, fields[name].type, text)
+        else:
+            name, convert, _ = RENAMED[variable]
+            value = convert(variable, text, current)
+        if name in explicit and explicit[name] != value:
+            raise ConfigError(
+                f"{variable}={text} contradicts {name.upper()}={explicit[name]}: unset one of them"
+            )
+        explicit[name] = value
+    for variable in [name for name in BUILT_IN if name in environ]:
+        require_text(variable, environ[variable], *BUILT_IN[variable])
+    for variable in [name for name in REFUSED if name in environ]:
+        raise ConfigError(f"{variable}={environ[variable]} is not a setting: {REFUSED[variable]}")
+    return explicit
+
+
+def check_names(environ, known):
+    """Raise ConfigError for a variable that is no setting but looks like one, such as ITERATONS."""
+    for name in sorted(environ.keys() - known):
+        # 0.86 lets one wrong letter in seven pass as a slip, but tells DATA_DIR from DATA_PATH.
+        near = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.86)
+        if near and len(name) > 3:
+            raise ConfigError(
+                f"environment variable {name}={environ[name]!r} is not a setting, but "
+                f"looks like {near[0]}: rename or unset it (see --help)"
+            )
+
+
+# ---- checking values ----
+
+
+def check_value(field, value):
+    """Raise ConfigError unless a field's value has its type, range and choices."""
+    meta = field.metadata
+    name = field.name.upper()
+    is_number = field.type in (int, float)
+    # An integer may stand for a float, but True (an int to Python) may not stand for 1.
+    accepted = (int, float) if field.type is float else field.type
+    if not isinstance(value, accepted) or (is_number and isinstance(value, bool)):
+        raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
+    if is_number:
+        # `not <=` also refuses NaN; the bound refuses infinity and integers beyond every float.
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{name}={value}: expected a finite number")
+        # Bounds are inclusive; an error about a field without an upper one names the lower alone.
+        if not meta["low"] <= value <= meta["high"]:
+            most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
+            raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
+    if meta["choices"] and value not in meta["choices"]:
+        choices = ", ".join(map(str, meta["choices"]))
+        raise ConfigError(f"{name}={value!r}: expected one of {choices}")
+
+
+MAX_PASSES = 1024
+MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
+
+
+def check_fit(c):
+    """Raise ConfigError for settings that do not fit together, with their names and values."""
+    uneven = "the first is no multiple of the second: change one of them"
+    too_large = "lower the first"
+    own_decay = "use 0 or more, or -1 for ADAM_WD"
+    # An artifact brings its windows, and must not ask for any amount of memory or time.
+    activations = max(c.eval_batch_seqs, c.ttt_batch_seqs) * c.eval_seq_len * c.model_dim
+    passes = c.eval_seq_len / c.eval_stride  # of every token through the model
+    # (what must hold, settings that the error quotes, what to do)
+    rules = [
+        (c.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}"),
+        (
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device),
+            "device",
+            "expected auto, cpu, cuda or cuda:N",
+        ),
+        # The model.
+        (c.model_dim % c.num_heads == 0, "model_dim num_heads", uneven),
+        (c.num_heads % c.num_kv_heads == 0, "num_heads num_kv_heads", uneven),
+        (
+            c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,  # rotation turns pairs
+            "rope_dims",
+            f"use an even number up to MODEL_DIM/NUM_HEADS = {c.head_dim}",
+        ),
+        (c.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it"),
+        (c.ttt_freeze_blocks <= c.num_layers, "ttt_freeze_blocks num_layers", too_large),
+        (c.embed_dim <= c.model_dim, "embed_dim model_dim", too_large),
+        (c.smear_inputs <= c.model_dim, "smear_inputs model_dim", too_large),
+        (c.gate_inputs <= c.model_dim, "gate_inputs model_dim", too_large),
+        (c.parallel_last_n <= c.num_layers, "parallel_last_n num_layers", too_large),
+        (
+            c.num_loops == 0 or c.loop_start <= c.loop_end < c.num_layers,
+            "loop_start loop_end num_layers",
+            "use layers of the model, the first not after the last",
+        ),
+        (c.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 or at least 2"),
+        (c.ve_dim == 0 or c.ve_last_n <= c.num_layers, "ve_last_n num_layers", too_large),
+        # Batches and windows.
+        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens train_seq_len", uneven),
+        (
+            c.micro_batch_tokens >= c.train_seq_len,
+            "micro_batch_tokens train_seq_len",
+            "not one sequence fits: raise the first",
+        ),
+        (
+            activations <= MAX_ACTIVATIONS,
+            "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim",
+            f"a batch of windows has {activations} activations, use at most {MAX_ACTIVATIONS}",
+        ),
+        (
+            c.eval_stride <= c.eval_seq_len,
+            "eval_stride eval_seq_len",
+            "targets between the windows would never be scored: lower the first",
+        ),
+        (
+            passes <= MAX_PASSES,
+            "eval_seq_len eval_stride",
+            f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}",
+        ),
+        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens eval_seq_len", uneven),
+        (
+            c.slot == "off" or c.eval_stride < c.eval_seq_len,
+            "slot eval_stride eval_seq_len",
+            "no window has a position that an earlier one scored: lower EVAL_STRIDE",
+        ),
+        # Training. A gain of 0 makes every query 0, and leaves their matrix without a gradient.
+        (
+            c.qk_gain_init != 0,
+            "qk_gain_init",
+            "attention would see no difference between tokens: use 1.5 to 5.25, as published",
+        ),
+        # Other negative numbers would act as -1 does.
+        (c.embed_wd == -1 or c.embed_wd >= 0, "embed_wd", own_decay),
+        (c.scalar_wd == -1 or c.scalar_wd >= 0, "scalar_wd", own_decay),
+        # A rate that stays above the threshold never reaches the rounding.
+        (
+            c.late_qat_threshold == 0 or c.late_qat_threshold > c.min_lr,
+            "late_qat_threshold min_lr",
+            "rounding would never begin: raise the first or lower the second",
+        ),
+        (
+            c.max_wallclock_seconds == 0 or c.training_seconds > 0,
+            "gptq_reserve_seconds max_wallclock_seconds",
+            "no time is left for training: lower the first or raise the second",
+        ),
+    ]
+    for holds, names, expected in rules:
+        if not holds:
+            settings = [f"{name.upper()}={getattr(c, name)!r}" for name in names.split()]
+            raise ConfigError(f"{' and '.join(settings)}: {expected}")
+
 
 def help_text():
-    """Every variable with its meaning, default and the presets that change it."""
+    """Return every variable with its meaning, default and the presets that change it."""
     lines = [__doc__, "Variables (default; [preset=value] where a preset differs):"]
     for field in dataclasses.fields(Config):
         name = field.name
@@ -1019,30 +901,18 @@ def help_text():
         for preset, values in PRESETS.items():
             if name in values:
                 text += f" [{preset}={values[name]}]"
-        lines.append(f"  {name.upper()}={field.default}")
-        lines.append(f"      {text}")
-    lines += ["", "Published names, which set the same things:"]
-    lines += [f"  {name}\n      {published_text(meaning)}" for name, meaning in PUBLISHED.items()]
+        lines += [f"  {name.upper()}={field.default}", f"      {text}"]
+    lines += ["", "Published names, and names that are refused:"]
+    for name, meaning in RENAMED.items():
+        if isinstance(meaning, str):
+            lines += [f"  {name}", f"      {meaning.upper()}"]
+        else:
+            lines += [f"  {name}", f"      {meaning[0].upper()}: {meaning[2]}"]
+    for name, (value, reason) in BUILT_IN.items():
+        lines += [f"  {name}", f"      only {value}: {reason}"]
+    for name, instead in REFUSED.items():
+        lines += [f"  {name}", f"      no setting: {instead}"]
     return "\n".join(lines)
-
-
-def published_text(meaning):
-    """A line of --help for an entry of PUBLISHED."""
-    match meaning:
-        case Renamed(field):
-            return field.upper()
-        case Switch(field, off, on):
-            return f"0 is {field.upper()}={off}; 1 is {field.upper()}={on} or what that is set to"
-        case BuiltIn(value, reason):
-            return f"only {value}: {reason}"
-        case Follows(field, reason):
-            return f"only the value of {field.upper()}: {reason}"
-        case LastLayers(field):
-            return f"numbers of the last layers, {field.upper()} of them"
-        case FirstLayer(field):
-            return f"number of the first layer, {field.upper()} counts to the last; -1 for none"
-        case Refused(reason):
-            return f"no setting: {reason}"
 
 
 # ==================================================================================================
@@ -1102,8 +972,8 @@ def read_json(path):
         return json.loads(path.read_text())
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(
-            f"{path} is damaged ({printable(error, 100)}): RESUME=never keeps this run aside and "
-            "starts anew"
+            f"{path} is damaged ({printable(error, 100)}): restore it, or set another RUN_ID to "
+            "start anew"
         ) from None
 
 
@@ -1431,6 +1301,9 @@ class Runtime:
         self.dtype = getattr(torch, config.dtype)  # of autocast
         on_gpu = self.device.type == "cuda"
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
+        # With several ranks a step is so small that launching its kernels takes longer than
+        # running them, so test-time training is replayed as a CUDA graph.
+        self.cuda_graphs = self.compiling and on_gpu and self.comm.world > 1
         self.dir = Path(config.run_dir)
         self.log_file = None
         self.events = None
@@ -1448,17 +1321,15 @@ class Runtime:
         else:
             keep_large_blocks()
         if self.is_main:
-            self.open_dir(config.resume)
+            self.open_dir()
 
-    def open_dir(self, resume):
-        """Lock RUN_DIR and open its logs; with RESUME=never an earlier run is put aside."""
+    def open_dir(self):
+        """Lock RUN_DIR and open its logs."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if resume == "never" and (self.dir / "config.json").exists():
-                self.put_aside()
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
@@ -1475,17 +1346,6 @@ class Runtime:
                 f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
                 "writable directory"
             ) from None
-
-    def put_aside(self):
-        """Move the run in RUN_DIR into RUN_DIR/old_N, the first of these names that is free."""
-        number = 1
-        while (self.dir / f"old_{number}").exists():
-            number += 1
-        aside = self.dir / f"old_{number}"
-        aside.mkdir()
-        for item in self.dir.iterdir():
-            if item.name != "lock" and not item.name.startswith("old_"):
-                item.rename(aside / item.name)
 
     def stop_if_wanted(self, phase, seconds_needed):
         """Before a phase that cannot be interrupted: stop if it would not end in time."""
@@ -1551,15 +1411,6 @@ class Runtime:
         if not self.compiling:
             return function
         return torch.compile(function, dynamic=False, fullgraph=True, options=options)
-
-    def cuda_graphs(self, wish):
-        """Whether to replay a compiled function as a CUDA graph; `wish` is auto, 0 or 1.
-
-        With several ranks a step is so small that launching its kernels takes longer than running
-        them.
-        """
-        possible = self.compiling and self.device.type == "cuda"
-        return possible and (wish == "1" or (wish == "auto" and self.comm.world > 1))
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
@@ -1985,12 +1836,9 @@ class TokenBytes:
 
 
 class ValidationSet:
-    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split.
+    """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split."""
 
-    Raises DataError if `expected_sha256` is given and not that of the tokens.
-    """
-
-    def __init__(self, tokens, token_bytes, expected_sha256=""):
+    def __init__(self, tokens, token_bytes):
         self.tokens = tokens  # (n + 1,) uint16
         self.num_targets = len(tokens) - 1
         self.token_bytes = token_bytes
@@ -2002,12 +1850,7 @@ class ValidationSet:
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
         sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-        if expected_sha256 and sha256 != expected_sha256:
-            raise DataError(
-                f"the validation tokens have SHA-256 {sha256}, expected VAL_SHA256="
-                f"{expected_sha256}: restore the split, or unset VAL_SHA256"
-            )
-        self.scope = self.scope_of(total, is_certain=bool(expected_sha256))
+        self.scope = self.scope_of(total)
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
@@ -2018,14 +1861,13 @@ class ValidationSet:
             scope=self.scope,
         )
 
-    def scope_of(self, total_bytes, is_certain):
+    def scope_of(self, total_bytes):
         """What scores on this split compare with: published ones, or others on the same data."""
         targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
         low, high = CANONICAL_BYTES
         if self.num_targets != targets or not low <= total_bytes <= high:
             return "proxy"
-        # Other text can be made to have the same counts.
-        return "canonical" if is_certain else "canonical-by-counts"
+        return "canonical-by-counts"  # other text can be made to have the same counts
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -2045,7 +1887,7 @@ class ValidationSet:
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
         scored = tokens[: windows * config.eval_seq_len + 1]
-        return cls(scored, token_bytes, config.val_sha256)
+        return cls(scored, token_bytes)
 
     def is_foreign(self):
         """Whether another tokenizer seems to have made these tokens."""
@@ -3657,11 +3499,8 @@ def reduce_clip_step(muon, adamw, comm, clip):
 
 
 def training_cap(config, step, seconds):
-    """Seconds that the steps may take, 0 for no cap: the time of `calibrate` is left free."""
-    cap = config.max_wallclock_seconds
-    if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
-        return cap
-    return max(1e-9, cap - calibration_seconds(config, seconds / step))
+    """Seconds that the steps may take, 0 for no cap."""
+    return config.training_seconds
 
 
 def without_reserve(config, reserve):
@@ -3723,25 +3562,7 @@ def momentum_at(config, step):
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
-MIN_EMA_HORIZON = 8  # steps: a shorter average removes next to no noise and only lags
-
-
-def ema_decay_at(config, step, seconds=0.0):
-    """Decay of the weight average at `step` (from 0): EMA_DECAY in runs of EMA_FULL_STEPS or more.
-
-    An average over a horizon of 1 / (1 - decay) steps removes noise, but lags behind weights that
-    still improve. Published runs of 5,000 to 7,200 steps gain 0.001 bpb at a horizon of 333. Runs
-    of 300 and of 1,000 steps (3 layers of 96, demo text) lose 0.006 bpb at the same share of the
-    run, and 0.001 at a quarter of it. Hence a horizon that grows with the cube of the run's length,
-    and 0 (which is the raw weights) where it would be under MIN_EMA_HORIZON.
-    """
-    decay = config.ema_decay
-    length = expected_steps(config, step, seconds) / config.ema_full_steps
-    if length < 1:
-        horizon = length**3 / (1 - decay)
-        decay = 0.0 if horizon < MIN_EMA_HORIZON else 1 - 1 / horizon
-    # The initial weights must not stay in an average that is younger than its horizon.
-    return min(decay, (1 + step) / (10 + step))
+SWA_START_SCALE = 0.2  # snapshots at higher learning rates would be far from the end
 
 
 class WeightAverage:
@@ -3771,11 +3592,10 @@ class WeightAverage:
         """After step `step` (from 0) at learning-rate scale `scale`, `seconds` after the start."""
         config = self.config
         if self.ema:
-            self.decay = ema_decay_at(config, step, seconds)
+            # The initial weights must not stay in an average that is younger than its horizon.
+            self.decay = min(config.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.ema, self.raw(), 1 - self.decay)
-        # Snapshots of the time at high learning rates would be far from the end.
-        late = scale < config.swa_start_scale
-        if self.swa and late and (step + 1) % config.swa_every == 0:
+        if self.swa and scale < SWA_START_SCALE and (step + 1) % config.swa_every == 0:
             torch._foreach_add_(self.swa, self.ema or self.raw())
             self.snapshots += 1
 
@@ -3784,15 +3604,13 @@ class WeightAverage:
         kind = "raw weights"
         if self.decay:
             kind = f"EMA weights (decay {self.decay:.4f}: {1 / (1 - self.decay):.0f} steps)"
-        elif self.ema:
-            kind = "raw weights (a short run: see EMA_FULL_STEPS)"
         if self.snapshots:
             kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
         if self.swa:
             kind += (
                 f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
-                f"SWA_START_SCALE={self.config.swa_start_scale})"
+                f"snapshots start at a learning-rate scale of {SWA_START_SCALE})"
             )
         return kind, self.ema or self.raw()
 
@@ -4335,9 +4153,7 @@ class Trainer:
             return
         path = self.checkpoints.path(step)
         if any(state[name] != value for name, value in self.identity.items()):
-            raise ConfigError(
-                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
-            )
+            raise ConfigError(f"{path} belongs to other settings or data: set another RUN_ID")
         self.restore(state)
         # With step, clock and position the next step is the one that would have come.
         self.step = step
@@ -4830,7 +4646,7 @@ class Evaluation:
         self.hidden = compiled(self.model.hidden, DETERMINISTIC)
         self.loss = compiled(self.model, DETERMINISTIC)
         self.step_loss = self.loss  # of a whole test-time training step
-        if self.runtime.cuda_graphs(self.config.ttt_cuda_graph):
+        if self.runtime.cuda_graphs:
             graph = {**DETERMINISTIC, "triton.cudagraphs": True}
             self.step_loss = compiled(self.model, graph)
 
@@ -6708,7 +6524,7 @@ def seal_payload(config, raw):
     elif config.compressor == "zstd":
         body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
     else:
-        body = lzma.compress(raw, preset=config.lzma_preset)
+        body = lzma.compress(raw, preset=6)
     compressor = COMPRESSORS.index(config.artifact_compressor)
     digest = hashlib.sha256(body).digest()
     head = ARTIFACT_HEAD.pack(
@@ -7281,8 +7097,8 @@ class LoadedWeights(typing.NamedTuple):
     info: dict  # what training measured (float checkpoints only)
     sha256: str  # of the file
 
-    def brought(self):
-        """Settings that the file brings into a run that only evaluates it, the audit included."""
+    def from_artifact(self):
+        """Settings that the file gives a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
@@ -7341,23 +7157,6 @@ def load_float_weights(path):
 # A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
 # it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
-def check_places(config):
-    """Refuse, before anything is moved, to set aside the very file that is to be read."""
-    if config.resume != "never" or (config.mode == "train" and not config.eval_only):
-        return
-    if not config.eval_only:
-        raise ConfigError(
-            f"MODE={config.mode} reads the run in RUN_DIR={config.run_dir}, which RESUME=never "
-            "would set aside: leave RESUME at auto"
-        )
-    artifact = Path(config.eval_only).resolve()
-    if artifact.is_relative_to(Path(config.run_dir).resolve()):
-        raise ConfigError(
-            f"EVAL_ONLY={config.eval_only} lies in RUN_DIR={config.run_dir}, which RESUME=never "
-            "would set aside: set another RUN_DIR, or leave RESUME at auto"
-        )
-
-
 class Run:
     """The phases of one run in RUN_DIR."""
 
@@ -7399,10 +7198,6 @@ class Run:
     def prepare(self):
         """Load the data, compare with the run in RUN_DIR, write down what this run is."""
         config = self.config
-        if config.resume == "must" and not self.on_main((self.path / "config.json").exists):
-            raise ConfigError(
-                f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
-            )
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
                 build_demo_data(config, self.log)
@@ -7489,13 +7284,13 @@ class Run:
         if differences:
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
-                "RESUME=never to keep it aside"
+                f"{'; '.join(differences)}: use the same to resume it, or set another "
+                "RUN_ID"
             )
         if old.get("origin") != self.origin():
             self.log(
                 f"warning: {self.path} was begun elsewhere (another user, machine or container): "
-                "phases that it calls done are taken on trust; RESUME=never starts anew"
+                "phases that it calls done are taken on trust; another RUN_ID starts anew"
             )
 
     def announce(self):
@@ -7508,9 +7303,6 @@ class Run:
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
-        if not config.eval_only:  # an artifact brings what others set
-            for name, reason in config.idle().items():
-                log(f"warning: {name.upper()}={getattr(config, name)} has no effect with {reason}")
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
@@ -7575,17 +7367,7 @@ class Run:
     def train(self):
         """Write the float weights, unless they are there."""
         if not self.already_done("train", self.float_path.exists):
-            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
-
-    def packing_reserve(self):
-        """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
-        config = self.config
-        if config.quantizer != "gptq" or not config.max_wallclock_seconds:
-            return 0.0
-        seconds = solving_seconds(config) if self.runtime.is_main else 0.0
-        seconds = self.runtime.comm.from_main(seconds)
-        self.log(f"wallclock_reserve: {seconds:.4f}s for solving and packing")
-        return seconds
+            train(self.config, self.runtime, self.val, self.float_path)
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
@@ -7758,7 +7540,7 @@ class Run:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
             name = f"eval_{job.label}"
-            checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
+            checkpoints = Checkpointer(self.runtime, name, config.checkpoint_seconds)
             scores_file = None
             if config.scores_file:
                 # It needs every target of one pass, so no earlier part of one is taken up.
@@ -8028,39 +7810,6 @@ def leave(runtime, code):
     sys.exit(code)
 
 
-def launch_ranks(config):
-    """Start NPROC processes of this command on this machine; returns the exit code of the job.
-
-    It is what `torchrun --standalone` does, but for the end: torchrun exits with 1 whatever its
-    workers say, and a job script could not tell a failed audit from a full disk.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-    launch_config = launcher.LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.nproc,
-        run_id=f"train_gpt_{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,  # a stopped run goes on when its command is run again
-        monitor_interval=0.1,
-        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    )
-    begin = time.time()
-    try:
-        launcher.elastic_launch(launch_config, sys.executable)("-u", str(CODE_PATH))
-    except launcher.ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode
-    except SignalException:
-        # The workers got the signal too; the file tells whether they saved everything in time.
-        stopped = Path(config.run_dir) / "STOPPED"
-        saved = stopped.exists() and stopped.stat().st_mtime >= begin
-        return Stopped.code if saved else 1
-    return 0
-
-
 def load_given(environ):
     """LoadedWeights that this command only scores or samples from, or None when it is to train."""
     path = environ.get("EVAL_ONLY")
@@ -8082,13 +7831,10 @@ def main():
         )
     # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
-    config = Config.from_env(os.environ, loaded.brought() if loaded else None)
+    config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
-    check_places(config)
-    if config.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(launch_ranks(config))
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):

@@ -61,7 +61,6 @@ TINY = dict(
     val_loss_every=0,
     checkpoint_every=0,
     checkpoint_seconds=0.0,
-    eval_checkpoint_seconds=0.0,
     eval_seq_len=SEQ,
     eval_stride=STRIDE,
     eval_batch_seqs=4,
@@ -279,7 +278,7 @@ class Case:
 
     def checkpoints(self, name="eval"):
         """Keeps states of this name in the run's directory, none unless the evaluation stops."""
-        return train_gpt.Checkpointer(self.runtime, name, self.config.eval_checkpoint_seconds)
+        return train_gpt.Checkpointer(self.runtime, name, self.config.checkpoint_seconds)
 
 
 def replaced(stream, low, high=None):
@@ -473,19 +472,18 @@ for number, name in ((1, "stdout"), (2, "stderr")):
 sys.argv[:] = [job["script"]]
 runpy.run_path(job["script"], run_name="__main__")
 """
-# 12 steps of a small model that validates, saves every 2 steps and after every item of an
+# 12 steps of a small model that validates, and saves after every step and every item of an
 # evaluation.
 QUICK = dict(
     num_layers=2,
     xsa_last_n=1,
     iterations=12,
     warmdown_iters=4,
-    checkpoint_every=2,
     eval_stride=32,
     micro_batch_tokens=512,
     eval_batch_seqs=8,
     val_loss_every=5,
-    eval_checkpoint_seconds=1e-9,
+    checkpoint_seconds=1e-9,
     dtype="float32",
 )
 MAIN = """

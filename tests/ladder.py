@@ -88,7 +88,6 @@ RUNGS = [
             MUON_MOMENTUM_WARMUP_START=0.85,
             MUON_MOMENTUM_WARMUP_STEPS=100,
             EMA_DECAY=0.85,
-            EMA_FULL_STEPS=1,
         ),
         "",
     ),
