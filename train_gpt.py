@@ -22,7 +22,6 @@ command again).
 import ast
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -44,7 +43,6 @@ import signal
 import struct
 import sys
 import sysconfig
-import threading
 import time
 import traceback
 import types
@@ -57,11 +55,9 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
-import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -149,6 +145,7 @@ def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
 arch_option = functools.partial(option, "arch")
 train_option = functools.partial(option, "train")
 eval_option = functools.partial(option, "eval")
+pack_option = functools.partial(option, "pack")
 run_option = functools.partial(option, "run")
 
 
@@ -226,6 +223,9 @@ class Config:
     warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
     min_lr: float = train_option(0.0, "share of every rate below which the warmdown stays", 0, 1)
     max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
+    gptq_reserve_seconds: float = train_option(
+        12.0, "part of MAX_WALLCLOCK_SECONDS that QUANTIZER=gptq keeps for packing", 0
+    )
 
     # Training: Muon for the blocks' matrices, AdamW for the rest.
     embed_lr: float = train_option(0.035, "AdamW rate of embeddings", 0)
@@ -271,23 +271,23 @@ class Config:
     )
 
     # Compression.
-    quantizer: str = train_option(
+    quantizer: str = pack_option(
         "lite",
         "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
         "make up for each other's errors, steps that fill BUDGET_BYTES",
         choices=("lite", "gptq"),
     )
-    calibration_tokens: int = train_option(
+    calibration_tokens: int = pack_option(
         65536, "training tokens that QUANTIZER=gptq looks at", 1, 1 << 24
     )
-    block_bits: int = train_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = train_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = train_option(
+    block_bits: int = pack_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = pack_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = pack_option(
         "zstd", "lite: compressor of the artifact; gptq takes zstd", choices=("zstd", "lzma")
     )
-    zstd_level: int = train_option(16, "lite: zstd level", 1, 22)
-    lzma_preset: int = train_option(6, "lite: lzma preset", 0, 9)
-    budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
+    zstd_level: int = pack_option(16, "lite: zstd level", 1, 22)
+    lzma_preset: int = pack_option(6, "lite: lzma preset", 0, 9)
+    budget_bytes: int = pack_option(16_000_000, "code + model must fit this", 1)
 
     # Evaluation: windows and arithmetic.
     dtype: str = eval_option(
@@ -360,7 +360,7 @@ class Config:
     nproc: int = run_option(
         0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
     )
-    code_bytes: int = run_option(
+    code_bytes: int = pack_option(
         0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
     )
 
@@ -458,7 +458,9 @@ class Config:
 
     def hash(self, *kinds):
         """16 hex digits over the fields of these kinds; by default all that can change a result."""
-        text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
+        text = json.dumps(
+            self.as_dict(*(kinds or ("arch", "train", "pack", "eval"))), sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def idle(self):
@@ -1055,16 +1057,14 @@ def published_text(meaning):
 
 
 def sha256_file(path):
-    """Hex digest of a file, read in blocks of 1 MiB so that its size does not matter."""
-    digest = hashlib.sha256()
+    """Hex digest of a file."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path, parts):
-    """Write byte strings to a temporary file and rename it: `path` is never half-written.
+@contextlib.contextmanager
+def atomic_file(path):
+    """A binary file that takes the name `path` once it is whole: `path` is never half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
     """
@@ -1072,7 +1072,7 @@ def write_atomic(path, parts):
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.writelines(parts)
+            yield file
             file.flush()
             # The bytes must be on the disk before the name is, or a power cut leaves an empty file.
             os.fsync(file.fileno())
@@ -1090,6 +1090,12 @@ def write_atomic(path, parts):
         ) from None
 
 
+def write_atomic(path, parts):
+    """Write byte strings as one file, whole or not at all; see atomic_file."""
+    with atomic_file(path) as file:
+        file.writelines(parts)
+
+
 def write_json(path, value):
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=1)
@@ -1097,34 +1103,36 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """What write_json wrote. Raises ConfigError for a damaged file."""
+    """The value that write_json wrote. Raises ConfigError for a damaged file."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(
-            f"{path} is damaged ({printable(error, 100)}): RESUME=never keeps this run aside and "
-            "starts anew"
+            f"{path} is damaged ({printable(error, 100)}): restore it, or set another RUN_ID to "
+            "start anew"
         ) from None
 
 
-CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
 
 
 def save_tensors(path, state):
-    """Write a tree of tensors and plain values with a trailing SHA-256; returns its bytes.
-
-    PyTorch's reader does not compare the checksums of its own archive.
-    """
-    buffer = io.BytesIO()  # in memory first, since the checksum covers the whole archive
-    torch.save(state, buffer)
-    archive = buffer.getbuffer()
-    write_atomic(path, [archive, hashlib.sha256(archive).digest()])
-    return len(archive) + CHECKSUM_BYTES
+    """Write a tree of tensors and plain values as a torch.save archive; returns its bytes."""
+    # An open file, not a path: where a disk is full to the last bytes, PyTorch's own file writer
+    # truncates the archive and raises nothing.
+    with atomic_file(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError:
+            # PyTorch's archive writer does not say why a write fell short: one more write does.
+            file.write(bytes(1 << 20))
+            file.flush()
+            raise
+    return os.path.getsize(path)
 
 
 def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
-    """What save_tensors wrote, on the CPU, without running its code.
+    """The tree that save_tensors wrote, on the CPU, mapped to memory; runs no code of the file.
 
     Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
     """
@@ -1135,38 +1143,25 @@ def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
                 f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
                 "name another file"
             )
-        blob = Path(path).read_bytes()
+        # torch.load accepts a flipped bit: it does not compare the checksums of the archive.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        # weights_only refuses pickled code: a checkpoint may come from a stranger.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except ArtifactError:
+        raise
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: copy it again, or name another file"
         ) from None
-    # A view: a copy of a large checkpoint would double the memory.
-    archive = memoryview(blob)[:-CHECKSUM_BYTES]
-    checksum = blob[-CHECKSUM_BYTES:]
-    if len(blob) < CHECKSUM_BYTES or hashlib.sha256(archive).digest() != checksum:
-        raise ArtifactError(
-            f"{path}: checksum does not match: truncated, damaged or not ours: copy it again, or "
-            "name another file"
-        )
-    try:
-        check_archive(archive)
-        # weights_only refuses pickled code: a checkpoint may come from a stranger.
-        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file may hold anything
         reason = printable(str(error).partition("\n")[0], 200)
-        raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
-
-
-def check_archive(archive):
-    """Raise ValueError unless a torch.save archive, a zip file, has its entries as they are.
-
-    Compressed or overlapping entries of a small file could fill any memory; torch.save makes none.
-    """
-    entries = zipfile.ZipFile(io.BytesIO(archive)).infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its entries are compressed")
-    if sum(entry.file_size for entry in entries) > len(archive):
-        raise ValueError("its entries are larger than the file")
+        raise ArtifactError(
+            f"{path}: truncated, damaged or not a checkpoint of tensors ({reason}): copy it again, "
+            "or name another file"
+        ) from None
 
 
 def private_copy(tree):
@@ -1181,15 +1176,11 @@ def private_copy(tree):
     return tree
 
 
-CHECKPOINT_THREAD = "checkpoint"  # how names of threads that write a state begin
-
-
 class Checkpointer:
     """Numbered states of one training run or evaluation, the last two of which are kept.
 
-    They are written on a background thread: the caller waits only for the copy of its state. A
-    write that failed is a warning, since the state before it is intact; `wait()` says whether it
-    did.
+    All ranks wait while rank 0 writes. A write that fails is a warning: the state before it is
+    intact.
     """
 
     KEPT = 2  # the newest may be damaged later, by a disk or a copy
@@ -1200,7 +1191,6 @@ class Checkpointer:
         self.name = name
         self.every_seconds = every_seconds  # 0: never due
         self.saved_at = time.monotonic()
-        self.writing = None  # future of the write that is under way
 
     def path(self, number):
         return self.folder / f"{self.name}_{number:08d}.pt"
@@ -1216,70 +1206,53 @@ class Checkpointer:
         """Whether `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
-    def save(self, number, state, saved):
-        """Copy `state` and begin to write it; saved(seconds, bytes) is called when it is there."""
-        # One write at a time, so that states reach the disk in order.
-        self.wait()
-        self.saved_at = time.monotonic()
-        # A pool of one thread, because its future carries an error to wait().
-        executor = ThreadPoolExecutor(1, thread_name_prefix=CHECKPOINT_THREAD)
-        self.writing = executor.submit(self._write, number, private_copy(state), saved)
-        executor.shutdown(wait=False)  # the thread ends with this write
+    def save(self, number, state):
+        """Write rank 0's `state`, which is None on the others; every rank must call this.
 
-    def _write(self, number, state, saved):
+        Returns (seconds, bytes) on every rank, or None where the state could not be written.
+        """
         begin = time.monotonic()
-        size = save_tensors(self.path(number), state)
-        seconds = time.monotonic() - begin
+        size = 0
+        if self.runtime.is_main:
+            try:
+                size = save_tensors(self.path(number), state)
+            except ResourceError as error:
+                self.runtime.log(f"warning: checkpoint not saved: {error}")
+            else:  # only now: an older state goes when a newer one is safe
+                for old in self.numbers()[: -self.KEPT]:
+                    self.path(old).unlink()
+        mine = (time.monotonic() - begin, size) if self.runtime.is_main else (0, 0)
+        # The others wait here: a rank that left now would have the launcher end rank 0's write.
+        seconds, size = self.runtime.comm.all_reduce_scalars(*mine)
+        self.saved_at = time.monotonic()
         # The next save will take about as long: a time limit must leave room for it.
         self.runtime.stop.save_seconds = seconds
-        saved(seconds, size)
-        # Only now: an older state goes when a newer one is safe.
-        for old in self.numbers()[: -self.KEPT]:
-            self.path(old).unlink()
-
-    def wait(self):
-        """Wait for the write under way; returns its error, which is logged, or None."""
-        if self.writing is None:
-            return None
-        error = self.writing.exception()
-        self.writing = None
-        if error is not None:
-            self.runtime.log(f"warning: checkpoint not saved: {error}")
-        return error
-
-    def wait_or_raise(self):
-        """For a state that is about to be needed: raises ResourceError if it was not written."""
-        error = self.wait()
-        if error is not None:
-            raise ResourceError(str(error))
+        return (seconds, int(size)) if size else None
 
     def last(self):
-        """Path of the last state that was written, or 'none'."""
-        self.wait()
+        """Path of the newest state, or 'none'."""
         numbers = self.numbers()
         return str(self.path(numbers[-1])) if numbers else "none"
 
-    def newest(self):
-        """(number, state) of the newest readable state, or (0, None)."""
-        for number in reversed(self.numbers()):
+    def load(self):
+        """(number, state) of the newest state that rank 0 can read, on every rank, or (0, None)."""
+        found, state = 0, None
+        for number in reversed(self.numbers()) if self.runtime.is_main else ():
             try:
-                return number, load_tensors(self.path(number))
+                state = load_tensors(self.path(number))
             except ArtifactError as error:
                 self.runtime.log(f"warning: {error}; using the checkpoint before it")
-        return 0, None
-
-    def load(self):
-        """newest() as rank 0 finds it, on every rank."""
-        comm = self.runtime.comm
-        number, state = self.newest() if comm.rank == 0 else (0, None)
+            else:
+                found = number
+                break
         # Ranks that chose for themselves could go on from different states.
-        number = int(comm.from_main(number))
-        if number and state is None:
-            state = load_tensors(self.path(number))
-        return number, state
+        found = int(self.runtime.comm.from_main(found))
+        if found and state is None:
+            state = load_tensors(self.path(found))
+        return found, state
 
     def clear(self):
-        """Delete all states of this name: they belong to something else."""
+        """Delete all states of this name: nothing will go on from them."""
         if self.runtime.is_main:
             for number in self.numbers():
                 self.path(number).unlink()
@@ -1334,7 +1307,7 @@ class Comm:
         summed = [part.view_as(grad) for part, grad in zip(parts, grads)]
         torch._foreach_copy_(grads, summed)
 
-    # What follows sends a few numbers through the host (gloo), without making the device wait.
+    # The rest sends a few numbers through the host (gloo), without making the device wait.
     def all_reduce_scalars(self, *values):
         """Element-wise sum of numbers over ranks, as floats."""
         total = torch.tensor(values, dtype=torch.float64)
@@ -1343,7 +1316,7 @@ class Comm:
         return total.tolist()
 
     def any_rank(self, condition):
-        """Whether `condition` holds on any rank."""
+        """True on every rank if `condition` holds on one."""
         (count,) = self.all_reduce_scalars(bool(condition))
         return count > 0
 
@@ -1365,11 +1338,11 @@ class Comm:
         self.all_reduce_scalars(0)
 
 
-class StopRequest:
-    """The wish to stop: a signal, or a time limit that comes near.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends one of these before it kills a job
 
-    `reason` is empty until there is one.
-    """
+
+class StopRequest:
+    """A signal to stop, or a time limit that comes near; `reason` is empty until there is one."""
 
     def __init__(self, time_limit_seconds):
         self.started = time.monotonic()
@@ -1379,8 +1352,8 @@ class StopRequest:
         self.save_seconds = 0.0  # what the last save took, hence what the next will need
 
     def watch_signals(self):
-        """SLURM sends one of these before it kills a job; Ctrl-C stays what it is."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Handle the signals of STOP_SIGNALS from here on."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
@@ -1402,7 +1375,7 @@ class StopRequest:
         return self.time_limit - margin - self.save_seconds - elapsed
 
     def wanted(self, next_seconds=0.0):
-        """Whether to stop now, given that the next piece of work takes `next_seconds`."""
+        """True if the run is to stop rather than begin what takes `next_seconds`."""
         if not self.reason and self.remaining() < next_seconds:
             self.reason = "TIME_LIMIT"
         return bool(self.reason)
@@ -1416,7 +1389,7 @@ class PeakMemory(typing.NamedTuple):
 
 
 class Runtime:
-    """The machine as one object: device, comm, log, clock and the wish to stop.
+    """The machine as one object: device, ranks, log, clock and the wish to stop.
 
     Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for
     a RUN_DIR that cannot be written or that another process holds.
@@ -1428,15 +1401,21 @@ class Runtime:
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
-        self.dtype = getattr(torch, config.dtype)  # of autocast
         on_gpu = self.device.type == "cuda"
+        self.dtype = getattr(torch, config.dtype)  # of autocast
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
+        # With several ranks a step is so small that launching its kernels takes longer than
+        # running them, so test-time training is replayed as a CUDA graph.
+        self.cuda_graphs = self.compiling and on_gpu and self.comm.world > 1
         self.dir = Path(config.run_dir)
         self.log_file = None
         self.events = None
         self.lock = None
-        self.stop = StopRequest(time_limit(config, environ))
-        self.on_line = False  # whether the terminal's last line is progress, to be overwritten
+        self.on_line = False  # the terminal's last line is progress, to be overwritten
+        seconds_left = config.time_limit_seconds or math.inf
+        if "SLURM_JOB_END_TIME" in environ:
+            seconds_left = min(seconds_left, float(environ["SLURM_JOB_END_TIME"]) - time.time())
+        self.stop = StopRequest(seconds_left)
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -1445,20 +1424,17 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
-        else:
-            keep_large_blocks()
+        self.attention = pick_attention(self.device, self.dtype, self.compiling)
         if self.is_main:
-            self.open_dir(config.resume)
+            self.open_dir()
 
-    def open_dir(self, resume):
-        """Lock RUN_DIR and open its logs; with RESUME=never an earlier run is put aside."""
+    def open_dir(self):
+        """Lock RUN_DIR and open its logs."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if resume == "never" and (self.dir / "config.json").exists():
-                self.put_aside()
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
@@ -1476,19 +1452,8 @@ class Runtime:
                 "writable directory"
             ) from None
 
-    def put_aside(self):
-        """Move the run in RUN_DIR into RUN_DIR/old_N, the first of these names that is free."""
-        number = 1
-        while (self.dir / f"old_{number}").exists():
-            number += 1
-        aside = self.dir / f"old_{number}"
-        aside.mkdir()
-        for item in self.dir.iterdir():
-            if item.name != "lock" and not item.name.startswith("old_"):
-                item.rename(aside / item.name)
-
-    def stop_if_wanted(self, phase, seconds_needed):
-        """Before a phase that cannot be interrupted: stop if it would not end in time."""
+    def stop_if_wanted(self, phase, seconds_needed=0.0):
+        """Raise Stopped on every rank if one of them is to stop before `phase`."""
         # All ranks stop together: one that left alone would have the launcher end the others.
         if self.comm.any_rank(self.stop.wanted(seconds_needed)):
             raise Stopped(f"before {phase}")
@@ -1498,14 +1463,12 @@ class Runtime:
         if not self.is_main:
             return
         line = printable(line)  # it may quote a file's text
-        if self.on_line:
-            print(CLEAR_LINE, end="")
-        print(line, flush=True)
+        print(f"{CLEAR_LINE if self.on_line else ''}{line}", flush=True)
         self.on_line = False
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One line in one write, so that the saving thread's lines do not mix with the others."""
+        """One line in one write to a file of RUN_DIR, which only rank 0 has open."""
         if file is None:
             return
         try:
@@ -1526,21 +1489,6 @@ class Runtime:
         record = {"event": event, "time": round(time.time(), 3), **fields}
         self.append(self.events, json.dumps(record))
 
-    def user_key(self):
-        """A secret of this user on this system, made at its first use; "" where it cannot be kept.
-
-        It tells states that this user's runs saved from states that came with somebody's files.
-        """
-        try:
-            path = Path("~/.local/state/parameter_golf/key").expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError), open(path, "x") as file:
-                path.chmod(0o600)
-                file.write(os.urandom(32).hex())
-            return path.read_text()
-        except (OSError, RuntimeError):  # RuntimeError: a container's user without a home
-            return ""
-
     def autocast(self):
         """Matrix products in bfloat16 from float32 weights; does nothing with DTYPE=float32."""
         enabled = self.dtype == torch.bfloat16
@@ -1551,15 +1499,6 @@ class Runtime:
         if not self.compiling:
             return function
         return torch.compile(function, dynamic=False, fullgraph=True, options=options)
-
-    def cuda_graphs(self, wish):
-        """Whether to replay a compiled function as a CUDA graph; `wish` is auto, 0 or 1.
-
-        With several ranks a step is so small that launching its kernels takes longer than running
-        them.
-        """
-        possible = self.compiling and self.device.type == "cuda"
-        return possible and (wish == "1" or (wish == "auto" and self.comm.world > 1))
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
@@ -1590,20 +1529,12 @@ class Runtime:
 CLEAR_LINE = "\r\x1b[K"  # back to the first column, erase to the end
 
 
-def time_limit(config, environ):
-    """Seconds from now until this process must have ended; math.inf without a limit."""
-    limit = config.time_limit_seconds or math.inf
-    if "SLURM_JOB_END_TIME" in environ:
-        limit = min(limit, float(environ["SLURM_JOB_END_TIME"]) - time.time())
-    return limit
-
-
 @contextlib.contextmanager
 def deterministic_algorithms():
     """Inside, the same inputs give the same bits on a GPU too.
 
-    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
-    was set before is set again afterwards: training has no need of it.
+    The gradients of embeddings and attention are otherwise sums that atomics add in any order.
+    The settings before are restored afterwards: training has no need of it.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -1637,26 +1568,6 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
-
-
-# Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
-M_ARENA_MAX = -8
-
-
-def keep_large_blocks():
-    """Let glibc keep freed blocks.
-
-    Training frees and takes the same hundreds of megabytes each step, and fresh pages from the
-    kernel cost more than the arithmetic on them.
-    """
-    # Another C library than glibc (macOS, musl) simply goes without.
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)  # no block straight from the kernel
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # give nothing back below 2 GB
-        libc.mallopt(M_ARENA_MAX, 1)  # one heap, which every thread reuses
 
 
 # ==================================================================================================
@@ -1749,6 +1660,7 @@ class TrainStream:
         self.position = position
         self.sizes = [len(read_shard(path)) for path in paths]
         self.ends = np.cumsum(self.sizes)  # index after each shard's last token
+        self.num_tokens = int(self.ends[-1])
 
     def take(self, span, low, high):
         """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance.
@@ -3312,8 +3224,7 @@ class GPT(nn.Module):
 
 def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
-    attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
-    return GPT(config, attend).to(runtime.device)
+    return GPT(config, runtime.attention.function).to(runtime.device)
 
 
 def flow_noise_keys(config, step, first, count, device):
@@ -3943,8 +3854,9 @@ class Trainer:
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
-    def __init__(self, config, runtime, val, reserve=0.0):
+    def __init__(self, config, runtime, val, identity=None):
         self.config = config
+        reserve = config.gptq_reserve_seconds if config.quantizer == "gptq" else 0.0
         self.timed = without_reserve(config, reserve)  # for all that depends on the clock
         self.runtime = runtime
         self.val = val
@@ -3965,9 +3877,7 @@ class Trainer:
         self.stopped_early = False  # by the wallclock cap
         self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
-        # A checkpoint of other settings or other data must not be continued.
-        last_token = int(self.stream.ends[-1])
-        self.identity = dict(hash=config.hash(), data=[last_token, val.fingerprint["val_sha256"]])
+        self.identity = dict(identity=identity or {})
 
     def plan_micro_batches(self):
         """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
@@ -4030,11 +3940,10 @@ class Trainer:
         # Whatever ends the run early, the user learns what is safe.
         except Stopped:
             if self.saved_step != self.step:  # stopped in a validation
-                self.save(wait=True)
+                self.save(needed=True)
             raise
         except DataError as error:
             raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
-        self.checkpoints.wait()
 
     def run_steps(self):
         every = self.config.val_loss_every
@@ -4301,10 +4210,10 @@ class Trainer:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
 
-    def save(self, wait=False):
-        """Copy the state and write it in the background.
+    def save(self, needed=False):
+        """Write a checkpoint while the clock stands still; every rank must call it.
 
-        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
+        With `needed`, raises ResourceError if it cannot be written. Weights that are not finite are
         never saved: the checkpoints before them are the ones to keep.
         """
         finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
@@ -4313,16 +4222,19 @@ class Trainer:
             return
         state = self.training_state()  # a collective: momentum is gathered from all ranks
         self.saved_step = self.step
-        if self.runtime.is_main:
-            state.update(self.identity)
-            state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
-            state.update(timing=self.timer.state_dict())
-            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
-        self.checkpoints.saved_at = time.monotonic()
-        if wait:
-            self.checkpoints.wait_or_raise()
-            # A rank that left now would have the launcher end the one that still writes.
-            self.comm.barrier()
+        state.update(self.identity, timing=self.timer.state_dict(), step=self.step)
+        state.update(seconds=self.seconds, position=self.stream.position)
+        begin = time.monotonic()
+        written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
+        self.step_started += time.monotonic() - begin
+        if written is not None:
+            self.report_saved(self.step, *written)
+        elif needed:
+            raise ResourceError(
+                f"the checkpoint of step {self.step} could not be written to "
+                f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "
+                f"{self.checkpoints.last()}"
+            )
 
     def report_saved(self, step, seconds, size):
         self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
@@ -4335,9 +4247,7 @@ class Trainer:
             return
         path = self.checkpoints.path(step)
         if any(state[name] != value for name, value in self.identity.items()):
-            raise ConfigError(
-                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
-            )
+            raise ConfigError(f"{path} belongs to other settings or data: set another RUN_ID")
         self.restore(state)
         # With step, clock and position the next step is the one that would have come.
         self.step = step
@@ -4349,7 +4259,7 @@ class Trainer:
 
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
-        self.save(wait=True)
+        self.save()
         raise DivergedError(
             f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
             f"weights: {self.checkpoints.last()}"
@@ -4375,13 +4285,13 @@ class Trainer:
         )
 
 
-def train(config, runtime, val, path, reserve=0.0):
+def train(config, runtime, val, path, identity=None):
     """Train (or go on training), write the exported float weights to `path`.
 
-    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
+    A checkpoint is continued only where its `identity` is this one.
     Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
     """
-    trainer = Trainer(config, runtime, val, reserve)
+    trainer = Trainer(config, runtime, val, identity)
     trainer.announce()
     trainer.run()
     trainer.report_throughput()
@@ -4830,7 +4740,7 @@ class Evaluation:
         self.hidden = compiled(self.model.hidden, DETERMINISTIC)
         self.loss = compiled(self.model, DETERMINISTIC)
         self.step_loss = self.loss  # of a whole test-time training step
-        if self.runtime.cuda_graphs(self.config.ttt_cuda_graph):
+        if self.runtime.cuda_graphs:
             graph = {**DETERMINISTIC, "triton.cudagraphs": True}
             self.step_loss = compiled(self.model, graph)
 
@@ -4862,8 +4772,6 @@ class Evaluation:
                 self.observer.after_item(self, item)
                 self.cursor += 1
                 self.after_item()
-            if self.checkpoints is not None:
-                self.checkpoints.wait()
             return self.result(complete=last_target is None)
 
     def begins_beyond(self, target, item):
@@ -4880,7 +4788,7 @@ class Evaluation:
         # One collective for both, so that all ranks save or stop after the same item.
         stop, save = self.comm.all_reduce_scalars(wanted, due)
         if (stop or save) and self.checkpoints is not None:
-            self.save(wait=bool(stop))
+            self.save(needed=bool(stop))
         if stop:
             raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
 
@@ -5115,10 +5023,10 @@ class Evaluation:
             dist.all_reduce(total)
         return total.numpy()
 
-    def save(self, wait):
-        """Write the state in the background; every rank must call it.
+    def save(self, needed):
+        """Write the state; every rank must call it.
 
-        With `wait`, raises ResourceError if it cannot be written.
+        With `needed`, raises ResourceError if it cannot be written.
         """
         # Sums of every rank, each of which goes on with its own.
         state = dict(
@@ -5134,12 +5042,13 @@ class Evaluation:
             # What the chunks so far have taught.
             state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
         text = f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}"
-        if self.runtime.is_main:
-            self.checkpoints.save(self.cursor, state, lambda seconds, size: self.runtime.log(text))
-        if wait:
-            self.checkpoints.wait_or_raise()
-            # A rank that left now would have the launcher end the one that still writes.
-            self.comm.barrier()
+        if self.checkpoints.save(self.cursor, state if self.runtime.is_main else None):
+            self.runtime.log(text)
+        elif needed:
+            raise ResourceError(
+                f"the state of {self.label} could not be written to {self.checkpoints.folder}: "
+                "free space or change RUN_DIR"
+            )
 
     def load(self):
         """Go on from a saved state of the same evaluation, if there is one."""
@@ -6724,7 +6633,14 @@ def int5_order(num_layers):
     return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
 
 
-def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
+def fit_lite(
+    config,
+    state_dict,
+    code_bytes,
+    tokenizer_sha256="",
+    log=lambda line: None,
+    check_stop=lambda: None,
+):
     """(artifact, int5 layers): the first rung of the ladder on which code + model fit BUDGET_BYTES.
 
     The ladder starts with every MLP at BLOCK_BITS and lowers one more to int5 at each rung. Raises
@@ -6733,6 +6649,7 @@ def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda l
     order = int5_order(config.num_layers)
     cache = {}
     for rung in range(len(order) + 1):
+        check_stop()
         layers = order[:rung]
         # Only packing tells the size: how far integers compress depends on their distribution.
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
@@ -6996,17 +6913,31 @@ class Packed(typing.NamedTuple):
     groups: list  # of GroupSize
 
 
-def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log=lambda line: None):
+def fit_gptq(
+    config,
+    state_dict,
+    hessians,
+    fisher,
+    code_bytes,
+    tokenizer_sha256="",
+    log=lambda line: None,
+    check_stop=lambda: None,
+):
     """Packed of the finest steps with which code + model fit BUDGET_BYTES.
 
     Deterministic: the same weights and knowledge give the same bytes. Raises ArtifactError when
     nothing fits.
     """
-    quantiser = Quantiser(state_dict, knowledge, log)
+    quantiser = Quantiser(state_dict, Knowledge(hessians, fisher), log)
+
+    def solve(unit):
+        check_stop()
+        return quantiser.solve(unit)
+
     encoder = GridEncoder(config, state_dict, quantiser.grids, tokenizer_sha256)
     budget = config.budget_bytes - code_bytes
     control = RateControl(
-        quantiser.solve,
+        solve,
         encoder.encode,
         budget,
         quantiser.parameters,
@@ -7016,7 +6947,7 @@ def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log
     packing = control.run(quantiser.guessed_unit(budget))
     groups = account(encoder, packing)
     log_account(groups, log)
-    return Packed(packing.blob, control.packings, groups)
+    return packing.blob, [group._asdict() for group in groups], control.packings
 
 
 TRIAL_SIZE = 512  # rows and columns of the matrix that is solved and packed to time this machine
@@ -7341,23 +7272,6 @@ def load_float_weights(path):
 # A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
 # it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
-def check_places(config):
-    """Refuse, before anything is moved, to set aside the very file that is to be read."""
-    if config.resume != "never" or (config.mode == "train" and not config.eval_only):
-        return
-    if not config.eval_only:
-        raise ConfigError(
-            f"MODE={config.mode} reads the run in RUN_DIR={config.run_dir}, which RESUME=never "
-            "would set aside: leave RESUME at auto"
-        )
-    artifact = Path(config.eval_only).resolve()
-    if artifact.is_relative_to(Path(config.run_dir).resolve()):
-        raise ConfigError(
-            f"EVAL_ONLY={config.eval_only} lies in RUN_DIR={config.run_dir}, which RESUME=never "
-            "would set aside: set another RUN_DIR, or leave RESUME at auto"
-        )
-
-
 class Run:
     """The phases of one run in RUN_DIR."""
 
@@ -7372,54 +7286,9 @@ class Run:
         self.files = {}
         if loaded is not None:
             self.files[self.artifact_path] = loaded
-        self.code_sha256 = sha256_file(CODE_PATH)
         self.model = None
         self.audited = False
         self.results = {"scores": {}}
-
-    def load(self, path):
-        """LoadedWeights of a file."""
-        if path not in self.files:
-            self.files[path] = load_weights(path)
-        return self.files[path]
-
-    def on_main(self, test):
-        """What test() says on rank 0, the one that is sure to see what it wrote."""
-        return self.runtime.comm.from_main(self.runtime.is_main and test()) > 0
-
-    def already_done(self, phase, test):
-        """Whether a phase has left its result already, by test() on rank 0."""
-        done = self.on_main(test)
-        if done:
-            self.log(f"phase_done:{phase} found in {self.path}")
-        return done
-
-    # ---- before the first phase ----
-
-    def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
-        config = self.config
-        if config.resume == "must" and not self.on_main((self.path / "config.json").exists):
-            raise ConfigError(
-                f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
-            )
-        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
-            if self.runtime.is_main:
-                build_demo_data(config, self.log)
-            self.runtime.comm.barrier()
-        # An artifact names its tokenizer: with another one its token ids would mean other text.
-        tokenizer_sha256 = ""
-        if config.eval_only:
-            tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
-        else:
-            find_shards(config, "train")  # fails now rather than after the validation text is read
-        self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
-        if self.runtime.is_main:
-            self.take_over_record()
-        self.write_manifest()
-        self.announce()
-        if config.eval_only:
-            self.check_budget()
 
     def run(self):
         """All phases that are configured and missing."""
@@ -7433,44 +7302,102 @@ class Run:
         if config.mode == "train":
             self.score()
 
-    def identity(self):
-        """What two runs must agree on to share a RUN_DIR: settings, text, code and scored file.
+    def load(self, path):
+        """LoadedWeights of a file."""
+        if path not in self.files:
+            self.files[path] = load_weights(path)
+        return self.files[path]
 
-        An evaluation does not use the settings of training, so it does not compare them.
+    def model_of(self, path):
+        """The model with the weights of a file; one object for all scores: compiled once."""
+        if self.model is None:
+            # Rounding in training has no place here: the weights are what they are.
+            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
+            self.model = build_model(settings, self.runtime)
+        self.model.load_state_dict(self.load(path).state_dict)
+        return self.model
+
+    def on_main(self, condition):
+        """Rank 0's `condition` on every rank: only rank 0 is sure to see files it wrote."""
+        return self.runtime.comm.from_main(bool(condition)) > 0
+
+    def already_done(self, phase, condition):
+        """Rank 0's `condition`, that a phase has left its result, which is then logged."""
+        done = self.on_main(condition)
+        if done:
+            self.log(f"phase_done:{phase} found in {self.path}")
+        return done
+
+    # ---- before the first phase ----
+
+    def prepare(self):
+        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        config = self.config
+        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
+            if self.runtime.is_main:
+                build_demo_data(config, self.log)
+            self.runtime.comm.barrier()
+        # An artifact names its tokenizer: with another one its token ids would mean other text.
+        expected_sha256 = ""
+        if config.eval_only:
+            expected_sha256 = self.load(self.artifact_path).tokenizer_sha256
+        else:
+            find_shards(config, "train")  # fails now rather than after the validation text is read
+        token_bytes = load_token_bytes(config, expected_sha256)
+        self.tokenizer_sha256 = sha256_file(config.tokenizer_path)
+        self.val = ValidationSet.load(config, token_bytes)
+        self.identity = self.identify()
+        if self.runtime.is_main:
+            self.claim_directory()
+        self.write_manifest()
+        self.announce()
+        if config.eval_only:
+            self.check_budget()
+
+    def identify(self):
+        """{"training", "packing", "evaluation": {name: value}} that a RUN_DIR belongs to.
+
+        A phase depends on its own part and on those before it. The evaluation of a given file knows
+        nothing of the file's training and packing but the digest of the file.
         """
         config = self.config
-        kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
-        identity = config.as_dict(*kinds)
-        identity["validation text"] = self.val.fingerprint["val_sha256"]
-        identity["train_gpt.py"] = self.code_sha256  # other code may score otherwise
-        identity["file that is scored"] = "the run's own"
+        training = {"train_gpt.py": sha256_file(CODE_PATH)}  # other code may do otherwise
+        packing = {"tokenizer": self.tokenizer_sha256}
+        evaluation = config.as_dict("eval")
+        evaluation["validation text"] = self.val.fingerprint["val_sha256"]
+        evaluation["file that is scored"] = "the run's own"
         if config.eval_only:
-            identity["file that is scored"] = self.load(self.artifact_path).sha256
-        return identity
+            evaluation["file that is scored"] = self.load(self.artifact_path).sha256
+        else:
+            training.update(config.as_dict("arch", "train"), dtype=config.dtype)
+            training["training tokens"] = open_train_stream(config).num_tokens
+            packing.update(config.as_dict("pack"))
+            if config.late_qat_threshold:  # training then rounds to these bits
+                for name in ("block_bits", "embed_bits"):
+                    training[name] = packing.pop(name)
+        return dict(training=training, packing=packing, evaluation=evaluation)
 
-    def origin(self):
-        """Shows that this user's runs made something, without giving the key away."""
-        key = self.runtime.user_key()
-        return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
+    def claim_directory(self):
+        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one.
 
-    def take_over_record(self):
-        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
+        Other settings of packing alone pack the run's float weights again. Raises ConfigError when
+        RUN_DIR holds another run.
+        """
+        config = self.config
         path = self.path / "config.json"
         old = read_json(path) if path.exists() else None
-        # The evaluation of a given file is a check of it: what an earlier one found is not taken
-        # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
-        earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
+        # The evaluation of a given file is a check of the file and takes up no earlier score, so
+        # the earlier check may be of another file. A training run is never overwritten.
+        earlier_check = config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
-            self.check_same_run(old)
+            self.compare_with(old)
             with contextlib.suppress(FileNotFoundError):
                 self.results = read_json(self.path / "scores.json")
-        config = self.config
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
             preset=config.preset,
             hash=config.hash(),
-            origin=self.origin(),
-            identity=self.identity(),
+            identity=self.identity,
             config=config.as_dict(),
             kinds=kinds,
             differs=config.differences(),
@@ -7478,25 +7405,40 @@ class Run:
         write_json(path, record)
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
-    def check_same_run(self, old):
-        """Raise ConfigError when RUN_DIR holds a run of other settings, data or code."""
-        before = old.get("identity", {})
-        differences = []
-        for name, value in self.identity().items():
-            if before.get(name) != value:
-                shown = name.upper() if name in old.get("config", {}) else name
-                differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
-        if differences:
+    def compare_with(self, old):
+        """Raise ConfigError if `old`, a config.json, is another run's; delete what is repacked."""
+        config = self.config
+        changed = {}  # by part of the identity: {name: "NAME: old -> new"}
+        for part, values in self.identity.items():
+            before = old.get("identity", {}).get(part, {})
+            changed[part] = {
+                name: f"{name.upper() if hasattr(config, name) else name}: "
+                f"{before.get(name)!r} -> {value!r}"
+                for name, value in values.items()
+                if before.get(name) != value
+            }
+        differences = {name: text for part in changed.values() for name, text in part.items()}
+        if not differences:
+            return
+        repacks = changed["packing"] and not changed["training"]
+        repacks = repacks and config.mode == "train" and not config.eval_only
+        if config.max_wallclock_seconds and not self.float_path.exists():
+            # What gptq takes from the cap changes the training that is still to be done.
+            repacks = repacks and "quantizer" not in changed["packing"]
+        if not repacks:
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
-                "RESUME=never to keep it aside"
+                f"{'; '.join(differences.values())}: use the same to resume it, or set another "
+                "RUN_ID"
             )
-        if old.get("origin") != self.origin():
-            self.log(
-                f"warning: {self.path} was begun elsewhere (another user, machine or container): "
-                "phases that it calls done are taken on trust; RESUME=never starts anew"
-            )
+        # Scores go first: a kill must not leave them beside another artifact.
+        stale = [self.path / name for name in ("scores.json", "audit.json", ARTIFACT_NAME)]
+        for path in [*stale, *(self.path / "checkpoint").glob("eval_*.pt")]:
+            path.unlink(missing_ok=True)
+        self.log(
+            f"packing_changed {'; '.join(differences.values())}: artifact, audit and scores are "
+            "made anew, from the same float weights"
+        )
 
     def announce(self):
         """Log the configuration and the data in the lines that other tools parse (REFERENCE, 9)."""
@@ -7508,15 +7450,12 @@ class Run:
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
-        if not config.eval_only:  # an artifact brings what others set
+        if not config.eval_only:
             for name, reason in config.idle().items():
                 log(f"warning: {name.upper()}={getattr(config, name)} has no effect with {reason}")
-        if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
-        machine = self.runtime
-        attention = pick_attention(machine.device, machine.dtype, machine.compiling)
-        log(f"attention:{attention.reason}")
+        log(f"attention:{self.runtime.attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         split = self.val.fingerprint
         pattern = f"{config.data_path}/fineweb_val_*.bin"
@@ -7560,11 +7499,11 @@ class Run:
             world_size=self.runtime.comm.world,
             torch_threads=torch.get_num_threads(),
             config_hash=config.hash(),
-            code_sha256=self.code_sha256,
+            code_sha256=self.identity["training"]["train_gpt.py"],
             code_bytes=CODE_PATH.stat().st_size,
             artifact_sha256=artifact_sha256,
             artifact_bytes=artifact_bytes,
-            tokenizer_sha256=sha256_file(config.tokenizer_path),
+            tokenizer_sha256=self.tokenizer_sha256,
             data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
         self.log(f"manifest:{json.dumps(manifest)}")
@@ -7574,83 +7513,87 @@ class Run:
 
     def train(self):
         """Write the float weights, unless they are there."""
-        if not self.already_done("train", self.float_path.exists):
-            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
-
-    def packing_reserve(self):
-        """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
         config = self.config
-        if config.quantizer != "gptq" or not config.max_wallclock_seconds:
-            return 0.0
-        seconds = solving_seconds(config) if self.runtime.is_main else 0.0
-        seconds = self.runtime.comm.from_main(seconds)
-        self.log(f"wallclock_reserve: {seconds:.4f}s for solving and packing")
-        return seconds
+        if self.already_done("train", self.float_path.exists()):
+            return
+        if self.reserves_time():
+            self.log(
+                f"gptq_reserve: {config.gptq_reserve_seconds:g}s of MAX_WALLCLOCK_SECONDS="
+                f"{config.max_wallclock_seconds:g} stay free for calibration and packing; 12 s is "
+                "the published value on 8xH100"
+            )
+        train(config, self.runtime, self.val, self.float_path, self.identity["training"])
+
+    def reserves_time(self):
+        """True if packing has to fit into the wallclock cap too."""
+        return self.config.quantizer == "gptq" and self.config.max_wallclock_seconds > 0
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
-        if self.already_done("pack", self.artifact_path.exists):
+        if self.already_done("pack", self.artifact_path.exists()):
             return
-        weights = self.load(self.float_path)
-        self.runtime.stop_if_wanted("packing", self.packing_seconds(weights))
-        if self.config.quantizer == "gptq":
-            self.pack_gptq(weights)
-        elif self.runtime.is_main:
-            # Deterministic, and it takes seconds: one rank packs, the others read the file.
-            self.pack_lite(weights.state_dict)
-        self.runtime.comm.barrier()
+        self.runtime.stop_if_wanted("packing")
+        begin = time.monotonic()
+        statistics = None
+        if self.config.quantizer == "gptq":  # all ranks calibrate
+            model = self.model_of(self.float_path)
+            statistics = calibrate(model, self.config, self.runtime)
+        stopped = False
+        if self.runtime.is_main:
+            try:
+                self.pack_on_main(statistics, begin)
+            except Stopped:
+                stopped = True
+        # The others wait here, and stop with rank 0.
+        if self.on_main(stopped):
+            raise Stopped("in packing")
         self.write_manifest()
 
-    def packing_seconds(self, weights):
-        """Predicted seconds of packing LoadedWeights, calibration included."""
-        if self.config.quantizer == "gptq":
-            step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
-            calibrating = calibration_seconds(self.config, step_seconds)
-            return 3 + calibrating + solving_seconds(self.config)
-        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
-        return 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
+    def pack_on_main(self, statistics, begin):
+        """Write the artifact; packing is deterministic, so one rank does it for all.
 
-    def pack_lite(self, state_dict):
-        """Artifact of rounded rows, on rank 0."""
-        tokenizer_sha256 = sha256_file(self.config.tokenizer_path)
-        code_bytes = self.code_bytes()
-        blob, layers = fit_budget(self.config, state_dict, code_bytes, tokenizer_sha256, self.log)
-        self.write_artifact(blob, int5_layers=layers)
-
-    def pack_gptq(self, weights):
-        """Calibrate on all ranks, then solve and pack on rank 0; all of it counts as training."""
-        begin = time.monotonic()
+        `statistics` are the hessians and the Fisher information of QUANTIZER=gptq, None for lite;
+        `begin` is when their calibration began. Raises Stopped between two trials.
+        """
         config = self.config
-        knowledge = calibrate(self.model_of(self.float_path), config, self.runtime)
-        calibrated = time.monotonic() - begin
-        self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
-        if self.runtime.is_main:
-            tokenizer_sha256 = sha256_file(config.tokenizer_path)
-            packed = fit_gptq(
-                config, weights.state_dict, knowledge, self.code_bytes(), tokenizer_sha256, self.log
+        weights = self.load(self.float_path)
+        code_bytes = self.code_bytes()
+
+        def check_stop():
+            if self.runtime.stop.wanted():
+                raise Stopped("in packing")
+
+        options = dict(tokenizer_sha256=self.tokenizer_sha256, log=self.log, check_stop=check_stop)
+        if config.quantizer == "lite":
+            blob, layers = fit_lite(config, weights.state_dict, code_bytes, **options)
+            facts = dict(int5_layers=layers)
+        else:
+            calibrated = time.monotonic() - begin
+            self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
+            blob, breakdown, trials = fit_gptq(
+                config, weights.state_dict, *statistics, code_bytes, **options
             )
             seconds = time.monotonic() - begin
-            total = weights.info.get("train_time_s", 0.0) + seconds
+            total = weights.info.get("train_time_s", 0.0) + seconds  # all of it counts as training
             self.log(
-                f"quantised packings:{packed.packings} seconds:{seconds:.1f} "
-                f"with_training:{total:.1f}s"
+                f"quantised packings:{trials} seconds:{seconds:.1f} with_training:{total:.1f}s"
             )
-            self.write_artifact(
-                packed.blob,
-                packings=packed.packings,
+            if self.reserves_time() and total > config.max_wallclock_seconds:
+                self.log(
+                    f"warning: training and packing took {total:.1f} s, more than "
+                    f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: raise "
+                    f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}"
+                )
+            facts = dict(
+                packings=trials,
                 calibration_seconds=calibrated,
                 quantiser_seconds=seconds,
                 with_training_seconds=total,
-                account=[group._asdict() for group in packed.groups],
+                account=breakdown,
             )
-
-    def write_artifact(self, blob, **facts):
-        """The file, the lines of its sizes and the event."""
         write_atomic(self.artifact_path, [blob])
-        self.log_sizes(len(blob), self.code_bytes(), self.config.artifact_compressor)
-        self.runtime.event(
-            "packed", artifact_bytes=len(blob), code_bytes=self.code_bytes(), **facts
-        )
+        self.log_sizes(len(blob), code_bytes, config.artifact_compressor)
+        self.runtime.event("packed", artifact_bytes=len(blob), code_bytes=code_bytes, **facts)
 
     def code_bytes(self):
         """Bytes of code that the artifact must share BUDGET_BYTES with."""
@@ -7658,13 +7601,12 @@ class Run:
 
     def log_sizes(self, artifact_bytes, code_bytes, compressor):
         """The three lines of the challenge's logs, and what is left of the budget."""
-        log = self.log
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
-        log(f"Code size: {code_bytes} bytes")
-        log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
-        log(f"Total submission size int6+{compressor}: {total} bytes")
-        log(f"headroom: {self.config.budget_bytes - total} bytes")
+        self.log(f"Code size: {code_bytes} bytes")
+        self.log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
+        self.log(f"Total submission size int6+{compressor}: {total} bytes")
+        self.log(f"headroom: {self.config.budget_bytes - total} bytes")
 
     def check_budget(self):
         """The file that is scored and this very script must fit. Raises ArtifactError."""
@@ -7676,8 +7618,7 @@ class Run:
         # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
         # How it was packed is no setting of an evaluation: the file's head says it.
-        compressor = COMPRESSORS[head[2]]
-        self.log_sizes(artifact_bytes, code_bytes, compressor)
+        self.log_sizes(artifact_bytes, code_bytes, COMPRESSORS[head[2]])
         over = artifact_bytes + code_bytes - self.config.budget_bytes
         if over > 0:
             raise ArtifactError(
@@ -7686,33 +7627,26 @@ class Run:
                 "script it was submitted with, or raise BUDGET_BYTES to look at it all the same"
             )
 
-    def model_of(self, path):
-        """The model with the weights of a file; one object for all scores: compiled once."""
-        if self.model is None:
-            # Rounding in training has no place here: the weights are what they are.
-            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
-            self.model = build_model(settings, self.runtime)
-        self.model.load_state_dict(self.load(path).state_dict)
-        return self.model
+    def evaluation_key(self, path):
+        """The digest that an audit or a cut-off evaluation of a file must agree on to be used."""
+        text = json.dumps([self.load(path).sha256, self.identity], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
         config = self.config
         path = self.path / "audit.json"
         begin = time.monotonic()
-        if not self.on_main(self.artifact_path.exists):
+        if not self.on_main(self.artifact_path.exists()):
             raise ConfigError(
                 f"MODE=audit: {self.artifact_path} does not exist: set EVAL_ONLY=path"
             )
-        audit_key = self.evaluation_key(self.artifact_path)
-
-        def passed_before():
-            # A given file is audited anew each time; so is all when the audit is what was asked.
-            if config.eval_only or config.mode == "audit" or not path.exists():
-                return False
+        key = self.evaluation_key(self.artifact_path)
+        passed_before = False
+        # A given file is audited anew each time; so is all when the audit is what was asked.
+        if path.exists() and config.mode == "train" and not config.eval_only:
             old = read_json(path)
-            return old.get("audit_key") == audit_key and old["passed"]
-
+            passed_before = old.get("key") == key and old["passed"]
         self.audited = True  # below, a failure raises
         # Scores of an earlier start of this run are of the same file, script and settings.
         for label, score in self.results["scores"].items():
@@ -7725,44 +7659,24 @@ class Run:
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
         if self.runtime.is_main:
-            record = dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
-            write_json(path, record)
+            write_json(path, dict(passed=not failed, key=key, seconds=seconds, checks=checks))
         self.runtime.event("audit", passed=not failed)
         verdict = "FAIL" if failed else "pass"
         self.log(f"audit {verdict} {len(checks)} checks in {seconds:.1f} s")
         if failed:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
-    def evaluation_key(self, path):
-        """A score or an audit belongs to one file of weights, one script and its settings."""
-        settings = self.config.hash("arch", "eval")
-        return f"{self.load(path).sha256}/{self.code_sha256}/{settings}"
-
-    def state_key(self, path):
-        """What a cut-off evaluation of a file must agree on to be continued.
-
-        A given file is checked, so only states of this user's own runs are believed. A training
-        run's phases are taken on trust anyway: its job may go on where the user's key is not.
-        """
-        key = self.evaluation_key(path)
-        return f"{key}/{self.origin()}" if self.config.eval_only else key
-
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
         config = self.config
         for job in self.jobs():
-            scored = self.already_done(
-                job.label, lambda job=job: job.label in self.results["scores"]
-            )
+            scored = self.already_done(job.label, job.label in self.results["scores"])
             if scored and not config.scores_file:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
-            name = f"eval_{job.label}"
-            checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
+            checkpoints = Checkpointer(self.runtime, f"eval_{job.label}", config.checkpoint_seconds)
             scores_file = None
             if config.scores_file:
-                # It needs every target of one pass, so no earlier part of one is taken up.
-                checkpoints = None
                 scores_file = ScoresFile(self.val.num_targets)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
@@ -7775,11 +7689,13 @@ class Run:
                 slot=job.slot,
                 label=job.label,
                 observer=scores_file,
-                checkpoints=checkpoints,
-                identity=self.state_key(path),
+                # The file needs every target of one pass, so no earlier part of one is taken up.
+                checkpoints=None if scores_file else checkpoints,
+                identity=self.evaluation_key(path),
                 spot_checks=config.spot_checks,
             )
             self.record(score, job)
+            checkpoints.clear()
             if scores_file is not None:
                 scores_file.write(config.scores_file.replace("{label}", job.label), self.runtime)
         if self.runtime.is_main:
@@ -7800,17 +7716,15 @@ class Run:
 
     def record(self, score, job):
         """Log a score and add it to scores.json."""
-        log = self.log
         name = score.label
         mark = "" if score.legal else " legality:illegal"
         stride = f" stride:{job.stride}" if name.endswith("sliding_window") else ""
-        milliseconds = 1000 * score.seconds
-        log(
+        self.log(
             f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
-            f"eval_time:{milliseconds:.0f}ms{mark}"
+            f"eval_time:{1000 * score.seconds:.0f}ms{mark}"
         )
-        log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
-        log(f"score_scope:{self.val.scope}")
+        self.log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
+        self.log(f"score_scope:{self.val.scope}")
         entry = dict(
             val_loss=score.val_loss,
             val_bpb=score.val_bpb,
@@ -7872,7 +7786,8 @@ class Run:
         return "1" if score["audited"] else "unaudited"
 
     def summarise(self):
-        """What happened and what to try next, in plain words."""
+        """Log the results, and the command to try next, in plain words."""
+        config = self.config
         log = self.log
         results = self.results
         for label, score in results["scores"].items():
@@ -7881,46 +7796,35 @@ class Run:
                 f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope}"
             )
-        if self.config.preset == "demo":
-            self.log_baselines()
+        if config.preset == "demo":  # what general compressors make of the text that was scored
+            ids = self.val.tokens.astype(int).tolist()
+            text = self.val.token_bytes.model.decode(ids).encode()
+            for name, blob in [("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))]:
+                bpb = 8 * len(blob) / len(text)
+                log(f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text")
         headline = self.headline()
         if headline is not None:
-            bpb = results["scores"][headline]["val_bpb"]
-            seconds = results["scores"][headline]["eval_time_s"]
-            legal = self.legality_of(headline)
+            score = results["scores"][headline]
             log(
-                f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal}, "
-                f"score_scope:{self.val.scope})"
+                f"summary: score  {score['val_bpb']:.4f} bits per byte ({headline}, "
+                f"legal:{self.legality_of(headline)}, score_scope:{self.val.scope})"
             )
-            log(f"summary: scored {self.val.num_targets:,} targets in {seconds:,.0f} s")
-        total = results["total_bytes"]
+            log(
+                f"summary: scored {self.val.num_targets:,} targets in {score['eval_time_s']:,.0f} s"
+            )
         log(
             f"summary: size   {results['artifact_bytes']:,} + {results['code_bytes']:,} of code = "
-            f"{total:,} of {self.config.budget_bytes:,} bytes"
+            f"{results['total_bytes']:,} of {config.budget_bytes:,} bytes"
         )
-        if not self.config.eval_only:
+        if not config.eval_only:
             log(f"summary: steps  {results['steps']:,} in {results['train_time_s']:,.0f} s")
         log(f"summary: files  {self.path}")
-        log(f"next: {self.next_command()}")
-
-    def log_baselines(self):
-        """What general compressors make of the text that the demo was scored on."""
-        ids = self.val.tokens.astype(int).tolist()
-        text = self.val.token_bytes.model.decode(ids).encode()
-        packed = {"gzip -9": gzip.compress(text, 9), "xz -6": lzma.compress(text)}
-        for name, blob in packed.items():
-            bpb = 8 * len(blob) / len(text)
-            log_line = f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text"
-            self.log(log_line)
-
-    def next_command(self):
-        """The one command to try next."""
-        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={self.config.tokenizer_path}"
-        if self.config.eval_only:
-            return f'{where} MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
-        return (
-            f"{where} DATA_PATH={self.config.data_path} python train_gpt.py  # verify the artifact"
-        )
+        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={config.tokenizer_path}"
+        if config.eval_only:
+            command = 'MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
+        else:
+            command = f"DATA_PATH={config.data_path} python train_gpt.py  # verify the artifact"
+        log(f"next: {where} {command}")
 
 
 # ---- MODE=sample ----
@@ -7980,85 +7884,36 @@ def sample(config, runtime, loaded):
 @contextlib.contextmanager
 def reported_errors(runtime):
     """Log what stops a run, once and with the rank, and end the process with its exit code."""
-    rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
     try:
         yield
+        return
     except Stopped as stop:
-        report_stop(runtime, stop)
-        leave(runtime, stop.code)
-    except GolfError as error:
-        report_error(runtime, error.code, str(error), f"error: {printable(error)}", rank)
-        leave(runtime, error.code)
+        code = stop.code
+        if runtime.is_main:
+            with contextlib.suppress(OSError):  # a job script requeues where this file lies
+                (runtime.dir / "STOPPED").write_text(f"{stop}\n")
+        reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
+        runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
+        runtime.event("stopped", signal=reason, phase=str(stop))
+        with contextlib.suppress(RuntimeError):
+            runtime.comm.barrier()  # all ranks leave together
     except BaseException as error:
+        code = 1
         message = f"{type(error).__name__}: {error}"
-        report_error(runtime, 1, message, traceback.format_exc(), rank)
-        leave(runtime, 1)
-
-
-def report_stop(runtime, stop):
-    """One line, one event, and the file STOPPED that tells a job script to requeue."""
-    if runtime.is_main:
-        with contextlib.suppress(OSError):
-            (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-    reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
-    runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
-    runtime.event("stopped", signal=reason, phase=str(stop))
-    with contextlib.suppress(RuntimeError):
-        runtime.comm.barrier()  # all ranks leave together
-
-
-def report_error(runtime, code, message, shown, rank):
-    """`message` to the log and the events, `shown` with its rank to the terminal."""
-    runtime.event("error", code=code, message=message)
-    runtime.append(runtime.log_file, f"error: {message}")
-    lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
-    print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def leave(runtime, code):
-    """Exit now: tearing down a process group whose peers may be gone can hang."""
-    # A checkpoint that is being written must be whole before the process goes. Other threads are
-    # not waited for: those of the compiler's pools do not end by themselves.
-    for thread in threading.enumerate():
-        if thread.name.startswith(CHECKPOINT_THREAD):
-            thread.join()
+        shown = traceback.format_exc()
+        if isinstance(error, GolfError):  # its text says what to do
+            code = error.code
+            message = str(error)
+            shown = f"error: {message}"
+        runtime.event("error", code=code, message=message)
+        runtime.append(runtime.log_file, f"error: {message}")
+        rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
+        lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
+        print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
     if runtime.comm.world > 1:
-        os._exit(code)
+        os._exit(code)  # tearing down a process group whose peers may be gone can hang
     sys.exit(code)
-
-
-def launch_ranks(config):
-    """Start NPROC processes of this command on this machine; returns the exit code of the job.
-
-    It is what `torchrun --standalone` does, but for the end: torchrun exits with 1 whatever its
-    workers say, and a job script could not tell a failed audit from a full disk.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-    launch_config = launcher.LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.nproc,
-        run_id=f"train_gpt_{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,  # a stopped run goes on when its command is run again
-        monitor_interval=0.1,
-        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    )
-    begin = time.time()
-    try:
-        launcher.elastic_launch(launch_config, sys.executable)("-u", str(CODE_PATH))
-    except launcher.ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode
-    except SignalException:
-        # The workers got the signal too; the file tells whether they saved everything in time.
-        stopped = Path(config.run_dir) / "STOPPED"
-        saved = stopped.exists() and stopped.stat().st_mtime >= begin
-        return Stopped.code if saved else 1
-    return 0
 
 
 def load_given(environ):
@@ -8086,9 +7941,6 @@ def main():
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
-    check_places(config)
-    if config.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(launch_ranks(config))
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):
