@@ -626,7 +626,6 @@ PUBLISHED = {
     "MATRIX_CLIP_SIGMAS": Refused(STEPS_FOUND),
     "EMBED_CLIP_SIGMAS": Refused(STEPS_FOUND),
     "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
-    "GPTQ_RESERVE_SECONDS": Refused("the time to leave free is measured: see wallclock_reserve"),
     # Of the records before and after them, which have other forms of the same parts.
     "RECUR_LAYERS": Refused("set NUM_LOOPS, LOOP_START and LOOP_END"),
     "RECUR_START_STEP": Refused("set LOOP_AT, a share of the run"),
@@ -3991,7 +3990,7 @@ class Trainer:
         self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
         self.report(facts.loss, scale)
         if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
-            self.save(wait=True)
+            self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
         if facts.save or (every and self.step % every == 0):

@@ -17,11 +17,9 @@ import os
 import re
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,8 +33,6 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
-# Runs keep a key in the user's home; those of the tests have one of their own.
-HOME = tempfile.TemporaryDirectory(prefix="golf_home_")
 VOCAB = 384
 SEQ, STRIDE, CHUNK = 64, 16, 256
 # A model with every feature of the trunk that trains a step in milliseconds.
@@ -61,7 +57,6 @@ TINY = dict(
     val_loss_every=0,
     checkpoint_every=0,
     checkpoint_seconds=0.0,
-    eval_checkpoint_seconds=0.0,
     eval_seq_len=SEQ,
     eval_stride=STRIDE,
     eval_batch_seqs=4,
@@ -279,7 +274,7 @@ class Case:
 
     def checkpoints(self, name="eval"):
         """Keeps states of this name in the run's directory, none unless the evaluation stops."""
-        return train_gpt.Checkpointer(self.runtime, name, self.config.eval_checkpoint_seconds)
+        return train_gpt.Checkpointer(self.runtime, name, self.config.checkpoint_seconds)
 
 
 def replaced(stream, low, high=None):
@@ -346,9 +341,8 @@ def contents(folder):
 
 def environment(**settings):
     """Environment for a run: what it needs to start, and `settings` as variables in capitals."""
-    keep = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    keep["HOME"] = HOME.name
-    keep["PYTHONUSERBASE"] = site.getuserbase()  # else it would follow HOME
+    names = ("PATH", "LANG", "TMPDIR", "HOME")
+    keep = {name: os.environ[name] for name in names if name in os.environ}
     text = {
         name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
         for name, value in settings.items()
@@ -473,19 +467,18 @@ for number, name in ((1, "stdout"), (2, "stderr")):
 sys.argv[:] = [job["script"]]
 runpy.run_path(job["script"], run_name="__main__")
 """
-# 12 steps of a small model that validates, saves every 2 steps and after every item of an
+# 12 steps of a small model that validates, and saves after every step and every item of an
 # evaluation.
 QUICK = dict(
     num_layers=2,
     xsa_last_n=1,
     iterations=12,
     warmdown_iters=4,
-    checkpoint_every=2,
     eval_stride=32,
     micro_batch_tokens=512,
     eval_batch_seqs=8,
     val_loss_every=5,
-    eval_checkpoint_seconds=1e-9,
+    checkpoint_seconds=1e-9,
     dtype="float32",
 )
 MAIN = """
@@ -650,8 +643,7 @@ class Children:
     def unscored(self, run_dir):
         """A copy of a finished run that has still to be scored."""
         target = self.copy(run_dir)
-        for path in [target / "scores.json", *(target / "checkpoint").glob("eval_*")]:
-            path.unlink()
+        (target / "scores.json").unlink()
         return target
 
     def close(self):
