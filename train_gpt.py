@@ -7515,17 +7515,13 @@ class Run:
         config = self.config
         if self.already_done("train", self.float_path.exists()):
             return
-        if self.reserves_time():
+        if config.quantizer == "gptq" and config.max_wallclock_seconds:
             self.log(
                 f"gptq_reserve: {config.gptq_reserve_seconds:g}s of MAX_WALLCLOCK_SECONDS="
                 f"{config.max_wallclock_seconds:g} stay free for calibration and packing; 12 s is "
                 "the published value on 8xH100"
             )
         train(config, self.runtime, self.val, self.float_path, self.identity["training"])
-
-    def reserves_time(self):
-        """True if packing has to fit into the wallclock cap too."""
-        return self.config.quantizer == "gptq" and self.config.max_wallclock_seconds > 0
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
@@ -7577,7 +7573,7 @@ class Run:
             self.log(
                 f"quantised packings:{trials} seconds:{seconds:.1f} with_training:{total:.1f}s"
             )
-            if self.reserves_time() and total > config.max_wallclock_seconds:
+            if 0 < config.max_wallclock_seconds < total:
                 self.log(
                     f"warning: training and packing took {total:.1f} s, more than "
                     f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: raise "
