@@ -103,8 +103,7 @@ def trainer(tiny_data, runtime):
 
 @pytest.fixture(scope="session")
 def children(tiny_data):
-    """One server of forked runs; their directories lie in memory, as each save is flushed to disk.
-    One server of forked runs; their directories lie in memory, as each save is flushed to disk."""
+    """One server of forked runs; their directories lie in memory, as each save is flushed."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     options = dict(prefix="golf_", dir=memory, ignore_cleanup_errors=True)
     with tempfile.TemporaryDirectory(**options) as folder:
@@ -127,6 +126,6 @@ def whole_two(children):
 
 @pytest.fixture(scope="session")
 def stopped(children):
-    """(directory, output) of a run that SIGUSR1 stopped in training, after its third checkpoint."""
-    at = f"step_ 3 {int(signal.SIGUSR1)}"
+    """(directory, output) of a run that SIGUSR1 stopped in training, at its sixth checkpoint."""
+    at = f"step_ 6 {int(signal.SIGUSR1)}"
     return children.once("stopped", code=75, patch=AT_WRITE, at=at)

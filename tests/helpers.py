@@ -17,11 +17,9 @@ import os
 import re
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,8 +33,6 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
-# Runs keep a key in the user's home; those of the tests have one of their own.
-HOME = tempfile.TemporaryDirectory(prefix="golf_home_")
 VOCAB = 384
 SEQ, STRIDE, CHUNK = 64, 16, 256
 # A model with every feature of the trunk that trains a step in milliseconds.
@@ -345,9 +341,8 @@ def contents(folder):
 
 def environment(**settings):
     """Environment for a run: what it needs to start, and `settings` as variables in capitals."""
-    keep = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    keep["HOME"] = HOME.name
-    keep["PYTHONUSERBASE"] = site.getuserbase()  # else it would follow HOME
+    names = ("PATH", "LANG", "TMPDIR", "HOME")
+    keep = {name: os.environ[name] for name in names if name in os.environ}
     text = {
         name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
         for name, value in settings.items()
@@ -648,8 +643,7 @@ class Children:
     def unscored(self, run_dir):
         """A copy of a finished run that has still to be scored."""
         target = self.copy(run_dir)
-        for path in [target / "scores.json", *(target / "checkpoint").glob("eval_*")]:
-            path.unlink()
+        (target / "scores.json").unlink()
         return target
 
     def close(self):

@@ -5,7 +5,7 @@ the script as a user does.
 """
 
 import concurrent.futures
-import io
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from helpers import (
     contents,
     events,
     launch,
-    read_json,
     run_main,
     tiny_config,
     train_tokenizer,
@@ -27,31 +26,15 @@ import train_gpt
 from train_gpt import write_shard
 
 CONFIGURATION, DATA, ARTIFACT = 2, 3, 4
-ADVICE = (
-    "set ",
-    "unset ",
-    "use ",
-    "change ",
-    "raise ",
-    "lower ",
-    "restore ",
-    "download ",
-    "get ",
-    "see ",
-    "name ",
-    "rename ",
-    "run ",
-    "train ",
-    "wait ",
-    "check ",
-    "copy ",
+ADVICE = re.compile(
+    r"\b(set|unset|use|change|raise|lower|restore|download|get|see|name|rename|run|train|wait|check"
+    r"|copy) "
 )
 
 
-def assert_nothing_lost(before, after, rewritten=()):
+def assert_nothing_lost(before, after):
     for name, content in before.items():
         grows = Path(name).name in ("train.log", "metrics.jsonl")
-        content = after.get(name) if Path(name).name in rewritten else content
         assert after[name].startswith(content) if grows else after[name] == content, name
 
 
@@ -60,7 +43,7 @@ def assert_one_clear_line(stderr, named, advice=True):
         stderr
     )
     assert [text for text in map(str, named) if text not in stderr] == [], stderr
-    assert not advice or any(word in stderr for word in ADVICE), f"says not what to do: {stderr}"
+    assert not advice or ADVICE.search(stderr), f"says not what to do: {stderr}"
 
 
 class Place:
@@ -81,9 +64,7 @@ class Place:
     def shard(self, split, number=0):
         return self.data / f"fineweb_{split}_{number:06d}.bin"
 
-    def refused(
-        self, code, *named, settings=None, arguments=(), advice=True, rewritten=(), **changes
-    ):
+    def refused(self, code, *named, settings=None, arguments=(), advice=True, **changes):
         """An attempt must end with this code and one line that names these texts; returns the
         line."""
         settings = {**(self.settings if settings is None else settings), **changes}
@@ -93,7 +74,7 @@ class Place:
         assert shown.code == code, shown.err
         assert_one_clear_line(shown.err, named, advice)
         assert "Traceback" not in shown.out
-        assert_nothing_lost(before, contents(self.folder), rewritten)
+        assert_nothing_lost(before, contents(self.folder))
         return shown.err
 
 
@@ -106,27 +87,18 @@ def place(tmp_path, tiny_data):
 
 
 @pytest.mark.parametrize(
-    "changes,named",
+    "changes, named",
     [
-        (dict(preset="nfm_8k"), ["PRESET='nfm_8k'", "nfm_7k", "demo"]),
+        (dict(preset="nfm_8k"), ["PRESET='nfm_8k'", "expected one of nfm_7k"]),
         (dict(iteratons=5), ["ITERATONS='5'", "ITERATIONS"]),
         (dict(matrix_lr="fast"), ["MATRIX_LR='fast'", "float"]),
         (dict(num_layers=0), ["NUM_LAYERS=0", "at least 1"]),
+        (dict(num_heads=3), ["MODEL_DIM=32", "NUM_HEADS=3", "change one"]),
+        (dict(rope_dims=16), ["ROPE_DIMS=16", "MODEL_DIM/NUM_HEADS = 8"]),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named_with_what_is_expected(place, changes, named):
     place.refused(CONFIGURATION, *named, advice=False, **changes)
-
-
-@pytest.mark.parametrize(
-    "changes,named",
-    [
-        (dict(num_heads=3), ["MODEL_DIM=32", "NUM_HEADS=3"]),
-        (dict(rope_dims=16), ["ROPE_DIMS=16", "MODEL_DIM/NUM_HEADS = 8"]),
-    ],
-)
-def test_settings_that_do_not_divide_or_fit_are_named_with_what_to_do(place, changes, named):
-    place.refused(CONFIGURATION, *named, **changes)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +189,19 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["magic", "version", "truncated", "over-long", "header only", "empty"]
+    "how, split",
+    [
+        ("magic", "train"),
+        ("version", "val"),
+        ("truncated", "train"),
+        ("truncated", "val"),
+        ("over-long", "val"),
+        ("header only", "train"),
+        ("empty", "val"),
+    ],
 )
-@pytest.mark.parametrize("split,number", [("train", 1), ("val", 0)])
-def test_a_damaged_shard_is_named_with_what_is_wrong(place, split, number, how):
-    path = place.shard(split, number)
+def test_a_damaged_shard_is_named_with_what_is_wrong(place, split, how):
+    path = place.shard(split, number=int(split == "train"))
     found = damage(path, how)
     place.refused(DATA, f"{path}: ", found)
 
@@ -309,17 +289,10 @@ def flipped(blob, at):
     return blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :]
 
 
-def pickled(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     "change",
     [
         lambda blob: blob[:-1],
-        lambda blob: blob[: len(blob) // 2],
         lambda blob: blob[:40],
         lambda blob: blob[:4],
         lambda blob: b"",
@@ -328,11 +301,9 @@ def pickled(value):
         lambda blob: flipped(blob, 8),
         lambda blob: flipped(blob, 3),
         lambda blob: b"\x28\xb5\x2f\xfd" + blob[60:],
-        lambda blob: pickled({"a": 1}),
     ],
     ids=[
         "a byte short",
-        "half",
         "head cut",
         "magic cut",
         "empty",
@@ -341,7 +312,6 @@ def pickled(value):
         "version changed",
         "magic changed",
         "foreign",
-        "pickle",
     ],
 )
 def test_a_truncated_damaged_or_foreign_artifact_is_named(evaluation, artifact, change):
@@ -359,15 +329,10 @@ def test_a_directory_is_no_artifact(evaluation):
     evaluation.refused(ARTIFACT, evaluation.data, eval_only=evaluation.data)
 
 
-def test_a_foreign_float_checkpoint_is_refused_without_unpickling_it(evaluation):
+@pytest.mark.parametrize("saved", [dict(state_dict={}), dict(model={}, step=3)])
+def test_a_foreign_checkpoint_is_not_taken_for_the_final_weights(evaluation, saved):
     path = evaluation.folder / "model.pt"
-    path.write_bytes(pickled({"state_dict": {}}))
-    evaluation.refused(ARTIFACT, path, "checksum", eval_only=path)
-
-
-def test_a_training_checkpoint_is_not_taken_for_the_final_weights(evaluation):
-    path = evaluation.folder / "step_00000003.pt"
-    train_gpt.save_tensors(path, dict(model={}, step=3))
+    torch.save(saved, path)
     evaluation.refused(ARTIFACT, path, "final_model.pt", eval_only=path)
 
 
@@ -407,50 +372,13 @@ def test_an_audit_without_an_artifact_is_told_what_to_name(place):
     )
 
 
-def test_resuming_what_was_never_begun_is_an_error(place):
-    place.refused(
-        CONFIGURATION, "RESUME=must", place.run_dir, "RUN_ID", "RESUME=auto", resume="must"
-    )
-
-
-def begin(place):
-    """Begin a run and let it end before it trains: RUN_DIR then belongs to its configuration."""
-    place.refused(CONFIGURATION, mode="audit")
-    assert read_json(place.run_dir / "config.json")["config"]["seed"] == 42
-    (place.run_dir / "checkpoint" / "step_00000003.pt").write_bytes(b"hours of work")
-
-
-def test_resuming_with_a_changed_configuration_lists_the_fields_that_differ(place):
-    begin(place)
-    line = place.refused(
-        CONFIGURATION,
-        place.run_dir,
-        "SEED: 42 -> 7",
-        "MATRIX_LR: 0.025 -> 0.05",
-        "EVAL_STRIDE: 16 -> 32",
-        "RUN_ID",
-        "RESUME=never",
-        mode="audit",
-        seed=7,
-        matrix_lr=0.05,
-        eval_stride=32,
-    )
-    assert line.count(" -> ") == 3
-    place.refused(CONFIGURATION, "SEED: 42 -> 7", mode="audit", seed=7, resume="must")
-
-
 def test_resuming_on_other_validation_text_is_an_error(place):
-    begin(place)
+    place.refused(CONFIGURATION, mode="audit")  # RUN_DIR now belongs to this configuration
+    (place.run_dir / "checkpoint" / "step_00000003.pt").write_bytes(b"hours of work")
     tokens = np.array(train_gpt.read_shard(place.shard("val")))
     tokens[50:] = np.roll(tokens[50:], 5)
     write_shard(place.shard("val"), tokens)
     place.refused(CONFIGURATION, place.run_dir, "validation text: ", "RUN_ID", mode="audit")
-
-
-def test_a_training_run_does_not_become_an_evaluation(evaluation, tiny_data):
-    training = {**tiny_data.settings, **evaluation.where}
-    evaluation.refused(CONFIGURATION, settings=training, mode="audit")
-    evaluation.refused(CONFIGURATION, 'file that is scored: "the run\'s own" -> ')
 
 
 # As a user does

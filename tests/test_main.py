@@ -1,15 +1,28 @@
-"""Section main: scores belong to files, places are safe, and what a person reads."""
+"""Section main: one identity of a run, scores belong to files, and what a person reads."""
 
 import dataclasses
 import re
 import shutil
+import signal
 
 import pytest
-from helpers import ROOT, exact_scores, launch, read_json, run_main
+from helpers import (
+    AT_WRITE,
+    ROOT,
+    events,
+    exact_scores,
+    launch,
+    log_of,
+    outcome,
+    read_json,
+    run_main,
+)
 
 import train_gpt
 
 SCORES = ["final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"]
+FLOAT, ARTIFACT = train_gpt.FLOAT_NAME, train_gpt.ARTIFACT_NAME
+CODE_BYTES = (ROOT / "train_gpt.py").stat().st_size
 
 
 @pytest.fixture(scope="module")
@@ -22,52 +35,114 @@ def trained(tiny_data, tmp_path_factory):
     return folder, settings
 
 
-def artifact_in(cwd, trained):
-    """Settings of EVAL_ONLY on a copy of the artifact in `cwd`."""
+@pytest.fixture
+def again(trained, tmp_path):
+    """again(**changes): the finished run's command once more, in a copy of its folder."""
     folder, settings = trained
-    if not (cwd / "model.ptz").exists():
-        shutil.copy(folder / "run" / train_gpt.ARTIFACT_NAME, cwd / "model.ptz")
-    data = {name: settings[name] for name in ("data_path", "tokenizer_path")}
-    return dict(data, device="cpu", eval_only="model.ptz")
+    shutil.copytree(folder / "run", tmp_path / "run")
+    return lambda **changes: run_main(cwd=tmp_path, **{**settings, **changes})
 
 
-def evaluate(trained, cwd, **settings):
-    """Score a copy of the artifact in `cwd`."""
-    return run_main(cwd=cwd, **artifact_in(cwd, trained), **settings)
+@pytest.fixture
+def evaluate(trained, tmp_path):
+    """evaluate(**changes): EVAL_ONLY of a copy of the artifact in a folder of its own."""
+    folder, settings = trained
+    shutil.copy(folder / "run" / ARTIFACT, tmp_path / "model.ptz")
+    given = {name: settings[name] for name in ("data_path", "tokenizer_path", "device")}
+    given.update(eval_only="model.ptz")
+    return lambda **changes: run_main(cwd=tmp_path, **{**given, **changes})
 
 
-def test_a_given_file_is_audited_and_every_score_is_computed_anew(trained, tmp_path):
-    first = evaluate(trained, tmp_path)
+# ---- the evaluation of a given file ----
+
+
+def test_a_given_file_is_audited_and_every_score_is_computed_anew(evaluate, tmp_path):
+    first = evaluate()
     assert first.code == 0, first.err
-    assert list(exact_scores(first.out)) == SCORES
-    assert "audit pass" in first.out
-    again = evaluate(trained, tmp_path)
-    assert exact_scores(again.out) == exact_scores(first.out)
-    assert "audit pass" in again.out and "phase_done" not in again.out
-
-
-def test_another_artifact_under_the_same_name_gets_its_own_scores(trained, tiny_data, tmp_path):
-    before = evaluate(trained, tmp_path, run_dir="out")
-    other = run_main(
-        cwd=tmp_path, **dict(tiny_data.settings, run_dir="other", seed=7, iterations=1)
-    )
-    assert other.code == 0, other.err
-    shutil.copy(tmp_path / "other" / train_gpt.ARTIFACT_NAME, tmp_path / "model.ptz")
-    after = evaluate(trained, tmp_path, run_dir="out")
-    truth = exact_scores(other.out)
-    assert exact_scores(after.out) == {label: truth[label] for label in SCORES}
-    assert exact_scores(after.out) != exact_scores(before.out)
-
-
-def test_finished_scores_that_came_with_a_folder_are_not_believed(trained, tmp_path):
-    honest = evaluate(trained, tmp_path)
+    assert list(exact_scores(first.out)) == SCORES and "audit pass" in first.out
     scores = next(tmp_path.glob("runs/eval_*/scores.json"))
     forged = re.sub(r'"val_bpb": [0-9.]+', '"val_bpb": 1.0', scores.read_text())
-    assert forged != scores.read_text()
     scores.write_text(forged)
-    again = evaluate(trained, tmp_path)
-    assert exact_scores(again.out) == exact_scores(honest.out)
+    again = evaluate()
+    assert exact_scores(again.out) == exact_scores(first.out)
+    assert "audit pass" in again.out and "phase_done" not in again.out
     assert "1.0000" not in re.findall(r"^result .*", again.out, re.M)[-1]
+
+
+def test_another_artifact_under_the_same_name_gets_its_own_scores(evaluate, tiny_data, tmp_path):
+    before = evaluate(run_dir="out")
+    settings = dict(tiny_data.settings, run_dir="other", seed=7, iterations=1)
+    truth = exact_scores(run_main(cwd=tmp_path, **settings).out)
+    shutil.copy(tmp_path / "other" / ARTIFACT, tmp_path / "model.ptz")
+    after = exact_scores(evaluate(run_dir="out").out)
+    assert after == {label: truth[label] for label in SCORES} != exact_scores(before.out)
+
+
+def test_an_evaluation_never_overwrites_a_training_run(again, evaluate, tmp_path):
+    refused = evaluate(run_dir="run")
+    assert refused.code == 2 and 'file that is scored: "the run\'s own" -> ' in refused.err
+    assert read_json(tmp_path / "run" / "scores.json")["finished"]
+
+
+@pytest.mark.parametrize("change", [{}, dict(ttt_lr=0.003), dict(eval_batch_seqs=4)])
+def test_a_cut_off_evaluation_of_the_same_file_and_settings_goes_on(children, whole, change):
+    run_dir, given = children.new("cut_off"), dict(eval_only=whole / ARTIFACT, audit=0)
+    at = "eval_legal_ttt 3 named"
+    assert children.start(run_dir, patch=AT_WRITE, at=at, **given).wait() == [-9]
+    output = children.finish(run_dir, **given, **change).stdout()
+    assert ("resumed_evaluation legal_ttt item:3/" in output) is (not change)
+    assert ("belongs to another evaluation" in output) is bool(change)
+    fresh = children.finish(children.new("fresh"), **given, **change).stdout()
+    assert exact_scores(output) == exact_scores(fresh)
+    assert change or exact_scores(output).items() <= exact_scores(log_of(whole)).items()
+
+
+def test_the_sizes_of_a_given_file_name_its_own_compressor(evaluate, trained, tmp_path):
+    weights = train_gpt.load_weights(trained[0] / "run" / FLOAT)
+    config = dataclasses.replace(weights.config, compressor="lzma")
+    blob = train_gpt.pack_artifact(config, weights.state_dict)
+    (tmp_path / "model.ptz").write_bytes(blob)
+    over = evaluate(budget_bytes=1000)
+    assert f"Serialized model int6+lzma: {len(blob)} bytes" in over.out
+
+
+def test_a_file_over_the_budget_is_not_scored(evaluate, tmp_path):
+    """CODE_BYTES leaves room when packing, and is not believed when scoring."""
+    size = (tmp_path / "model.ptz").stat().st_size
+    over = evaluate(budget_bytes=size + 5000, code_bytes=5000)
+    assert over.code == 4 and not exact_scores(over.out)
+    assert f"Total submission size int6+zstd: {size + CODE_BYTES} bytes" in over.out
+    assert f"more than BUDGET_BYTES={size + 5000}" in over.err
+
+
+def test_float_weights_can_be_scored_but_have_no_headline(evaluate, trained):
+    done = evaluate(eval_only=trained[0] / "run" / FLOAT, run_dir="out")
+    assert done.code == 0, done.err
+    names = ["float_roundtrip", "float_sliding_window", "float_legal_ttt"]
+    assert list(exact_scores(done.out)) == names and "summary: score" not in done.out
+
+
+# ---- one identity of a run ----
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(matrix_lr=0.031, seed=7), ["MATRIX_LR: 0.025 -> 0.031", "SEED: 42 -> 7"]),
+        (dict(eval_stride=32), ["EVAL_STRIDE: 16 -> 32"]),
+        (dict(seed=7, block_bits=8), ["SEED: 42 -> 7", "BLOCK_BITS: 6 -> 8"]),
+        (dict(block_bits=8, mode="audit"), ["BLOCK_BITS: 6 -> 8"]),
+        (dict(dtype="float32", block_bits=8), ["DTYPE: 'bfloat16' -> 'float32'", "BITS: 6 -> 8"]),
+    ],
+)
+def test_a_run_of_another_identity_is_refused_with_each_difference(again, tmp_path, change, named):
+    """Packing alone may differ, where this command packs; settings of pace are not compared."""
+    before = outcome(tmp_path / "run")
+    refused = again(checkpoint_seconds=5, **change)
+    assert refused.code == 2 and "set another RUN_ID" in refused.err
+    assert all(text in refused.err for text in named), refused.err
+    assert refused.err.count(" -> ") == len(named)
+    assert outcome(tmp_path / "run") == before
 
 
 def test_an_edited_script_does_not_go_on_with_a_run(trained, tmp_path):
@@ -75,95 +150,153 @@ def test_an_edited_script_does_not_go_on_with_a_run(trained, tmp_path):
     script = tmp_path / "train_gpt.py"
     script.write_text((ROOT / "train_gpt.py").read_text() + "# edited\n")
     shutil.copytree(folder / "run", tmp_path / "run")
-    again = launch(settings, tmp_path, script=script)
-    assert again.returncode == 2
-    assert "holds a run of other settings, data or code: train_gpt.py:" in again.stderr
-
-
-def test_an_evaluation_never_overwrites_a_training_run(trained, tmp_path):
-    folder, _ = trained
-    shutil.copytree(folder / "run", tmp_path / "run")
-    refused = evaluate(trained, tmp_path, run_dir="run")
-    assert refused.code == 2 and "holds a run of other settings" in refused.err
-    assert read_json(tmp_path / "run" / "scores.json")["finished"]
-
-
-def test_the_file_to_be_scored_is_never_set_aside(trained, tmp_path):
-    folder, settings = trained
-    shutil.copytree(folder / "run", tmp_path / "run")
-    data = {name: settings[name] for name in ("data_path", "tokenizer_path")}
-    artifact = f"run/{train_gpt.ARTIFACT_NAME}"
-    refused = run_main(
-        cwd=tmp_path, **dict(data, eval_only=artifact, run_dir="run", resume="never")
-    )
-    assert refused.code == 2 and "would set aside" in refused.err
-    assert (tmp_path / artifact).exists() and not (tmp_path / "run" / "old_1").exists()
-
-
-@pytest.mark.parametrize("eval_only, same", [("", True), ("model.ptz", False)])
-def test_a_training_run_goes_on_without_the_users_key_and_a_check_does_not(
-    eval_only, same, runtime, monkeypatch
-):
-    config = train_gpt.Config(device="cpu", eval_only=eval_only)
-    run = train_gpt.Run(config, runtime(config))
-    monkeypatch.setattr(run, "evaluation_key", lambda path: "file/script/settings")
-    keys = []
-    for key in ("mine", "another machine's"):
-        monkeypatch.setattr(run.runtime, "user_key", lambda key=key: key)
-        keys.append(run.state_key("file"))
-    assert (keys[0] == keys[1]) is same
+    refused = launch(settings, tmp_path, script=script)
+    assert refused.returncode == 2
+    assert "holds a run of other settings, data or code: train_gpt.py:" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["config.json", "scores.json"])
-def test_a_damaged_record_is_named_with_the_way_out(trained, tmp_path, name):
-    folder, settings = trained
-    shutil.copytree(folder / "run", tmp_path / "run")
-    text = (tmp_path / "run" / name).read_bytes()
-    (tmp_path / "run" / name).write_bytes(text[: len(text) // 2])
-    refused = run_main(cwd=tmp_path, **settings)
+def test_a_damaged_record_is_named_with_the_way_out(again, tmp_path, name):
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused = again()
     assert refused.code == 2 and f"{name} is damaged" in refused.err
-    assert "RESUME=never" in refused.err
+    assert "set another RUN_ID" in refused.err
 
 
-@pytest.mark.parametrize("mode", ["sample", "audit"])
-def test_a_run_that_is_only_read_is_never_set_aside(trained, tmp_path, mode):
-    folder, settings = trained
-    shutil.copytree(folder / "run", tmp_path / "run")
-    refused = run_main(cwd=tmp_path, **dict(settings, mode=mode, resume="never"))
-    assert refused.code == 2 and "would set aside" in refused.err
-    assert (tmp_path / "run" / train_gpt.ARTIFACT_NAME).exists()
+# ---- packing again ----
 
 
-def test_the_sizes_of_a_given_file_name_its_own_compressor(trained, tmp_path):
-    folder, _ = trained
-    weights = train_gpt.load_weights(folder / "run" / train_gpt.FLOAT_NAME)
-    config = dataclasses.replace(weights.config, compressor="lzma")
-    blob = train_gpt.pack_artifact(config, weights.state_dict)
-    (tmp_path / "model.ptz").write_bytes(blob)
-    over = evaluate(trained, tmp_path, budget_bytes=1000)
-    assert f"Serialized model int6+lzma: {len(blob)} bytes" in over.out
+def check_repacked(folder, done, before, changes):
+    """The same float weights under a new artifact, its own scores and an audit of the new file."""
+    assert done.code == 0, done.err
+    assert "phase_done:train " in done.out and "phase_done:pack " not in done.out
+    assert re.search(rf"^packing_changed .*{changes}.*made anew", done.out, re.M)
+    after = outcome(folder)
+    assert after["weights"] == before["weights"] and after["artifact"] != before["artifact"]
+    assert exact_scores(done.out).keys() == {"pre_quant", *SCORES}
+    assert not list((folder / "checkpoint").glob("eval_*"))
+    fresh = run_main(
+        folder.parent / "fresh",
+        **{name: read_json(folder / "config.json")["config"][name] for name in PLACES},
+        eval_only=folder / ARTIFACT,
+        audit=0,
+    )
+    found = exact_scores(done.out)
+    assert exact_scores(fresh.out) == {label: found[label] for label in SCORES}
 
 
-def test_a_file_over_the_budget_is_not_scored(trained, tmp_path):
-    over = evaluate(trained, tmp_path, budget_bytes=1000)
-    assert over.code == 4
-    size = (tmp_path / "model.ptz").stat().st_size
-    code = (ROOT / "train_gpt.py").stat().st_size
-    assert f"Total submission size int6+zstd: {size + code} bytes" in over.out
-    assert "more than BUDGET_BYTES=1000" in over.err and not exact_scores(over.out)
+PLACES = ("data_path", "tokenizer_path", "device")
 
 
-def test_code_bytes_leave_room_when_packing_but_are_not_believed_when_scoring(trained, tmp_path):
-    folder, settings = trained
-    artifact = (folder / "run" / train_gpt.ARTIFACT_NAME).stat().st_size
-    budget = artifact + 5000
-    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("*.ptz"))
-    settings = dict(settings, run_dir="packed", budget_bytes=budget, code_bytes=5000)
-    packed = run_main(cwd=tmp_path, **settings)
-    assert packed.code == 0, packed.err
-    assert "Code size: 5000 bytes" in packed.out
-    scored = evaluate(trained, tmp_path, budget_bytes=budget, code_bytes=5000)
-    assert scored.code == 4
+def test_a_second_size_is_packed_from_the_same_float_weights(again, tmp_path):
+    folder, before = tmp_path / "run", outcome(tmp_path / "run")
+    smaller = CODE_BYTES + len(before["artifact"]) - 500
+    done = again(budget_bytes=smaller, audit=1)
+    check_repacked(folder, done, before, f"BUDGET_BYTES: 16000000 -> {smaller}")
+    assert len(outcome(folder)["artifact"]) <= smaller - CODE_BYTES
+    assert "audit pass" in done.out and read_json(folder / "audit.json")["passed"]
+    assert "phase_done:pack " in again(budget_bytes=smaller, audit=1).out
+
+
+def test_a_run_over_its_budget_can_be_packed_by_gptq(trained, tiny_data, tmp_path):
+    """After exit 4 the same RUN_DIR keeps its training."""
+    settings = dict(tiny_data.settings, budget_bytes=11_500, code_bytes=1000, run_dir="run")
+    over = run_main(cwd=tmp_path, **settings)
+    assert over.code == 4 and "BUDGET_BYTES=11500" in over.err
+    weights = (tmp_path / "run" / FLOAT).read_bytes()
+    settings.update(quantizer="gptq", calibration_tokens=2048)
+    done = run_main(cwd=tmp_path, **settings)
+    assert done.code == 0, done.err
+    assert "packing_changed QUANTIZER: 'lite' -> 'gptq'" in done.out
+    assert (tmp_path / "run" / FLOAT).read_bytes() == weights
+    assert (tmp_path / "run" / ARTIFACT).stat().st_size <= 10_500
+
+
+@pytest.mark.parametrize(
+    "at", ["config.json 1 half", "config.json 1 named", "final_model.int6 1 half"]
+)
+def test_a_killed_repacking_leaves_no_score_of_the_old_artifact(children, whole, at):
+    run_dir = children.copy(whole)
+    change = dict(block_bits=8)
+    assert children.start(run_dir, patch=AT_WRITE, at=at, **change).wait() == [-9]
+    assert not (run_dir / "scores.json").exists() and not (run_dir / ARTIFACT).exists()
+    assert (run_dir / FLOAT).exists()
+    # Either command finishes what belongs to it.
+    other = children.copy(run_dir)
+    children.finish(run_dir, **change)
+    assert outcome(run_dir)["artifact"] != outcome(whole)["artifact"]
+    children.finish(other)
+    assert outcome(other) == outcome(whole)
+
+
+def test_with_late_qat_the_bits_belong_to_training(tiny_data, tmp_path):
+    settings = dict(tiny_data.settings, run_dir="run", late_qat_threshold=0.5, iterations=1)
+    assert run_main(cwd=tmp_path, **settings).code == 0
+    refused = run_main(cwd=tmp_path, **settings, embed_bits=6)
+    assert refused.code == 2 and "EMBED_BITS: 8 -> 6" in refused.err
+
+
+def test_under_a_cap_the_quantizer_is_fixed_until_the_weights_are_there(children, stopped):
+    """gptq takes its reserve from the cap; without a cap the choice may wait."""
+    run_dir = children.copy(stopped[0])
+    gptq = dict(quantizer="gptq", calibration_tokens=2048, budget_bytes=60_000, code_bytes=1000)
+    output = children.finish(run_dir, **gptq).stdout()
+    assert "packing_changed" in output and "resumed_from:" in output
+    capped, cap = children.new("capped"), dict(max_wallclock_seconds=1000)
+    at = f"step_ 2 {int(signal.SIGTERM)}"
+    children.finish(capped, code=75, patch=AT_WRITE, at=at, **cap)
+    refused = children.finish(capped, code=2, **cap, **gptq)
+    assert "QUANTIZER: 'lite' -> 'gptq'" in refused.stderr()
+    children.finish(capped, **cap)
+    assert "packing_changed" in children.finish(capped, **cap, **gptq).stdout()
+
+
+# ---- packing ----
+
+SLOW_TRIALS = """
+encode = train_gpt.seal_payload
+def slow(*arguments):
+    os.kill(os.getpid(), 15)
+    return encode(*arguments)
+train_gpt.seal_payload = slow
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("quantizer", ["lite", "gptq"])
+def test_packing_stops_between_its_trials(children, whole, whole_two, quantizer, ranks):
+    """The artifact of a budget of one trial is written; that of several is not begun again."""
+    run_dir = children.copy(whole if ranks == 1 else whole_two)
+    change = dict(quantizer=quantizer, budget_bytes=9_000, code_bytes=1000, calibration_tokens=2048)
+    group = children.start(run_dir, ranks, patch=SLOW_TRIALS, **change)
+    assert group.wait() == [75] * ranks, group.stderr()
+    assert "stopped signal:SIGTERM phase:in packing" in group.stdout()
+    assert not (run_dir / ARTIFACT).exists() and (run_dir / "STOPPED").exists()
+
+
+def test_packing_is_not_begun_after_the_time_limit(children, whole):
+    run_dir = children.copy(whole)
+    (run_dir / ARTIFACT).unlink()
+    group = children.finish(run_dir, code=75, time_limit_seconds=0.01)
+    assert "stopped signal:TIME_LIMIT phase:before packing" in group.stdout()
+
+
+def test_a_cap_that_packing_passes_is_warned_about(tiny_data, tmp_path):
+    gptq = dict(quantizer="gptq", calibration_tokens=2048, budget_bytes=60_000, code_bytes=1000)
+    settings = {**tiny_data.settings, **gptq, "iterations": 2, "run_dir": "run"}
+    cap = dict(max_wallclock_seconds=0.02, gptq_reserve_seconds=0.01)
+    done = run_main(cwd=tmp_path, **settings, **cap)
+    assert done.code == 0, done.err
+    assert re.search(
+        r"^gptq_reserve: 0.01s .*12 s is the published value on 8xH100$", done.out, re.M
+    )
+    (packed,) = events(tmp_path / "run", "packed")
+    took = f"{packed['with_training_seconds']:.1f} s, more than MAX_WALLCLOCK_SECONDS=0.02"
+    assert f"warning: training and packing took {took}" in done.out
+
+
+# ---- what a person reads ----
 
 
 def test_the_headline_is_a_fixed_order_and_not_the_minimum(runtime):
@@ -176,68 +309,44 @@ def test_the_headline_is_a_fixed_order_and_not_the_minimum(runtime):
     assert run.headline() == "final_int6_sliding_window"
 
 
-def test_float_weights_can_be_scored_but_have_no_headline(trained, tmp_path):
-    folder, settings = trained
-    data = {name: settings[name] for name in ("data_path", "tokenizer_path")}
-    weights = folder / "run" / train_gpt.FLOAT_NAME
-    done = run_main(cwd=tmp_path, **dict(data, device="cpu", eval_only=weights, run_dir="out"))
+def test_an_audit_that_comes_later_covers_the_scores_that_are_there(again):
+    done = again(audit=1)
     assert done.code == 0, done.err
-    assert list(exact_scores(done.out)) == [
-        "float_roundtrip",
-        "float_sliding_window",
-        "float_legal_ttt",
-    ]
-    assert "summary: score" not in done.out
+    assert "phase_done:legal_ttt" in done.out and "audit pass" in done.out
+    assert re.search(r"^result legal_ttt .* legal:1 ", done.out, re.M)
 
 
-def test_nproc_keeps_the_exit_code_that_torchrun_loses(trained, tmp_path):
-    settings = dict(artifact_in(tmp_path, trained), nproc=2)
-    assert launch(dict(settings, budget_bytes=1000), tmp_path).returncode == 4
-    illegal = launch(dict(settings, slot="published"), tmp_path)
-    assert illegal.returncode == 6, illegal.stderr
+# ---- MODE=sample ----
 
 
-def sampled(trained, **settings):
-    folder, run_settings = trained
-    settings = dict(dict(run_settings, sample_tokens=12, mode="sample"), **settings)
-    done = run_main(cwd=folder, **settings)
-    assert done.code == 0, done.err
-    return done.out
+@pytest.fixture
+def sampled(trained):
+    def text(**changes):
+        folder, settings = trained
+        done = run_main(
+            cwd=folder, **{**settings, "sample_tokens": 12, "mode": "sample", **changes}
+        )
+        assert done.code == 0, done.err
+        return done.out
+
+    return text
 
 
-def test_sample_continues_the_prompt_the_same_way_for_the_same_seed(trained):
-    text = sampled(trained, prompt="The value", seed=1)
+def test_sample_continues_the_prompt_the_same_way_for_the_same_seed(sampled):
+    text = sampled(prompt="The value", seed=1)
     assert text.startswith("The value") and len(text.strip()) > len("The value")
-    assert sampled(trained, prompt="The value", seed=1) == text
-    assert sampled(trained, prompt="The value", seed=2) != text
+    assert sampled(prompt="The value", seed=1) == text != sampled(prompt="The value", seed=2)
 
 
-def test_sample_at_temperature_zero_takes_the_likeliest_token(trained):
-    greedy = sampled(trained, prompt="The", temperature=0, seed=1)
-    assert sampled(trained, prompt="The", temperature=0, seed=2) == greedy
-    assert sampled(trained, prompt="The", temperature=1, top_k=1, seed=3) == greedy
+def test_sample_at_temperature_zero_takes_the_likeliest_token(sampled):
+    greedy = sampled(prompt="The", temperature=0, seed=1)
+    assert sampled(prompt="The", temperature=0, seed=2) == greedy
+    assert sampled(prompt="The", temperature=1, top_k=1, seed=3) == greedy
 
 
-def test_sample_needs_no_data_and_touches_no_score(trained, tmp_path):
-    folder, settings = trained
-    scores = (folder / "run" / "scores.json").read_bytes()
-    artifact = folder / "run" / train_gpt.ARTIFACT_NAME
-    done = run_main(
-        cwd=tmp_path,
-        eval_only=artifact,
-        tokenizer_path=settings["tokenizer_path"],
-        mode="sample",
-        sample_tokens=5,
-        device="cpu",
-    )
+def test_sample_needs_no_data_and_touches_no_score(trained, evaluate):
+    scores = trained[0] / "run" / "scores.json"
+    before = scores.read_bytes()
+    done = evaluate(data_path="nowhere", mode="sample", sample_tokens=5)
     assert done.code == 0 and done.out.startswith("The")
-    assert (folder / "run" / "scores.json").read_bytes() == scores
-
-
-def test_an_audit_that_comes_later_covers_the_scores_that_are_there(trained, tmp_path):
-    folder, settings = trained
-    shutil.copytree(folder / "run", tmp_path / "run")
-    done = launch(dict(settings, audit=1), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "phase_done:legal_ttt" in done.stdout and "audit pass" in done.stdout
-    assert re.search(r"^result legal_ttt .* legal:1 ", done.stdout, re.M)
+    assert scores.read_bytes() == before
