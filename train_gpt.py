@@ -22,6 +22,7 @@ command again).
 import ast
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -29,6 +30,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -43,6 +45,7 @@ import signal
 import struct
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 import types
@@ -55,10 +58,18 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
+import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 from torch.utils.checkpoint import checkpoint
 
 BOS = 1  # every document of the official shards starts with this token
@@ -145,7 +156,6 @@ def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
 arch_option = functools.partial(option, "arch")
 train_option = functools.partial(option, "train")
 eval_option = functools.partial(option, "eval")
-pack_option = functools.partial(option, "pack")
 run_option = functools.partial(option, "run")
 
 
@@ -223,9 +233,6 @@ class Config:
     warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
     min_lr: float = train_option(0.0, "share of every rate below which the warmdown stays", 0, 1)
     max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
-    gptq_reserve_seconds: float = train_option(
-        12.0, "part of MAX_WALLCLOCK_SECONDS that QUANTIZER=gptq keeps for packing", 0
-    )
 
     # Training: Muon for the blocks' matrices, AdamW for the rest.
     embed_lr: float = train_option(0.035, "AdamW rate of embeddings", 0)
@@ -271,23 +278,23 @@ class Config:
     )
 
     # Compression.
-    quantizer: str = pack_option(
+    quantizer: str = train_option(
         "lite",
         "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
         "make up for each other's errors, steps that fill BUDGET_BYTES",
         choices=("lite", "gptq"),
     )
-    calibration_tokens: int = pack_option(
+    calibration_tokens: int = train_option(
         65536, "training tokens that QUANTIZER=gptq looks at", 1, 1 << 24
     )
-    block_bits: int = pack_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = pack_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = pack_option(
+    block_bits: int = train_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = train_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = train_option(
         "zstd", "lite: compressor of the artifact; gptq takes zstd", choices=("zstd", "lzma")
     )
-    zstd_level: int = pack_option(16, "lite: zstd level", 1, 22)
-    lzma_preset: int = pack_option(6, "lite: lzma preset", 0, 9)
-    budget_bytes: int = pack_option(16_000_000, "code + model must fit this", 1)
+    zstd_level: int = train_option(16, "lite: zstd level", 1, 22)
+    lzma_preset: int = train_option(6, "lite: lzma preset", 0, 9)
+    budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
 
     # Evaluation: windows and arithmetic.
     dtype: str = eval_option(
@@ -360,7 +367,7 @@ class Config:
     nproc: int = run_option(
         0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
     )
-    code_bytes: int = pack_option(
+    code_bytes: int = run_option(
         0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
     )
 
@@ -458,9 +465,7 @@ class Config:
 
     def hash(self, *kinds):
         """16 hex digits over the fields of these kinds; by default all that can change a result."""
-        text = json.dumps(
-            self.as_dict(*(kinds or ("arch", "train", "pack", "eval"))), sort_keys=True
-        )
+        text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def idle(self):
@@ -626,6 +631,7 @@ PUBLISHED = {
     "MATRIX_CLIP_SIGMAS": Refused(STEPS_FOUND),
     "EMBED_CLIP_SIGMAS": Refused(STEPS_FOUND),
     "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
+    "GPTQ_RESERVE_SECONDS": Refused("the time to leave free is measured: see wallclock_reserve"),
     # Of the records before and after them, which have other forms of the same parts.
     "RECUR_LAYERS": Refused("set NUM_LOOPS, LOOP_START and LOOP_END"),
     "RECUR_START_STEP": Refused("set LOOP_AT, a share of the run"),
@@ -1056,14 +1062,16 @@ def published_text(meaning):
 
 
 def sha256_file(path):
-    """Hex digest of a file."""
+    """Hex digest of a file, read in blocks of 1 MiB so that its size does not matter."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def atomic_file(path):
-    """A binary file that takes the name `path` once it is whole: `path` is never half-written.
+def write_atomic(path, parts):
+    """Write byte strings to a temporary file and rename it: `path` is never half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
     """
@@ -1071,7 +1079,7 @@ def atomic_file(path):
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            yield file
+            file.writelines(parts)
             file.flush()
             # The bytes must be on the disk before the name is, or a power cut leaves an empty file.
             os.fsync(file.fileno())
@@ -1089,12 +1097,6 @@ def atomic_file(path):
         ) from None
 
 
-def write_atomic(path, parts):
-    """Write byte strings as one file, whole or not at all; see atomic_file."""
-    with atomic_file(path) as file:
-        file.writelines(parts)
-
-
 def write_json(path, value):
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=1)
@@ -1102,36 +1104,34 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value that write_json wrote. Raises ConfigError for a damaged file."""
+    """What write_json wrote. Raises ConfigError for a damaged file."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(
-            f"{path} is damaged ({printable(error, 100)}): restore it, or set another RUN_ID to "
-            "start anew"
+            f"{path} is damaged ({printable(error, 100)}): RESUME=never keeps this run aside and "
+            "starts anew"
         ) from None
 
 
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
 
 
 def save_tensors(path, state):
-    """Write a tree of tensors and plain values as a torch.save archive; returns its bytes."""
-    # An open file, not a path: where a disk is full to the last bytes, PyTorch's own file writer
-    # truncates the archive and raises nothing.
-    with atomic_file(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError:
-            # PyTorch's archive writer does not say why a write fell short: one more write does.
-            file.write(bytes(1 << 20))
-            file.flush()
-            raise
-    return os.path.getsize(path)
+    """Write a tree of tensors and plain values with a trailing SHA-256; returns its bytes.
+
+    PyTorch's reader does not compare the checksums of its own archive.
+    """
+    buffer = io.BytesIO()  # in memory first, since the checksum covers the whole archive
+    torch.save(state, buffer)
+    archive = buffer.getbuffer()
+    write_atomic(path, [archive, hashlib.sha256(archive).digest()])
+    return len(archive) + CHECKSUM_BYTES
 
 
 def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
-    """The tree that save_tensors wrote, on the CPU, mapped to memory; runs no code of the file.
+    """What save_tensors wrote, on the CPU, without running its code.
 
     Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
     """
@@ -1142,25 +1142,38 @@ def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
                 f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
                 "name another file"
             )
-        # torch.load accepts a flipped bit: it does not compare the checksums of the archive.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        # weights_only refuses pickled code: a checkpoint may come from a stranger.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ArtifactError:
-        raise
+        blob = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: copy it again, or name another file"
         ) from None
+    # A view: a copy of a large checkpoint would double the memory.
+    archive = memoryview(blob)[:-CHECKSUM_BYTES]
+    checksum = blob[-CHECKSUM_BYTES:]
+    if len(blob) < CHECKSUM_BYTES or hashlib.sha256(archive).digest() != checksum:
+        raise ArtifactError(
+            f"{path}: checksum does not match: truncated, damaged or not ours: copy it again, or "
+            "name another file"
+        )
+    try:
+        check_archive(archive)
+        # weights_only refuses pickled code: a checkpoint may come from a stranger.
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file may hold anything
         reason = printable(str(error).partition("\n")[0], 200)
-        raise ArtifactError(
-            f"{path}: truncated, damaged or not a checkpoint of tensors ({reason}): copy it again, "
-            "or name another file"
-        ) from None
+        raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
+
+
+def check_archive(archive):
+    """Raise ValueError unless a torch.save archive, a zip file, has its entries as they are.
+
+    Compressed or overlapping entries of a small file could fill any memory; torch.save makes none.
+    """
+    entries = zipfile.ZipFile(io.BytesIO(archive)).infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its entries are compressed")
+    if sum(entry.file_size for entry in entries) > len(archive):
+        raise ValueError("its entries are larger than the file")
 
 
 def private_copy(tree):
@@ -1175,11 +1188,15 @@ def private_copy(tree):
     return tree
 
 
+CHECKPOINT_THREAD = "checkpoint"  # how names of threads that write a state begin
+
+
 class Checkpointer:
     """Numbered states of one training run or evaluation, the last two of which are kept.
 
-    All ranks wait while rank 0 writes. A write that fails is a warning: the state before it is
-    intact.
+    They are written on a background thread: the caller waits only for the copy of its state. A
+    write that failed is a warning, since the state before it is intact; `wait()` says whether it
+    did.
     """
 
     KEPT = 2  # the newest may be damaged later, by a disk or a copy
@@ -1190,6 +1207,7 @@ class Checkpointer:
         self.name = name
         self.every_seconds = every_seconds  # 0: never due
         self.saved_at = time.monotonic()
+        self.writing = None  # future of the write that is under way
 
     def path(self, number):
         return self.folder / f"{self.name}_{number:08d}.pt"
@@ -1205,53 +1223,70 @@ class Checkpointer:
         """Whether `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
-    def save(self, number, state):
-        """Write rank 0's `state`, which is None on the others; every rank must call this.
-
-        Returns (seconds, bytes) on every rank, or None where the state could not be written.
-        """
-        begin = time.monotonic()
-        size = 0
-        if self.runtime.is_main:
-            try:
-                size = save_tensors(self.path(number), state)
-            except ResourceError as error:
-                self.runtime.log(f"warning: checkpoint not saved: {error}")
-            else:  # only now: an older state goes when a newer one is safe
-                for old in self.numbers()[: -self.KEPT]:
-                    self.path(old).unlink()
-        mine = (time.monotonic() - begin, size) if self.runtime.is_main else (0, 0)
-        # The others wait here: a rank that left now would have the launcher end rank 0's write.
-        seconds, size = self.runtime.comm.all_reduce_scalars(*mine)
+    def save(self, number, state, saved):
+        """Copy `state` and begin to write it; saved(seconds, bytes) is called when it is there."""
+        # One write at a time, so that states reach the disk in order.
+        self.wait()
         self.saved_at = time.monotonic()
+        # A pool of one thread, because its future carries an error to wait().
+        executor = ThreadPoolExecutor(1, thread_name_prefix=CHECKPOINT_THREAD)
+        self.writing = executor.submit(self._write, number, private_copy(state), saved)
+        executor.shutdown(wait=False)  # the thread ends with this write
+
+    def _write(self, number, state, saved):
+        begin = time.monotonic()
+        size = save_tensors(self.path(number), state)
+        seconds = time.monotonic() - begin
         # The next save will take about as long: a time limit must leave room for it.
         self.runtime.stop.save_seconds = seconds
-        return (seconds, int(size)) if size else None
+        saved(seconds, size)
+        # Only now: an older state goes when a newer one is safe.
+        for old in self.numbers()[: -self.KEPT]:
+            self.path(old).unlink()
+
+    def wait(self):
+        """Wait for the write under way; returns its error, which is logged, or None."""
+        if self.writing is None:
+            return None
+        error = self.writing.exception()
+        self.writing = None
+        if error is not None:
+            self.runtime.log(f"warning: checkpoint not saved: {error}")
+        return error
+
+    def wait_or_raise(self):
+        """For a state that is about to be needed: raises ResourceError if it was not written."""
+        error = self.wait()
+        if error is not None:
+            raise ResourceError(str(error))
 
     def last(self):
-        """Path of the newest state, or 'none'."""
+        """Path of the last state that was written, or 'none'."""
+        self.wait()
         numbers = self.numbers()
         return str(self.path(numbers[-1])) if numbers else "none"
 
-    def load(self):
-        """(number, state) of the newest state that rank 0 can read, on every rank, or (0, None)."""
-        found, state = 0, None
-        for number in reversed(self.numbers()) if self.runtime.is_main else ():
+    def newest(self):
+        """(number, state) of the newest readable state, or (0, None)."""
+        for number in reversed(self.numbers()):
             try:
-                state = load_tensors(self.path(number))
+                return number, load_tensors(self.path(number))
             except ArtifactError as error:
                 self.runtime.log(f"warning: {error}; using the checkpoint before it")
-            else:
-                found = number
-                break
+        return 0, None
+
+    def load(self):
+        """newest() as rank 0 finds it, on every rank."""
+        comm = self.runtime.comm
+        number, state = self.newest() if comm.rank == 0 else (0, None)
         # Ranks that chose for themselves could go on from different states.
-        found = int(self.runtime.comm.from_main(found))
-        if found and state is None:
-            state = load_tensors(self.path(found))
-        return found, state
+        number = int(comm.from_main(number))
+        if number and state is None:
+            state = load_tensors(self.path(number))
+        return number, state
 
     def clear(self):
-        """Delete all states of this name: nothing will go on from them."""
+        """Delete all states of this name: they belong to something else."""
         if self.runtime.is_main:
             for number in self.numbers():
                 self.path(number).unlink()
@@ -1306,7 +1341,7 @@ class Comm:
         summed = [part.view_as(grad) for part, grad in zip(parts, grads)]
         torch._foreach_copy_(grads, summed)
 
-    # The rest sends a few numbers through the host (gloo), without making the device wait.
+    # What follows sends a few numbers through the host (gloo), without making the device wait.
     def all_reduce_scalars(self, *values):
         """Element-wise sum of numbers over ranks, as floats."""
         total = torch.tensor(values, dtype=torch.float64)
@@ -1315,7 +1350,7 @@ class Comm:
         return total.tolist()
 
     def any_rank(self, condition):
-        """True on every rank if `condition` holds on one."""
+        """Whether `condition` holds on any rank."""
         (count,) = self.all_reduce_scalars(bool(condition))
         return count > 0
 
@@ -1337,11 +1372,11 @@ class Comm:
         self.all_reduce_scalars(0)
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends one of these before it kills a job
-
-
 class StopRequest:
-    """A signal to stop, or a time limit that comes near; `reason` is empty until there is one."""
+    """The wish to stop: a signal, or a time limit that comes near.
+
+    `reason` is empty until there is one.
+    """
 
     def __init__(self, time_limit_seconds):
         self.started = time.monotonic()
@@ -1351,8 +1386,8 @@ class StopRequest:
         self.save_seconds = 0.0  # what the last save took, hence what the next will need
 
     def watch_signals(self):
-        """Handle the signals of STOP_SIGNALS from here on."""
-        for number in STOP_SIGNALS:
+        """SLURM sends one of these before it kills a job; Ctrl-C stays what it is."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
@@ -1374,7 +1409,7 @@ class StopRequest:
         return self.time_limit - margin - self.save_seconds - elapsed
 
     def wanted(self, next_seconds=0.0):
-        """True if the run is to stop rather than begin what takes `next_seconds`."""
+        """Whether to stop now, given that the next piece of work takes `next_seconds`."""
         if not self.reason and self.remaining() < next_seconds:
             self.reason = "TIME_LIMIT"
         return bool(self.reason)
@@ -1388,7 +1423,7 @@ class PeakMemory(typing.NamedTuple):
 
 
 class Runtime:
-    """The machine as one object: device, ranks, log, clock and the wish to stop.
+    """The machine as one object: device, comm, log, clock and the wish to stop.
 
     Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for
     a RUN_DIR that cannot be written or that another process holds.
@@ -1400,21 +1435,15 @@ class Runtime:
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
-        on_gpu = self.device.type == "cuda"
         self.dtype = getattr(torch, config.dtype)  # of autocast
+        on_gpu = self.device.type == "cuda"
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
-        # With several ranks a step is so small that launching its kernels takes longer than
-        # running them, so test-time training is replayed as a CUDA graph.
-        self.cuda_graphs = self.compiling and on_gpu and self.comm.world > 1
         self.dir = Path(config.run_dir)
         self.log_file = None
         self.events = None
         self.lock = None
-        self.on_line = False  # the terminal's last line is progress, to be overwritten
-        seconds_left = config.time_limit_seconds or math.inf
-        if "SLURM_JOB_END_TIME" in environ:
-            seconds_left = min(seconds_left, float(environ["SLURM_JOB_END_TIME"]) - time.time())
-        self.stop = StopRequest(seconds_left)
+        self.stop = StopRequest(time_limit(config, environ))
+        self.on_line = False  # whether the terminal's last line is progress, to be overwritten
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -1423,17 +1452,20 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
-        self.attention = pick_attention(self.device, self.dtype, self.compiling)
+        else:
+            keep_large_blocks()
         if self.is_main:
-            self.open_dir()
+            self.open_dir(config.resume)
 
-    def open_dir(self):
-        """Lock RUN_DIR and open its logs."""
+    def open_dir(self, resume):
+        """Lock RUN_DIR and open its logs; with RESUME=never an earlier run is put aside."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if resume == "never" and (self.dir / "config.json").exists():
+                self.put_aside()
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
@@ -1451,8 +1483,19 @@ class Runtime:
                 "writable directory"
             ) from None
 
-    def stop_if_wanted(self, phase, seconds_needed=0.0):
-        """Raise Stopped on every rank if one of them is to stop before `phase`."""
+    def put_aside(self):
+        """Move the run in RUN_DIR into RUN_DIR/old_N, the first of these names that is free."""
+        number = 1
+        while (self.dir / f"old_{number}").exists():
+            number += 1
+        aside = self.dir / f"old_{number}"
+        aside.mkdir()
+        for item in self.dir.iterdir():
+            if item.name != "lock" and not item.name.startswith("old_"):
+                item.rename(aside / item.name)
+
+    def stop_if_wanted(self, phase, seconds_needed):
+        """Before a phase that cannot be interrupted: stop if it would not end in time."""
         # All ranks stop together: one that left alone would have the launcher end the others.
         if self.comm.any_rank(self.stop.wanted(seconds_needed)):
             raise Stopped(f"before {phase}")
@@ -1462,12 +1505,14 @@ class Runtime:
         if not self.is_main:
             return
         line = printable(line)  # it may quote a file's text
-        print(f"{CLEAR_LINE if self.on_line else ''}{line}", flush=True)
+        if self.on_line:
+            print(CLEAR_LINE, end="")
+        print(line, flush=True)
         self.on_line = False
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One line in one write to a file of RUN_DIR, which only rank 0 has open."""
+        """One line in one write, so that the saving thread's lines do not mix with the others."""
         if file is None:
             return
         try:
@@ -1488,6 +1533,21 @@ class Runtime:
         record = {"event": event, "time": round(time.time(), 3), **fields}
         self.append(self.events, json.dumps(record))
 
+    def user_key(self):
+        """A secret of this user on this system, made at its first use; "" where it cannot be kept.
+
+        It tells states that this user's runs saved from states that came with somebody's files.
+        """
+        try:
+            path = Path("~/.local/state/parameter_golf/key").expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                path.chmod(0o600)
+                file.write(os.urandom(32).hex())
+            return path.read_text()
+        except (OSError, RuntimeError):  # RuntimeError: a container's user without a home
+            return ""
+
     def autocast(self):
         """Matrix products in bfloat16 from float32 weights; does nothing with DTYPE=float32."""
         enabled = self.dtype == torch.bfloat16
@@ -1498,6 +1558,15 @@ class Runtime:
         if not self.compiling:
             return function
         return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+    def cuda_graphs(self, wish):
+        """Whether to replay a compiled function as a CUDA graph; `wish` is auto, 0 or 1.
+
+        With several ranks a step is so small that launching its kernels takes longer than running
+        them.
+        """
+        possible = self.compiling and self.device.type == "cuda"
+        return possible and (wish == "1" or (wish == "auto" and self.comm.world > 1))
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
@@ -1528,12 +1597,20 @@ class Runtime:
 CLEAR_LINE = "\r\x1b[K"  # back to the first column, erase to the end
 
 
+def time_limit(config, environ):
+    """Seconds from now until this process must have ended; math.inf without a limit."""
+    limit = config.time_limit_seconds or math.inf
+    if "SLURM_JOB_END_TIME" in environ:
+        limit = min(limit, float(environ["SLURM_JOB_END_TIME"]) - time.time())
+    return limit
+
+
 @contextlib.contextmanager
 def deterministic_algorithms():
     """Inside, the same inputs give the same bits on a GPU too.
 
-    The gradients of embeddings and attention are otherwise sums that atomics add in any order.
-    The settings before are restored afterwards: training has no need of it.
+    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
+    was set before is set again afterwards: training has no need of it.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -1569,11 +1646,31 @@ def device_name(device):
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
 
 
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
+
+
+def keep_large_blocks():
+    """Let glibc keep freed blocks.
+
+    Training frees and takes the same hundreds of megabytes each step, and fresh pages from the
+    kernel cost more than the arithmetic on them.
+    """
+    # Another C library than glibc (macOS, musl) simply goes without.
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)  # no block straight from the kernel
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # give nothing back below 2 GB
+        libc.mallopt(M_ARENA_MAX, 1)  # one heap, which every thread reuses
+
+
 # ==================================================================================================
 # Data
-# The challenge's own shard format, read as it lies on the disk. The tokens of a step are the same
-# whatever the number of ranks, so a position is one integer; bytes are counted once for the whole
-# validation stream.
+# The challenge's own shard format, read as it lies on the disk. A training sequence is a function
+# of its number alone, so a run needs no position and any number of ranks reads the same tokens.
+# TokenBytes.count says how many bytes of text a token stands for: bits per byte rest on it.
 # ==================================================================================================
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -1637,7 +1734,7 @@ def find_shards(config, split):
 
 
 def check_ids(ids, vocab_size, where):
-    """The ids, if all of them are in the vocabulary; else DataError."""
+    """Return the ids if all of them are in the vocabulary, else raise DataError."""
     # Out of range, the embedding would read foreign memory on a GPU, or fail without a reason.
     if len(ids) and ids.max() >= vocab_size:
         raise DataError(
@@ -1648,78 +1745,74 @@ def check_ids(ids, vocab_size, where):
 
 
 class TrainStream:
-    """The training shards as one ring of tokens.
+    """The training sequences in the order of the shards, which form one ring of tokens.
 
-    `position` is the index of the next step's first token: all that a resumed run needs to go on.
+    Sequence n is the ring's tokens n T to n T + T: its last target is the next one's first input.
     """
 
-    def __init__(self, paths, vocab_size, position=0):
+    def __init__(self, paths, vocab_size, seq_len):
         self.paths = paths
         self.vocab_size = vocab_size
-        self.position = position
+        self.seq_len = seq_len
         self.sizes = [len(read_shard(path)) for path in paths]
-        self.ends = np.cumsum(self.sizes)  # index after each shard's last token
+        self.ends = np.cumsum(self.sizes)  # index in the ring after each shard's last token
         self.num_tokens = int(self.ends[-1])
+        self.num_sequences = self.num_tokens // seq_len  # of one pass
 
-    def take(self, span, low, high):
-        """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance.
+    def sequences(self, first, count):
+        """Sequences number `first` to `first + count - 1` of the run (count, T + 1), uint16.
 
-        A span's last token is the next one's first: it is a target here and an input there. Each
-        rank takes its own [low, high] of the same span. Raises DataError when a shard vanished,
-        shrank or holds a bad id.
+        A sequence has one token more than inputs: its last target. Raises DataError when a shard
+        vanished, changed its size or holds a bad id.
         """
-        at = (self.position + low) % int(self.ends[-1])
-        missing = high - low + 1
+        at = first * self.seq_len % self.num_tokens
+        missing = count * self.seq_len + 1
         parts = []
         while missing:
-            # A span may reach over the end of a shard, and of the last one into the first.
-            part = self.read(at, missing)
-            parts.append(part)
-            missing -= len(part)
-            at = (at + len(part)) % int(self.ends[-1])
-        self.position += span
-        return np.concatenate(parts)
+            # Sequences may reach over the end of a shard, and of the last one into the first.
+            shard = int(np.searchsorted(self.ends, at, side="right"))
+            left = int(self.ends[shard]) - at
+            length = min(missing, left)
+            parts.append(self.read(shard, [self.sizes[shard] - left], length)[0])
+            missing -= length
+            at = (at + length) % self.num_tokens
+        windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(parts), self.seq_len + 1)
+        return windows[:: self.seq_len]
 
-    def rows(self, span, low, high, seq_len):
-        """The same as sequences (n, T + 1) that overlap by one token; n = (high - low) / T."""
-        tokens = self.take(span, low, high)
-        windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
-        return windows[::seq_len]
-
-    def read(self, at, most):
-        """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
-        index = int(np.searchsorted(self.ends, at, side="right"))
-        path = self.paths[index]
-        size = self.sizes[index]
-        # Mapped anew each time: reading an older map of a file that shrank would be SIGBUS.
-        tokens = read_shard(path)
-        if len(tokens) != size:
+    def read(self, shard, starts, length):
+        """Tokens (n, length) from these places of a shard on; reads their bytes and no more."""
+        path = self.paths[shard]
+        size = 2 * length
+        try:
+            # Not mapped: a map over a file that shrinks would be SIGBUS.
+            with open(path, "rb", buffering=0) as file:
+                number = file.fileno()
+                found = os.fstat(number).st_size
+                # The system would read ahead 128 KiB for each sequence of 4.
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+                parts = [os.pread(number, size, HEADER_BYTES + 2 * int(i)) for i in starts]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}: restore the shard") from None
+        expected = HEADER_BYTES + 2 * self.sizes[shard]
+        if found != expected or any(len(part) != size for part in parts):
             raise DataError(
-                f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the shard"
+                f"{path}: {found} bytes instead of {expected} in mid-run: restore the shard"
             )
-        start = at - (int(self.ends[index]) - size)
-        return check_ids(tokens[start : start + most], self.vocab_size, path)
-
-
-class Place(typing.NamedTuple):
-    """Where a training sequence begins."""
-
-    shard: int  # its number
-    start: int  # token in the shard
+        tokens = np.frombuffer(b"".join(parts), "<u2")
+        return check_ids(tokens, self.vocab_size, path).reshape(len(starts), length)
 
 
 class ShuffledStream(TrainStream):
-    """The sequences of the training shards in random order, each of them once per pass (#1493).
+    """The training sequences in random order, each of them once per pass (#1493).
 
     In every pass each shard is cut into sequences from a random phase on, and all sequences of all
     shards are visited in one random order, which is the same as to draw shards in proportion to
-    what they have left. The order is a function of (seed, sequence number): `position`, still in
-    tokens, says all that a resumed run needs.
+    what they have left. The order is a function of (seed, sequence number).
     """
 
     def __init__(self, paths, vocab_size, seq_len, seed):
-        super().__init__(paths, vocab_size)
-        self.seq_len = seq_len
+        super().__init__(paths, vocab_size, seq_len)
         self.seed = seed
         if max(self.sizes) <= seq_len:
             raise DataError(
@@ -1727,6 +1820,7 @@ class ShuffledStream(TrainStream):
                 "lower it, or use SHUFFLE=0"
             )
         self.begin_pass(0, first=0)
+        self.num_sequences = len(self.order)  # of the first pass; others differ by their phases
 
     def begin_pass(self, number, first):
         """Lay out pass `number`, whose first sequence has the number `first` in the run."""
@@ -1736,56 +1830,33 @@ class ShuffledStream(TrainStream):
         self.phases = random.integers(0, np.clip(sizes - self.seq_len, 1, self.seq_len))
         counts = np.maximum(0, (sizes - 1 - self.phases) // self.seq_len)
         self.counted = np.cumsum(counts)  # sequences up to and with each shard
+        self.before = self.counted - counts  # and without it
         self.order = random.permutation(int(self.counted[-1]))
         self.pass_number = number
         self.first = first
 
-    def place(self, number):
-        """Place of sequence `number` of the run."""
-        if number < self.first:  # a resumed run that goes back; passes differ in length
-            self.begin_pass(0, first=0)
-        while number >= self.first + len(self.order):
-            self.begin_pass(self.pass_number + 1, self.first + len(self.order))
-        index = int(self.order[number - self.first])
-        shard = int(np.searchsorted(self.counted, index, side="right"))
-        if shard > 0:
-            index -= int(self.counted[shard - 1])  # now its index in the shard
-        return Place(shard, int(self.phases[shard]) + index * self.seq_len)
-
-    def rows(self, span, low, high, seq_len):
-        """Sequences (n, T + 1) of tokens [low, high) of the next span, then advance by `span`."""
-        first = (self.position + low) // seq_len
-        places = [self.place(first + i) for i in range((high - low) // seq_len)]
-        rows = np.empty((len(places), seq_len + 1), np.uint16)
-        # Shard by shard and from front to back: a network file system is slow at jumping about.
-        in_order = sorted(range(len(places)), key=places.__getitem__)
-        for shard, group in itertools.groupby(in_order, lambda i: places[i].shard):
-            numbers = list(group)
-            rows[numbers] = self.read_sequences(shard, [places[i].start for i in numbers])
-        self.position += span
+    def sequences(self, first, count):
+        """The same as TrainStream.sequences, in this stream's order."""
+        rows = np.empty((count, self.seq_len + 1), np.uint16)
+        done = 0
+        while done < count:
+            # One pass after the other is laid out: they differ in length.
+            if first + done < self.first:
+                self.begin_pass(0, first=0)
+            while first + done >= self.first + len(self.order):
+                self.begin_pass(self.pass_number + 1, self.first + len(self.order))
+            at = first + done - self.first
+            picks = self.order[at : at + count - done]
+            shards = np.searchsorted(self.counted, picks, side="right")
+            starts = self.phases[shards] + (picks - self.before[shards]) * self.seq_len
+            # Shard by shard and from front to back: a network file system is slow at jumping about.
+            for shard in np.unique(shards):
+                rows_of_it = np.flatnonzero(shards == shard)
+                rows_of_it = rows_of_it[starts[rows_of_it].argsort()]
+                tokens = self.read(shard, starts[rows_of_it], self.seq_len + 1)
+                rows[done + rows_of_it] = tokens
+            done += len(picks)
         return rows
-
-    def read_sequences(self, shard, starts):
-        """Tokens (n, T + 1) from these places of a shard on; reads their bytes and no more."""
-        path = self.paths[shard]
-        size = 2 * (self.seq_len + 1)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                number = file.fileno()
-                found = os.fstat(number).st_size
-                # Mapped memory would be read ahead: 128 KiB for each sequence of 4.
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
-                parts = [os.pread(number, size, HEADER_BYTES + 2 * start) for start in starts]
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: restore the shard") from None
-        expected = HEADER_BYTES + 2 * self.sizes[shard]
-        if found != expected or any(len(part) != size for part in parts):
-            raise DataError(
-                f"{path}: {found} bytes instead of {expected} in mid-run: restore the shard"
-            )
-        tokens = np.frombuffer(b"".join(parts), "<u2")
-        return check_ids(tokens, self.vocab_size, path).reshape(len(starts), -1)
 
 
 def open_train_stream(config):
@@ -1793,7 +1864,7 @@ def open_train_stream(config):
     paths = find_shards(config, "train")
     if config.shuffle:
         return ShuffledStream(paths, config.vocab_size, config.train_seq_len, config.seed)
-    return TrainStream(paths, config.vocab_size)
+    return TrainStream(paths, config.vocab_size, config.train_seq_len)
 
 
 class TokenBytes:
@@ -1805,16 +1876,16 @@ class TokenBytes:
 
     def __init__(self, tokenizer_path):
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+            model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(
                 f"TOKENIZER_PATH={tokenizer_path}: cannot be read as a SentencePiece model "
                 f"({reason}): see README, section Training"
             ) from None
-        model = self.model
+        self.model = model
         self.vocab_size = model.vocab_size()
-        # Three tables over the vocabulary, so that counting is indexing.
+        # Tables over the vocabulary, so that counting is indexing.
         self.is_boundary = np.zeros(self.vocab_size, bool)  # (V,) pieces without text
         self.is_byte = np.zeros(self.vocab_size, bool)  # (V,)
         self.spaced = np.zeros(self.vocab_size, bool)  # (V,) pieces that begin with a space
@@ -1822,19 +1893,16 @@ class TokenBytes:
         for i in range(self.vocab_size):
             self.is_boundary[i] = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
             self.is_byte[i] = model.is_byte(i)
-            if self.is_boundary[i]:
-                continue
             if self.is_byte[i]:
                 self.base[i] = 1
-                continue
-            # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
-            piece = model.id_to_piece(i)
-            self.spaced[i] = piece.startswith("▁")
-            text = piece.removeprefix("▁").replace("▁", " ")
-            self.base[i] = len(text.encode())
+            elif not self.is_boundary[i]:
+                # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
+                piece = model.id_to_piece(i)
+                self.spaced[i] = piece.startswith("▁")
+                self.base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())
 
     def count(self, prev_ids, target_ids):
-        """Bytes (same shape, uint16) of targets given the tokens before them."""
+        """Bytes of text (same shape, uint16) of the target tokens, given the tokens before them."""
         prev_ids = np.asarray(prev_ids)
         target_ids = np.asarray(target_ids)
         # A document's first space is dropped when it is decoded, so it does not count.
@@ -1849,59 +1917,36 @@ class TokenBytes:
         if len(whole) == 0:
             return
         ids = ids[whole[0] : whole[-1] + 1]
+        # SentencePiece drops spaces at the start of a text: decode behind a piece without any.
+        plain = ~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0)
+        anchor = int(np.argmax(plain)) if plain.any() else self.model.piece_to_id("<0x41>")
+        start = len(self.model.decode([anchor]))
         # Cut before every piece without text: these start documents, or stand for unknown text.
         for document in np.split(ids, np.flatnonzero(self.is_boundary[ids])):
-            if len(document) > 1:
-                self.check_document(document)
-
-    def check_document(self, document):
-        """The same for one document (n + 1,), whose first token is only the context of the rest."""
-        before, first = document[0], document[1]
-        counted = int(self.count(document[:-1], document[1:]).sum())
-        # SentencePiece drops spaces at the start of a text: decode behind a piece without any.
-        anchor = self.anchor()
-        start = len(self.model.decode(anchor))
-        decoded = self.model.decode(anchor + document[1:].tolist())[start:].replace("▁", " ")
-        length = len(decoded.encode())
-        if self.spaced[first] and self.is_boundary[before]:
-            length -= 1  # the first space, see count
-        if length != counted:
-            raise DataError(
-                f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
-                f"{length}: use the tokenizer that made these shards, with a piece for a space"
-            )
-
-    def foreign(self, ids):
-        """How many of the pieces `ids` do not return when their text is encoded again.
-
-        None where this tokenizer made them, but for an end that is cut inside a word. Where
-        another of English text did, it was 2 to 20 % (measured, 1,024 to 8,192 pieces): each
-        piece still decodes, only to other text.
-        """
-        ids = np.asarray(ids, np.int64)
-        lost = 0
-        for document in np.split(ids, np.flatnonzero(self.is_boundary[ids])):
-            pieces = document[~self.is_boundary[document]].tolist()
-            again = self.model.encode(self.model.decode(pieces))
-            # Order aside: one piece that is cut otherwise would move all that follow it.
-            lost += (collections.Counter(pieces) - collections.Counter(again)).total()
-        return lost
-
-    def anchor(self):
-        """[id] of a piece of text without spaces."""
-        plain = ~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0)
-        if plain.any():
-            return [int(np.argmax(plain))]
-        return [self.model.piece_to_id("<0x41>")]  # the letter A, as a byte
+            if len(document) < 2:
+                continue
+            # The first token is only the context of the others.
+            counted = int(self.count(document[:-1], document[1:]).sum())
+            text = self.model.decode([anchor, *document[1:].tolist()])[start:].replace("▁", " ")
+            length = len(text.encode())
+            if self.spaced[document[1]] and self.is_boundary[document[0]]:
+                length -= 1  # the first space, see count
+            if length != counted:
+                raise DataError(
+                    f"bytes per token are wrong for {text[:60]!r}: counted {counted}, decoded "
+                    f"{length}: use the tokenizer that made these shards, with a piece for a space"
+                )
 
 
 class ValidationSet:
     """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split.
 
-    Raises DataError if `expected_sha256` is given and not that of the tokens.
+    Scores on a split of scope "canonical-by-counts" compare with published ones; other text can be
+    made to have the same counts, so the scope is no proof. Scores on a "proxy" compare with others
+    on the same data.
     """
 
-    def __init__(self, tokens, token_bytes, expected_sha256=""):
+    def __init__(self, tokens, token_bytes):
         self.tokens = tokens  # (n + 1,) uint16
         self.num_targets = len(tokens) - 1
         self.token_bytes = token_bytes
@@ -1912,31 +1957,18 @@ class ValidationSet:
             blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
-        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-        if expected_sha256 and sha256 != expected_sha256:
-            raise DataError(
-                f"the validation tokens have SHA-256 {sha256}, expected VAL_SHA256="
-                f"{expected_sha256}: restore the split, or unset VAL_SHA256"
-            )
-        self.scope = self.scope_of(total, is_certain=bool(expected_sha256))
+        low, high = CANONICAL_BYTES
+        has_the_targets = self.num_targets == CANONICAL_TARGETS.get(token_bytes.vocab_size)
+        self.scope = "canonical-by-counts" if has_the_targets and low <= total <= high else "proxy"
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
             val_bytes=total,
             val_documents=int((tokens == BOS).sum()),
             bytes_per_token=total / self.num_targets,
-            val_sha256=sha256,
+            val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
             scope=self.scope,
         )
-
-    def scope_of(self, total_bytes, is_certain):
-        """What scores on this split compare with: published ones, or others on the same data."""
-        targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
-        low, high = CANONICAL_BYTES
-        if self.num_targets != targets or not low <= total_bytes <= high:
-            return "proxy"
-        # Other text can be made to have the same counts.
-        return "canonical" if is_certain else "canonical-by-counts"
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -1955,13 +1987,25 @@ class ValidationSet:
             )
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
-        scored = tokens[: windows * config.eval_seq_len + 1]
-        return cls(scored, token_bytes, config.val_sha256)
+        return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
 
-    def is_foreign(self):
-        """Whether another tokenizer seems to have made these tokens."""
-        sample = self.tokens[:20_000]
-        return self.token_bytes.foreign(sample) > max(20, len(sample) // 100)
+    def retokenisation_mismatch(self):
+        """Whether another tokenizer seems to have made these tokens: text, encoded again, differs.
+
+        Each piece still decodes and counts, only to other text. Where another tokenizer of English
+        made them, 2 to 20 % of the pieces do not return (measured, 1,024 to 8,192 pieces); else
+        none but those of an end that is cut inside a word.
+        """
+        sample = self.tokens[:20_000].astype(np.int64)
+        is_boundary = self.token_bytes.is_boundary
+        model = self.token_bytes.model
+        lost = 0
+        for document in np.split(sample, np.flatnonzero(is_boundary[sample])):
+            pieces = document[~is_boundary[document]].tolist()
+            again = model.encode(model.decode(pieces))
+            # Order aside: one piece that is cut otherwise would move all that follow it.
+            lost += (collections.Counter(pieces) - collections.Counter(again)).total()
+        return lost > max(20, len(sample) // 100)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
@@ -2001,44 +2045,31 @@ def english_of(path):
         return []
     paragraphs = []
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-            continue
-        text = node.value
+        text = node.value if isinstance(node, ast.Constant) else None
         # Prose has a space at least every twelve characters; tables and data have not.
-        if len(text) > 160 and text.count(" ") > len(text) / 12:
+        if isinstance(text, str) and len(text) > 160 and text.count(" ") > len(text) / 12:
             paragraphs += re.split(r"\n\s*\n", inspect.cleandoc(text))
     return paragraphs
 
 
 def demo_modules():
-    """{name: path} of the installed Python libraries' modules, in a fixed order."""
+    """Yield (name, path) of the installed Python libraries' modules, in a fixed order."""
     site = Path(torch.__file__).parent.parent
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    roots += [site / package for package in DEMO_PACKAGES]
-    modules = {}
-    for root in roots:
+    for root in (Path(sysconfig.get_paths()["stdlib"]), *(site / name for name in DEMO_PACKAGES)):
         for folder, subfolders, files in os.walk(root):
             # os.walk follows this list: sorted, so that every file system gives the same order.
             subfolders[:] = sorted(set(subfolders) - DEMO_SKIPPED_FOLDERS)
             for name in sorted(files):
                 if name.endswith(".py"):
                     path = Path(folder, name)
-                    modules[f"{root.name}/{path.relative_to(root)}"] = path
-    return modules
+                    yield f"{root.name}/{path.relative_to(root)}", path
 
 
-class DemoTexts(typing.NamedTuple):
-    """Lists of documents, one per module."""
-
-    train: list
-    val: list
-
-
-def demo_texts():
-    """DemoTexts of the installed libraries: no paragraph is in it twice; always the same."""
+def demo_documents():
+    """{"train": documents, "val": documents}: one per module, no paragraph twice."""
     seen = set()
     documents = []  # (digest of the module's name, its text)
-    for module, path in demo_modules().items():
+    for module, path in demo_modules():
         fresh = []
         for paragraph in english_of(path):
             key = " ".join(paragraph.split())
@@ -2051,34 +2082,10 @@ def demo_texts():
     # In the order of digests, which is random but fixed: modules that stand side by side are
     # alike, and a stream in their order would make the loss jump from package to package.
     documents.sort()
-    texts = DemoTexts([], [])
+    parts = {"train": [], "val": []}
     for digest, text in documents:
-        is_val = digest[0] < 9  # about 3.5 % of the modules
-        (texts.val if is_val else texts.train).append(text)
-    return texts
-
-
-def train_demo_tokenizer(documents, vocab_size):
-    """A SentencePiece model (bytes) with the options of the challenge's tokenizers."""
-    lines = (line for text in documents for line in text.split("\n") if line.strip())
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False,
-        character_coverage=0.999,
-        pad_id=0,
-        bos_id=BOS,
-        eos_id=EOS,
-        unk_id=3,
-        minloglevel=2,
-    )
-    return model.getvalue()
+        parts["val" if digest[0] < 9 else "train"].append(text)  # val: about 3.5 % of the modules
+    return parts
 
 
 def build_demo_data(config, log):
@@ -2102,12 +2109,31 @@ def build_demo_data(config, log):
             return
         begin = time.monotonic()
         log("demo_data: reading the English of the installed Python libraries (once, a minute)")
-        texts = demo_texts()
-        # On the training part alone: a tokenizer that saw the validation text would fit it.
-        model = train_demo_tokenizer(texts.train, config.vocab_size)
-        write_atomic(tokenizer, [model])
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        for split, documents in texts._asdict().items():
+        parts = demo_documents()
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            # The training part alone: a tokenizer that saw the validation text would fit it.
+            sentence_iterator=(
+                line for text in parts["train"] for line in text.split("\n") if line.strip()
+            ),
+            model_writer=model,
+            # The options of the challenge's tokenizers.
+            vocab_size=config.vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            character_coverage=0.999,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=3,
+            minloglevel=2,
+        )
+        write_atomic(tokenizer, [model.getvalue()])
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        for split, documents in parts.items():
             ids = processor.encode(documents, num_threads=2)
             tokens = np.concatenate([np.array([BOS, *document]) for document in ids])
             write_shard(data / f"fineweb_{split}_000000.bin", tokens)
@@ -2122,8 +2148,9 @@ def build_demo_data(config, log):
 # Model
 # The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner,
 # NativeFlowMatcher. `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the
-# trunk. What changes during a run is a 0-d tensor, so that one compiled graph serves all of it; but
-# the order of looped layers, which changes once, has a graph for each of its two values.
+# trunk. Values that change during a run or from layer to layer are 0-d tensors, so that one
+# compiled graph serves them all; only the order of looped layers, which changes once, has two.
+# Late QAT touches a weight in one place: Quantizable.effective_weight.
 # ==================================================================================================
 def sdpa_attention(q, k, v):
     """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
@@ -2135,142 +2162,19 @@ def sdpa_attention(q, k, v):
     return y.transpose(1, 2)
 
 
-def tail_attention(q, k, v):
-    """Causal attention of the last n queries only, for scoring.
+def flash_first_attention(q, k, v):
+    """The same with flash before cuDNN: FlashAttention-3, once it is activated, stands for flash.
 
-    q (B, n, H, d), k and v (B, T, K, d) -> (B, n, H, d).
+    Shah et al. 2024, arXiv 2407.08608.
     """
-    q = q.transpose(1, 2)  # (B, H, n, d)
-    groups = q.size(1) // k.size(2)
-    # The kernels that take a mask know no grouped heads.
-    k = k.transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, T, d)
-    v = v.transpose(1, 2).repeat_interleave(groups, 1)
-    n = q.size(2)
-    length = k.size(2)
-    # Query i is position T - n + i; is_causal would take it for position i.
-    every = torch.ones(n, length, dtype=torch.bool, device=q.device)
-    seen = every.tril(length - n)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return y.transpose(1, 2)
-
-
-# What a block of the backward below needs at once must fit a CPU core's cache.
-ATTENTION_ROWS = 256  # queries
-ATTENTION_SEQUENCES = 4
-
-
-class BlockedAttention(torch.autograd.Function):
-    """Causal grouped-query attention for CPUs: PyTorch's fused forward with a faster backward.
-
-    The backward goes through blocks of queries and sequences and recomputes the probabilities, as
-    FlashAttention does (Dao et al. 2022, arXiv 2205.14135), so memory is linear in T.
-    At 512 tokens it saves 5 to 8 % of a training step against PyTorch's own backward, which is as
-    fast from 1,024 tokens on (`tests/bench.py functions`).
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)."""
-        ctx.save_for_backward(q, k, v)
-        groups = q.size(1) // k.size(1)
-        if groups > 1:
-            k = k.repeat_interleave(groups, 1)
-            v = v.repeat_interleave(groups, 1)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, 0.0, True)[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        scale = q.size(-1) ** -0.5
-        dq = torch.empty_like(q)
-        dk = torch.zeros_like(k)
-        dv = torch.zeros_like(v)
-        # The query heads of a group share their keys, so they become rows of one product.
-        by_group = (k.size(1), -1)
-        q = (q * scale).unflatten(1, by_group)  # (B, K, H/K, T, d)
-        grad = grad.unflatten(1, by_group)
-        dq_grouped = dq.unflatten(1, by_group)
-        for high in range(q.size(3), 0, -ATTENTION_ROWS):
-            rows = slice(max(0, high - ATTENTION_ROWS), high)
-            for first in range(0, q.size(0), ATTENTION_SEQUENCES):
-                batch = slice(first, first + ATTENTION_SEQUENCES)
-                # These queries see the keys before `high`, and no others.
-                parts = BlockedAttention.block_backward(
-                    q[batch, :, :, rows],
-                    k[batch, :, :high],
-                    v[batch, :, :high],
-                    grad[batch, :, :, rows],
-                )
-                dq_grouped[batch, :, :, rows] = parts[0].mul_(scale)
-                dk[batch, :, :high] += parts[1]
-                dv[batch, :, :high] += parts[2]
-        return dq, dk, dv
-
-    @staticmethod
-    def block_backward(q, k, v, grad):
-        """Gradients for queries q (b, K, H/K, n, d), the last n positions of k, v (b, K, s, d)."""
-        n = q.size(3)
-        q = q.flatten(2, 3)  # (b, K, H/K * n, d)
-        grad = grad.flatten(2, 3)
-        scores = q @ k.mT  # (b, K, H/K * n, s)
-        # Only the last n keys can lie in a query's future.
-        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        by_head = scores.unflatten(2, (-1, n))  # (b, K, H/K, n, s), the same memory
-        by_head[..., -n:].masked_fill_(future, -torch.inf)
-        p = scores.softmax(-1)
-        ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
-        dq = (ds @ k).unflatten(2, (-1, n))
-        dk = ds.mT @ q
-        dv = p.mT @ grad
-        return dq, dk, dv
-
-
-def cpu_attention(q, k, v):
-    """Causal attention on the CPU. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    q = q.transpose(1, 2)
-    k = k.transpose(1, 2)
-    v = v.transpose(1, 2)
-    return BlockedAttention.apply(q, k, v).transpose(1, 2)
-
-
-def flash_attention_3(q, k, v):
-    """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), shapes as above; needs its package."""
-    from flash_attn_interface import flash_attn_func
-
-    # Its backward adds in any order unless asked not to; test-time training must repeat its digits.
-    repeatable = torch.are_deterministic_algorithms_enabled()
-    out = flash_attn_func(q, k, v, causal=True, deterministic=repeatable)
-    return out[0] if isinstance(out, tuple) else out  # some releases add the log-sum-exp
-
-
-def attention_order(capability):
-    """[(backend, why it stands here)] for a GPU of compute capability (major, minor).
-
-    On Hopper and later cuDNN trains about twice as fast as FlashAttention-2 and about as fast as
-    FlashAttention-3; on Ampere it is the slower one (HF transformers #48163, PyTorch #142132).
-    """
-    hopper = capability[0] == 9
-    newer = capability[0] >= 9
-    order = []
-    if hopper:
-        order.append(("flash_attention_3", "made for Hopper"))
-    if newer:
-        order.append(("cudnn", "faster than flash from Hopper on"))
-    order.append(("flash", "FlashAttention-2, the fastest before Hopper"))
-    if not newer:
-        order.append(("cudnn", "slower than flash before Hopper"))
-    order.append(("mem_efficient", "where flash does not run"))
-    order.append(("math", "runs everywhere, memory quadratic in T"))
-    return order
-
-
-SDPA_BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+    order = [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(order, set_priority=True):
+        return sdpa_attention(q, k, v)
 
 
 class AttentionChoice(typing.NamedTuple):
@@ -2280,58 +2184,38 @@ class AttentionChoice(typing.NamedTuple):
 
 @functools.cache
 def pick_attention(device, dtype, compiling=False):
-    """AttentionChoice: the first backend that runs forward and backward here, tried once.
+    """AttentionChoice: FlashAttention-3 where its package is, else PyTorch's own order of backends.
 
-    Published runs failed after hours in the queue because a fixed backend did not exist on their
-    GPU. With `compiling` the trial is compiled too, as the model will be.
+    The choice has run forward and backward once, compiled if the model will be: published runs
+    failed after hours in the queue because a fixed backend did not exist on their GPU.
     """
-    if device.type == "cpu":
-        return AttentionChoice(
-            cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    failures = []
-    for backend, why in attention_order(capability):
-        try:
-            try_attention(attention_backend(backend), device, dtype, compiling)
-            attend = attention_backend(backend, fallback=True)
-        except Exception as error:
-            failures.append(f"{backend} ({type(error).__name__})")
-            continue
-        architecture = f"sm{capability[0]}{capability[1]}"
-        not_usable = ", ".join(failures) or "none"
-        reason = f"{backend}: {why} ({architecture}); tried before and not usable: {not_usable}"
-        return AttentionChoice(attend, reason)
-    raise ConfigError(
-        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}: "
-        "use DEVICE=cpu or another PyTorch build"
-    )
-
-
-def attention_backend(backend, fallback=False):
-    """attend(q, k, v) of one backend by name; with `fallback`, flash stands behind cuDNN."""
-    if backend == "flash_attention_3":
-        return flash_attention_3
-    # cuDNN refuses to run where deterministic algorithms are wanted.
-    order = [SDPA_BACKENDS[backend]]
-    if backend == "cudnn" and fallback:
-        order.append(SDPBackend.FLASH_ATTENTION)
-
-    def attend(q, k, v):
-        with sdpa_kernel(order, set_priority=True):
-            return sdpa_attention(q, k, v)
-
-    return attend
-
-
-def try_attention(attend, device, dtype, compiling):
-    """One small forward and backward; raises whatever the backend raises."""
-    if compiling:
-        attend = torch.compile(attend, dynamic=False, fullgraph=True)
     options = dict(device=device, dtype=dtype, requires_grad=True)
     q = torch.zeros(1, 64, 2, 64, **options)  # (B, T, H, d)
     k = torch.zeros(1, 64, 1, 64, **options)  # (B, T, K, d)
-    attend(q, k, k).float().sum().backward()
+    by_head = [x.transpose(1, 2) for x in (q, k, k)]
+    first = SDPBackend(torch._fused_sdp_choice(*by_head, is_causal=True, enable_gqa=True))
+    choices = [AttentionChoice(sdpa_attention, f"{first.name.lower()}: PyTorch's own order")]
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if is_hopper and importlib.util.find_spec("flash_attn_interface"):
+        reason = "flash_attention_3: made for Hopper, and flash_attn_interface is installed"
+        choices.insert(0, AttentionChoice(flash_first_attention, reason))
+    failures = []
+    for attend, reason in choices:
+        try:
+            if attend is flash_first_attention:
+                activate_flash_attention_impl("FA3")
+            trial = torch.compile(attend, dynamic=False, fullgraph=True) if compiling else attend
+            trial(q, k, k).float().sum().backward()
+            return AttentionChoice(attend, "; not usable: ".join([reason, *failures]))
+        except Exception as error:
+            line = str(error).partition("\n")[0]
+            failures.append(f"{reason} ({type(error).__name__}: {line})")
+            if current_flash_attention_impl():
+                restore_flash_attention_impl()
+    raise ConfigError(
+        f"no attention backend runs forward and backward on {device} in {dtype}: tried "
+        f"{'; '.join(failures)}: use DEVICE=cpu or another PyTorch build"
+    )
 
 
 NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
@@ -2350,52 +2234,32 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = torch.empty_like(x)
-        inverse = x.new_empty(*x.shape[:-1], 1, dtype=wide)  # 1 / rms
-        for part in batch_parts(x):
-            value = x[part].to(wide, copy=True)
-            norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
-            mean_square = norm.square() / x.size(-1)
-            scale = torch.rsqrt(mean_square + NORM_EPS)
-            inverse[part] = scale
-            if gain is not None:
-                scale = scale * gain
-            value.mul_(scale)
-            if cos is not None:
-                rotate_(value, cos, sin)
-            y[part] = value
+        y = x.to(wide, copy=True)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        inverse = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS)  # (B, ..., 1): 1 / rms
+        y.mul_(inverse if gain is None else inverse * gain)
+        if cos is not None:
+            rotate_(y, cos, sin)
         ctx.save_for_backward(x, inverse, gain, cos, sin)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, inverse, gain, cos, sin = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        dgain = None if gain is None else torch.zeros_like(gain)
-        for part in batch_parts(x):
-            value = x[part].to(inverse.dtype)
-            slope = grad[part].to(inverse.dtype, copy=True)
-            if cos is not None:
-                rotate_(slope, cos, -sin)  # the transposed rotation
-            dot = (slope * value).sum(-1, keepdim=True)  # (b, ..., 1)
-            scale = inverse[part]
-            if gain is not None:
-                dgain += (dot * scale).sum((0, 1))
-                scale = scale * gain
-            # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
-            along = dot * scale * inverse[part].square()
-            slope.mul_(scale)
-            slope.addcmul_(value, along, value=-1 / x.size(-1))
-            dx[part] = slope
-        return dx, dgain, None, None
-
-
-def batch_parts(x):
-    """Slices of the batch: one sequence at a time on a CPU, whose cache then holds its float32
-    copies; all of it on a GPU, or where the compiler fuses the passes anyway."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(None)]
-    return [slice(i, i + 1) for i in range(x.size(0))]
+        value = x.to(inverse.dtype)
+        dx = grad.to(inverse.dtype, copy=True)
+        if cos is not None:
+            rotate_(dx, cos, -sin)  # the transposed rotation
+        dot = (dx * value).sum(-1, keepdim=True)  # (B, ..., 1)
+        scale = inverse
+        dgain = None
+        if gain is not None:
+            dgain = (dot * inverse).sum((0, 1))
+            scale = inverse * gain
+        # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
+        along = dot * scale * inverse.square()
+        dx.mul_(scale).addcmul_(value, along, value=-1 / x.size(-1))
+        return dx.to(x.dtype), dgain, None, None
 
 
 def rms_norm(x):
@@ -2430,7 +2294,6 @@ def rotate_(x, cos, sin):
     a_new = a * cos - b * sin
     x[..., half : 2 * half] = a * sin + b * cos
     x[..., :half] = a_new
-    return x
 
 
 def exclusive_attention(y, v):
@@ -2485,7 +2348,7 @@ class Linear(Quantizable, nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x, scale=None):
-        """`scale`, a number or (outputs, 1), multiplies the weight: cheaper than every output."""
+        """`scale`, 0-d or (outputs, 1), multiplies the weight: cheaper than every output."""
         weight = self.effective_weight()
         if scale is not None:
             weight = weight * scale
@@ -2508,7 +2371,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer, attend):
         super().__init__()
-        self.config = config
+        self.head_dim = config.head_dim
         self.attend = attend
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         dim = config.model_dim
@@ -2528,64 +2391,47 @@ class Attention(nn.Module):
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x, scale, out_scale, angles, v0, ve, last=None):
+    def forward(self, x, scale, out_scale, angles, v_first, v_emb):
         """Output y (B, T, D) and this layer's own values (B, T, K, d).
 
-        x (B, T, D) is normalised and still without the layer's `scale` (a number); `out_scale` (D,)
-        multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
-        None in layer 0; ve (B, T, K*d) is the value embedding, or None. With `last` = n only the
-        last n positions ask, and y is (B, n, D).
+        x (B, T, D) is normalised and still without the layer's `scale` (0-d); `out_scale` (D,)
+        multiplies the output; `angles` are cos and sin; v_first (B, T, K, d) are layer 0's values,
+        or None in layer 0; v_emb (B, T, K*d) is the value embedding, or None.
         """
-        q, k, own, gate = self.project(x, scale, last)  # (B, T, ...) or (B, n, ...) each
-        if ve is not None:
-            own = own + ve.to(own.dtype)
-        q = self.heads(q)  # (B, T, H, d)
-        k = self.heads(k)  # (B, T, K, d)
-        own = self.heads(own)  # (B, T, K, d)
-        v = self.mixed_values(own, v0)
+        q, k, v, gate = self.project(x, scale)
+        if v_emb is not None:
+            v = v + v_emb.to(v.dtype)
+        q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, d)
+        k = k.unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
+        v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
+        mixed = v
+        if self.vr_lambda is not None:
+            # Value residual (Zhou et al. 2024, arXiv 2410.17897): layer 0's values stay within
+            # reach. Layer 0 mixes its values with themselves.
+            mix = self.vr_lambda.to(v.dtype)
+            mixed = mix[0] * (v if v_first is None else v_first) + mix[1] * v
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        n = q.size(1)  # the positions that ask are the last ones
-        gain = self.q_gain[:, None]  # (H, 1)
-        q = RMSNorm.apply(q, gain, cos[-n:], sin[-n:])
+        q = RMSNorm.apply(q, self.q_gain[:, None], cos, sin)
         k = RMSNorm.apply(k, None, cos, sin)
-        attend = self.attend if last is None else tail_attention
-        y = attend(q, k, v)  # (B, T, H, d)
+        y = self.attend(q, k, mixed)  # (B, T, H, d)
         if self.xsa:
-            y = exclusive_attention(y, v[:, -n:])
+            y = exclusive_attention(y, mixed)
         if gate is not None:
             y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
-        return y, own
+        return y, v
 
-    def project(self, x, scale, last=None):
+    def project(self, x, scale):
         """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
-
-        With `last` = n, q and the gates' logits are those of the last n positions.
 
         Four small products would each read x and leave the device half idle: the weights are put
         together and one product does it. They stay separate parameters, since the optimiser and the
         artifact treat each matrix on its own.
         """
-        asking = [self.c_q]
+        layers = [self.c_q, self.c_k, self.c_v]
         if self.attn_gate is not None:
-            asking.append(self.attn_gate)
-        answering = [self.c_k, self.c_v]
-        if last is None:
-            outputs = self.product(x, scale, asking + answering)
-        else:
-            outputs = self.product(x[:, -last:], scale, asking)
-            outputs += self.product(x, scale, answering)
-        if self.attn_gate is None:
-            q, k, v = outputs
-            return q, k, v, None
-        q, gate, k, v = outputs
-        if self.attn_gate.bias is not None:
-            gate = gate + self.attn_gate.bias.to(gate.dtype)
-        return q, k, v, gate
-
-    def product(self, x, scale, layers):
-        """(outputs of x without bias, one per layer) by one product."""
+            layers.append(self.attn_gate)
         weights = []
         for layer in layers:
             # A gate of the leading channels gives no weight to the others.
@@ -2593,28 +2439,15 @@ class Attention(nn.Module):
             weight = layer.effective_weight()
             weights.append(F.pad(weight, (0, missing)) if missing else weight)
         outputs = F.linear(x, torch.cat(weights) * scale)
-        return outputs.split([layer.out_features for layer in layers], -1)
-
-    def heads(self, x):
-        """(B, T, n*d) -> (B, T, n, d)."""
-        return x.unflatten(-1, (-1, self.config.head_dim))
-
-    def mixed_values(self, own, v0):
-        """Value residual: layer 0's values stay within reach (Zhou et al. 2024, 2410.17897)."""
-        if self.vr_lambda is None:
-            return own
-        first = own if v0 is None else v0  # layer 0 mixes its values with themselves
-        mix = self.vr_lambda.to(own.dtype)
-        return mix[0] * first + mix[1] * own
-
-
-def leaky_square(x):
-    """leaky_relu(x, 0.5)^2: ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549."""
-    return F.leaky_relu(x, 0.5).square()
+        q, k, v, *gates = outputs.split([layer.out_features for layer in layers], -1)
+        gate = gates[0] if gates else None
+        if gates and self.attn_gate.bias is not None:
+            gate = gate + self.attn_gate.bias.to(gate.dtype)
+        return q, k, v, gate
 
 
 class MLP(nn.Module):
-    """W2 f(W1 x), f the squared leaky ReLU."""
+    """W2 f(W1 x), f the square of a leaky ReLU."""
 
     def __init__(self, config):
         super().__init__()
@@ -2623,14 +2456,9 @@ class MLP(nn.Module):
 
     def forward(self, x, scale, out_scale):
         """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
-        hidden = leaky_square(self.fc(x, scale))  # (B, T, hidden)
+        # ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549.
+        hidden = F.leaky_relu(self.fc(x, scale), 0.5).square()  # (B, T, hidden)
         return self.proj(hidden, out_scale[:, None])
-
-
-def residual_mix(x, x0, mix):
-    """mix[0] * x + mix[1] * x0 per channel: the first stream (B, T, D) stays within reach."""
-    mix = mix.to(x.dtype)  # (2, D)
-    return torch.addcmul(x * mix[0], x0, mix[1])
 
 
 class Block(nn.Module):
@@ -2647,29 +2475,24 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(mix)
         self.parallel = layer >= config.num_layers - config.parallel_last_n
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
-        self.norm_scale = (layer + 1) ** -0.5
+        # As a tensor it leaves all layers one code, which a compiler need see only once.
+        self.register_buffer("norm_scale", torch.tensor((layer + 1) ** -0.5), persistent=False)
 
-    def forward(self, x, x0, angles, v0, ve, last=None):
+    def forward(self, x, x0, angles, v_first, v_emb):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` =
-        n the stream (B, n, D) of the last n positions is all that is computed.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel; the others as
+        in Attention.forward.
         """
-        x = residual_mix(x, x0, self.resid_mix)
-        scale = self.norm_scale
+        mix = self.resid_mix.to(x.dtype)  # (2, D)
+        x = torch.addcmul(x * mix[0], x0, mix[1])
         normed = rms_norm(x)
-        y, own = self.attn(normed, scale, self.attn_scale, angles, v0, ve, last)
-        n = y.size(1)
-        x = x[:, -n:] + y
+        y, v = self.attn(normed, self.norm_scale, self.attn_scale, angles, v_first, v_emb)
+        x = x + y
         # A parallel MLP does not see what attention has just added (as in GPT-J).
-        mlp_input = normed[:, -n:] if self.parallel else rms_norm(x)
-        x = x + self.mlp(mlp_input, scale, self.mlp_scale)
-        return x, own
-
-
-def opening(gate, x):
-    """sigmoid(gate) in the type of x: how far a learned gate, stored in float32, is open."""
-    return torch.sigmoid(gate).to(x.dtype)
+        mlp_input = normed if self.parallel else rms_norm(x)
+        x = x + self.mlp(mlp_input, self.norm_scale, self.mlp_scale)
+        return x, v
 
 
 class BigramHash(nn.Module):
@@ -2688,9 +2511,7 @@ class BigramHash(nn.Module):
         """
         last = self.embed.num_embeddings - 1
         t = ids.int()
-        own = 36313 * t[:, 1:]
-        previous = 27191 * t[:, :-1]
-        pair = torch.bitwise_xor(own, previous) % last  # (B, T - 1)
+        pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last  # (B, T - 1)
         return F.pad(pair, (1, 0), value=last)
 
     def forward(self, ids):
@@ -2717,8 +2538,7 @@ class SmearGate(nn.Module):
 
     def forward(self, x, ids):
         """x (B, T, D) and its tokens (B, T) -> (1 - g) * x_i + g * x_{i-1}."""
-        before = predecessors(x, ids)
-        return x + opening(self.gate, x) * (before - x)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * (predecessors(x, ids) - x)
 
 
 class InputSmearGate(nn.Module):
@@ -2776,14 +2596,11 @@ class FlowRefiner(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         z = self.down(x)  # (B, T, latent)
         z = z + self.proj(F.gelu(self.fc(z)))
-        return x + opening(self.gate, x) * self.up(z)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * self.up(z)
 
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 divided by it: steps that cover the integers evenly
 GOLDEN_INVERSE = pow(GOLDEN_RATIO, -1, 2**64)  # their product is 1 modulo 2^64
-# SplitMix64's finaliser (Steele, Lea and Flood 2014) with the constants of Stafford's variant 13.
-MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-MIX_LAST_SHIFT = 31
 
 
 def as_int64(number):
@@ -2793,15 +2610,18 @@ def as_int64(number):
 
 
 def mix64(x):
-    """Hash of int64 tensors: each bit of the input turns over half of the output's."""
+    """Hash of int64 tensors: each bit of the input turns over half of the output's.
+
+    SplitMix64's finaliser (Steele, Lea and Flood 2014), the constants of Stafford's variant 13.
+    """
 
     def shifted(value, bits):
         # PyTorch's shift repeats the sign; a hash needs zeros.
         return (value >> bits) & (2 ** (64 - bits) - 1)
 
-    for bits, factor in MIX_ROUNDS:
-        x = (x ^ shifted(x, bits)) * as_int64(factor)
-    return x ^ shifted(x, MIX_LAST_SHIFT)
+    x = (x ^ shifted(x, 30)) * as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * as_int64(0x94D049BB133111EB)
+    return x ^ shifted(x, 31)
 
 
 def draw_noise(keys, length, width):
@@ -2813,8 +2633,8 @@ def draw_noise(keys, length, width):
     batch = keys.size(0)
     pairs = -(-length * width // 2)  # a hash of 64 bits gives two normal numbers
     counter = torch.arange(pairs + length, device=keys.device)
-    # keys + counter * GOLDEN_RATIO, with the product last: a product of positions alone is an index
-    # to the compiler, which computes it without wrapping at 64 bits and fails.
+    # keys + counter * GOLDEN_RATIO, multiplied last: the compiler takes a product of positions
+    # alone for an index, computes it without wrapping at 64 bits, and fails.
     steps = keys[:, None] * as_int64(GOLDEN_INVERSE) + counter
     hashes = mix64(steps * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
 
@@ -2830,6 +2650,21 @@ def draw_noise(keys, length, width):
     share = both[:, : length * width]  # of the normal distribution that lies below z
     z = math.sqrt(2) * torch.erfinv(2 * share - 1)
     return z.view(batch, length, width), t
+
+
+def flow_noise_keys(config, step, first, count, device):
+    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
+
+    A function of seed, step and sequence alone, hence the same at any number of ranks and after a
+    resume. None where no loss would use it.
+    """
+    if not config.nfm_enabled or config.nfm_loss_weight == 0:
+        return None
+    place = f"{config.seed}/{step}"
+    digest = hashlib.sha256(place.encode()).digest()
+    start = as_int64(int.from_bytes(digest[:8], "little"))
+    sequences = torch.arange(first, first + count, device=device)
+    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 class NativeFlowMatcher(nn.Module):
@@ -2848,25 +2683,23 @@ class NativeFlowMatcher(nn.Module):
         self.out = Linear(hidden, dim)
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
-    def tau(self, t):
-        """Time embedding (..., hidden) of t (...) in [0, 1], by sinusoids as for positions."""
+    def velocity(self, x, t):
+        """Velocity (B, T, D) at states x (B, T, D) and times t (B, T) or 0-d, in [0, 1]."""
+        # Time is embedded by sinusoids, as positions are.
         half = self.inp.in_features // 2
         place = torch.arange(half, device=t.device, dtype=t.dtype)
         frequency = torch.exp(-math.log(10000.0) / half * place)  # (D/2,)
         angle = t[..., None] * frequency  # (..., D/2)
         sinusoids = torch.cat([angle.cos(), angle.sin()], -1)  # (..., D)
-        return F.gelu(self.time(sinusoids))
-
-    def velocity(self, x, t):
-        """Velocity (B, T, D) at states x (B, T, D) and times t (B, T) or 0-d."""
-        hidden = F.gelu(self.inp(x) + self.tau(t))  # (B, T, hidden)
+        tau = F.gelu(self.time(sinusoids))  # (..., hidden)
+        hidden = F.gelu(self.inp(x) + tau)  # (B, T, hidden)
         return self.out(hidden)
 
     def forward(self, x):
         """One Euler step: (B, T, D) -> (B, T, D)."""
-        # A 0-d time makes tau one row for all tokens.
+        # A 0-d time makes its embedding one row for all tokens.
         one = torch.ones((), device=x.device, dtype=self.gate.dtype)
-        return x + opening(self.gate, x) * self.velocity(x, one)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * self.velocity(x, one)
 
     def flow_loss(self, x, keys):
         """Mean squared error of the velocity at random times, 0-d.
@@ -2897,7 +2730,6 @@ class TTTLinear(nn.Module):
         dim = config.model_dim
         heads = config.num_heads
         width = config.head_dim
-        self.heads = heads
         self.mini_batch = config.e2e_ttt_mini_batch
         self.rate = config.e2e_ttt_base_lr / width
         self.c_q = Linear(dim, dim)
@@ -2922,11 +2754,11 @@ class TTTLinear(nn.Module):
             z = self.inner(q, k, v)  # (B, H, T, d)
         z = z.transpose(1, 2).flatten(2)  # (B, T, D)
         y = self.norm(z).to(x.dtype)
-        return x + opening(self.gate, x) * self.proj(y)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * self.proj(y)
 
     def split(self, x):
         """(B, T, D) -> (B, H, T, d) in the type of the inner model."""
-        x = x.unflatten(-1, (self.heads, -1))  # (B, T, H, d)
+        x = x.unflatten(-1, (self.w.size(0), -1))  # (B, T, H, d)
         return x.transpose(1, 2).to(self.w.dtype)
 
     def inner(self, q, k, v):
@@ -3006,7 +2838,7 @@ class GPT(nn.Module):
             self.smear = InputSmearGate(config) if config.smear_inputs else SmearGate(config)
         layers = range(config.num_layers)
         self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
-        # Whether layers are looped now: training begins without, everything else is with it.
+        # Training begins without loops; every evaluation has them.
         self.looped = config.num_loops > 0
         num_skips = len(layer_order(config, self.looped)) // 2
         self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
@@ -3058,7 +2890,7 @@ class GPT(nn.Module):
         if self.embed_in is not None:
             nn.init.orthogonal_(self.embed_in.weight)
             nn.init.orthogonal_(self.embed_out.weight)
-        if self.config.smear_enabled and self.config.smear_inputs:
+        if isinstance(self.smear, InputSmearGate):
             nn.init.zeros_(self.smear.proj.weight)
 
     def quantizable(self):
@@ -3074,7 +2906,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_qat(self, blend):
-        """Blend of straight-through rounding (0 or 1) and the scales of the present weights.
+        """Set the blend of straight-through rounding (0 or 1) and the present weights' scales.
 
         It runs before every step, so it launches nothing while rounding stays off, and treats all
         matrices of one width as the rows of a single one while it is on.
@@ -3111,24 +2943,20 @@ class GPT(nn.Module):
         return x if self.smear is None else self.smear(x, ids)
 
     def add_skip(self, x, skip, index):
-        """The stream x (B, T, D) and what an encoder left, as the index-th decoder joins them."""
+        """The stream x (B, T, D) of the index-th decoder, joined by its encoder's output."""
         weight = self.skip_weights[index].to(x.dtype)
         if self.skip_gates is None:
             return torch.addcmul(x, weight, skip)
-        return torch.lerp(weight * skip, x, opening(self.skip_gates[index], x))
+        return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def trunk(self, ids, last=None):
-        """Normalised states (B, T, D) of ids (B, T), before the refiners.
-
-        With `last` = n, the states (B, n, D) of the last n positions, which spares the last block
-        its part of all others: it still needs their keys and values, but asks nothing for them.
-        """
+    def trunk(self, ids):
+        """Normalised states (B, T, D) of ids (B, T), before the refiners."""
         x = x0 = self.embed(ids)
         length = ids.size(1)
         assert length <= len(self.rotary_cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
-        value_embeddings = self.ve(ids) if self.ve is not None else {}
-        v0 = None  # layer 0's values
+        v_emb = self.ve(ids) if self.ve is not None else {}  # by layer
+        v_first = None  # layer 0's values
         skips = []
         # U-Net: the first half of the visits (rounded down) are encoders, the rest decoders.
         order = layer_order(self.config, self.looped)
@@ -3137,27 +2965,17 @@ class GPT(nn.Module):
             # A decoder first adds what its mirror image among the encoders left.
             if visit >= num_encoders and skips:
                 x = self.add_skip(x, skips.pop(), visit - num_encoders)
-            asked = last if visit == len(order) - 1 else None
-            block = self.blocks[layer]
-            x, own = block(x, x0, angles, v0, value_embeddings.get(layer), asked)
-            if v0 is None:
-                v0 = own
+            x, v = self.blocks[layer](x, x0, angles, v_first, v_emb.get(layer))
+            if v_first is None:
+                v_first = v
             if visit < num_encoders:
                 skips.append(x)
         return rms_norm(x)
 
-    def hidden(self, ids, last=None):
-        """Final states (B, T, D) of ids (B, T), or of the `last` ones only: what the head sees."""
-        # TTT-Linear learns along the sequence and needs all of it.
-        x = self.trunk(ids, last if self.ttt is None else None)
-        return self.refine(x, last)[0]
-
-    def refine(self, x, last=None):
+    def refine(self, x):
         """States (B, T, D) after all refiners, and NativeFlowMatcher's input, for its loss."""
         if self.ttt is not None:
             x = self.ttt(x)
-        if last is not None:
-            x = x[:, -last:]
         if self.flow is not None:
             x = self.flow(x)
         flow_input = x
@@ -3165,13 +2983,17 @@ class GPT(nn.Module):
             x = self.nfm(x)
         return x, flow_input
 
-    def head_input(self, hidden):
-        """What the tied embedding multiplies: states (..., D), or narrower as EMBED_DIM says."""
-        return hidden if self.embed_out is None else self.embed_out(hidden)
+    def hidden(self, ids):
+        """Final states (B, T, D) of ids (B, T): what the head sees."""
+        return self.refine(self.trunk(ids))[0]
 
     def logits(self, hidden):
         """float32 logits (..., V) of final states (..., D)."""
         return self.head(self.head_input(hidden))
+
+    def head_input(self, hidden):
+        """The states that the tied embedding multiplies: (..., D), or narrower by EMBED_DIM."""
+        return hidden if self.embed_out is None else self.embed_out(hidden)
 
     def head(self, x):
         """Logits (..., V) of head_input's output, softly capped (Gemma 2, arXiv 2408.00118)."""
@@ -3223,22 +3045,8 @@ class GPT(nn.Module):
 
 def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
-    return GPT(config, runtime.attention.function).to(runtime.device)
-
-
-def flow_noise_keys(config, step, first, count, device):
-    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
-
-    A function of seed, step and sequence alone, hence the same at any number of ranks and after a
-    resume. None where no loss would use it.
-    """
-    if not config.nfm_enabled or config.nfm_loss_weight == 0:
-        return None
-    place = f"{config.seed}/{step}"
-    digest = hashlib.sha256(place.encode()).digest()
-    start = as_int64(int.from_bytes(digest[:8], "little"))
-    sequences = torch.arange(first, first + count, device=device)
-    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
+    attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
+    return GPT(config, attend).to(runtime.device)
 
 
 # ==================================================================================================
@@ -3853,9 +3661,8 @@ class Trainer:
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
-    def __init__(self, config, runtime, val, identity=None):
+    def __init__(self, config, runtime, val, reserve=0.0):
         self.config = config
-        reserve = config.gptq_reserve_seconds if config.quantizer == "gptq" else 0.0
         self.timed = without_reserve(config, reserve)  # for all that depends on the clock
         self.runtime = runtime
         self.val = val
@@ -3876,7 +3683,9 @@ class Trainer:
         self.stopped_early = False  # by the wallclock cap
         self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
-        self.identity = dict(identity=identity or {})
+        # A checkpoint of other settings or other data must not be continued.
+        tokens = self.stream.num_tokens
+        self.identity = dict(hash=config.hash(), data=[tokens, val.fingerprint["val_sha256"]])
 
     def plan_micro_batches(self):
         """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
@@ -3939,10 +3748,11 @@ class Trainer:
         # Whatever ends the run early, the user learns what is safe.
         except Stopped:
             if self.saved_step != self.step:  # stopped in a validation
-                self.save(needed=True)
+                self.save(wait=True)
             raise
         except DataError as error:
             raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
+        self.checkpoints.wait()
 
     def run_steps(self):
         every = self.config.val_loss_every
@@ -3990,7 +3800,7 @@ class Trainer:
         self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
         self.report(facts.loss, scale)
         if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
-            self.save(needed=True)
+            self.save(wait=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
         if facts.save or (every and self.step % every == 0):
@@ -4039,12 +3849,11 @@ class Trainer:
     def accumulate(self, step, stream):
         """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
         config = self.config
-        length = config.train_seq_len
         first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
-        last = first + self.seqs_per_rank
+        seqs_per_step = config.train_batch_tokens // config.train_seq_len
         with self.timer.part("data"):
             # (n, T + 1): one token more than there are inputs, the last target.
-            rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
+            rows = stream.sequences(step * seqs_per_step + first, self.seqs_per_rank)
         self.model.zero_grad()
         self.model.train()  # a validation may have left it in evaluation mode
         total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
@@ -4187,8 +3996,7 @@ class Trainer:
         generator = np.random.default_rng(0)
         shape = (self.seqs_per_rank, config.train_seq_len + 1)
         tokens = generator.integers(0, config.vocab_size, shape)
-        # A stand-in for TrainStream: the real position must not move.
-        synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
+        synthetic = types.SimpleNamespace(sequences=lambda first, count: tokens)
         # Both orders of the layers, so that no graph is compiled in the middle of the run.
         for looped in (False, True) if config.num_loops else (False,):
             self.model.looped = looped
@@ -4209,10 +4017,10 @@ class Trainer:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
 
-    def save(self, needed=False):
-        """Write a checkpoint while the clock stands still; every rank must call it.
+    def save(self, wait=False):
+        """Copy the state and write it in the background.
 
-        With `needed`, raises ResourceError if it cannot be written. Weights that are not finite are
+        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
         never saved: the checkpoints before them are the ones to keep.
         """
         finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
@@ -4221,19 +4029,16 @@ class Trainer:
             return
         state = self.training_state()  # a collective: momentum is gathered from all ranks
         self.saved_step = self.step
-        state.update(self.identity, timing=self.timer.state_dict(), step=self.step)
-        state.update(seconds=self.seconds, position=self.stream.position)
-        begin = time.monotonic()
-        written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
-        self.step_started += time.monotonic() - begin
-        if written is not None:
-            self.report_saved(self.step, *written)
-        elif needed:
-            raise ResourceError(
-                f"the checkpoint of step {self.step} could not be written to "
-                f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "
-                f"{self.checkpoints.last()}"
-            )
+        if self.runtime.is_main:
+            state.update(self.identity)
+            state.update(step=self.step, seconds=self.seconds)
+            state.update(timing=self.timer.state_dict())
+            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
+        self.checkpoints.saved_at = time.monotonic()
+        if wait:
+            self.checkpoints.wait_or_raise()
+            # A rank that left now would have the launcher end the one that still writes.
+            self.comm.barrier()
 
     def report_saved(self, step, seconds, size):
         self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
@@ -4246,19 +4051,20 @@ class Trainer:
             return
         path = self.checkpoints.path(step)
         if any(state[name] != value for name, value in self.identity.items()):
-            raise ConfigError(f"{path} belongs to other settings or data: set another RUN_ID")
+            raise ConfigError(
+                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
+            )
         self.restore(state)
-        # With step, clock and position the next step is the one that would have come.
+        # With step and clock the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
         self.timer.load_state_dict(state["timing"])
         self.logged_step = step
-        self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
-        self.save()
+        self.save(wait=True)
         raise DivergedError(
             f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
             f"weights: {self.checkpoints.last()}"
@@ -4284,13 +4090,13 @@ class Trainer:
         )
 
 
-def train(config, runtime, val, path, identity=None):
+def train(config, runtime, val, path, reserve=0.0):
     """Train (or go on training), write the exported float weights to `path`.
 
-    A checkpoint is continued only where its `identity` is this one.
+    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
     Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
     """
-    trainer = Trainer(config, runtime, val, identity)
+    trainer = Trainer(config, runtime, val, reserve)
     trainer.announce()
     trainer.run()
     trainer.report_throughput()
@@ -4570,7 +4376,7 @@ def slot_shift(model, hidden, batch, config, slot):
 def scored_nll(model, hidden, batch, observer):
     """nll (n * count,) of a batch's scored targets, window after window; only these get logits.
 
-    hidden (B, T, D), or its last positions; `observer` is shown the targets' indices,
+    hidden (B, T, D); `observer` is shown the targets' indices,
     log-probabilities and nll.
     """
     # Rows that only fill a compiled shape are left out.
@@ -4739,7 +4545,7 @@ class Evaluation:
         self.hidden = compiled(self.model.hidden, DETERMINISTIC)
         self.loss = compiled(self.model, DETERMINISTIC)
         self.step_loss = self.loss  # of a whole test-time training step
-        if self.runtime.cuda_graphs:
+        if self.runtime.cuda_graphs(self.config.ttt_cuda_graph):
             graph = {**DETERMINISTIC, "triton.cudagraphs": True}
             self.step_loss = compiled(self.model, graph)
 
@@ -4771,6 +4577,8 @@ class Evaluation:
                 self.observer.after_item(self, item)
                 self.cursor += 1
                 self.after_item()
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
             return self.result(complete=last_target is None)
 
     def begins_beyond(self, target, item):
@@ -4787,7 +4595,7 @@ class Evaluation:
         # One collective for both, so that all ranks save or stop after the same item.
         stop, save = self.comm.all_reduce_scalars(wanted, due)
         if (stop or save) and self.checkpoints is not None:
-            self.save(needed=bool(stop))
+            self.save(wait=bool(stop))
         if stop:
             raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
 
@@ -4873,19 +4681,10 @@ class Evaluation:
         count = windows[0].end - windows[0].first
         batch = Batch(windows, count, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.states(batch)  # (B, T, D), or its last positions
+            hidden = self.hidden(batch.ids)  # (B, T, D)
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
             return scored_nll(self.model, hidden, batch, observer)
-
-    def states(self, batch):
-        """Final states of a batch, as far as they are needed."""
-        length = batch.ids.size(1)
-        # The last window scores fewer targets than the stride, which is no reason to compile again.
-        last = max(batch.count, self.stride)
-        if self.slot != "off" or last >= length:
-            return self.hidden(batch.ids)  # SLOT is fitted on all of them
-        return self.hidden(batch.ids, last)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""
@@ -5022,10 +4821,10 @@ class Evaluation:
             dist.all_reduce(total)
         return total.numpy()
 
-    def save(self, needed):
-        """Write the state; every rank must call it.
+    def save(self, wait):
+        """Write the state in the background; every rank must call it.
 
-        With `needed`, raises ResourceError if it cannot be written.
+        With `wait`, raises ResourceError if it cannot be written.
         """
         # Sums of every rank, each of which goes on with its own.
         state = dict(
@@ -5041,13 +4840,12 @@ class Evaluation:
             # What the chunks so far have taught.
             state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
         text = f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}"
-        if self.checkpoints.save(self.cursor, state if self.runtime.is_main else None):
-            self.runtime.log(text)
-        elif needed:
-            raise ResourceError(
-                f"the state of {self.label} could not be written to {self.checkpoints.folder}: "
-                "free space or change RUN_DIR"
-            )
+        if self.runtime.is_main:
+            self.checkpoints.save(self.cursor, state, lambda seconds, size: self.runtime.log(text))
+        if wait:
+            self.checkpoints.wait_or_raise()
+            # A rank that left now would have the launcher end the one that still writes.
+            self.comm.barrier()
 
     def load(self):
         """Go on from a saved state of the same evaluation, if there is one."""
@@ -6095,12 +5893,8 @@ class CalibrationText:
         """Token ids (B, T) of a unit, uint16."""
         first = unit * self.per_unit
         last = min(first + self.per_unit, self.sequences)
-        total = int(self.stream.ends[-1])
-        rows = []
-        for number in range(first, last):
-            self.stream.position = number * total // self.sequences
-            rows.append(self.stream.rows(0, 0, self.length, self.length)[:, :-1])  # (1, T)
-        return np.concatenate(rows)
+        spread = [i * self.stream.num_sequences // self.sequences for i in range(first, last)]
+        return np.concatenate([self.stream.sequences(n, 1)[:, :-1] for n in spread])
 
 
 def calibrate(model, config, runtime):
@@ -6632,14 +6426,7 @@ def int5_order(num_layers):
     return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
 
 
-def fit_lite(
-    config,
-    state_dict,
-    code_bytes,
-    tokenizer_sha256="",
-    log=lambda line: None,
-    check_stop=lambda: None,
-):
+def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
     """(artifact, int5 layers): the first rung of the ladder on which code + model fit BUDGET_BYTES.
 
     The ladder starts with every MLP at BLOCK_BITS and lowers one more to int5 at each rung. Raises
@@ -6648,7 +6435,6 @@ def fit_lite(
     order = int5_order(config.num_layers)
     cache = {}
     for rung in range(len(order) + 1):
-        check_stop()
         layers = order[:rung]
         # Only packing tells the size: how far integers compress depends on their distribution.
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
@@ -6912,31 +6698,17 @@ class Packed(typing.NamedTuple):
     groups: list  # of GroupSize
 
 
-def fit_gptq(
-    config,
-    state_dict,
-    hessians,
-    fisher,
-    code_bytes,
-    tokenizer_sha256="",
-    log=lambda line: None,
-    check_stop=lambda: None,
-):
+def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log=lambda line: None):
     """Packed of the finest steps with which code + model fit BUDGET_BYTES.
 
     Deterministic: the same weights and knowledge give the same bytes. Raises ArtifactError when
     nothing fits.
     """
-    quantiser = Quantiser(state_dict, Knowledge(hessians, fisher), log)
-
-    def solve(unit):
-        check_stop()
-        return quantiser.solve(unit)
-
+    quantiser = Quantiser(state_dict, knowledge, log)
     encoder = GridEncoder(config, state_dict, quantiser.grids, tokenizer_sha256)
     budget = config.budget_bytes - code_bytes
     control = RateControl(
-        solve,
+        quantiser.solve,
         encoder.encode,
         budget,
         quantiser.parameters,
@@ -6946,7 +6718,7 @@ def fit_gptq(
     packing = control.run(quantiser.guessed_unit(budget))
     groups = account(encoder, packing)
     log_account(groups, log)
-    return packing.blob, [group._asdict() for group in groups], control.packings
+    return Packed(packing.blob, control.packings, groups)
 
 
 TRIAL_SIZE = 512  # rows and columns of the matrix that is solved and packed to time this machine
@@ -7271,6 +7043,23 @@ def load_float_weights(path):
 # A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
 # it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
+def check_places(config):
+    """Refuse, before anything is moved, to set aside the very file that is to be read."""
+    if config.resume != "never" or (config.mode == "train" and not config.eval_only):
+        return
+    if not config.eval_only:
+        raise ConfigError(
+            f"MODE={config.mode} reads the run in RUN_DIR={config.run_dir}, which RESUME=never "
+            "would set aside: leave RESUME at auto"
+        )
+    artifact = Path(config.eval_only).resolve()
+    if artifact.is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"EVAL_ONLY={config.eval_only} lies in RUN_DIR={config.run_dir}, which RESUME=never "
+            "would set aside: set another RUN_DIR, or leave RESUME at auto"
+        )
+
+
 class Run:
     """The phases of one run in RUN_DIR."""
 
@@ -7285,9 +7074,54 @@ class Run:
         self.files = {}
         if loaded is not None:
             self.files[self.artifact_path] = loaded
+        self.code_sha256 = sha256_file(CODE_PATH)
         self.model = None
         self.audited = False
         self.results = {"scores": {}}
+
+    def load(self, path):
+        """LoadedWeights of a file."""
+        if path not in self.files:
+            self.files[path] = load_weights(path)
+        return self.files[path]
+
+    def on_main(self, test):
+        """What test() says on rank 0, the one that is sure to see what it wrote."""
+        return self.runtime.comm.from_main(self.runtime.is_main and test()) > 0
+
+    def already_done(self, phase, test):
+        """Whether a phase has left its result already, by test() on rank 0."""
+        done = self.on_main(test)
+        if done:
+            self.log(f"phase_done:{phase} found in {self.path}")
+        return done
+
+    # ---- before the first phase ----
+
+    def prepare(self):
+        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        config = self.config
+        if config.resume == "must" and not self.on_main((self.path / "config.json").exists):
+            raise ConfigError(
+                f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
+            )
+        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
+            if self.runtime.is_main:
+                build_demo_data(config, self.log)
+            self.runtime.comm.barrier()
+        # An artifact names its tokenizer: with another one its token ids would mean other text.
+        tokenizer_sha256 = ""
+        if config.eval_only:
+            tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
+        else:
+            find_shards(config, "train")  # fails now rather than after the validation text is read
+        self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
+        if self.runtime.is_main:
+            self.take_over_record()
+        self.write_manifest()
+        self.announce()
+        if config.eval_only:
+            self.check_budget()
 
     def run(self):
         """All phases that are configured and missing."""
@@ -7301,102 +7135,44 @@ class Run:
         if config.mode == "train":
             self.score()
 
-    def load(self, path):
-        """LoadedWeights of a file."""
-        if path not in self.files:
-            self.files[path] = load_weights(path)
-        return self.files[path]
+    def identity(self):
+        """What two runs must agree on to share a RUN_DIR: settings, text, code and scored file.
 
-    def model_of(self, path):
-        """The model with the weights of a file; one object for all scores: compiled once."""
-        if self.model is None:
-            # Rounding in training has no place here: the weights are what they are.
-            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
-            self.model = build_model(settings, self.runtime)
-        self.model.load_state_dict(self.load(path).state_dict)
-        return self.model
-
-    def on_main(self, condition):
-        """Rank 0's `condition` on every rank: only rank 0 is sure to see files it wrote."""
-        return self.runtime.comm.from_main(bool(condition)) > 0
-
-    def already_done(self, phase, condition):
-        """Rank 0's `condition`, that a phase has left its result, which is then logged."""
-        done = self.on_main(condition)
-        if done:
-            self.log(f"phase_done:{phase} found in {self.path}")
-        return done
-
-    # ---- before the first phase ----
-
-    def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
-        config = self.config
-        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
-            if self.runtime.is_main:
-                build_demo_data(config, self.log)
-            self.runtime.comm.barrier()
-        # An artifact names its tokenizer: with another one its token ids would mean other text.
-        expected_sha256 = ""
-        if config.eval_only:
-            expected_sha256 = self.load(self.artifact_path).tokenizer_sha256
-        else:
-            find_shards(config, "train")  # fails now rather than after the validation text is read
-        token_bytes = load_token_bytes(config, expected_sha256)
-        self.tokenizer_sha256 = sha256_file(config.tokenizer_path)
-        self.val = ValidationSet.load(config, token_bytes)
-        self.identity = self.identify()
-        if self.runtime.is_main:
-            self.claim_directory()
-        self.write_manifest()
-        self.announce()
-        if config.eval_only:
-            self.check_budget()
-
-    def identify(self):
-        """{"training", "packing", "evaluation": {name: value}} that a RUN_DIR belongs to.
-
-        A phase depends on its own part and on those before it. The evaluation of a given file knows
-        nothing of the file's training and packing but the digest of the file.
+        An evaluation does not use the settings of training, so it does not compare them.
         """
         config = self.config
-        training = {"train_gpt.py": sha256_file(CODE_PATH)}  # other code may do otherwise
-        packing = {"tokenizer": self.tokenizer_sha256}
-        evaluation = config.as_dict("eval")
-        evaluation["validation text"] = self.val.fingerprint["val_sha256"]
-        evaluation["file that is scored"] = "the run's own"
+        kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
+        identity = config.as_dict(*kinds)
+        identity["validation text"] = self.val.fingerprint["val_sha256"]
+        identity["train_gpt.py"] = self.code_sha256  # other code may score otherwise
+        identity["file that is scored"] = "the run's own"
         if config.eval_only:
-            evaluation["file that is scored"] = self.load(self.artifact_path).sha256
-        else:
-            training.update(config.as_dict("arch", "train"), dtype=config.dtype)
-            training["training tokens"] = open_train_stream(config).num_tokens
-            packing.update(config.as_dict("pack"))
-            if config.late_qat_threshold:  # training then rounds to these bits
-                for name in ("block_bits", "embed_bits"):
-                    training[name] = packing.pop(name)
-        return dict(training=training, packing=packing, evaluation=evaluation)
+            identity["file that is scored"] = self.load(self.artifact_path).sha256
+        return identity
 
-    def claim_directory(self):
-        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one.
+    def origin(self):
+        """Shows that this user's runs made something, without giving the key away."""
+        key = self.runtime.user_key()
+        return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
 
-        Other settings of packing alone pack the run's float weights again. Raises ConfigError when
-        RUN_DIR holds another run.
-        """
-        config = self.config
+    def take_over_record(self):
+        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
         path = self.path / "config.json"
         old = read_json(path) if path.exists() else None
-        # The evaluation of a given file is a check of the file and takes up no earlier score, so
-        # the earlier check may be of another file. A training run is never overwritten.
-        earlier_check = config.eval_only and old and old["config"].get("eval_only")
+        # The evaluation of a given file is a check of it: what an earlier one found is not taken
+        # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
+        earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
-            self.compare_with(old)
+            self.check_same_run(old)
             with contextlib.suppress(FileNotFoundError):
                 self.results = read_json(self.path / "scores.json")
+        config = self.config
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
             preset=config.preset,
             hash=config.hash(),
-            identity=self.identity,
+            origin=self.origin(),
+            identity=self.identity(),
             config=config.as_dict(),
             kinds=kinds,
             differs=config.differences(),
@@ -7404,40 +7180,25 @@ class Run:
         write_json(path, record)
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
-    def compare_with(self, old):
-        """Raise ConfigError if `old`, a config.json, is another run's; delete what is repacked."""
-        config = self.config
-        changed = {}  # by part of the identity: {name: "NAME: old -> new"}
-        for part, values in self.identity.items():
-            before = old.get("identity", {}).get(part, {})
-            changed[part] = {
-                name: f"{name.upper() if hasattr(config, name) else name}: "
-                f"{before.get(name)!r} -> {value!r}"
-                for name, value in values.items()
-                if before.get(name) != value
-            }
-        differences = {name: text for part in changed.values() for name, text in part.items()}
-        if not differences:
-            return
-        repacks = changed["packing"] and not changed["training"]
-        repacks = repacks and config.mode == "train" and not config.eval_only
-        if config.max_wallclock_seconds and not self.float_path.exists():
-            # What gptq takes from the cap changes the training that is still to be done.
-            repacks = repacks and "quantizer" not in changed["packing"]
-        if not repacks:
+    def check_same_run(self, old):
+        """Raise ConfigError when RUN_DIR holds a run of other settings, data or code."""
+        before = old.get("identity", {})
+        differences = []
+        for name, value in self.identity().items():
+            if before.get(name) != value:
+                shown = name.upper() if name in old.get("config", {}) else name
+                differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
+        if differences:
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences.values())}: use the same to resume it, or set another "
-                "RUN_ID"
+                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
+                "RESUME=never to keep it aside"
             )
-        # Scores go first: a kill must not leave them beside another artifact.
-        stale = [self.path / name for name in ("scores.json", "audit.json", ARTIFACT_NAME)]
-        for path in [*stale, *(self.path / "checkpoint").glob("eval_*.pt")]:
-            path.unlink(missing_ok=True)
-        self.log(
-            f"packing_changed {'; '.join(differences.values())}: artifact, audit and scores are "
-            "made anew, from the same float weights"
-        )
+        if old.get("origin") != self.origin():
+            self.log(
+                f"warning: {self.path} was begun elsewhere (another user, machine or container): "
+                "phases that it calls done are taken on trust; RESUME=never starts anew"
+            )
 
     def announce(self):
         """Log the configuration and the data in the lines that other tools parse (REFERENCE, 9)."""
@@ -7449,12 +7210,15 @@ class Run:
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
-        if not config.eval_only:
+        if not config.eval_only:  # an artifact brings what others set
             for name, reason in config.idle().items():
                 log(f"warning: {name.upper()}={getattr(config, name)} has no effect with {reason}")
+        if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
-        log(f"attention:{self.runtime.attention.reason}")
+        machine = self.runtime
+        attention = pick_attention(machine.device, machine.dtype, machine.compiling)
+        log(f"attention:{attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         split = self.val.fingerprint
         pattern = f"{config.data_path}/fineweb_val_*.bin"
@@ -7465,7 +7229,7 @@ class Run:
             f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
             f"score_scope:{split['scope']}"
         )
-        if self.val.is_foreign():
+        if self.val.retokenisation_mismatch():
             log(
                 f"warning: TOKENIZER_PATH={config.tokenizer_path} does not seem to have made these "
                 "shards: it encodes their text otherwise. Bytes per token, and so bits per byte, "
@@ -7498,11 +7262,11 @@ class Run:
             world_size=self.runtime.comm.world,
             torch_threads=torch.get_num_threads(),
             config_hash=config.hash(),
-            code_sha256=self.identity["training"]["train_gpt.py"],
+            code_sha256=self.code_sha256,
             code_bytes=CODE_PATH.stat().st_size,
             artifact_sha256=artifact_sha256,
             artifact_bytes=artifact_bytes,
-            tokenizer_sha256=self.tokenizer_sha256,
+            tokenizer_sha256=sha256_file(config.tokenizer_path),
             data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
         self.log(f"manifest:{json.dumps(manifest)}")
@@ -7512,83 +7276,83 @@ class Run:
 
     def train(self):
         """Write the float weights, unless they are there."""
+        if not self.already_done("train", self.float_path.exists):
+            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
+
+    def packing_reserve(self):
+        """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
         config = self.config
-        if self.already_done("train", self.float_path.exists()):
-            return
-        if config.quantizer == "gptq" and config.max_wallclock_seconds:
-            self.log(
-                f"gptq_reserve: {config.gptq_reserve_seconds:g}s of MAX_WALLCLOCK_SECONDS="
-                f"{config.max_wallclock_seconds:g} stay free for calibration and packing; 12 s is "
-                "the published value on 8xH100"
-            )
-        train(config, self.runtime, self.val, self.float_path, self.identity["training"])
+        if config.quantizer != "gptq" or not config.max_wallclock_seconds:
+            return 0.0
+        seconds = solving_seconds(config) if self.runtime.is_main else 0.0
+        seconds = self.runtime.comm.from_main(seconds)
+        self.log(f"wallclock_reserve: {seconds:.4f}s for solving and packing")
+        return seconds
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
-        if self.already_done("pack", self.artifact_path.exists()):
+        if self.already_done("pack", self.artifact_path.exists):
             return
-        self.runtime.stop_if_wanted("packing")
-        begin = time.monotonic()
-        statistics = None
-        if self.config.quantizer == "gptq":  # all ranks calibrate
-            model = self.model_of(self.float_path)
-            statistics = calibrate(model, self.config, self.runtime)
-        stopped = False
-        if self.runtime.is_main:
-            try:
-                self.pack_on_main(statistics, begin)
-            except Stopped:
-                stopped = True
-        # The others wait here, and stop with rank 0.
-        if self.on_main(stopped):
-            raise Stopped("in packing")
+        weights = self.load(self.float_path)
+        self.runtime.stop_if_wanted("packing", self.packing_seconds(weights))
+        if self.config.quantizer == "gptq":
+            self.pack_gptq(weights)
+        elif self.runtime.is_main:
+            # Deterministic, and it takes seconds: one rank packs, the others read the file.
+            self.pack_lite(weights.state_dict)
+        self.runtime.comm.barrier()
         self.write_manifest()
 
-    def pack_on_main(self, statistics, begin):
-        """Write the artifact; packing is deterministic, so one rank does it for all.
+    def packing_seconds(self, weights):
+        """Predicted seconds of packing LoadedWeights, calibration included."""
+        if self.config.quantizer == "gptq":
+            step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
+            calibrating = calibration_seconds(self.config, step_seconds)
+            return 3 + calibrating + solving_seconds(self.config)
+        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
+        return 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
 
-        `statistics` are the hessians and the Fisher information of QUANTIZER=gptq, None for lite;
-        `begin` is when their calibration began. Raises Stopped between two trials.
-        """
-        config = self.config
-        weights = self.load(self.float_path)
+    def pack_lite(self, state_dict):
+        """Artifact of rounded rows, on rank 0."""
+        tokenizer_sha256 = sha256_file(self.config.tokenizer_path)
         code_bytes = self.code_bytes()
+        blob, layers = fit_budget(self.config, state_dict, code_bytes, tokenizer_sha256, self.log)
+        self.write_artifact(blob, int5_layers=layers)
 
-        def check_stop():
-            if self.runtime.stop.wanted():
-                raise Stopped("in packing")
-
-        options = dict(tokenizer_sha256=self.tokenizer_sha256, log=self.log, check_stop=check_stop)
-        if config.quantizer == "lite":
-            blob, layers = fit_lite(config, weights.state_dict, code_bytes, **options)
-            facts = dict(int5_layers=layers)
-        else:
-            calibrated = time.monotonic() - begin
-            self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
-            blob, breakdown, trials = fit_gptq(
-                config, weights.state_dict, *statistics, code_bytes, **options
+    def pack_gptq(self, weights):
+        """Calibrate on all ranks, then solve and pack on rank 0; all of it counts as training."""
+        begin = time.monotonic()
+        config = self.config
+        knowledge = calibrate(self.model_of(self.float_path), config, self.runtime)
+        calibrated = time.monotonic() - begin
+        self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
+        if self.runtime.is_main:
+            tokenizer_sha256 = sha256_file(config.tokenizer_path)
+            packed = fit_gptq(
+                config, weights.state_dict, knowledge, self.code_bytes(), tokenizer_sha256, self.log
             )
             seconds = time.monotonic() - begin
-            total = weights.info.get("train_time_s", 0.0) + seconds  # all of it counts as training
+            total = weights.info.get("train_time_s", 0.0) + seconds
             self.log(
-                f"quantised packings:{trials} seconds:{seconds:.1f} with_training:{total:.1f}s"
+                f"quantised packings:{packed.packings} seconds:{seconds:.1f} "
+                f"with_training:{total:.1f}s"
             )
-            if 0 < config.max_wallclock_seconds < total:
-                self.log(
-                    f"warning: training and packing took {total:.1f} s, more than "
-                    f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: raise "
-                    f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}"
-                )
-            facts = dict(
-                packings=trials,
+            self.write_artifact(
+                packed.blob,
+                packings=packed.packings,
                 calibration_seconds=calibrated,
                 quantiser_seconds=seconds,
                 with_training_seconds=total,
-                account=breakdown,
+                account=[group._asdict() for group in packed.groups],
             )
+
+    def write_artifact(self, blob, **facts):
+        """The file, the lines of its sizes and the event."""
         write_atomic(self.artifact_path, [blob])
-        self.log_sizes(len(blob), code_bytes, config.artifact_compressor)
-        self.runtime.event("packed", artifact_bytes=len(blob), code_bytes=code_bytes, **facts)
+        self.log_sizes(len(blob), self.code_bytes(), self.config.artifact_compressor)
+        self.runtime.event(
+            "packed", artifact_bytes=len(blob), code_bytes=self.code_bytes(), **facts
+        )
 
     def code_bytes(self):
         """Bytes of code that the artifact must share BUDGET_BYTES with."""
@@ -7596,12 +7360,13 @@ class Run:
 
     def log_sizes(self, artifact_bytes, code_bytes, compressor):
         """The three lines of the challenge's logs, and what is left of the budget."""
+        log = self.log
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
-        self.log(f"Code size: {code_bytes} bytes")
-        self.log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
-        self.log(f"Total submission size int6+{compressor}: {total} bytes")
-        self.log(f"headroom: {self.config.budget_bytes - total} bytes")
+        log(f"Code size: {code_bytes} bytes")
+        log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
+        log(f"Total submission size int6+{compressor}: {total} bytes")
+        log(f"headroom: {self.config.budget_bytes - total} bytes")
 
     def check_budget(self):
         """The file that is scored and this very script must fit. Raises ArtifactError."""
@@ -7613,7 +7378,8 @@ class Run:
         # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
         # How it was packed is no setting of an evaluation: the file's head says it.
-        self.log_sizes(artifact_bytes, code_bytes, COMPRESSORS[head[2]])
+        compressor = COMPRESSORS[head[2]]
+        self.log_sizes(artifact_bytes, code_bytes, compressor)
         over = artifact_bytes + code_bytes - self.config.budget_bytes
         if over > 0:
             raise ArtifactError(
@@ -7622,26 +7388,33 @@ class Run:
                 "script it was submitted with, or raise BUDGET_BYTES to look at it all the same"
             )
 
-    def evaluation_key(self, path):
-        """The digest that an audit or a cut-off evaluation of a file must agree on to be used."""
-        text = json.dumps([self.load(path).sha256, self.identity], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def model_of(self, path):
+        """The model with the weights of a file; one object for all scores: compiled once."""
+        if self.model is None:
+            # Rounding in training has no place here: the weights are what they are.
+            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
+            self.model = build_model(settings, self.runtime)
+        self.model.load_state_dict(self.load(path).state_dict)
+        return self.model
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
         config = self.config
         path = self.path / "audit.json"
         begin = time.monotonic()
-        if not self.on_main(self.artifact_path.exists()):
+        if not self.on_main(self.artifact_path.exists):
             raise ConfigError(
                 f"MODE=audit: {self.artifact_path} does not exist: set EVAL_ONLY=path"
             )
-        key = self.evaluation_key(self.artifact_path)
-        passed_before = False
-        # A given file is audited anew each time; so is all when the audit is what was asked.
-        if path.exists() and config.mode == "train" and not config.eval_only:
+        audit_key = self.evaluation_key(self.artifact_path)
+
+        def passed_before():
+            # A given file is audited anew each time; so is all when the audit is what was asked.
+            if config.eval_only or config.mode == "audit" or not path.exists():
+                return False
             old = read_json(path)
-            passed_before = old.get("key") == key and old["passed"]
+            return old.get("audit_key") == audit_key and old["passed"]
+
         self.audited = True  # below, a failure raises
         # Scores of an earlier start of this run are of the same file, script and settings.
         for label, score in self.results["scores"].items():
@@ -7654,24 +7427,44 @@ class Run:
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
         if self.runtime.is_main:
-            write_json(path, dict(passed=not failed, key=key, seconds=seconds, checks=checks))
+            record = dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
+            write_json(path, record)
         self.runtime.event("audit", passed=not failed)
         verdict = "FAIL" if failed else "pass"
         self.log(f"audit {verdict} {len(checks)} checks in {seconds:.1f} s")
         if failed:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
+    def evaluation_key(self, path):
+        """A score or an audit belongs to one file of weights, one script and its settings."""
+        settings = self.config.hash("arch", "eval")
+        return f"{self.load(path).sha256}/{self.code_sha256}/{settings}"
+
+    def state_key(self, path):
+        """What a cut-off evaluation of a file must agree on to be continued.
+
+        A given file is checked, so only states of this user's own runs are believed. A training
+        run's phases are taken on trust anyway: its job may go on where the user's key is not.
+        """
+        key = self.evaluation_key(path)
+        return f"{key}/{self.origin()}" if self.config.eval_only else key
+
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
         config = self.config
         for job in self.jobs():
-            scored = self.already_done(job.label, job.label in self.results["scores"])
+            scored = self.already_done(
+                job.label, lambda job=job: job.label in self.results["scores"]
+            )
             if scored and not config.scores_file:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
-            checkpoints = Checkpointer(self.runtime, f"eval_{job.label}", config.checkpoint_seconds)
+            name = f"eval_{job.label}"
+            checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
             scores_file = None
             if config.scores_file:
+                # It needs every target of one pass, so no earlier part of one is taken up.
+                checkpoints = None
                 scores_file = ScoresFile(self.val.num_targets)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
@@ -7684,13 +7477,11 @@ class Run:
                 slot=job.slot,
                 label=job.label,
                 observer=scores_file,
-                # The file needs every target of one pass, so no earlier part of one is taken up.
-                checkpoints=None if scores_file else checkpoints,
-                identity=self.evaluation_key(path),
+                checkpoints=checkpoints,
+                identity=self.state_key(path),
                 spot_checks=config.spot_checks,
             )
             self.record(score, job)
-            checkpoints.clear()
             if scores_file is not None:
                 scores_file.write(config.scores_file.replace("{label}", job.label), self.runtime)
         if self.runtime.is_main:
@@ -7711,15 +7502,17 @@ class Run:
 
     def record(self, score, job):
         """Log a score and add it to scores.json."""
+        log = self.log
         name = score.label
         mark = "" if score.legal else " legality:illegal"
         stride = f" stride:{job.stride}" if name.endswith("sliding_window") else ""
-        self.log(
+        milliseconds = 1000 * score.seconds
+        log(
             f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
-            f"eval_time:{1000 * score.seconds:.0f}ms{mark}"
+            f"eval_time:{milliseconds:.0f}ms{mark}"
         )
-        self.log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
-        self.log(f"score_scope:{self.val.scope}")
+        log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
+        log(f"score_scope:{self.val.scope}")
         entry = dict(
             val_loss=score.val_loss,
             val_bpb=score.val_bpb,
@@ -7781,8 +7574,7 @@ class Run:
         return "1" if score["audited"] else "unaudited"
 
     def summarise(self):
-        """Log the results, and the command to try next, in plain words."""
-        config = self.config
+        """What happened and what to try next, in plain words."""
         log = self.log
         results = self.results
         for label, score in results["scores"].items():
@@ -7791,35 +7583,46 @@ class Run:
                 f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope}"
             )
-        if config.preset == "demo":  # what general compressors make of the text that was scored
-            ids = self.val.tokens.astype(int).tolist()
-            text = self.val.token_bytes.model.decode(ids).encode()
-            for name, blob in [("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))]:
-                bpb = 8 * len(blob) / len(text)
-                log(f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text")
+        if self.config.preset == "demo":
+            self.log_baselines()
         headline = self.headline()
         if headline is not None:
-            score = results["scores"][headline]
+            bpb = results["scores"][headline]["val_bpb"]
+            seconds = results["scores"][headline]["eval_time_s"]
+            legal = self.legality_of(headline)
             log(
-                f"summary: score  {score['val_bpb']:.4f} bits per byte ({headline}, "
-                f"legal:{self.legality_of(headline)}, score_scope:{self.val.scope})"
+                f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal}, "
+                f"score_scope:{self.val.scope})"
             )
-            log(
-                f"summary: scored {self.val.num_targets:,} targets in {score['eval_time_s']:,.0f} s"
-            )
+            log(f"summary: scored {self.val.num_targets:,} targets in {seconds:,.0f} s")
+        total = results["total_bytes"]
         log(
             f"summary: size   {results['artifact_bytes']:,} + {results['code_bytes']:,} of code = "
-            f"{results['total_bytes']:,} of {config.budget_bytes:,} bytes"
+            f"{total:,} of {self.config.budget_bytes:,} bytes"
         )
-        if not config.eval_only:
+        if not self.config.eval_only:
             log(f"summary: steps  {results['steps']:,} in {results['train_time_s']:,.0f} s")
         log(f"summary: files  {self.path}")
-        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={config.tokenizer_path}"
-        if config.eval_only:
-            command = 'MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
-        else:
-            command = f"DATA_PATH={config.data_path} python train_gpt.py  # verify the artifact"
-        log(f"next: {where} {command}")
+        log(f"next: {self.next_command()}")
+
+    def log_baselines(self):
+        """What general compressors make of the text that the demo was scored on."""
+        ids = self.val.tokens.astype(int).tolist()
+        text = self.val.token_bytes.model.decode(ids).encode()
+        packed = {"gzip -9": gzip.compress(text, 9), "xz -6": lzma.compress(text)}
+        for name, blob in packed.items():
+            bpb = 8 * len(blob) / len(text)
+            log_line = f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text"
+            self.log(log_line)
+
+    def next_command(self):
+        """The one command to try next."""
+        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={self.config.tokenizer_path}"
+        if self.config.eval_only:
+            return f'{where} MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
+        return (
+            f"{where} DATA_PATH={self.config.data_path} python train_gpt.py  # verify the artifact"
+        )
 
 
 # ---- MODE=sample ----
@@ -7879,36 +7682,85 @@ def sample(config, runtime, loaded):
 @contextlib.contextmanager
 def reported_errors(runtime):
     """Log what stops a run, once and with the rank, and end the process with its exit code."""
+    rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
     try:
         yield
-        return
     except Stopped as stop:
-        code = stop.code
-        if runtime.is_main:
-            with contextlib.suppress(OSError):  # a job script requeues where this file lies
-                (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-        reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
-        runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
-        runtime.event("stopped", signal=reason, phase=str(stop))
-        with contextlib.suppress(RuntimeError):
-            runtime.comm.barrier()  # all ranks leave together
+        report_stop(runtime, stop)
+        leave(runtime, stop.code)
+    except GolfError as error:
+        report_error(runtime, error.code, str(error), f"error: {printable(error)}", rank)
+        leave(runtime, error.code)
     except BaseException as error:
-        code = 1
         message = f"{type(error).__name__}: {error}"
-        shown = traceback.format_exc()
-        if isinstance(error, GolfError):  # its text says what to do
-            code = error.code
-            message = str(error)
-            shown = f"error: {message}"
-        runtime.event("error", code=code, message=message)
-        runtime.append(runtime.log_file, f"error: {message}")
-        rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
-        lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        report_error(runtime, 1, message, traceback.format_exc(), rank)
+        leave(runtime, 1)
+
+
+def report_stop(runtime, stop):
+    """One line, one event, and the file STOPPED that tells a job script to requeue."""
+    if runtime.is_main:
+        with contextlib.suppress(OSError):
+            (runtime.dir / "STOPPED").write_text(f"{stop}\n")
+    reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
+    runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
+    runtime.event("stopped", signal=reason, phase=str(stop))
+    with contextlib.suppress(RuntimeError):
+        runtime.comm.barrier()  # all ranks leave together
+
+
+def report_error(runtime, code, message, shown, rank):
+    """`message` to the log and the events, `shown` with its rank to the terminal."""
+    runtime.event("error", code=code, message=message)
+    runtime.append(runtime.log_file, f"error: {message}")
+    lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def leave(runtime, code):
+    """Exit now: tearing down a process group whose peers may be gone can hang."""
+    # A checkpoint that is being written must be whole before the process goes. Other threads are
+    # not waited for: those of the compiler's pools do not end by themselves.
+    for thread in threading.enumerate():
+        if thread.name.startswith(CHECKPOINT_THREAD):
+            thread.join()
     sys.stdout.flush()
     if runtime.comm.world > 1:
-        os._exit(code)  # tearing down a process group whose peers may be gone can hang
+        os._exit(code)
     sys.exit(code)
+
+
+def launch_ranks(config):
+    """Start NPROC processes of this command on this machine; returns the exit code of the job.
+
+    It is what `torchrun --standalone` does, but for the end: torchrun exits with 1 whatever its
+    workers say, and a job script could not tell a failed audit from a full disk.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+    launch_config = launcher.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.nproc,
+        run_id=f"train_gpt_{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # a stopped run goes on when its command is run again
+        monitor_interval=0.1,
+        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    )
+    begin = time.time()
+    try:
+        launcher.elastic_launch(launch_config, sys.executable)("-u", str(CODE_PATH))
+    except launcher.ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode
+    except SignalException:
+        # The workers got the signal too; the file tells whether they saved everything in time.
+        stopped = Path(config.run_dir) / "STOPPED"
+        saved = stopped.exists() and stopped.stat().st_mtime >= begin
+        return Stopped.code if saved else 1
+    return 0
 
 
 def load_given(environ):
@@ -7936,6 +7788,9 @@ def main():
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
+    check_places(config)
+    if config.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(launch_ranks(config))
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):

@@ -73,7 +73,7 @@ class Step:
         self.config = golf.Config(**{**SHAPE, **changes})
         torch.manual_seed(0)
         # Looked up at each call, so that a measurement can put another form in its place.
-        self.model = golf.GPT(self.config, lambda q, k, v: golf.cpu_attention(q, k, v))
+        self.model = golf.GPT(self.config, lambda q, k, v: golf.sdpa_attention(q, k, v))
         self.optimizers = golf.build_optimizers(self.model, self.config)
         tokens = torch.randint(2, self.config.vocab_size, (self.config.train_batch_tokens + 1,))
         shape = (
@@ -235,7 +235,7 @@ def random_stream(config, targets):
 
 def evaluation():
     config = golf.Config(**SHAPE)
-    stream, model = random_stream(config, 8192), golf.GPT(config, golf.cpu_attention).eval()
+    stream, model = random_stream(config, 8192), golf.GPT(config, golf.sdpa_attention).eval()
     with runtime(config) as machine:
         machine.log = lambda line: None
 

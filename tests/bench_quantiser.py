@@ -139,8 +139,8 @@ class HeldOut:
         self.ids = torch.from_numpy(ids.astype(np.int64)).split(windows_at_once)
         self.targets = torch.from_numpy(targets.astype(np.int64)).split(windows_at_once)
         self.tokens = count * length
-        self.floats = golf.GPT(config, golf.cpu_attention).eval()
-        self.model = golf.GPT(config, golf.cpu_attention).eval()
+        self.floats = golf.GPT(config, golf.sdpa_attention).eval()
+        self.model = golf.GPT(config, golf.sdpa_attention).eval()
         self.floats.load_state_dict(state)
 
     @staticmethod

@@ -155,7 +155,7 @@ def randomised(module):
 
 
 @torch.no_grad()
-def random_model(config, attend=train_gpt.cpu_attention, seed=0, spread=0.15):
+def random_model(config, attend=train_gpt.sdpa_attention, seed=0, spread=0.15):
     """A model a little off its initial weights, in training mode as a trainer would leave it."""
     torch.manual_seed(seed)
     model = train_gpt.GPT(config, attend)

@@ -24,18 +24,9 @@ def test_the_demo_takes_a_fixed_number_of_steps_and_validates_often_enough_for_a
     assert -(-DEMO.iterations // DEMO.val_loss_every) >= 6
 
 
-@pytest.fixture(scope="module")
-def demo(tiny_data, tmp_path_factory):
-    """The demo on tiny data, started in an empty directory."""
-    settings = {**tiny_data.settings, "preset": "demo", "dtype": "float32"}
-    finished = run_main(tmp_path_factory.mktemp("demo") / "run", **settings)
-    assert finished.code == 0, finished.err
-    return finished
-
-
-def scored_text(shard, tokenizer, seq_len):
+def scored_text(folder, tokenizer, seq_len):
     """The validation text that is scored: all whole windows, decoded."""
-    tokens = np.fromfile(shard, "<u2")[512:]
+    tokens = train_gpt.read_shard(folder / "fineweb_val_000000.bin")
     targets = (len(tokens) - 1) // seq_len * seq_len
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     return model.decode(tokens[: targets + 1].tolist()).encode()
@@ -51,51 +42,35 @@ def baselines(text):
 
 
 @pytest.fixture(scope="module")
-def text(tiny_data):
-    shard = tiny_data.data_path / "fineweb_val_000000.bin"
-    return scored_text(shard, tiny_data.tokenizer_path, TINY["eval_seq_len"])
+def demo(tiny_data, tmp_path_factory):
+    """The demo on tiny data, started in an empty directory."""
+    settings = {**tiny_data.settings, "preset": "demo", "dtype": "float32"}
+    finished = run_main(tmp_path_factory.mktemp("demo") / "run", **settings)
+    assert finished.code == 0, finished.err
+    return finished
 
 
-def test_the_baselines_are_compressed_sizes_of_the_text_that_is_scored(demo, text):
+def test_the_baselines_are_compressed_sizes_of_the_text_that_is_scored(demo, tiny_data):
+    text = scored_text(tiny_data.data_path, tiny_data.tokenizer_path, TINY["eval_seq_len"])
     assert [line for line in demo.lines if line.startswith("baseline ")] == baselines(text)
-
-
-def test_the_baselines_text_is_as_long_as_the_bytes_that_are_scored(demo, text):
     data = read_json(demo.dir / "manifest.json")["data"]
     assert data["val_bytes"] == demo.scores()["legal_ttt"]["bytes"]
     assert abs(data["val_bytes"] - len(text)) <= data["val_documents"]
 
 
 def test_the_demo_ends_with_scores_baselines_summary_and_what_to_try_next(demo):
-    tail = demo.lines[
-        [i for i, line in enumerate(demo.lines) if line.startswith("legal_ttt ")][0] :
-    ]
-    starts = [
-        "legal_ttt ",
-        "legal_ttt_exact ",
-        "score_scope:proxy",
-        "result pre_quant ",
-        "result final_int6_roundtrip ",
-        "result final_int6_sliding_window ",
-        "result legal_ttt ",
-        "baseline gzip -9 ",
-        "baseline xz -6 ",
-        "summary: score ",
-        "summary: scored ",
-        "summary: size ",
-        "summary: steps ",
-        "summary: files ",
-        "next: ",
-        "run_finished ",
-    ]
-    assert [line.startswith(start) for line, start in zip(tail, starts, strict=True)] == [
-        True
-    ] * len(starts)
-
-
-def test_the_demo_tells_its_artifact_size_and_what_to_try(demo):
-    summary = next(line for line in demo.lines if line.startswith("summary: size"))
-    assert f" {(demo.dir / 'final_model.int6.ptz').stat().st_size:,} + " in summary
+    starts = """legal_ttt_exact |score_scope:proxy|result pre_quant |result final_int6_roundtrip |
+        result final_int6_sliding_window |result legal_ttt |baseline gzip -9 |baseline xz -6 |
+        summary: score |summary: scored |summary: size |summary: steps |summary: files |next: |
+        run_finished """
+    starts = [start.lstrip() for start in starts.split("|")]
+    tail = demo.lines[-len(starts) :]
+    assert [s for line, s in zip(tail, starts) if not line.startswith(s)] == []
+    size = next(line for line in demo.lines if line.startswith("summary: size"))
+    assert f" {(demo.dir / 'final_model.int6.ptz').stat().st_size:,} + " in size
+    # With data of one's own it builds none.
+    assert "demo_data:" not in demo.out
+    assert [path.name for path in demo.dir.parent.iterdir()] == ["run"]
 
 
 def test_the_command_to_try_next_verifies_the_artifact(demo):
@@ -103,14 +78,8 @@ def test_the_command_to_try_next_verifies_the_artifact(demo):
     command = advice.removeprefix("next: ").partition("#")[0].split()
     assert command[-2:] == ["python", "train_gpt.py"]
     settings = dict(word.split("=", 1) for word in command[:-2])
-    brought = train_gpt.load_weights(settings["EVAL_ONLY"]).brought()
-    assert Config.from_env(settings, brought).data_path == settings["DATA_PATH"]
     assert settings["EVAL_ONLY"] == str(demo.dir / "final_model.int6.ptz")
-
-
-def test_with_data_of_ones_own_the_demo_builds_none(demo):
-    assert "demo_data:" not in demo.out
-    assert [path.name for path in demo.dir.parent.iterdir()] == ["run"]
+    assert run_main(demo.dir.parent / "again", **settings, AUDIT="0").code == 0
 
 
 def test_another_preset_without_data_points_to_the_demo(tmp_path):
@@ -119,9 +88,8 @@ def test_another_preset_without_data_points_to_the_demo(tmp_path):
     assert "data/datasets/fineweb10B_sp1024" in failed.err and "DATA_PATH" in failed.err
 
 
-# --------------------------------------------------------------------------------------------------
-# With the demo's own data
-# --------------------------------------------------------------------------------------------------
+# ---- with the demo's own data ----
+
 # A model that learns fast, few steps, and windows that hardly overlap: a minute instead of four.
 SHORT = dict(
     preset="demo",
@@ -146,6 +114,7 @@ SHORT = dict(
 
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory):
+    """(folder, output) of a short demo that builds its data."""
     folder = tmp_path_factory.mktemp("short_demo")
     finished = launch({**SHORT, "run_id": "first"}, folder, timeout=900)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -155,51 +124,33 @@ def short_demo(tmp_path_factory):
 @pytest.mark.slow
 def test_the_demo_builds_enough_text_and_scores_all_of_it(short_demo):
     folder, out = short_demo
-    train, val = (
-        int(re.search(rf"^demo_data: {split} (\d+) bytes", out, re.M)[1])
-        for split in ("train", "val")
-    )
+    sizes = dict(re.findall(r"^demo_data: (train|val) (\d+) bytes", out, re.M))
+    train, val = int(sizes["train"]), int(sizes["val"])
     assert train >= 6_000_000 and val >= 250_000
-    result, data = (
-        read_json(folder / f"runs/first/{name}.json") for name in ("scores", "manifest")
-    )
-    assert result["finished"] and list(result["scores"]) == [
-        "pre_quant",
-        "final_int6_roundtrip",
-        "final_int6_sliding_window",
-        "legal_ttt",
-    ]
+    assert read_json(folder / "runs/first/scores.json")["finished"]
     # Normalisation makes one space of indentation and line ends; trimming takes less than a window.
-    assert 0.9 * val <= data["data"]["val_bytes"] <= val
+    data = read_json(folder / "runs/first/manifest.json")["data"]
+    assert 0.9 * val <= data["val_bytes"] <= val
+    text = scored_text(folder / DEMO.data_path, folder / DEMO.tokenizer_path, 256)
+    assert [line for line in out.splitlines() if line.startswith("baseline ")] == baselines(text)
 
 
 @pytest.mark.slow
-def test_hardly_any_passage_of_the_demo_s_text_is_in_both_parts(short_demo):
-    folder = short_demo[0]
+def test_hardly_any_passage_of_the_demos_text_is_in_both_parts(short_demo):
+    """No paragraph is; some differ by a word only. Tokens keep no paragraphs to compare."""
+    folder, _ = short_demo
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / DEMO.tokenizer_path))
-    parts = []
+    documents = {}
     for split in ("train", "val"):
-        tokens = np.asarray(
-            train_gpt.read_shard(folder / DEMO.data_path / f"fineweb_{split}_000000.bin")
-        )
-        documents = np.split(tokens, np.flatnonzero(tokens == train_gpt.BOS))[1:]
-        parts.append([model.decode(ids.tolist()) for ids in documents])
-    # No paragraph is in both, but some differ by a word only; tokens keep no paragraphs to compare.
-    seen, width = "\n".join(parts[0]), 200
+        tokens = train_gpt.read_shard(folder / DEMO.data_path / f"fineweb_{split}_000000.bin")
+        parts = np.split(tokens, np.flatnonzero(tokens == train_gpt.BOS))[1:]
+        documents[split] = [model.decode(ids.tolist()) for ids in parts]
+    seen, width = "\n".join(documents["train"]), 200
     passages = [
-        text[i : i + width] for text in parts[1] for i in range(0, len(text) - width, width)
+        text[i : i + width] for text in documents["val"] for i in range(0, len(text) - width, width)
     ]
     assert len(passages) > 1000
     assert sum(passage in seen for passage in passages) < 0.02 * len(passages)
-
-
-@pytest.mark.slow
-def test_the_baselines_of_the_demo_s_text_are_those_of_gzip_and_xz(short_demo):
-    folder, out = short_demo
-    text = scored_text(
-        folder / DEMO.data_path / "fineweb_val_000000.bin", folder / DEMO.tokenizer_path, 256
-    )
-    assert [line for line in out.splitlines() if line.startswith("baseline ")] == baselines(text)
 
 
 @pytest.mark.slow
@@ -208,32 +159,18 @@ def test_a_second_demo_finds_the_data_of_the_first(short_demo):
     settings = {**SHORT, "iterations": 0, "ttt_enabled": False, "eval_stride": 256}
     again = run_main(folder / "runs" / "second", cwd=folder, **settings)
     assert again.code == 0 and "demo_data:" not in again.out
-    first, second = (
-        read_json(folder / f"runs/{name}/manifest.json")["data"] for name in ("first", "second")
-    )
-    assert first == second
+    manifests = [read_json(folder / f"runs/{name}/manifest.json") for name in ("first", "second")]
+    assert manifests[0]["data"] == manifests[1]["data"]
 
 
-@pytest.fixture(scope="module")
-def full_demo(short_demo):
-    """Scores of the whole demo, however long it takes here."""
+@pytest.mark.slow
+def test_the_whole_demo_beats_gzip_and_gains_visibly_by_test_time_training(short_demo):
     folder, _ = short_demo
-    settings = dict(
-        preset="demo", max_wallclock_seconds=0, audit=False, device="cpu", run_id="third"
-    )
+    settings = dict(preset="demo", max_wallclock_seconds=0, audit=False, device="cpu", run_id="2")
     finished = launch(settings, folder, timeout=1800)
     assert finished.returncode == 0, finished.stderr
-    baseline = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", finished.stdout, re.M)[1])
-    scores = read_json(folder / "runs/third/scores.json")["scores"]
-    return baseline, {label: score["val_bpb"] for label, score in scores.items()}
-
-
-@pytest.mark.slow
-def test_the_demo_beats_gzip(full_demo):
-    baseline, scores = full_demo
-    assert scores["final_int6_sliding_window"] < baseline
-
-
-@pytest.mark.slow
-def test_test_time_training_gains_visibly_in_the_demo(full_demo):
-    assert full_demo[1]["legal_ttt"] < full_demo[1]["final_int6_sliding_window"] - 0.005
+    gzip_bpb = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", finished.stdout, re.M)[1])
+    scores = read_json(folder / "runs/2/scores.json")["scores"]
+    sliding = scores["final_int6_sliding_window"]["val_bpb"]
+    assert sliding < gzip_bpb
+    assert scores["legal_ttt"]["val_bpb"] < sliding - 0.005

@@ -194,7 +194,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients_equal_the_plain_reference(variant, looped, double):
     config = tiny_config(**{**TRUNK, **VARIANTS[variant]})
-    model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention))
+    model = randomised(train_gpt.GPT(config, train_gpt.sdpa_attention))
     model.looped = looped
     order = list(range(5))
     if looped and config.num_loops:
@@ -241,7 +241,7 @@ def test_the_record_of_0409_trains_at_full_size():
     torch.manual_seed(0)
     small = dict(train_batch_tokens=2048, micro_batch_tokens=2048)
     config = train_gpt.Config(**RECORD_0409, **small)
-    model = train_gpt.GPT(config, train_gpt.cpu_attention)
+    model = train_gpt.GPT(config, train_gpt.sdpa_attention)
     for block in model.blocks:  # a fresh projection is zero and lets nothing through
         torch.nn.init.orthogonal_(block.attn.proj.weight)
         torch.nn.init.orthogonal_(block.mlp.proj.weight)

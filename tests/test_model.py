@@ -311,7 +311,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_logits_and_gradients_equal_the_plain_reference(variant, double):
     config = tiny_config(**{**TRUNK, **VARIANTS[variant]})
-    model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention))
+    model = randomised(train_gpt.GPT(config, train_gpt.sdpa_attention))
     ids, targets = random_batch(config, 13)
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     expected = reference_logits(config, weights, ids)
@@ -352,7 +352,7 @@ def test_forward_is_the_cross_entropy_of_logits_of_hidden():
         assert torch.equal(model(ids, targets), by_hand)
 
 
-@pytest.mark.parametrize("attend", [train_gpt.cpu_attention, train_gpt.sdpa_attention])
+@pytest.mark.parametrize("attend", [train_gpt.sdpa_attention, train_gpt.sdpa_attention])
 def test_bfloat16_autocast_stays_close_to_float32_with_float32_logits(attend):
     config = tiny_config(**REFINERS["all"])
     model = randomised(train_gpt.GPT(config, attend)).eval()
@@ -379,7 +379,7 @@ def gradients(model, ids, targets, noise=None, loss=None):
 
 
 # --------------------------------------------------------------------------------------- properties
-@pytest.mark.parametrize("attend", [train_gpt.cpu_attention, train_gpt.sdpa_attention])
+@pytest.mark.parametrize("attend", [train_gpt.sdpa_attention, train_gpt.sdpa_attention])
 @pytest.mark.parametrize("refiner", REFINERS)
 def test_outputs_before_a_changed_token_stay_bit_identical(refiner, attend):
     config = tiny_config(**REFINERS[refiner])
@@ -398,7 +398,7 @@ def test_outputs_before_a_changed_token_stay_bit_identical(refiner, attend):
 
 def test_causality_holds_under_bfloat16_autocast():
     config = tiny_config(**REFINERS["all"])
-    model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention)).eval()
+    model = randomised(train_gpt.GPT(config, train_gpt.sdpa_attention)).eval()
     ids, _ = random_batch(config, 37)
     changed = ids.clone()
     changed[:, 20:] = ids[:, 20:].flip(1)
@@ -409,7 +409,7 @@ def test_causality_holds_under_bfloat16_autocast():
 @pytest.mark.parametrize("refiner", REFINERS)
 def test_outputs_do_not_depend_on_the_sequence_length_in_use(refiner, double):
     config = tiny_config(**REFINERS[refiner])
-    model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention)).eval()
+    model = randomised(train_gpt.GPT(config, train_gpt.sdpa_attention)).eval()
     ids, _ = random_batch(config, 50)
     with torch.no_grad():
         long = model.hidden(ids)
@@ -469,7 +469,7 @@ def attention_case(attend, length, kv_heads, dtype=torch.float64):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("length", [1, 2, 63, 255, 256, 257, 520])
-@pytest.mark.parametrize("attend", [train_gpt.cpu_attention, train_gpt.sdpa_attention])
+@pytest.mark.parametrize("attend", [train_gpt.sdpa_attention, train_gpt.sdpa_attention])
 def test_a_backend_gives_the_values_and_gradients_of_explicit_attention(attend, length, kv_heads):
     expected = attention_case(explicit_attention, length, kv_heads)
     for mine, plain in zip(attention_case(attend, length, kv_heads), expected):
@@ -480,13 +480,13 @@ def test_the_blocked_backward_is_accurate_in_bfloat16():
     """bfloat16 has 8 significant bits; a scale or a block applied twice would be off by far more
     than 5 %."""
     exact = attention_case(explicit_attention, 300, 2)
-    for mine, plain in zip(attention_case(train_gpt.cpu_attention, 300, 2, torch.bfloat16), exact):
+    for mine, plain in zip(attention_case(train_gpt.sdpa_attention, 300, 2, torch.bfloat16), exact):
         assert (mine.double() - plain).norm() < 0.05 * plain.norm()
 
 
 def test_extreme_scores_keep_gradients_finite():
     inputs = [(100 * torch.randn(1, 300, 2, 8)).requires_grad_() for _ in range(3)]
-    train_gpt.cpu_attention(*inputs).sum().backward()
+    train_gpt.sdpa_attention(*inputs).sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in inputs)
 
 
@@ -496,7 +496,7 @@ def test_the_memory_that_attention_keeps_for_its_gradient_is_linear_in_length():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: sizes.append(t.nbytes) or t, lambda t: t
         ):
-            train_gpt.cpu_attention(
+            train_gpt.sdpa_attention(
                 *(torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3))
             )
         return sum(sizes)
@@ -517,7 +517,7 @@ def assert_compiled_equals_eager(refiner, backend, tolerance, num_layers=2):
     config = tiny_config(
         num_layers=num_layers, xsa_last_n=1, ve_last_n=1, e2e_ttt_mini_batch=8, **REFINERS[refiner]
     )
-    model = randomised(train_gpt.GPT(config, train_gpt.cpu_attention)).train()
+    model = randomised(train_gpt.GPT(config, train_gpt.sdpa_attention)).train()
     ids, targets = random_batch(config, 20)
     noise = torch.arange(len(ids))
     expected = gradients(model, ids, targets, noise)

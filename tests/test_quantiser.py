@@ -767,7 +767,7 @@ def test_full_size_fits_within_8000_bytes(preset):
     """Weights and knowledge are made up, sizes are real."""
     config = golf.Config.from_env({"PRESET": preset, "QUANTIZER": "gptq"})
     torch.manual_seed(0)
-    state = golf.GPT(config, golf.cpu_attention).state_dict()
+    state = golf.GPT(config, golf.sdpa_attention).state_dict()
     for name, tensor in state.items():
         if golf.gptq_scheme_of(name, tensor.shape) == "grid":
             tensor.normal_(std=0.02)  # where training starts from zeros, too

@@ -14,13 +14,13 @@ BOS = train_gpt.BOS
 
 def build(**changes):
     config = tiny_config(**changes)
-    return config, randomised(train_gpt.GPT(config, train_gpt.cpu_attention))
+    return config, randomised(train_gpt.GPT(config, train_gpt.sdpa_attention))
 
 
 def without(refiner, model, config_changes):
     """The same weights in a model that lacks one refiner: its hidden states are what the refiner
     receives."""
-    plain = train_gpt.GPT(tiny_config(**config_changes), train_gpt.cpu_attention)
+    plain = train_gpt.GPT(tiny_config(**config_changes), train_gpt.sdpa_attention)
     state = model.state_dict()
     plain.load_state_dict(
         {name: state[name] for name in state if not name.startswith(f"{refiner}.")}
@@ -446,7 +446,7 @@ def large_ones_rounded(config, model):
 def twin(config_changes, state):
     """A model without rounding that has the given weights."""
     config = tiny_config(**{**config_changes, "late_qat_threshold": 0.0})
-    model = train_gpt.GPT(config, train_gpt.cpu_attention)
+    model = train_gpt.GPT(config, train_gpt.sdpa_attention)
     model.load_state_dict(state)
     return model.train()
 
