@@ -47,7 +47,6 @@ import sysconfig
 import threading
 import time
 import traceback
-import types
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +225,9 @@ class Config:
     warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
     min_lr: float = train_option(0.0, "share of every rate below which the warmdown stays", 0, 1)
     max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
+    gptq_reserve_seconds: float = train_option(
+        12.0, "part of MAX_WALLCLOCK_SECONDS that QUANTIZER=gptq keeps for packing", 0
+    )
 
     # Training: Muon for the blocks' matrices, AdamW for the rest.
     embed_lr: float = train_option(0.035, "AdamW rate of embeddings", 0)
@@ -408,6 +410,12 @@ class Config:
     def mlp_hidden(self):
         # A multiple of 8 keeps the matrix products on the fast path of tensor cores.
         return int(self.mlp_mult * self.model_dim) // 8 * 8
+
+    @property
+    def training_seconds(self):
+        """Seconds that the steps may take, 0 without a cap."""
+        reserve = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
+        return self.max_wallclock_seconds and self.max_wallclock_seconds - reserve
 
     @property
     def artifact_compressor(self):
@@ -1216,8 +1224,21 @@ class Checkpointer:
         """Whether `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
-    def save(self, number, state, saved):
-        """Copy `state` and begin to write it; saved(seconds, bytes) is called when it is there."""
+    def save(self, number, state, saved=None):
+        """Write `state`, that of rank 0; every rank must call it. Returns (seconds, bytes) or None.
+
+        With `saved`, only copy it and begin to write; saved(seconds, bytes) is called when it is
+        there.
+        """
+        if saved is None:
+            self.saved_at = time.monotonic()
+            facts = []
+            if self.runtime.is_main:
+                self.save(number, state, lambda *found: facts.extend(found))
+                self.wait()
+            self.runtime.comm.barrier()
+            self.saved_at = time.monotonic()
+            return tuple(facts) or None
         # One write at a time, so that states reach the disk in order.
         self.wait()
         self.saved_at = time.monotonic()
@@ -1225,6 +1246,7 @@ class Checkpointer:
         executor = ThreadPoolExecutor(1, thread_name_prefix=CHECKPOINT_THREAD)
         self.writing = executor.submit(self._write, number, private_copy(state), saved)
         executor.shutdown(wait=False)  # the thread ends with this write
+        return None
 
     def _write(self, number, state, saved):
         begin = time.monotonic()
@@ -1775,6 +1797,11 @@ class TrainStream:
         windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
         return windows[::seq_len]
 
+    def sequences(self, first, count):
+        """Sequences (count, T + 1) of the run from number `first` on."""
+        self.position = first * self.seq_len
+        return self.rows(0, 0, count * self.seq_len, self.seq_len)
+
     def read(self, at, most):
         """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
         index = int(np.searchsorted(self.ends, at, side="right"))
@@ -1882,7 +1909,9 @@ def open_train_stream(config):
     paths = find_shards(config, "train")
     if config.shuffle:
         return ShuffledStream(paths, config.vocab_size, config.train_seq_len, config.seed)
-    return TrainStream(paths, config.vocab_size)
+    stream = TrainStream(paths, config.vocab_size)
+    stream.seq_len = config.train_seq_len
+    return stream
 
 
 class TokenBytes:
@@ -3554,8 +3583,9 @@ class Muon:
 def parameter_groups(model):
     """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
 
-    "embed" are lookup tables, whose rows see few tokens a step; "scalar" is the rest: gains, gates,
-    mixes, biases and the refiners.
+    "muon" are the six matrices of every block: c_q, c_k, c_v, attn.proj, mlp.fc, mlp.proj. "embed"
+    are lookup tables, whose rows see few tokens a step. "scalar" is the rest: gains, gates, mixes,
+    biases and the refiners.
     """
     groups = {"muon": {}, "embed": {}, "scalar": {}}
     embeddings = set()
@@ -3574,13 +3604,8 @@ def parameter_groups(model):
     return groups
 
 
-def either(own, common):
-    """A setting of its own, or the common one where it is negative."""
-    return common if own < 0 else own
-
-
 def build_optimizers(model, config, comm=None):
-    """(Muon, AdamW) over all parameters of `model`; asserts that each is in exactly one group."""
+    """(Muon, AdamW), which together hold every parameter of `model` once."""
     groups = parameter_groups(model)
     muon = Muon(
         groups["muon"].values(),
@@ -3598,12 +3623,12 @@ def build_optimizers(model, config, comm=None):
             dict(
                 params=list(groups["embed"].values()),
                 base_lr=config.embed_lr,
-                weight_decay=either(config.embed_wd, config.adam_wd),
+                weight_decay=config.embed_wd if config.embed_wd >= 0 else config.adam_wd,
             ),
             dict(
                 params=list(groups["scalar"].values()),
                 base_lr=config.scalar_lr,
-                weight_decay=either(config.scalar_wd, config.adam_wd),
+                weight_decay=config.scalar_wd if config.scalar_wd >= 0 else config.adam_wd,
             ),
         ],
         lr=config.scalar_lr,
@@ -3611,24 +3636,12 @@ def build_optimizers(model, config, comm=None):
         eps=config.adam_eps,
         fused=True,
     )
-    check_groups(model, muon, adamw)
+    held = collections.Counter()
+    for params in [*muon.stacks, *(group["params"] for group in adamw.param_groups)]:
+        held.update(map(id, params))
+    wrong = [name for name, param in model.named_parameters() if held[id(param)] != 1]
+    assert not wrong, f"not in exactly one optimiser group: {wrong}"
     return muon, adamw
-
-
-def adamw_params(adamw):
-    return [param for group in adamw.param_groups for param in group["params"]]
-
-
-def check_groups(model, muon, adamw):
-    """Assert that every parameter is trained, and by one optimiser only."""
-    held = []
-    for stack in muon.stacks:
-        held += stack
-    held += adamw_params(adamw)
-    ids = [id(param) for param in held]
-    wrong = [name for name, param in model.named_parameters() if ids.count(id(param)) != 1]
-    foreign = len(held) - len(list(model.parameters()))
-    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
 
 
 def reduce_clip_step(muon, adamw, comm, clip):
@@ -3638,7 +3651,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
     would depend on the number of ranks.
     """
     muon.launch()
-    params = adamw_params(adamw)
+    params = [param for group in adamw.param_groups for param in group["params"]]
     for param in params:
         if param.grad is None:  # every rank must bring the same list
             param.grad = torch.zeros_like(param)
@@ -3656,50 +3669,24 @@ def reduce_clip_step(muon, adamw, comm, clip):
     muon.step(scale, meanwhile=adamw.step)
 
 
-def training_cap(config, step, seconds):
-    """Seconds that the steps may take, 0 for no cap: the time of `calibrate` is left free."""
-    cap = config.max_wallclock_seconds
-    if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
-        return cap
-    return max(1e-9, cap - calibration_seconds(config, seconds / step))
-
-
-def without_reserve(config, reserve):
-    """The Config whose wallclock cap leaves `reserve` seconds for what follows training."""
-    if not config.max_wallclock_seconds:
-        return config
-    cap = max(1e-9, config.max_wallclock_seconds - reserve)
-    return dataclasses.replace(config, max_wallclock_seconds=cap)
-
-
 def run_fraction(config, step, seconds=0.0):
     """Share in [0, 1] of the run that is over: of its steps, or of its time if that ends sooner."""
     fraction = step / max(1, config.iterations)
-    cap = training_cap(config, step, seconds)
-    if cap:
-        fraction = max(fraction, seconds / cap)
+    if config.training_seconds:
+        fraction = max(fraction, seconds / config.training_seconds)
     return min(1.0, fraction)
 
 
-def expected_steps(config, step, seconds=0.0):
-    """Steps that the whole run will have, by the pace so far where a wallclock cap ends it."""
-    if not config.max_wallclock_seconds or not step or not seconds:
-        return config.iterations
-    step_seconds = seconds / step
-    return min(config.iterations, training_cap(config, step, seconds) / step_seconds)
-
-
 def warmdowns_left(config, step, seconds):
-    """What is left of the run, in lengths of the warmdown: below 1 it has begun."""
+    """Steps left, in units of the warmdown; the rate falls once this is below 1."""
     if config.warmdown_frac:
         return (1 - run_fraction(config, step, seconds)) / config.warmdown_frac
     warmdown = max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
-    left = (config.iterations - step) / warmdown
-    if config.max_wallclock_seconds and step and seconds:
+    steps_left = config.iterations - step
+    if config.training_seconds and step and seconds:
         step_seconds = seconds / step
-        seconds_left = training_cap(config, step, seconds) - seconds
-        left = min(left, seconds_left / (warmdown * step_seconds))
-    return left
+        steps_left = min(steps_left, (config.training_seconds - seconds) / step_seconds)
+    return steps_left / warmdown
 
 
 def lr_scale(config, step, seconds=0.0):
@@ -3723,25 +3710,7 @@ def momentum_at(config, step):
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
-MIN_EMA_HORIZON = 8  # steps: a shorter average removes next to no noise and only lags
-
-
-def ema_decay_at(config, step, seconds=0.0):
-    """Decay of the weight average at `step` (from 0): EMA_DECAY in runs of EMA_FULL_STEPS or more.
-
-    An average over a horizon of 1 / (1 - decay) steps removes noise, but lags behind weights that
-    still improve. Published runs of 5,000 to 7,200 steps gain 0.001 bpb at a horizon of 333. Runs
-    of 300 and of 1,000 steps (3 layers of 96, demo text) lose 0.006 bpb at the same share of the
-    run, and 0.001 at a quarter of it. Hence a horizon that grows with the cube of the run's length,
-    and 0 (which is the raw weights) where it would be under MIN_EMA_HORIZON.
-    """
-    decay = config.ema_decay
-    length = expected_steps(config, step, seconds) / config.ema_full_steps
-    if length < 1:
-        horizon = length**3 / (1 - decay)
-        decay = 0.0 if horizon < MIN_EMA_HORIZON else 1 - 1 / horizon
-    # The initial weights must not stay in an average that is younger than its horizon.
-    return min(decay, (1 + step) / (10 + step))
+SWA_START_SCALE = 0.2  # snapshots at higher learning rates would be far from the end
 
 
 class WeightAverage:
@@ -3755,7 +3724,6 @@ class WeightAverage:
         self.params = list(params)
         self.config = config
         self.snapshots = 0  # taken so far
-        self.decay = 0.0  # of the last update
         self.ema = []
         self.swa = []  # the snapshots' sum
         if config.ema_decay:
@@ -3767,37 +3735,28 @@ class WeightAverage:
         return [param.detach() for param in self.params]
 
     @torch.no_grad()
-    def update(self, step, scale, seconds=0.0):
-        """After step `step` (from 0) at learning-rate scale `scale`, `seconds` after the start."""
-        config = self.config
+    def update(self, step, scale):
+        """Take in the weights after step `step` (from 0), made at learning-rate scale `scale`."""
         if self.ema:
-            self.decay = ema_decay_at(config, step, seconds)
-            torch._foreach_lerp_(self.ema, self.raw(), 1 - self.decay)
-        # Snapshots of the time at high learning rates would be far from the end.
-        late = scale < config.swa_start_scale
-        if self.swa and late and (step + 1) % config.swa_every == 0:
+            # The initial weights must not stay in an average that is younger than its horizon.
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)
+        if self.swa and scale < SWA_START_SCALE and (step + 1) % self.config.swa_every == 0:
             torch._foreach_add_(self.swa, self.ema or self.raw())
             self.snapshots += 1
 
     def exported(self):
-        """(what it is, tensors): snapshots' mean, else the EMA, else the raw weights."""
-        kind = "raw weights"
-        if self.decay:
-            kind = f"EMA weights (decay {self.decay:.4f}: {1 / (1 - self.decay):.0f} steps)"
-        elif self.ema:
-            kind = "raw weights (a short run: see EMA_FULL_STEPS)"
+        """(kind, tensors): the snapshots' mean, else the EMA, else the raw weights."""
+        kind = f"EMA weights (decay {self.config.ema_decay})" if self.ema else "raw weights"
         if self.snapshots:
             kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
         if self.swa:
-            kind += (
-                f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
-                f"SWA_START_SCALE={self.config.swa_start_scale})"
-            )
+            kind += f"; warning: SWA took no snapshot: lower SWA_EVERY={self.config.swa_every}"
         return kind, self.ema or self.raw()
 
     def state_dict(self):
-        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots, decay=self.decay)
+        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -3805,45 +3764,15 @@ class WeightAverage:
             for target, value in zip(mine, saved, strict=True):
                 target.copy_(value)
         self.snapshots = state["snapshots"]
-        self.decay = state["decay"]
 
 
 # ==================================================================================================
 # Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
-# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
-# run is the uninterrupted one bit for bit.
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: a step's tokens and noise
+# are functions of its number (and of SEED), so a checkpoint holds neither position nor generator,
+# and a resumed run is the uninterrupted one bit for bit. A signal in the middle of a step only sets
+# a flag: the step ends, all ranks agree to stop, save a checkpoint and leave with exit code 75.
 # ==================================================================================================
-class HostCopy:
-    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
-
-    float(tensor) would wait for everything that the device was given so far. This copy is queued
-    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
-    immediate.
-    """
-
-    def __init__(self, tensor):
-        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
-        self.arrived = None
-        if tensor.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self):
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return float(self.value)
-
-
-class StepFacts(typing.NamedTuple):
-    """What all ranks agree on in every step."""
-
-    loss: float  # mean over the step's tokens
-    stop: bool  # some rank was told to stop
-    save: bool  # a checkpoint is due by the clock
-    seconds: float  # since the last step, by rank 0's clock
-
-
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -3885,89 +3814,42 @@ def flops_per_token(model):
             multiplied -= module.weight.numel()
     order = layer_order(config, model.looped)
     for layer, block in enumerate(model.blocks):
-        # What a looped layer has is multiplied at each of its visits.
         further_visits = order.count(layer) - 1
         multiplied += further_visits * sum(param.numel() for param in block.parameters())
     attention = len(order) * config.model_dim * config.train_seq_len
     return 6 * multiplied + 12 * attention
 
 
-class StepTimer:
-    """Where training's time goes, by this rank's own clock; part of the checkpoint.
-
-    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead
-    and waits once a step, for the loss: "forward_backward" then holds whatever the device still had
-    to do, the optimisers' kernels of the step before included, while "data" and "optimiser" are
-    what the host itself needs to prepare and to launch. Their growth is what starves the device.
-    """
-
-    PARTS = ("data", "forward_backward", "optimiser", "validation")
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(self.PARTS, 0.0)
-        self.steps = []  # seconds of every step, as all ranks agreed on
-        self.flops = 0.0  # floating-point operations of all steps and ranks
-
-    @contextlib.contextmanager
-    def part(self, name):
-        begin = time.monotonic()
-        yield
-        self.seconds[name] += time.monotonic() - begin
-
-    def recent(self, count):
-        """Mean seconds of the last `count` steps."""
-        last = self.steps[-count:]
-        return sum(last) / len(last)
-
-    def pace(self, count):
-        """Median seconds of the last `count` steps, 0 without any: no single pause moves it."""
-        return float(np.median(self.steps[-count:])) if self.steps else 0.0
-
-    def milliseconds(self, percentile):
-        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
-        return 1000 * float(np.percentile(self.steps, percentile))
-
-    def state_dict(self):
-        # A tensor, since thousands of Python floats are slow to write.
-        steps = torch.tensor(self.steps, dtype=torch.float64)
-        return dict(seconds=dict(self.seconds), steps=steps, flops=self.flops)
-
-    def load_state_dict(self, state):
-        self.seconds = dict(state["seconds"])
-        self.steps = state["steps"].tolist()
-        self.flops = state["flops"]
-
-
 class Trainer:
-    """Model, optimisers, averages, data position and clock of one training run."""
+    """Model, optimisers, averages and clock of one training run.
+
+    `identity` holds the names and values that a checkpoint must agree on to be continued.
+    """
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
-    def __init__(self, config, runtime, val, reserve=0.0):
+    def __init__(self, config, runtime, val, identity=None):
         self.config = config
-        self.timed = without_reserve(config, reserve)  # for all that depends on the clock
         self.runtime = runtime
         self.val = val
+        self.identity = identity or {}
         self.comm = runtime.comm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
-        self.average = WeightAverage(self.model.parameters(), self.timed)
+        self.average = WeightAverage(self.model.parameters(), config)
         self.stream = open_train_stream(config)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
         self.step = 0  # steps done
-        self.seconds = 0.0  # of training: without start, warm-up and validation
+        self.seconds = 0.0  # of training: without start, warm-up, validations and checkpoints
         self.step_started = time.monotonic()  # moved forward by whatever is no training
-        self.timer = StepTimer()
+        self.step_seconds = []  # of every step, as all ranks agreed on
+        self.flops = 0.0  # floating-point operations of all steps and ranks
         self.logged_step = 0  # of the last log line in this process
         self.logged_order = []  # of the layers, in this process's log
         self.stopped_early = False  # by the wallclock cap
-        self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
-        # A checkpoint of other settings or other data must not be continued.
-        last_token = int(self.stream.ends[-1])
-        self.identity = dict(hash=config.hash(), data=[last_token, val.fingerprint["val_sha256"]])
 
     def plan_micro_batches(self):
         """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
@@ -3976,9 +3858,8 @@ class Trainer:
         sequences = config.train_batch_tokens // config.train_seq_len
         if sequences % world:
             raise ConfigError(
-                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
-                f"which {world} ranks cannot share evenly: change the batch or the number of "
-                "ranks"
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, which "
+                f"{world} ranks cannot share evenly: change the batch or the number of ranks"
             )
         self.seqs_per_rank = sequences // world
         most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
@@ -3988,24 +3869,13 @@ class Trainer:
         self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
 
     def announce(self):
-        """Lines that the challenge's tools parse, in its own format."""
+        """Log the lines that the challenge's tools parse, in its own format, and warnings."""
+        config = self.config
         log = self.runtime.log
-        data_set = Path(self.config.data_path).name
+        data_set = Path(config.data_path).name
         log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
         log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
         log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
-        self.warn_of_settings()
-
-    def warn_of_settings(self):
-        """Lines on settings that do other than whoever chose them may expect."""
-        config = self.config
-        log = self.runtime.log
-        rounded = any(module.bits for _, module in self.model.quantizable())
-        if config.late_qat_threshold and not rounded:
-            log(
-                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
-                "integers"
-            )
         if config.late_qat_threshold and config.quantizer == "gptq":
             log(
                 "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
@@ -4019,28 +3889,15 @@ class Trainer:
             )
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
+        """Train to the last step, the wallclock cap or a wish to stop."""
         self.load()
         self.warm_up()
         # The clock starts here: compiling and reading a checkpoint are not training.
         self.step_started = time.monotonic()
-        self.checkpoints.saved_at = self.step_started
-        try:
-            self.run_steps()
-        # Whatever ends the run early, the user learns what is safe.
-        except Stopped:
-            if self.saved_step != self.step:  # stopped in a validation
-                self.save(wait=True)
-            raise
-        except DataError as error:
-            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
-        self.checkpoints.wait()
-
-    def run_steps(self):
         every = self.config.val_loss_every
         done = False
         while not done:
-            self.set_order()
+            self.set_layer_order()
             # Asked before the validation, so that the last one is of the final weights.
             done = self.step >= self.config.iterations or self.out_of_time()
             if done or (every and self.step and self.step % every == 0):
@@ -4050,12 +3907,14 @@ class Trainer:
 
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
-        cap = training_cap(self.timed, self.step, self.seconds)
+        cap = self.config.training_seconds
         if not cap or not self.step:  # nothing measured yet
             return False
-        # Steps of looped layers take longer than the mean of the whole run.
-        step_seconds = max(self.seconds / self.step, self.timer.pace(20))
-        if self.seconds + step_seconds > cap:
+        # Steps of looped layers take longer than the mean of the whole run; no single pause moves
+        # the median.
+        mean = self.seconds / self.step
+        median = float(np.median(self.step_seconds[-20:]))
+        if self.seconds + max(mean, median) > cap:
             self.runtime.log(
                 f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
                 f"step:{self.step}/{self.config.iterations}"
@@ -4066,50 +3925,55 @@ class Trainer:
     def one_step(self):
         """One optimiser step, its log line, and a checkpoint where one is due."""
         config = self.config
-        scale = lr_scale(self.timed, self.step, self.seconds)
-        self.set_lrs(scale)
-        facts = self.agree(self.accumulate(self.step, self.stream))
+        scale = lr_scale(config, self.step, self.seconds)
+        self.set_schedules(scale)
+        # The number of the step is all that decides which sequences it reads.
+        first = (self.step * self.comm.world + self.comm.rank) * self.seqs_per_rank
+        try:
+            rows = self.stream.sequences(first, self.seqs_per_rank)  # (n, T + 1)
+        except DataError as error:
+            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
+        loss, stop, save, seconds = self.agree(self.accumulate(self.step, rows))
         # Before the optimisers: a loss that is not finite must not reach the weights.
-        if not math.isfinite(facts.loss):
-            self.diverged(facts.loss)
-        with self.timer.part("optimiser"):
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-            self.average.update(self.step, scale, self.seconds)
+        if not math.isfinite(loss):
+            self.diverged(loss)
+        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        self.average.update(self.step, scale)
         self.step += 1
-        self.seconds += facts.seconds
-        self.timer.steps.append(facts.seconds)
+        self.seconds += seconds
+        self.step_seconds.append(seconds)
         # Counted step by step, because looped layers are switched on in mid-run.
-        self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
-        self.report(facts.loss, scale)
-        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
-            self.save(wait=True)
+        self.flops += flops_per_token(self.model) * config.train_batch_tokens
+        self.report(loss, scale)
+        if stop and self.step < config.iterations:  # after the last one, packing comes next
+            self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
-        if facts.save or (every and self.step % every == 0):
+        if save or (every and self.step % every == 0):
             self.save()
 
     def agree(self, loss):
-        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
+        """(mean loss, stop, save, seconds) of this step, the same on every rank.
 
-        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
-        decided together, or one rank would wait for ever in a collective that no other enters.
+        `loss` is this rank's share. Each rank has its own clock and hears its own signals, so
+        whatever steers the run is decided in one exchange: else one rank would wait for ever in a
+        collective that no other enters. `seconds` are those since the last step.
         """
-        now = time.monotonic()
-        step_seconds = self.seconds / max(1, self.step)
-        # The stop is seen one step late, so there must be time for two.
-        stop = self.runtime.stop.wanted(2 * step_seconds)
+        # A signal is seen one step late, so there must be time for two.
+        stop = self.runtime.stop.wanted(2 * self.seconds / max(1, self.step))
         save = self.checkpoints.due()
-        elapsed = now - self.step_started
+        now = time.monotonic()
+        seconds = now - self.step_started
         self.step_started = now
         if not self.runtime.is_main:  # rank 0's clock decides
             save = False
-            elapsed = 0.0
-        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
-        return StepFacts(loss, stop > 0, save > 0, elapsed)
+            seconds = 0.0
+        loss, stop, save, seconds = self.comm.all_reduce_scalars(loss, stop, save, seconds)
+        return loss, stop > 0, save > 0, seconds
 
-    def set_order(self):
+    def set_layer_order(self):
         """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
-        fraction = run_fraction(self.timed, self.step, self.seconds)
+        fraction = run_fraction(self.config, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
         order = layer_order(self.config, self.model.looped)
         # Where it changes, loss and step time do: whoever reads the log must see why.
@@ -4118,7 +3982,7 @@ class Trainer:
             self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
             self.logged_order = order
 
-    def set_lrs(self, scale):
+    def set_schedules(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
         config = self.config
         self.muon.lr = config.matrix_lr * scale
@@ -4128,58 +3992,47 @@ class Trainer:
         if config.late_qat_threshold:
             self.model.set_qat(float(scale < config.late_qat_threshold))
 
-    def accumulate(self, step, stream):
-        """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
+    def accumulate(self, step, rows):
+        """Add up the gradients of `rows` (n, T + 1), this rank's sequences of step number `step`.
+
+        Returns their share of the step's mean loss, as a float.
+        """
         config = self.config
-        length = config.train_seq_len
-        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
-        last = first + self.seqs_per_rank
-        with self.timer.part("data"):
-            # (n, T + 1): one token more than there are inputs, the last target.
-            rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
+        first = self.comm.rank * self.seqs_per_rank  # number of rows[0] in the step
         self.model.zero_grad()
         self.model.train()  # a validation may have left it in evaluation mode
         total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
-        for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
-            high = low + self.micro_batch_seqs
-            with self.timer.part("data"):
-                tokens = self.runtime.to_device(rows[low:high])
+        try:
+            for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
+                high = low + self.micro_batch_seqs
+                tokens = self.runtime.to_device(rows[low:high])  # (B, T + 1)
+                # A function of (SEED, step, sequence): a resumed run draws the same noise.
                 noise = flow_noise_keys(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
-            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
-                loss = self.micro_batch_loss(tokens, noise)
+                with self.runtime.autocast():
+                    # Each token's target is its successor. Divided here, so that sums over
+                    # micro-batches and ranks are means.
+                    loss = self.loss(tokens[:, :-1], tokens[:, 1:], noise)
+                    loss = loss / (self.accumulation_steps * self.comm.world)
                 total = total + loss.detach()
                 if high == self.seqs_per_rank:
-                    # Ahead of the last backward, for which it then need not wait.
-                    on_host = HostCopy(total)
+                    # Queued ahead of the last backward, for which the host then need not wait.
+                    on_host = total.to("cpu", non_blocking=True)
+                    copied = torch.cuda.current_stream().record_event() if total.is_cuda else None
                 loss.backward()
-        with self.timer.part("forward_backward"):
-            # The step's one synchronisation. On CUDA the last backward is still running behind it,
-            # long enough to hide the agreement of the ranks and the optimisers' launches.
-            return on_host.read()
-
-    def micro_batch_loss(self, tokens, noise):
-        """Share of the step's mean loss (0-d) of `tokens` (B, T + 1)."""
-        ids = tokens[:, :-1]  # (B, T)
-        targets = tokens[:, 1:]  # (B, T): each token's successor
-        with self.runtime.autocast():
-            # Divided here, so that sums over micro-batches and ranks are means.
-            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
-
-    @contextlib.contextmanager
-    def naming_a_smaller_batch(self):
-        """Out of memory becomes a ResourceError that names the setting to change."""
-        try:
-            yield
         except OUT_OF_MEMORY:
-            length = self.config.train_seq_len
+            length = config.train_seq_len
             smaller = max(self.micro_batch_seqs * length // 2, length)
             raise ResourceError(
-                "out of memory in training with MICRO_BATCH_TOKENS="
-                f"{self.config.micro_batch_tokens}: run the same command with "
-                f"MICRO_BATCH_TOKENS={smaller}"
+                f"out of memory in training with MICRO_BATCH_TOKENS={config.micro_batch_tokens}: "
+                f"run the same command with MICRO_BATCH_TOKENS={smaller}"
             ) from None
+        # The step's one synchronisation. On CUDA the last backward is still running behind it, long
+        # enough to hide the agreement of the ranks and the optimisers' launches.
+        if copied is not None:
+            copied.synchronize()
+        return float(on_host)
 
     def clock(self):
         milliseconds = 1000 * self.seconds
@@ -4191,12 +4044,12 @@ class Trainer:
         config = self.config
         step = self.step
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
-        # The first steps show whether a run is sound at all.
-        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
         # The pace since the last line, where a node that slows down shows at once.
-        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
-        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
-        if logged:
+        recent = self.step_seconds[self.logged_step - step :]
+        tokens = config.train_batch_tokens * len(recent)
+        pace = f"tokens_per_s:{tokens / max(1e-9, sum(recent)):.0f}"
+        # The first steps show whether a run is sound at all.
+        if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
             self.runtime.log(f"{text} {self.clock()} {pace}")
             self.logged_step = step
         # Every step's, so that the curve that is drawn of them can be smoothed.
@@ -4212,35 +4065,31 @@ class Trainer:
         self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
 
     def report_throughput(self):
-        """Two lines at the end: the pace and its share of the device's peak, where time went."""
-        timer = self.timer
-        if not timer.steps:
+        """Log tokens per second, milliseconds per step and the share of the devices' peak."""
+        if not self.step_seconds:
             return
-        median = timer.milliseconds(50)
-        tokens = self.config.train_batch_tokens * len(timer.steps)
-        tokens_per_second = tokens / max(1e-9, self.seconds)
+        seconds = max(1e-9, self.seconds)
+        tokens_per_second = self.config.train_batch_tokens * self.step / seconds
+        # The median is the pace; the 95th percentile shows what interrupts it.
+        median, p95 = (1000 * float(np.percentile(self.step_seconds, p)) for p in (50, 95))
         device = device_name(self.runtime.device)
         peak = peak_flops(device)
         share = None
         described = f"unknown (no bfloat16 peak is listed for {device})"
         if peak is not None:
-            flops_per_second = timer.flops / max(1e-9, self.seconds)
-            share = flops_per_second / (peak * self.comm.world)
+            share = self.flops / seconds / (peak * self.comm.world)
             described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
         self.runtime.log(
             f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
-            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+            f"step_p95:{p95:.2f}ms peak_share:{described}"
         )
-        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
-        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
         self.runtime.event(
             "throughput",
             tokens_per_s=tokens_per_second,
             step_median_ms=median,
-            step_p95_ms=timer.milliseconds(95),
+            step_p95_ms=p95,
             peak_share=share,
-            flops=timer.flops,
-            seconds_in=timer.seconds,
+            flops=self.flops,
         )
 
     def validate(self):
@@ -4248,8 +4097,10 @@ class Trainer:
         config = self.config
         begin = time.monotonic()
         try:
-            with self.timer.part("validation"):
-                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+        except Stopped:
+            self.save(needed=True)
+            raise
         except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
@@ -4275,58 +4126,60 @@ class Trainer:
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())  # on the host: the device may be full
-        timing = self.timer.state_dict()
-        generator = np.random.default_rng(0)
         shape = (self.seqs_per_rank, config.train_seq_len + 1)
-        tokens = generator.integers(0, config.vocab_size, shape)
-        # A stand-in for TrainStream: the real position must not move.
-        synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
+        rows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
         # Both orders of the layers, so that no graph is compiled in the middle of the run.
         for looped in (False, True) if config.num_loops else (False,):
             self.model.looped = looped
             for i in range(config.warmup_steps):
-                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                self.accumulate(-1 - i, rows)  # steps that no run has: noise of their own
                 reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
-        self.timer.load_state_dict(timing)
         self.runtime.log(
             f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
         )
 
     def training_state(self):
-        """Everything the next step depends on; every rank must call it."""
+        """Everything the next step depends on but its number; every rank must call it."""
         return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def restore(self, state):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
 
-    def save(self, wait=False):
-        """Copy the state and write it in the background.
+    def save(self, needed=False):
+        """Write a checkpoint while the clock stands still; every rank must call it.
 
-        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
+        With `needed`, raises ResourceError if it cannot be written. Weights that are not finite are
         never saved: the checkpoints before them are the ones to keep.
         """
-        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
-        if not all(finite):
+        begin = time.monotonic()
+        if not all(bool(torch.isfinite(param).all()) for param in self.model.parameters()):
             self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
             return
         state = self.training_state()  # a collective: momentum is gathered from all ranks
-        self.saved_step = self.step
-        if self.runtime.is_main:
-            state.update(self.identity)
-            state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
-            state.update(timing=self.timer.state_dict())
-            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
-        self.checkpoints.saved_at = time.monotonic()
-        if wait:
-            self.checkpoints.wait_or_raise()
-            # A rank that left now would have the launcher end the one that still writes.
-            self.comm.barrier()
-
-    def report_saved(self, step, seconds, size):
-        self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
-        self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
+        # A tensor, since thousands of Python floats are slow to write.
+        steps = torch.tensor(self.step_seconds, dtype=torch.float64)
+        state.update(
+            identity=self.identity,
+            step=self.step,
+            seconds=self.seconds,
+            timing=dict(steps=steps, flops=self.flops),
+        )
+        written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
+        if self.runtime.is_main and written:
+            seconds, size = written
+            self.runtime.log(
+                f"checkpoint_saved step:{self.step} seconds:{seconds:.2f} bytes:{size}"
+            )
+            self.runtime.event("checkpoint", step=self.step, seconds=round(seconds, 3), bytes=size)
+        if needed and self.comm.any_rank(self.runtime.is_main and not written):
+            raise ResourceError(
+                f"the checkpoint of step {self.step} could not be written to "
+                f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "
+                f"{self.checkpoints.last()}"
+            )
+        self.step_started += time.monotonic() - begin
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
@@ -4334,22 +4187,29 @@ class Trainer:
         if not step:
             return
         path = self.checkpoints.path(step)
-        if any(state[name] != value for name, value in self.identity.items()):
+        saved = state["identity"]
+        differences = [
+            f"{name}: {saved.get(name)!r} -> {self.identity.get(name)!r}"
+            for name in {**saved, **self.identity}
+            if saved.get(name) != self.identity.get(name)
+        ]
+        if differences:
             raise ConfigError(
-                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
+                f"{path} belongs to other settings or data: {'; '.join(differences)}: use the same "
+                "to resume it, or set another RUN_ID"
             )
         self.restore(state)
-        # With step, clock and position the next step is the one that would have come.
+        # With its number and the clock, the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
-        self.timer.load_state_dict(state["timing"])
+        self.step_seconds = state["timing"]["steps"].tolist()
+        self.flops = state["timing"]["flops"]
         self.logged_step = step
-        self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
-        self.save(wait=True)
+        self.save()
         raise DivergedError(
             f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
             f"weights: {self.checkpoints.last()}"
@@ -4375,13 +4235,13 @@ class Trainer:
         )
 
 
-def train(config, runtime, val, path, reserve=0.0):
-    """Train (or go on training), write the exported float weights to `path`.
+def train(config, runtime, val, path, identity=None):
+    """Train (or go on training) and write the exported float weights to `path`.
 
-    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
-    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    A checkpoint is continued only where its `identity` is this one. Raises Stopped, DivergedError,
+    DataError, ResourceError or ConfigError (see their exit codes).
     """
-    trainer = Trainer(config, runtime, val, reserve)
+    trainer = Trainer(config, runtime, val, identity)
     trainer.announce()
     trainer.run()
     trainer.report_throughput()
@@ -7575,7 +7435,10 @@ class Run:
     def train(self):
         """Write the float weights, unless they are there."""
         if not self.already_done("train", self.float_path.exists):
-            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
+            identity = self.config.as_dict("arch", "train")
+            shards = find_shards(self.config, "train")
+            identity["training tokens"] = sum(len(read_shard(path)) for path in shards)
+            train(self.config, self.runtime, self.val, self.float_path, identity)
 
     def packing_reserve(self):
         """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
