@@ -3692,9 +3692,10 @@ def warmdowns_left(config, step, seconds):
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
-    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the
-    last WARMDOWN_ITERS times the measured step time, whichever begins first. With WARMDOWN_FRAC it
-    is that share of the whole run instead. It ends at 0, or stays at MIN_LR once it is there.
+    The factor is 1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a
+    wallclock cap the last WARMDOWN_ITERS times the measured step time, whichever begins first. With
+    WARMDOWN_FRAC the warmdown is that share of the whole run instead. The factor falls to 0, or to
+    MIN_LR.
     """
     left = min(1.0, max(0.0, warmdowns_left(config, step, seconds)))
     if config.warmdown_shape == "cosine":
@@ -3752,7 +3753,10 @@ class WeightAverage:
             kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
         if self.swa:
-            kind += f"; warning: SWA took no snapshot: lower SWA_EVERY={self.config.swa_every}"
+            kind += (
+                f"; warning: SWA took no snapshot: no step at under {SWA_START_SCALE} of the "
+                f"learning rate is a multiple of SWA_EVERY={self.config.swa_every}"
+            )
         return kind, self.ema or self.raw()
 
     def state_dict(self):

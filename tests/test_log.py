@@ -329,7 +329,7 @@ FIELDS = {
     "packed": {"artifact_bytes", "code_bytes", "int5_layers"},
     "score": {"label", "val_loss", "val_bpb", "eval_time_s", "scope", "legal", "audited"},
     "audit": {"passed"},
-    "throughput": {"tokens_per_s", "step_median_ms", "step_p95_ms", "peak_share", "seconds_in"},
+    "throughput": {"tokens_per_s", "step_median_ms", "step_p95_ms", "peak_share"},
     "done": set(),
 }
 
@@ -477,9 +477,7 @@ def test_a_long_evaluation_logs_its_rate_and_what_is_left(tiny_data, tmp_path, t
 # Averages that are not what was asked for
 # --------------------------------------------------------------------------------------------------
 def test_swa_that_takes_no_snapshot_warns_and_exports_the_ema(tiny_data, tmp_path):
-    finished = timed_run(
-        tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50, ema_full_steps=1
-    )
+    finished = timed_run(tiny_data, tmp_path, iterations=2, swa_enabled=True, swa_every=50)
     only(finished.lines, "export:EMA.*")
     only(finished.lines, ".*warning: SWA took no snapshot.*")
 
