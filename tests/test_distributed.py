@@ -187,13 +187,10 @@ def test_an_evaluation_saved_at_two_ranks_is_scored_the_same_at_one(children, tw
 
 def test_a_checkpoint_that_one_of_two_ranks_needs_but_cannot_be_written_ends_both(children):
     run_dir = children.new("full")
-    full = """
-def full(*arguments):
-    raise train_gpt.ResourceError("no space")
-train_gpt.save_tensors = full
-"""
-    stop = at_step(3, "self.runtime.comm.rank and os.kill(os.getpid(), 15)")
-    group = children.start(run_dir, ranks=2, patch=full + stop)
+    # A folder that is not empty cannot be replaced by a file.
+    taken = 'os.makedirs(os.environ["RUN_DIR"] + "/checkpoint/step_00000004.pt/x", exist_ok=True)'
+    stop = "self.runtime.comm.rank and os.kill(os.getpid(), 15)"
+    group = children.start(run_dir, ranks=2, patch=at_step(3, f"{taken}, {stop}"))
     assert group.wait(60) == [7, 7], group.stderr()
 
 

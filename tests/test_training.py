@@ -139,7 +139,7 @@ def test_validations_and_checkpoints_are_no_training_time(trainer, slow):
     slow(made, "loss", 20.0)
     slow(train_gpt, "reduce_clip_step", 300.0)
     slow(train_gpt, "evaluate", 4000.0)
-    slow(train_gpt, "save_tensors", 50000.0)
+    slow(torch, "save", 50000.0)
     made.step_started = train_gpt.time.monotonic()
     for _ in range(3):
         made.one_step()
@@ -260,24 +260,19 @@ def test_a_checkpoint_of_another_training_is_refused_with_the_fields_that_differ
         made.load()
 
 
-def cannot_be_written(*arguments):
-    raise train_gpt.ResourceError("cannot write it: no space")
-
-
-def test_a_checkpoint_that_cannot_be_written_is_an_error_only_where_it_is_needed(
-    trainer, monkeypatch
-):
+def test_a_checkpoint_that_cannot_be_written_is_an_error_only_where_it_is_needed(trainer):
     made = trainer(checkpoint_every=1, iterations=4)
-    monkeypatch.setattr(train_gpt, "save_tensors", cannot_be_written)
+    for step in (1, 2, 3):  # a folder that is not empty cannot be replaced by a file
+        (made.checkpoints.path(step) / "x").mkdir(parents=True)
     made.one_step()
-    assert "warning: checkpoint not saved: cannot write it: no space" in lines_of(made)
+    assert any(line.startswith("warning: checkpoint not saved: ") for line in lines_of(made))
     assert not events(made.runtime.dir, "checkpoint")
     made.runtime.stop.reason = "SIGTERM"
     with pytest.raises(train_gpt.ResourceError, match="step 2 could not be written .*free space"):
         made.one_step()
     made.model.tok_emb.weight.data.fill_(math.inf)
-    with pytest.raises(train_gpt.DivergedError, match="last good weights: none"):
-        made.one_step()  # the error that the user must know
+    with pytest.raises(train_gpt.DivergedError):  # the error that the user must know
+        made.one_step()
 
 
 def test_a_run_that_is_stopped_in_a_validation_saves_first(trainer):
