@@ -30,7 +30,6 @@ import fcntl
 import functools
 import gzip
 import hashlib
-import importlib.util
 import inspect
 import io
 import itertools
@@ -48,7 +47,6 @@ import sysconfig
 import threading
 import time
 import traceback
-import types
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -63,13 +61,7 @@ import torch.nn.functional as F
 import zstandard
 from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    restore_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 BOS = 1  # every document of the official shards starts with this token
@@ -233,6 +225,9 @@ class Config:
     warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
     min_lr: float = train_option(0.0, "share of every rate below which the warmdown stays", 0, 1)
     max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
+    gptq_reserve_seconds: float = train_option(
+        12.0, "part of MAX_WALLCLOCK_SECONDS that QUANTIZER=gptq keeps for packing", 0
+    )
 
     # Training: Muon for the blocks' matrices, AdamW for the rest.
     embed_lr: float = train_option(0.035, "AdamW rate of embeddings", 0)
@@ -415,6 +410,12 @@ class Config:
     def mlp_hidden(self):
         # A multiple of 8 keeps the matrix products on the fast path of tensor cores.
         return int(self.mlp_mult * self.model_dim) // 8 * 8
+
+    @property
+    def training_seconds(self):
+        """Seconds that the steps may take, 0 without a cap."""
+        reserve = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
+        return self.max_wallclock_seconds and self.max_wallclock_seconds - reserve
 
     @property
     def artifact_compressor(self):
@@ -1223,8 +1224,21 @@ class Checkpointer:
         """Whether `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
-    def save(self, number, state, saved):
-        """Copy `state` and begin to write it; saved(seconds, bytes) is called when it is there."""
+    def save(self, number, state, saved=None):
+        """Write `state`, that of rank 0; every rank must call it. Returns (seconds, bytes) or None.
+
+        With `saved`, only copy it and begin to write; saved(seconds, bytes) is called when it is
+        there.
+        """
+        if saved is None:
+            self.saved_at = time.monotonic()
+            facts = []
+            if self.runtime.is_main:
+                self.save(number, state, lambda *found: facts.extend(found))
+                self.wait()
+            self.runtime.comm.barrier()
+            self.saved_at = time.monotonic()
+            return tuple(facts) or None
         # One write at a time, so that states reach the disk in order.
         self.wait()
         self.saved_at = time.monotonic()
@@ -1232,6 +1246,7 @@ class Checkpointer:
         executor = ThreadPoolExecutor(1, thread_name_prefix=CHECKPOINT_THREAD)
         self.writing = executor.submit(self._write, number, private_copy(state), saved)
         executor.shutdown(wait=False)  # the thread ends with this write
+        return None
 
     def _write(self, number, state, saved):
         begin = time.monotonic()
@@ -1668,9 +1683,9 @@ def keep_large_blocks():
 
 # ==================================================================================================
 # Data
-# The challenge's own shard format, read as it lies on the disk. A training sequence is a function
-# of its number alone, so a run needs no position and any number of ranks reads the same tokens.
-# TokenBytes.count says how many bytes of text a token stands for: bits per byte rest on it.
+# The challenge's own shard format, read as it lies on the disk. The tokens of a step are the same
+# whatever the number of ranks, so a position is one integer; bytes are counted once for the whole
+# validation stream.
 # ==================================================================================================
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -1734,7 +1749,7 @@ def find_shards(config, split):
 
 
 def check_ids(ids, vocab_size, where):
-    """Return the ids if all of them are in the vocabulary, else raise DataError."""
+    """The ids, if all of them are in the vocabulary; else DataError."""
     # Out of range, the embedding would read foreign memory on a GPU, or fail without a reason.
     if len(ids) and ids.max() >= vocab_size:
         raise DataError(
@@ -1745,74 +1760,82 @@ def check_ids(ids, vocab_size, where):
 
 
 class TrainStream:
-    """The training sequences in the order of the shards, which form one ring of tokens.
+    """The training shards as one ring of tokens.
 
-    Sequence n is the ring's tokens n T to n T + T: its last target is the next one's first input.
+    `position` is the index of the next step's first token: all that a resumed run needs to go on.
     """
 
-    def __init__(self, paths, vocab_size, seq_len):
+    def __init__(self, paths, vocab_size, position=0):
         self.paths = paths
         self.vocab_size = vocab_size
-        self.seq_len = seq_len
+        self.position = position
         self.sizes = [len(read_shard(path)) for path in paths]
-        self.ends = np.cumsum(self.sizes)  # index in the ring after each shard's last token
-        self.num_tokens = int(self.ends[-1])
-        self.num_sequences = self.num_tokens // seq_len  # of one pass
+        self.ends = np.cumsum(self.sizes)  # index after each shard's last token
 
-    def sequences(self, first, count):
-        """Sequences number `first` to `first + count - 1` of the run (count, T + 1), uint16.
+    def take(self, span, low, high):
+        """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance.
 
-        A sequence has one token more than inputs: its last target. Raises DataError when a shard
-        vanished, changed its size or holds a bad id.
+        A span's last token is the next one's first: it is a target here and an input there. Each
+        rank takes its own [low, high] of the same span. Raises DataError when a shard vanished,
+        shrank or holds a bad id.
         """
-        at = first * self.seq_len % self.num_tokens
-        missing = count * self.seq_len + 1
+        at = (self.position + low) % int(self.ends[-1])
+        missing = high - low + 1
         parts = []
         while missing:
-            # Sequences may reach over the end of a shard, and of the last one into the first.
-            shard = int(np.searchsorted(self.ends, at, side="right"))
-            left = int(self.ends[shard]) - at
-            length = min(missing, left)
-            parts.append(self.read(shard, [self.sizes[shard] - left], length)[0])
-            missing -= length
-            at = (at + length) % self.num_tokens
-        windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(parts), self.seq_len + 1)
-        return windows[:: self.seq_len]
+            # A span may reach over the end of a shard, and of the last one into the first.
+            part = self.read(at, missing)
+            parts.append(part)
+            missing -= len(part)
+            at = (at + len(part)) % int(self.ends[-1])
+        self.position += span
+        return np.concatenate(parts)
 
-    def read(self, shard, starts, length):
-        """Tokens (n, length) from these places of a shard on; reads their bytes and no more."""
-        path = self.paths[shard]
-        size = 2 * length
-        try:
-            # Not mapped: a map over a file that shrinks would be SIGBUS.
-            with open(path, "rb", buffering=0) as file:
-                number = file.fileno()
-                found = os.fstat(number).st_size
-                # The system would read ahead 128 KiB for each sequence of 4.
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
-                parts = [os.pread(number, size, HEADER_BYTES + 2 * int(i)) for i in starts]
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: restore the shard") from None
-        expected = HEADER_BYTES + 2 * self.sizes[shard]
-        if found != expected or any(len(part) != size for part in parts):
+    def rows(self, span, low, high, seq_len):
+        """The same as sequences (n, T + 1) that overlap by one token; n = (high - low) / T."""
+        tokens = self.take(span, low, high)
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
+        return windows[::seq_len]
+
+    def sequences(self, first, count):
+        """Sequences (count, T + 1) of the run from number `first` on."""
+        self.position = first * self.seq_len
+        return self.rows(0, 0, count * self.seq_len, self.seq_len)
+
+    def read(self, at, most):
+        """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
+        index = int(np.searchsorted(self.ends, at, side="right"))
+        path = self.paths[index]
+        size = self.sizes[index]
+        # Mapped anew each time: reading an older map of a file that shrank would be SIGBUS.
+        tokens = read_shard(path)
+        if len(tokens) != size:
             raise DataError(
-                f"{path}: {found} bytes instead of {expected} in mid-run: restore the shard"
+                f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the shard"
             )
-        tokens = np.frombuffer(b"".join(parts), "<u2")
-        return check_ids(tokens, self.vocab_size, path).reshape(len(starts), length)
+        start = at - (int(self.ends[index]) - size)
+        return check_ids(tokens[start : start + most], self.vocab_size, path)
+
+
+class Place(typing.NamedTuple):
+    """Where a training sequence begins."""
+
+    shard: int  # its number
+    start: int  # token in the shard
 
 
 class ShuffledStream(TrainStream):
-    """The training sequences in random order, each of them once per pass (#1493).
+    """The sequences of the training shards in random order, each of them once per pass (#1493).
 
     In every pass each shard is cut into sequences from a random phase on, and all sequences of all
     shards are visited in one random order, which is the same as to draw shards in proportion to
-    what they have left. The order is a function of (seed, sequence number).
+    what they have left. The order is a function of (seed, sequence number): `position`, still in
+    tokens, says all that a resumed run needs.
     """
 
     def __init__(self, paths, vocab_size, seq_len, seed):
-        super().__init__(paths, vocab_size, seq_len)
+        super().__init__(paths, vocab_size)
+        self.seq_len = seq_len
         self.seed = seed
         if max(self.sizes) <= seq_len:
             raise DataError(
@@ -1820,7 +1843,6 @@ class ShuffledStream(TrainStream):
                 "lower it, or use SHUFFLE=0"
             )
         self.begin_pass(0, first=0)
-        self.num_sequences = len(self.order)  # of the first pass; others differ by their phases
 
     def begin_pass(self, number, first):
         """Lay out pass `number`, whose first sequence has the number `first` in the run."""
@@ -1830,33 +1852,56 @@ class ShuffledStream(TrainStream):
         self.phases = random.integers(0, np.clip(sizes - self.seq_len, 1, self.seq_len))
         counts = np.maximum(0, (sizes - 1 - self.phases) // self.seq_len)
         self.counted = np.cumsum(counts)  # sequences up to and with each shard
-        self.before = self.counted - counts  # and without it
         self.order = random.permutation(int(self.counted[-1]))
         self.pass_number = number
         self.first = first
 
-    def sequences(self, first, count):
-        """The same as TrainStream.sequences, in this stream's order."""
-        rows = np.empty((count, self.seq_len + 1), np.uint16)
-        done = 0
-        while done < count:
-            # One pass after the other is laid out: they differ in length.
-            if first + done < self.first:
-                self.begin_pass(0, first=0)
-            while first + done >= self.first + len(self.order):
-                self.begin_pass(self.pass_number + 1, self.first + len(self.order))
-            at = first + done - self.first
-            picks = self.order[at : at + count - done]
-            shards = np.searchsorted(self.counted, picks, side="right")
-            starts = self.phases[shards] + (picks - self.before[shards]) * self.seq_len
-            # Shard by shard and from front to back: a network file system is slow at jumping about.
-            for shard in np.unique(shards):
-                rows_of_it = np.flatnonzero(shards == shard)
-                rows_of_it = rows_of_it[starts[rows_of_it].argsort()]
-                tokens = self.read(shard, starts[rows_of_it], self.seq_len + 1)
-                rows[done + rows_of_it] = tokens
-            done += len(picks)
+    def place(self, number):
+        """Place of sequence `number` of the run."""
+        if number < self.first:  # a resumed run that goes back; passes differ in length
+            self.begin_pass(0, first=0)
+        while number >= self.first + len(self.order):
+            self.begin_pass(self.pass_number + 1, self.first + len(self.order))
+        index = int(self.order[number - self.first])
+        shard = int(np.searchsorted(self.counted, index, side="right"))
+        if shard > 0:
+            index -= int(self.counted[shard - 1])  # now its index in the shard
+        return Place(shard, int(self.phases[shard]) + index * self.seq_len)
+
+    def rows(self, span, low, high, seq_len):
+        """Sequences (n, T + 1) of tokens [low, high) of the next span, then advance by `span`."""
+        first = (self.position + low) // seq_len
+        places = [self.place(first + i) for i in range((high - low) // seq_len)]
+        rows = np.empty((len(places), seq_len + 1), np.uint16)
+        # Shard by shard and from front to back: a network file system is slow at jumping about.
+        in_order = sorted(range(len(places)), key=places.__getitem__)
+        for shard, group in itertools.groupby(in_order, lambda i: places[i].shard):
+            numbers = list(group)
+            rows[numbers] = self.read_sequences(shard, [places[i].start for i in numbers])
+        self.position += span
         return rows
+
+    def read_sequences(self, shard, starts):
+        """Tokens (n, T + 1) from these places of a shard on; reads their bytes and no more."""
+        path = self.paths[shard]
+        size = 2 * (self.seq_len + 1)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                number = file.fileno()
+                found = os.fstat(number).st_size
+                # Mapped memory would be read ahead: 128 KiB for each sequence of 4.
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+                parts = [os.pread(number, size, HEADER_BYTES + 2 * start) for start in starts]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}: restore the shard") from None
+        expected = HEADER_BYTES + 2 * self.sizes[shard]
+        if found != expected or any(len(part) != size for part in parts):
+            raise DataError(
+                f"{path}: {found} bytes instead of {expected} in mid-run: restore the shard"
+            )
+        tokens = np.frombuffer(b"".join(parts), "<u2")
+        return check_ids(tokens, self.vocab_size, path).reshape(len(starts), -1)
 
 
 def open_train_stream(config):
@@ -1864,7 +1909,9 @@ def open_train_stream(config):
     paths = find_shards(config, "train")
     if config.shuffle:
         return ShuffledStream(paths, config.vocab_size, config.train_seq_len, config.seed)
-    return TrainStream(paths, config.vocab_size, config.train_seq_len)
+    stream = TrainStream(paths, config.vocab_size)
+    stream.seq_len = config.train_seq_len
+    return stream
 
 
 class TokenBytes:
@@ -1876,16 +1923,16 @@ class TokenBytes:
 
     def __init__(self, tokenizer_path):
         try:
-            model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(
                 f"TOKENIZER_PATH={tokenizer_path}: cannot be read as a SentencePiece model "
                 f"({reason}): see README, section Training"
             ) from None
-        self.model = model
+        model = self.model
         self.vocab_size = model.vocab_size()
-        # Tables over the vocabulary, so that counting is indexing.
+        # Three tables over the vocabulary, so that counting is indexing.
         self.is_boundary = np.zeros(self.vocab_size, bool)  # (V,) pieces without text
         self.is_byte = np.zeros(self.vocab_size, bool)  # (V,)
         self.spaced = np.zeros(self.vocab_size, bool)  # (V,) pieces that begin with a space
@@ -1893,16 +1940,19 @@ class TokenBytes:
         for i in range(self.vocab_size):
             self.is_boundary[i] = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
             self.is_byte[i] = model.is_byte(i)
+            if self.is_boundary[i]:
+                continue
             if self.is_byte[i]:
                 self.base[i] = 1
-            elif not self.is_boundary[i]:
-                # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
-                piece = model.id_to_piece(i)
-                self.spaced[i] = piece.startswith("▁")
-                self.base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())
+                continue
+            # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
+            piece = model.id_to_piece(i)
+            self.spaced[i] = piece.startswith("▁")
+            text = piece.removeprefix("▁").replace("▁", " ")
+            self.base[i] = len(text.encode())
 
     def count(self, prev_ids, target_ids):
-        """Bytes of text (same shape, uint16) of the target tokens, given the tokens before them."""
+        """Bytes (same shape, uint16) of targets given the tokens before them."""
         prev_ids = np.asarray(prev_ids)
         target_ids = np.asarray(target_ids)
         # A document's first space is dropped when it is decoded, so it does not count.
@@ -1917,36 +1967,59 @@ class TokenBytes:
         if len(whole) == 0:
             return
         ids = ids[whole[0] : whole[-1] + 1]
-        # SentencePiece drops spaces at the start of a text: decode behind a piece without any.
-        plain = ~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0)
-        anchor = int(np.argmax(plain)) if plain.any() else self.model.piece_to_id("<0x41>")
-        start = len(self.model.decode([anchor]))
         # Cut before every piece without text: these start documents, or stand for unknown text.
         for document in np.split(ids, np.flatnonzero(self.is_boundary[ids])):
-            if len(document) < 2:
-                continue
-            # The first token is only the context of the others.
-            counted = int(self.count(document[:-1], document[1:]).sum())
-            text = self.model.decode([anchor, *document[1:].tolist()])[start:].replace("▁", " ")
-            length = len(text.encode())
-            if self.spaced[document[1]] and self.is_boundary[document[0]]:
-                length -= 1  # the first space, see count
-            if length != counted:
-                raise DataError(
-                    f"bytes per token are wrong for {text[:60]!r}: counted {counted}, decoded "
-                    f"{length}: use the tokenizer that made these shards, with a piece for a space"
-                )
+            if len(document) > 1:
+                self.check_document(document)
+
+    def check_document(self, document):
+        """The same for one document (n + 1,), whose first token is only the context of the rest."""
+        before, first = document[0], document[1]
+        counted = int(self.count(document[:-1], document[1:]).sum())
+        # SentencePiece drops spaces at the start of a text: decode behind a piece without any.
+        anchor = self.anchor()
+        start = len(self.model.decode(anchor))
+        decoded = self.model.decode(anchor + document[1:].tolist())[start:].replace("▁", " ")
+        length = len(decoded.encode())
+        if self.spaced[first] and self.is_boundary[before]:
+            length -= 1  # the first space, see count
+        if length != counted:
+            raise DataError(
+                f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
+                f"{length}: use the tokenizer that made these shards, with a piece for a space"
+            )
+
+    def foreign(self, ids):
+        """How many of the pieces `ids` do not return when their text is encoded again.
+
+        None where this tokenizer made them, but for an end that is cut inside a word. Where
+        another of English text did, it was 2 to 20 % (measured, 1,024 to 8,192 pieces): each
+        piece still decodes, only to other text.
+        """
+        ids = np.asarray(ids, np.int64)
+        lost = 0
+        for document in np.split(ids, np.flatnonzero(self.is_boundary[ids])):
+            pieces = document[~self.is_boundary[document]].tolist()
+            again = self.model.encode(self.model.decode(pieces))
+            # Order aside: one piece that is cut otherwise would move all that follow it.
+            lost += (collections.Counter(pieces) - collections.Counter(again)).total()
+        return lost
+
+    def anchor(self):
+        """[id] of a piece of text without spaces."""
+        plain = ~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0)
+        if plain.any():
+            return [int(np.argmax(plain))]
+        return [self.model.piece_to_id("<0x41>")]  # the letter A, as a byte
 
 
 class ValidationSet:
     """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split.
 
-    Scores on a split of scope "canonical-by-counts" compare with published ones; other text can be
-    made to have the same counts, so the scope is no proof. Scores on a "proxy" compare with others
-    on the same data.
+    Raises DataError if `expected_sha256` is given and not that of the tokens.
     """
 
-    def __init__(self, tokens, token_bytes):
+    def __init__(self, tokens, token_bytes, expected_sha256=""):
         self.tokens = tokens  # (n + 1,) uint16
         self.num_targets = len(tokens) - 1
         self.token_bytes = token_bytes
@@ -1957,18 +2030,31 @@ class ValidationSet:
             blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
-        low, high = CANONICAL_BYTES
-        has_the_targets = self.num_targets == CANONICAL_TARGETS.get(token_bytes.vocab_size)
-        self.scope = "canonical-by-counts" if has_the_targets and low <= total <= high else "proxy"
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        if expected_sha256 and sha256 != expected_sha256:
+            raise DataError(
+                f"the validation tokens have SHA-256 {sha256}, expected VAL_SHA256="
+                f"{expected_sha256}: restore the split, or unset VAL_SHA256"
+            )
+        self.scope = self.scope_of(total, is_certain=bool(expected_sha256))
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
             val_bytes=total,
             val_documents=int((tokens == BOS).sum()),
             bytes_per_token=total / self.num_targets,
-            val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+            val_sha256=sha256,
             scope=self.scope,
         )
+
+    def scope_of(self, total_bytes, is_certain):
+        """What scores on this split compare with: published ones, or others on the same data."""
+        targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
+        low, high = CANONICAL_BYTES
+        if self.num_targets != targets or not low <= total_bytes <= high:
+            return "proxy"
+        # Other text can be made to have the same counts.
+        return "canonical" if is_certain else "canonical-by-counts"
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -1987,25 +2073,13 @@ class ValidationSet:
             )
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
-        return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
+        scored = tokens[: windows * config.eval_seq_len + 1]
+        return cls(scored, token_bytes, config.val_sha256)
 
-    def retokenisation_mismatch(self):
-        """Whether another tokenizer seems to have made these tokens: text, encoded again, differs.
-
-        Each piece still decodes and counts, only to other text. Where another tokenizer of English
-        made them, 2 to 20 % of the pieces do not return (measured, 1,024 to 8,192 pieces); else
-        none but those of an end that is cut inside a word.
-        """
-        sample = self.tokens[:20_000].astype(np.int64)
-        is_boundary = self.token_bytes.is_boundary
-        model = self.token_bytes.model
-        lost = 0
-        for document in np.split(sample, np.flatnonzero(is_boundary[sample])):
-            pieces = document[~is_boundary[document]].tolist()
-            again = model.encode(model.decode(pieces))
-            # Order aside: one piece that is cut otherwise would move all that follow it.
-            lost += (collections.Counter(pieces) - collections.Counter(again)).total()
-        return lost > max(20, len(sample) // 100)
+    def is_foreign(self):
+        """Whether another tokenizer seems to have made these tokens."""
+        sample = self.tokens[:20_000]
+        return self.token_bytes.foreign(sample) > max(20, len(sample) // 100)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
@@ -2045,31 +2119,44 @@ def english_of(path):
         return []
     paragraphs = []
     for node in ast.walk(tree):
-        text = node.value if isinstance(node, ast.Constant) else None
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            continue
+        text = node.value
         # Prose has a space at least every twelve characters; tables and data have not.
-        if isinstance(text, str) and len(text) > 160 and text.count(" ") > len(text) / 12:
+        if len(text) > 160 and text.count(" ") > len(text) / 12:
             paragraphs += re.split(r"\n\s*\n", inspect.cleandoc(text))
     return paragraphs
 
 
 def demo_modules():
-    """Yield (name, path) of the installed Python libraries' modules, in a fixed order."""
+    """{name: path} of the installed Python libraries' modules, in a fixed order."""
     site = Path(torch.__file__).parent.parent
-    for root in (Path(sysconfig.get_paths()["stdlib"]), *(site / name for name in DEMO_PACKAGES)):
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    roots += [site / package for package in DEMO_PACKAGES]
+    modules = {}
+    for root in roots:
         for folder, subfolders, files in os.walk(root):
             # os.walk follows this list: sorted, so that every file system gives the same order.
             subfolders[:] = sorted(set(subfolders) - DEMO_SKIPPED_FOLDERS)
             for name in sorted(files):
                 if name.endswith(".py"):
                     path = Path(folder, name)
-                    yield f"{root.name}/{path.relative_to(root)}", path
+                    modules[f"{root.name}/{path.relative_to(root)}"] = path
+    return modules
 
 
-def demo_documents():
-    """{"train": documents, "val": documents}: one per module, no paragraph twice."""
+class DemoTexts(typing.NamedTuple):
+    """Lists of documents, one per module."""
+
+    train: list
+    val: list
+
+
+def demo_texts():
+    """DemoTexts of the installed libraries: no paragraph is in it twice; always the same."""
     seen = set()
     documents = []  # (digest of the module's name, its text)
-    for module, path in demo_modules():
+    for module, path in demo_modules().items():
         fresh = []
         for paragraph in english_of(path):
             key = " ".join(paragraph.split())
@@ -2082,10 +2169,34 @@ def demo_documents():
     # In the order of digests, which is random but fixed: modules that stand side by side are
     # alike, and a stream in their order would make the loss jump from package to package.
     documents.sort()
-    parts = {"train": [], "val": []}
+    texts = DemoTexts([], [])
     for digest, text in documents:
-        parts["val" if digest[0] < 9 else "train"].append(text)  # val: about 3.5 % of the modules
-    return parts
+        is_val = digest[0] < 9  # about 3.5 % of the modules
+        (texts.val if is_val else texts.train).append(text)
+    return texts
+
+
+def train_demo_tokenizer(documents, vocab_size):
+    """A SentencePiece model (bytes) with the options of the challenge's tokenizers."""
+    lines = (line for text in documents for line in text.split("\n") if line.strip())
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        character_coverage=0.999,
+        pad_id=0,
+        bos_id=BOS,
+        eos_id=EOS,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def build_demo_data(config, log):
@@ -2109,31 +2220,12 @@ def build_demo_data(config, log):
             return
         begin = time.monotonic()
         log("demo_data: reading the English of the installed Python libraries (once, a minute)")
-        parts = demo_documents()
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            # The training part alone: a tokenizer that saw the validation text would fit it.
-            sentence_iterator=(
-                line for text in parts["train"] for line in text.split("\n") if line.strip()
-            ),
-            model_writer=model,
-            # The options of the challenge's tokenizers.
-            vocab_size=config.vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="nmt_nfkc",
-            add_dummy_prefix=False,
-            character_coverage=0.999,
-            pad_id=0,
-            bos_id=BOS,
-            eos_id=EOS,
-            unk_id=3,
-            minloglevel=2,
-        )
-        write_atomic(tokenizer, [model.getvalue()])
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-        for split, documents in parts.items():
+        texts = demo_texts()
+        # On the training part alone: a tokenizer that saw the validation text would fit it.
+        model = train_demo_tokenizer(texts.train, config.vocab_size)
+        write_atomic(tokenizer, [model])
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        for split, documents in texts._asdict().items():
             ids = processor.encode(documents, num_threads=2)
             tokens = np.concatenate([np.array([BOS, *document]) for document in ids])
             write_shard(data / f"fineweb_{split}_000000.bin", tokens)
@@ -2148,9 +2240,8 @@ def build_demo_data(config, log):
 # Model
 # The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner,
 # NativeFlowMatcher. `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the
-# trunk. Values that change during a run or from layer to layer are 0-d tensors, so that one
-# compiled graph serves them all; only the order of looped layers, which changes once, has two.
-# Late QAT touches a weight in one place: Quantizable.effective_weight.
+# trunk. What changes during a run is a 0-d tensor, so that one compiled graph serves all of it; but
+# the order of looped layers, which changes once, has a graph for each of its two values.
 # ==================================================================================================
 def sdpa_attention(q, k, v):
     """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
@@ -2162,19 +2253,142 @@ def sdpa_attention(q, k, v):
     return y.transpose(1, 2)
 
 
-def flash_first_attention(q, k, v):
-    """The same with flash before cuDNN: FlashAttention-3, once it is activated, stands for flash.
+def tail_attention(q, k, v):
+    """Causal attention of the last n queries only, for scoring.
 
-    Shah et al. 2024, arXiv 2407.08608.
+    q (B, n, H, d), k and v (B, T, K, d) -> (B, n, H, d).
     """
-    order = [
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    with sdpa_kernel(order, set_priority=True):
-        return sdpa_attention(q, k, v)
+    q = q.transpose(1, 2)  # (B, H, n, d)
+    groups = q.size(1) // k.size(2)
+    # The kernels that take a mask know no grouped heads.
+    k = k.transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, T, d)
+    v = v.transpose(1, 2).repeat_interleave(groups, 1)
+    n = q.size(2)
+    length = k.size(2)
+    # Query i is position T - n + i; is_causal would take it for position i.
+    every = torch.ones(n, length, dtype=torch.bool, device=q.device)
+    seen = every.tril(length - n)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return y.transpose(1, 2)
+
+
+# What a block of the backward below needs at once must fit a CPU core's cache.
+ATTENTION_ROWS = 256  # queries
+ATTENTION_SEQUENCES = 4
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal grouped-query attention for CPUs: PyTorch's fused forward with a faster backward.
+
+    The backward goes through blocks of queries and sequences and recomputes the probabilities, as
+    FlashAttention does (Dao et al. 2022, arXiv 2205.14135), so memory is linear in T.
+    At 512 tokens it saves 5 to 8 % of a training step against PyTorch's own backward, which is as
+    fast from 1,024 tokens on (`tests/bench.py functions`).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)."""
+        ctx.save_for_backward(q, k, v)
+        groups = q.size(1) // k.size(1)
+        if groups > 1:
+            k = k.repeat_interleave(groups, 1)
+            v = v.repeat_interleave(groups, 1)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(q, k, v, 0.0, True)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        scale = q.size(-1) ** -0.5
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        # The query heads of a group share their keys, so they become rows of one product.
+        by_group = (k.size(1), -1)
+        q = (q * scale).unflatten(1, by_group)  # (B, K, H/K, T, d)
+        grad = grad.unflatten(1, by_group)
+        dq_grouped = dq.unflatten(1, by_group)
+        for high in range(q.size(3), 0, -ATTENTION_ROWS):
+            rows = slice(max(0, high - ATTENTION_ROWS), high)
+            for first in range(0, q.size(0), ATTENTION_SEQUENCES):
+                batch = slice(first, first + ATTENTION_SEQUENCES)
+                # These queries see the keys before `high`, and no others.
+                parts = BlockedAttention.block_backward(
+                    q[batch, :, :, rows],
+                    k[batch, :, :high],
+                    v[batch, :, :high],
+                    grad[batch, :, :, rows],
+                )
+                dq_grouped[batch, :, :, rows] = parts[0].mul_(scale)
+                dk[batch, :, :high] += parts[1]
+                dv[batch, :, :high] += parts[2]
+        return dq, dk, dv
+
+    @staticmethod
+    def block_backward(q, k, v, grad):
+        """Gradients for queries q (b, K, H/K, n, d), the last n positions of k, v (b, K, s, d)."""
+        n = q.size(3)
+        q = q.flatten(2, 3)  # (b, K, H/K * n, d)
+        grad = grad.flatten(2, 3)
+        scores = q @ k.mT  # (b, K, H/K * n, s)
+        # Only the last n keys can lie in a query's future.
+        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        by_head = scores.unflatten(2, (-1, n))  # (b, K, H/K, n, s), the same memory
+        by_head[..., -n:].masked_fill_(future, -torch.inf)
+        p = scores.softmax(-1)
+        ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
+        dq = (ds @ k).unflatten(2, (-1, n))
+        dk = ds.mT @ q
+        dv = p.mT @ grad
+        return dq, dk, dv
+
+
+def cpu_attention(q, k, v):
+    """Causal attention on the CPU. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    return BlockedAttention.apply(q, k, v).transpose(1, 2)
+
+
+def flash_attention_3(q, k, v):
+    """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), shapes as above; needs its package."""
+    from flash_attn_interface import flash_attn_func
+
+    # Its backward adds in any order unless asked not to; test-time training must repeat its digits.
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    out = flash_attn_func(q, k, v, causal=True, deterministic=repeatable)
+    return out[0] if isinstance(out, tuple) else out  # some releases add the log-sum-exp
+
+
+def attention_order(capability):
+    """[(backend, why it stands here)] for a GPU of compute capability (major, minor).
+
+    On Hopper and later cuDNN trains about twice as fast as FlashAttention-2 and about as fast as
+    FlashAttention-3; on Ampere it is the slower one (HF transformers #48163, PyTorch #142132).
+    """
+    hopper = capability[0] == 9
+    newer = capability[0] >= 9
+    order = []
+    if hopper:
+        order.append(("flash_attention_3", "made for Hopper"))
+    if newer:
+        order.append(("cudnn", "faster than flash from Hopper on"))
+    order.append(("flash", "FlashAttention-2, the fastest before Hopper"))
+    if not newer:
+        order.append(("cudnn", "slower than flash before Hopper"))
+    order.append(("mem_efficient", "where flash does not run"))
+    order.append(("math", "runs everywhere, memory quadratic in T"))
+    return order
+
+
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 class AttentionChoice(typing.NamedTuple):
@@ -2184,38 +2398,58 @@ class AttentionChoice(typing.NamedTuple):
 
 @functools.cache
 def pick_attention(device, dtype, compiling=False):
-    """AttentionChoice: FlashAttention-3 where its package is, else PyTorch's own order of backends.
+    """AttentionChoice: the first backend that runs forward and backward here, tried once.
 
-    The choice has run forward and backward once, compiled if the model will be: published runs
-    failed after hours in the queue because a fixed backend did not exist on their GPU.
+    Published runs failed after hours in the queue because a fixed backend did not exist on their
+    GPU. With `compiling` the trial is compiled too, as the model will be.
     """
+    if device.type == "cpu":
+        return AttentionChoice(
+            cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    failures = []
+    for backend, why in attention_order(capability):
+        try:
+            try_attention(attention_backend(backend), device, dtype, compiling)
+            attend = attention_backend(backend, fallback=True)
+        except Exception as error:
+            failures.append(f"{backend} ({type(error).__name__})")
+            continue
+        architecture = f"sm{capability[0]}{capability[1]}"
+        not_usable = ", ".join(failures) or "none"
+        reason = f"{backend}: {why} ({architecture}); tried before and not usable: {not_usable}"
+        return AttentionChoice(attend, reason)
+    raise ConfigError(
+        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}: "
+        "use DEVICE=cpu or another PyTorch build"
+    )
+
+
+def attention_backend(backend, fallback=False):
+    """attend(q, k, v) of one backend by name; with `fallback`, flash stands behind cuDNN."""
+    if backend == "flash_attention_3":
+        return flash_attention_3
+    # cuDNN refuses to run where deterministic algorithms are wanted.
+    order = [SDPA_BACKENDS[backend]]
+    if backend == "cudnn" and fallback:
+        order.append(SDPBackend.FLASH_ATTENTION)
+
+    def attend(q, k, v):
+        with sdpa_kernel(order, set_priority=True):
+            return sdpa_attention(q, k, v)
+
+    return attend
+
+
+def try_attention(attend, device, dtype, compiling):
+    """One small forward and backward; raises whatever the backend raises."""
+    if compiling:
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
     options = dict(device=device, dtype=dtype, requires_grad=True)
     q = torch.zeros(1, 64, 2, 64, **options)  # (B, T, H, d)
     k = torch.zeros(1, 64, 1, 64, **options)  # (B, T, K, d)
-    by_head = [x.transpose(1, 2) for x in (q, k, k)]
-    first = SDPBackend(torch._fused_sdp_choice(*by_head, is_causal=True, enable_gqa=True))
-    choices = [AttentionChoice(sdpa_attention, f"{first.name.lower()}: PyTorch's own order")]
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    if is_hopper and importlib.util.find_spec("flash_attn_interface"):
-        reason = "flash_attention_3: made for Hopper, and flash_attn_interface is installed"
-        choices.insert(0, AttentionChoice(flash_first_attention, reason))
-    failures = []
-    for attend, reason in choices:
-        try:
-            if attend is flash_first_attention:
-                activate_flash_attention_impl("FA3")
-            trial = torch.compile(attend, dynamic=False, fullgraph=True) if compiling else attend
-            trial(q, k, k).float().sum().backward()
-            return AttentionChoice(attend, "; not usable: ".join([reason, *failures]))
-        except Exception as error:
-            line = str(error).partition("\n")[0]
-            failures.append(f"{reason} ({type(error).__name__}: {line})")
-            if current_flash_attention_impl():
-                restore_flash_attention_impl()
-    raise ConfigError(
-        f"no attention backend runs forward and backward on {device} in {dtype}: tried "
-        f"{'; '.join(failures)}: use DEVICE=cpu or another PyTorch build"
-    )
+    attend(q, k, k).float().sum().backward()
 
 
 NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
@@ -2234,32 +2468,52 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide, copy=True)
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        inverse = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS)  # (B, ..., 1): 1 / rms
-        y.mul_(inverse if gain is None else inverse * gain)
-        if cos is not None:
-            rotate_(y, cos, sin)
+        y = torch.empty_like(x)
+        inverse = x.new_empty(*x.shape[:-1], 1, dtype=wide)  # 1 / rms
+        for part in batch_parts(x):
+            value = x[part].to(wide, copy=True)
+            norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+            mean_square = norm.square() / x.size(-1)
+            scale = torch.rsqrt(mean_square + NORM_EPS)
+            inverse[part] = scale
+            if gain is not None:
+                scale = scale * gain
+            value.mul_(scale)
+            if cos is not None:
+                rotate_(value, cos, sin)
+            y[part] = value
         ctx.save_for_backward(x, inverse, gain, cos, sin)
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
         x, inverse, gain, cos, sin = ctx.saved_tensors
-        value = x.to(inverse.dtype)
-        dx = grad.to(inverse.dtype, copy=True)
-        if cos is not None:
-            rotate_(dx, cos, -sin)  # the transposed rotation
-        dot = (dx * value).sum(-1, keepdim=True)  # (B, ..., 1)
-        scale = inverse
-        dgain = None
-        if gain is not None:
-            dgain = (dot * inverse).sum((0, 1))
-            scale = inverse * gain
-        # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
-        along = dot * scale * inverse.square()
-        dx.mul_(scale).addcmul_(value, along, value=-1 / x.size(-1))
-        return dx.to(x.dtype), dgain, None, None
+        dx = torch.empty_like(x)
+        dgain = None if gain is None else torch.zeros_like(gain)
+        for part in batch_parts(x):
+            value = x[part].to(inverse.dtype)
+            slope = grad[part].to(inverse.dtype, copy=True)
+            if cos is not None:
+                rotate_(slope, cos, -sin)  # the transposed rotation
+            dot = (slope * value).sum(-1, keepdim=True)  # (b, ..., 1)
+            scale = inverse[part]
+            if gain is not None:
+                dgain += (dot * scale).sum((0, 1))
+                scale = scale * gain
+            # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
+            along = dot * scale * inverse[part].square()
+            slope.mul_(scale)
+            slope.addcmul_(value, along, value=-1 / x.size(-1))
+            dx[part] = slope
+        return dx, dgain, None, None
+
+
+def batch_parts(x):
+    """Slices of the batch: one sequence at a time on a CPU, whose cache then holds its float32
+    copies; all of it on a GPU, or where the compiler fuses the passes anyway."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(x.size(0))]
 
 
 def rms_norm(x):
@@ -2294,6 +2548,7 @@ def rotate_(x, cos, sin):
     a_new = a * cos - b * sin
     x[..., half : 2 * half] = a * sin + b * cos
     x[..., :half] = a_new
+    return x
 
 
 def exclusive_attention(y, v):
@@ -2348,7 +2603,7 @@ class Linear(Quantizable, nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x, scale=None):
-        """`scale`, 0-d or (outputs, 1), multiplies the weight: cheaper than every output."""
+        """`scale`, a number or (outputs, 1), multiplies the weight: cheaper than every output."""
         weight = self.effective_weight()
         if scale is not None:
             weight = weight * scale
@@ -2371,7 +2626,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer, attend):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.config = config
         self.attend = attend
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         dim = config.model_dim
@@ -2391,47 +2646,64 @@ class Attention(nn.Module):
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x, scale, out_scale, angles, v_first, v_emb):
+    def forward(self, x, scale, out_scale, angles, v0, ve, last=None):
         """Output y (B, T, D) and this layer's own values (B, T, K, d).
 
-        x (B, T, D) is normalised and still without the layer's `scale` (0-d); `out_scale` (D,)
-        multiplies the output; `angles` are cos and sin; v_first (B, T, K, d) are layer 0's values,
-        or None in layer 0; v_emb (B, T, K*d) is the value embedding, or None.
+        x (B, T, D) is normalised and still without the layer's `scale` (a number); `out_scale` (D,)
+        multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
+        None in layer 0; ve (B, T, K*d) is the value embedding, or None. With `last` = n only the
+        last n positions ask, and y is (B, n, D).
         """
-        q, k, v, gate = self.project(x, scale)
-        if v_emb is not None:
-            v = v + v_emb.to(v.dtype)
-        q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, d)
-        k = k.unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
-        v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
-        mixed = v
-        if self.vr_lambda is not None:
-            # Value residual (Zhou et al. 2024, arXiv 2410.17897): layer 0's values stay within
-            # reach. Layer 0 mixes its values with themselves.
-            mix = self.vr_lambda.to(v.dtype)
-            mixed = mix[0] * (v if v_first is None else v_first) + mix[1] * v
+        q, k, own, gate = self.project(x, scale, last)  # (B, T, ...) or (B, n, ...) each
+        if ve is not None:
+            own = own + ve.to(own.dtype)
+        q = self.heads(q)  # (B, T, H, d)
+        k = self.heads(k)  # (B, T, K, d)
+        own = self.heads(own)  # (B, T, K, d)
+        v = self.mixed_values(own, v0)
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        q = RMSNorm.apply(q, self.q_gain[:, None], cos, sin)
+        n = q.size(1)  # the positions that ask are the last ones
+        gain = self.q_gain[:, None]  # (H, 1)
+        q = RMSNorm.apply(q, gain, cos[-n:], sin[-n:])
         k = RMSNorm.apply(k, None, cos, sin)
-        y = self.attend(q, k, mixed)  # (B, T, H, d)
+        attend = self.attend if last is None else tail_attention
+        y = attend(q, k, v)  # (B, T, H, d)
         if self.xsa:
-            y = exclusive_attention(y, mixed)
+            y = exclusive_attention(y, v[:, -n:])
         if gate is not None:
             y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
-        return y, v
+        return y, own
 
-    def project(self, x, scale):
+    def project(self, x, scale, last=None):
         """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
+
+        With `last` = n, q and the gates' logits are those of the last n positions.
 
         Four small products would each read x and leave the device half idle: the weights are put
         together and one product does it. They stay separate parameters, since the optimiser and the
         artifact treat each matrix on its own.
         """
-        layers = [self.c_q, self.c_k, self.c_v]
+        asking = [self.c_q]
         if self.attn_gate is not None:
-            layers.append(self.attn_gate)
+            asking.append(self.attn_gate)
+        answering = [self.c_k, self.c_v]
+        if last is None:
+            outputs = self.product(x, scale, asking + answering)
+        else:
+            outputs = self.product(x[:, -last:], scale, asking)
+            outputs += self.product(x, scale, answering)
+        if self.attn_gate is None:
+            q, k, v = outputs
+            return q, k, v, None
+        q, gate, k, v = outputs
+        if self.attn_gate.bias is not None:
+            gate = gate + self.attn_gate.bias.to(gate.dtype)
+        return q, k, v, gate
+
+    def product(self, x, scale, layers):
+        """(outputs of x without bias, one per layer) by one product."""
         weights = []
         for layer in layers:
             # A gate of the leading channels gives no weight to the others.
@@ -2439,15 +2711,28 @@ class Attention(nn.Module):
             weight = layer.effective_weight()
             weights.append(F.pad(weight, (0, missing)) if missing else weight)
         outputs = F.linear(x, torch.cat(weights) * scale)
-        q, k, v, *gates = outputs.split([layer.out_features for layer in layers], -1)
-        gate = gates[0] if gates else None
-        if gates and self.attn_gate.bias is not None:
-            gate = gate + self.attn_gate.bias.to(gate.dtype)
-        return q, k, v, gate
+        return outputs.split([layer.out_features for layer in layers], -1)
+
+    def heads(self, x):
+        """(B, T, n*d) -> (B, T, n, d)."""
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+    def mixed_values(self, own, v0):
+        """Value residual: layer 0's values stay within reach (Zhou et al. 2024, 2410.17897)."""
+        if self.vr_lambda is None:
+            return own
+        first = own if v0 is None else v0  # layer 0 mixes its values with themselves
+        mix = self.vr_lambda.to(own.dtype)
+        return mix[0] * first + mix[1] * own
+
+
+def leaky_square(x):
+    """leaky_relu(x, 0.5)^2: ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549."""
+    return F.leaky_relu(x, 0.5).square()
 
 
 class MLP(nn.Module):
-    """W2 f(W1 x), f the square of a leaky ReLU."""
+    """W2 f(W1 x), f the squared leaky ReLU."""
 
     def __init__(self, config):
         super().__init__()
@@ -2456,9 +2741,14 @@ class MLP(nn.Module):
 
     def forward(self, x, scale, out_scale):
         """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
-        # ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549.
-        hidden = F.leaky_relu(self.fc(x, scale), 0.5).square()  # (B, T, hidden)
+        hidden = leaky_square(self.fc(x, scale))  # (B, T, hidden)
         return self.proj(hidden, out_scale[:, None])
+
+
+def residual_mix(x, x0, mix):
+    """mix[0] * x + mix[1] * x0 per channel: the first stream (B, T, D) stays within reach."""
+    mix = mix.to(x.dtype)  # (2, D)
+    return torch.addcmul(x * mix[0], x0, mix[1])
 
 
 class Block(nn.Module):
@@ -2475,24 +2765,29 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(mix)
         self.parallel = layer >= config.num_layers - config.parallel_last_n
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
-        # As a tensor it leaves all layers one code, which a compiler need see only once.
-        self.register_buffer("norm_scale", torch.tensor((layer + 1) ** -0.5), persistent=False)
+        self.norm_scale = (layer + 1) ** -0.5
 
-    def forward(self, x, x0, angles, v_first, v_emb):
+    def forward(self, x, x0, angles, v0, ve, last=None):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel; the others as
-        in Attention.forward.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` =
+        n the stream (B, n, D) of the last n positions is all that is computed.
         """
-        mix = self.resid_mix.to(x.dtype)  # (2, D)
-        x = torch.addcmul(x * mix[0], x0, mix[1])
+        x = residual_mix(x, x0, self.resid_mix)
+        scale = self.norm_scale
         normed = rms_norm(x)
-        y, v = self.attn(normed, self.norm_scale, self.attn_scale, angles, v_first, v_emb)
-        x = x + y
+        y, own = self.attn(normed, scale, self.attn_scale, angles, v0, ve, last)
+        n = y.size(1)
+        x = x[:, -n:] + y
         # A parallel MLP does not see what attention has just added (as in GPT-J).
-        mlp_input = normed if self.parallel else rms_norm(x)
-        x = x + self.mlp(mlp_input, self.norm_scale, self.mlp_scale)
-        return x, v
+        mlp_input = normed[:, -n:] if self.parallel else rms_norm(x)
+        x = x + self.mlp(mlp_input, scale, self.mlp_scale)
+        return x, own
+
+
+def opening(gate, x):
+    """sigmoid(gate) in the type of x: how far a learned gate, stored in float32, is open."""
+    return torch.sigmoid(gate).to(x.dtype)
 
 
 class BigramHash(nn.Module):
@@ -2511,7 +2806,9 @@ class BigramHash(nn.Module):
         """
         last = self.embed.num_embeddings - 1
         t = ids.int()
-        pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last  # (B, T - 1)
+        own = 36313 * t[:, 1:]
+        previous = 27191 * t[:, :-1]
+        pair = torch.bitwise_xor(own, previous) % last  # (B, T - 1)
         return F.pad(pair, (1, 0), value=last)
 
     def forward(self, ids):
@@ -2538,7 +2835,8 @@ class SmearGate(nn.Module):
 
     def forward(self, x, ids):
         """x (B, T, D) and its tokens (B, T) -> (1 - g) * x_i + g * x_{i-1}."""
-        return x + torch.sigmoid(self.gate).to(x.dtype) * (predecessors(x, ids) - x)
+        before = predecessors(x, ids)
+        return x + opening(self.gate, x) * (before - x)
 
 
 class InputSmearGate(nn.Module):
@@ -2596,11 +2894,14 @@ class FlowRefiner(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         z = self.down(x)  # (B, T, latent)
         z = z + self.proj(F.gelu(self.fc(z)))
-        return x + torch.sigmoid(self.gate).to(x.dtype) * self.up(z)
+        return x + opening(self.gate, x) * self.up(z)
 
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 divided by it: steps that cover the integers evenly
 GOLDEN_INVERSE = pow(GOLDEN_RATIO, -1, 2**64)  # their product is 1 modulo 2^64
+# SplitMix64's finaliser (Steele, Lea and Flood 2014) with the constants of Stafford's variant 13.
+MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+MIX_LAST_SHIFT = 31
 
 
 def as_int64(number):
@@ -2610,18 +2911,15 @@ def as_int64(number):
 
 
 def mix64(x):
-    """Hash of int64 tensors: each bit of the input turns over half of the output's.
-
-    SplitMix64's finaliser (Steele, Lea and Flood 2014), the constants of Stafford's variant 13.
-    """
+    """Hash of int64 tensors: each bit of the input turns over half of the output's."""
 
     def shifted(value, bits):
         # PyTorch's shift repeats the sign; a hash needs zeros.
         return (value >> bits) & (2 ** (64 - bits) - 1)
 
-    x = (x ^ shifted(x, 30)) * as_int64(0xBF58476D1CE4E5B9)
-    x = (x ^ shifted(x, 27)) * as_int64(0x94D049BB133111EB)
-    return x ^ shifted(x, 31)
+    for bits, factor in MIX_ROUNDS:
+        x = (x ^ shifted(x, bits)) * as_int64(factor)
+    return x ^ shifted(x, MIX_LAST_SHIFT)
 
 
 def draw_noise(keys, length, width):
@@ -2633,8 +2931,8 @@ def draw_noise(keys, length, width):
     batch = keys.size(0)
     pairs = -(-length * width // 2)  # a hash of 64 bits gives two normal numbers
     counter = torch.arange(pairs + length, device=keys.device)
-    # keys + counter * GOLDEN_RATIO, multiplied last: the compiler takes a product of positions
-    # alone for an index, computes it without wrapping at 64 bits, and fails.
+    # keys + counter * GOLDEN_RATIO, with the product last: a product of positions alone is an index
+    # to the compiler, which computes it without wrapping at 64 bits and fails.
     steps = keys[:, None] * as_int64(GOLDEN_INVERSE) + counter
     hashes = mix64(steps * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
 
@@ -2650,21 +2948,6 @@ def draw_noise(keys, length, width):
     share = both[:, : length * width]  # of the normal distribution that lies below z
     z = math.sqrt(2) * torch.erfinv(2 * share - 1)
     return z.view(batch, length, width), t
-
-
-def flow_noise_keys(config, step, first, count, device):
-    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
-
-    A function of seed, step and sequence alone, hence the same at any number of ranks and after a
-    resume. None where no loss would use it.
-    """
-    if not config.nfm_enabled or config.nfm_loss_weight == 0:
-        return None
-    place = f"{config.seed}/{step}"
-    digest = hashlib.sha256(place.encode()).digest()
-    start = as_int64(int.from_bytes(digest[:8], "little"))
-    sequences = torch.arange(first, first + count, device=device)
-    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 class NativeFlowMatcher(nn.Module):
@@ -2683,23 +2966,25 @@ class NativeFlowMatcher(nn.Module):
         self.out = Linear(hidden, dim)
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
-    def velocity(self, x, t):
-        """Velocity (B, T, D) at states x (B, T, D) and times t (B, T) or 0-d, in [0, 1]."""
-        # Time is embedded by sinusoids, as positions are.
+    def tau(self, t):
+        """Time embedding (..., hidden) of t (...) in [0, 1], by sinusoids as for positions."""
         half = self.inp.in_features // 2
         place = torch.arange(half, device=t.device, dtype=t.dtype)
         frequency = torch.exp(-math.log(10000.0) / half * place)  # (D/2,)
         angle = t[..., None] * frequency  # (..., D/2)
         sinusoids = torch.cat([angle.cos(), angle.sin()], -1)  # (..., D)
-        tau = F.gelu(self.time(sinusoids))  # (..., hidden)
-        hidden = F.gelu(self.inp(x) + tau)  # (B, T, hidden)
+        return F.gelu(self.time(sinusoids))
+
+    def velocity(self, x, t):
+        """Velocity (B, T, D) at states x (B, T, D) and times t (B, T) or 0-d."""
+        hidden = F.gelu(self.inp(x) + self.tau(t))  # (B, T, hidden)
         return self.out(hidden)
 
     def forward(self, x):
         """One Euler step: (B, T, D) -> (B, T, D)."""
-        # A 0-d time makes its embedding one row for all tokens.
+        # A 0-d time makes tau one row for all tokens.
         one = torch.ones((), device=x.device, dtype=self.gate.dtype)
-        return x + torch.sigmoid(self.gate).to(x.dtype) * self.velocity(x, one)
+        return x + opening(self.gate, x) * self.velocity(x, one)
 
     def flow_loss(self, x, keys):
         """Mean squared error of the velocity at random times, 0-d.
@@ -2730,6 +3015,7 @@ class TTTLinear(nn.Module):
         dim = config.model_dim
         heads = config.num_heads
         width = config.head_dim
+        self.heads = heads
         self.mini_batch = config.e2e_ttt_mini_batch
         self.rate = config.e2e_ttt_base_lr / width
         self.c_q = Linear(dim, dim)
@@ -2754,11 +3040,11 @@ class TTTLinear(nn.Module):
             z = self.inner(q, k, v)  # (B, H, T, d)
         z = z.transpose(1, 2).flatten(2)  # (B, T, D)
         y = self.norm(z).to(x.dtype)
-        return x + torch.sigmoid(self.gate).to(x.dtype) * self.proj(y)
+        return x + opening(self.gate, x) * self.proj(y)
 
     def split(self, x):
         """(B, T, D) -> (B, H, T, d) in the type of the inner model."""
-        x = x.unflatten(-1, (self.w.size(0), -1))  # (B, T, H, d)
+        x = x.unflatten(-1, (self.heads, -1))  # (B, T, H, d)
         return x.transpose(1, 2).to(self.w.dtype)
 
     def inner(self, q, k, v):
@@ -2838,7 +3124,7 @@ class GPT(nn.Module):
             self.smear = InputSmearGate(config) if config.smear_inputs else SmearGate(config)
         layers = range(config.num_layers)
         self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
-        # Training begins without loops; every evaluation has them.
+        # Whether layers are looped now: training begins without, everything else is with it.
         self.looped = config.num_loops > 0
         num_skips = len(layer_order(config, self.looped)) // 2
         self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
@@ -2890,7 +3176,7 @@ class GPT(nn.Module):
         if self.embed_in is not None:
             nn.init.orthogonal_(self.embed_in.weight)
             nn.init.orthogonal_(self.embed_out.weight)
-        if isinstance(self.smear, InputSmearGate):
+        if self.config.smear_enabled and self.config.smear_inputs:
             nn.init.zeros_(self.smear.proj.weight)
 
     def quantizable(self):
@@ -2906,7 +3192,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_qat(self, blend):
-        """Set the blend of straight-through rounding (0 or 1) and the present weights' scales.
+        """Blend of straight-through rounding (0 or 1) and the scales of the present weights.
 
         It runs before every step, so it launches nothing while rounding stays off, and treats all
         matrices of one width as the rows of a single one while it is on.
@@ -2943,20 +3229,24 @@ class GPT(nn.Module):
         return x if self.smear is None else self.smear(x, ids)
 
     def add_skip(self, x, skip, index):
-        """The stream x (B, T, D) of the index-th decoder, joined by its encoder's output."""
+        """The stream x (B, T, D) and what an encoder left, as the index-th decoder joins them."""
         weight = self.skip_weights[index].to(x.dtype)
         if self.skip_gates is None:
             return torch.addcmul(x, weight, skip)
-        return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+        return torch.lerp(weight * skip, x, opening(self.skip_gates[index], x))
 
-    def trunk(self, ids):
-        """Normalised states (B, T, D) of ids (B, T), before the refiners."""
+    def trunk(self, ids, last=None):
+        """Normalised states (B, T, D) of ids (B, T), before the refiners.
+
+        With `last` = n, the states (B, n, D) of the last n positions, which spares the last block
+        its part of all others: it still needs their keys and values, but asks nothing for them.
+        """
         x = x0 = self.embed(ids)
         length = ids.size(1)
         assert length <= len(self.rotary_cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
-        v_emb = self.ve(ids) if self.ve is not None else {}  # by layer
-        v_first = None  # layer 0's values
+        value_embeddings = self.ve(ids) if self.ve is not None else {}
+        v0 = None  # layer 0's values
         skips = []
         # U-Net: the first half of the visits (rounded down) are encoders, the rest decoders.
         order = layer_order(self.config, self.looped)
@@ -2965,17 +3255,27 @@ class GPT(nn.Module):
             # A decoder first adds what its mirror image among the encoders left.
             if visit >= num_encoders and skips:
                 x = self.add_skip(x, skips.pop(), visit - num_encoders)
-            x, v = self.blocks[layer](x, x0, angles, v_first, v_emb.get(layer))
-            if v_first is None:
-                v_first = v
+            asked = last if visit == len(order) - 1 else None
+            block = self.blocks[layer]
+            x, own = block(x, x0, angles, v0, value_embeddings.get(layer), asked)
+            if v0 is None:
+                v0 = own
             if visit < num_encoders:
                 skips.append(x)
         return rms_norm(x)
 
-    def refine(self, x):
+    def hidden(self, ids, last=None):
+        """Final states (B, T, D) of ids (B, T), or of the `last` ones only: what the head sees."""
+        # TTT-Linear learns along the sequence and needs all of it.
+        x = self.trunk(ids, last if self.ttt is None else None)
+        return self.refine(x, last)[0]
+
+    def refine(self, x, last=None):
         """States (B, T, D) after all refiners, and NativeFlowMatcher's input, for its loss."""
         if self.ttt is not None:
             x = self.ttt(x)
+        if last is not None:
+            x = x[:, -last:]
         if self.flow is not None:
             x = self.flow(x)
         flow_input = x
@@ -2983,17 +3283,13 @@ class GPT(nn.Module):
             x = self.nfm(x)
         return x, flow_input
 
-    def hidden(self, ids):
-        """Final states (B, T, D) of ids (B, T): what the head sees."""
-        return self.refine(self.trunk(ids))[0]
+    def head_input(self, hidden):
+        """What the tied embedding multiplies: states (..., D), or narrower as EMBED_DIM says."""
+        return hidden if self.embed_out is None else self.embed_out(hidden)
 
     def logits(self, hidden):
         """float32 logits (..., V) of final states (..., D)."""
         return self.head(self.head_input(hidden))
-
-    def head_input(self, hidden):
-        """The states that the tied embedding multiplies: (..., D), or narrower by EMBED_DIM."""
-        return hidden if self.embed_out is None else self.embed_out(hidden)
 
     def head(self, x):
         """Logits (..., V) of head_input's output, softly capped (Gemma 2, arXiv 2408.00118)."""
@@ -3047,6 +3343,21 @@ def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
     attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
     return GPT(config, attend).to(runtime.device)
+
+
+def flow_noise_keys(config, step, first, count, device):
+    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
+
+    A function of seed, step and sequence alone, hence the same at any number of ranks and after a
+    resume. None where no loss would use it.
+    """
+    if not config.nfm_enabled or config.nfm_loss_weight == 0:
+        return None
+    place = f"{config.seed}/{step}"
+    digest = hashlib.sha256(place.encode()).digest()
+    start = as_int64(int.from_bytes(digest[:8], "little"))
+    sequences = torch.arange(first, first + count, device=device)
+    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 # ==================================================================================================
@@ -3272,8 +3583,9 @@ class Muon:
 def parameter_groups(model):
     """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
 
-    "embed" are lookup tables, whose rows see few tokens a step; "scalar" is the rest: gains, gates,
-    mixes, biases and the refiners.
+    "muon" are the six matrices of every block: c_q, c_k, c_v, attn.proj, mlp.fc, mlp.proj. "embed"
+    are lookup tables, whose rows see few tokens a step. "scalar" is the rest: gains, gates, mixes,
+    biases and the refiners.
     """
     groups = {"muon": {}, "embed": {}, "scalar": {}}
     embeddings = set()
@@ -3292,13 +3604,8 @@ def parameter_groups(model):
     return groups
 
 
-def either(own, common):
-    """A setting of its own, or the common one where it is negative."""
-    return common if own < 0 else own
-
-
 def build_optimizers(model, config, comm=None):
-    """(Muon, AdamW) over all parameters of `model`; asserts that each is in exactly one group."""
+    """(Muon, AdamW), which together hold every parameter of `model` once."""
     groups = parameter_groups(model)
     muon = Muon(
         groups["muon"].values(),
@@ -3316,12 +3623,12 @@ def build_optimizers(model, config, comm=None):
             dict(
                 params=list(groups["embed"].values()),
                 base_lr=config.embed_lr,
-                weight_decay=either(config.embed_wd, config.adam_wd),
+                weight_decay=config.embed_wd if config.embed_wd >= 0 else config.adam_wd,
             ),
             dict(
                 params=list(groups["scalar"].values()),
                 base_lr=config.scalar_lr,
-                weight_decay=either(config.scalar_wd, config.adam_wd),
+                weight_decay=config.scalar_wd if config.scalar_wd >= 0 else config.adam_wd,
             ),
         ],
         lr=config.scalar_lr,
@@ -3329,24 +3636,12 @@ def build_optimizers(model, config, comm=None):
         eps=config.adam_eps,
         fused=True,
     )
-    check_groups(model, muon, adamw)
+    held = collections.Counter()
+    for params in [*muon.stacks, *(group["params"] for group in adamw.param_groups)]:
+        held.update(map(id, params))
+    wrong = [name for name, param in model.named_parameters() if held[id(param)] != 1]
+    assert not wrong, f"not in exactly one optimiser group: {wrong}"
     return muon, adamw
-
-
-def adamw_params(adamw):
-    return [param for group in adamw.param_groups for param in group["params"]]
-
-
-def check_groups(model, muon, adamw):
-    """Assert that every parameter is trained, and by one optimiser only."""
-    held = []
-    for stack in muon.stacks:
-        held += stack
-    held += adamw_params(adamw)
-    ids = [id(param) for param in held]
-    wrong = [name for name, param in model.named_parameters() if ids.count(id(param)) != 1]
-    foreign = len(held) - len(list(model.parameters()))
-    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
 
 
 def reduce_clip_step(muon, adamw, comm, clip):
@@ -3356,7 +3651,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
     would depend on the number of ranks.
     """
     muon.launch()
-    params = adamw_params(adamw)
+    params = [param for group in adamw.param_groups for param in group["params"]]
     for param in params:
         if param.grad is None:  # every rank must bring the same list
             param.grad = torch.zeros_like(param)
@@ -3374,58 +3669,33 @@ def reduce_clip_step(muon, adamw, comm, clip):
     muon.step(scale, meanwhile=adamw.step)
 
 
-def training_cap(config, step, seconds):
-    """Seconds that the steps may take, 0 for no cap: the time of `calibrate` is left free."""
-    cap = config.max_wallclock_seconds
-    if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
-        return cap
-    return max(1e-9, cap - calibration_seconds(config, seconds / step))
-
-
-def without_reserve(config, reserve):
-    """The Config whose wallclock cap leaves `reserve` seconds for what follows training."""
-    if not config.max_wallclock_seconds:
-        return config
-    cap = max(1e-9, config.max_wallclock_seconds - reserve)
-    return dataclasses.replace(config, max_wallclock_seconds=cap)
-
-
 def run_fraction(config, step, seconds=0.0):
     """Share in [0, 1] of the run that is over: of its steps, or of its time if that ends sooner."""
     fraction = step / max(1, config.iterations)
-    cap = training_cap(config, step, seconds)
-    if cap:
-        fraction = max(fraction, seconds / cap)
+    if config.training_seconds:
+        fraction = max(fraction, seconds / config.training_seconds)
     return min(1.0, fraction)
 
 
-def expected_steps(config, step, seconds=0.0):
-    """Steps that the whole run will have, by the pace so far where a wallclock cap ends it."""
-    if not config.max_wallclock_seconds or not step or not seconds:
-        return config.iterations
-    step_seconds = seconds / step
-    return min(config.iterations, training_cap(config, step, seconds) / step_seconds)
-
-
 def warmdowns_left(config, step, seconds):
-    """What is left of the run, in lengths of the warmdown: below 1 it has begun."""
+    """Steps left, in units of the warmdown; the rate falls once this is below 1."""
     if config.warmdown_frac:
         return (1 - run_fraction(config, step, seconds)) / config.warmdown_frac
     warmdown = max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
-    left = (config.iterations - step) / warmdown
-    if config.max_wallclock_seconds and step and seconds:
+    steps_left = config.iterations - step
+    if config.training_seconds and step and seconds:
         step_seconds = seconds / step
-        seconds_left = training_cap(config, step, seconds) - seconds
-        left = min(left, seconds_left / (warmdown * step_seconds))
-    return left
+        steps_left = min(steps_left, (config.training_seconds - seconds) / step_seconds)
+    return steps_left / warmdown
 
 
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
-    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the
-    last WARMDOWN_ITERS times the measured step time, whichever begins first. With WARMDOWN_FRAC it
-    is that share of the whole run instead. It ends at 0, or stays at MIN_LR once it is there.
+    The factor is 1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a
+    wallclock cap the last WARMDOWN_ITERS times the measured step time, whichever begins first. With
+    WARMDOWN_FRAC the warmdown is that share of the whole run instead. The factor falls to 0, or to
+    MIN_LR.
     """
     left = min(1.0, max(0.0, warmdowns_left(config, step, seconds)))
     if config.warmdown_shape == "cosine":
@@ -3441,25 +3711,7 @@ def momentum_at(config, step):
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
-MIN_EMA_HORIZON = 8  # steps: a shorter average removes next to no noise and only lags
-
-
-def ema_decay_at(config, step, seconds=0.0):
-    """Decay of the weight average at `step` (from 0): EMA_DECAY in runs of EMA_FULL_STEPS or more.
-
-    An average over a horizon of 1 / (1 - decay) steps removes noise, but lags behind weights that
-    still improve. Published runs of 5,000 to 7,200 steps gain 0.001 bpb at a horizon of 333. Runs
-    of 300 and of 1,000 steps (3 layers of 96, demo text) lose 0.006 bpb at the same share of the
-    run, and 0.001 at a quarter of it. Hence a horizon that grows with the cube of the run's length,
-    and 0 (which is the raw weights) where it would be under MIN_EMA_HORIZON.
-    """
-    decay = config.ema_decay
-    length = expected_steps(config, step, seconds) / config.ema_full_steps
-    if length < 1:
-        horizon = length**3 / (1 - decay)
-        decay = 0.0 if horizon < MIN_EMA_HORIZON else 1 - 1 / horizon
-    # The initial weights must not stay in an average that is younger than its horizon.
-    return min(decay, (1 + step) / (10 + step))
+SWA_START_SCALE = 0.2  # snapshots at higher learning rates would be far from the end
 
 
 class WeightAverage:
@@ -3473,7 +3725,6 @@ class WeightAverage:
         self.params = list(params)
         self.config = config
         self.snapshots = 0  # taken so far
-        self.decay = 0.0  # of the last update
         self.ema = []
         self.swa = []  # the snapshots' sum
         if config.ema_decay:
@@ -3485,37 +3736,31 @@ class WeightAverage:
         return [param.detach() for param in self.params]
 
     @torch.no_grad()
-    def update(self, step, scale, seconds=0.0):
-        """After step `step` (from 0) at learning-rate scale `scale`, `seconds` after the start."""
-        config = self.config
+    def update(self, step, scale):
+        """Take in the weights after step `step` (from 0), made at learning-rate scale `scale`."""
         if self.ema:
-            self.decay = ema_decay_at(config, step, seconds)
-            torch._foreach_lerp_(self.ema, self.raw(), 1 - self.decay)
-        # Snapshots of the time at high learning rates would be far from the end.
-        late = scale < config.swa_start_scale
-        if self.swa and late and (step + 1) % config.swa_every == 0:
+            # The initial weights must not stay in an average that is younger than its horizon.
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)
+        if self.swa and scale < SWA_START_SCALE and (step + 1) % self.config.swa_every == 0:
             torch._foreach_add_(self.swa, self.ema or self.raw())
             self.snapshots += 1
 
     def exported(self):
-        """(what it is, tensors): snapshots' mean, else the EMA, else the raw weights."""
-        kind = "raw weights"
-        if self.decay:
-            kind = f"EMA weights (decay {self.decay:.4f}: {1 / (1 - self.decay):.0f} steps)"
-        elif self.ema:
-            kind = "raw weights (a short run: see EMA_FULL_STEPS)"
+        """(kind, tensors): the snapshots' mean, else the EMA, else the raw weights."""
+        kind = f"EMA weights (decay {self.config.ema_decay})" if self.ema else "raw weights"
         if self.snapshots:
             kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
         if self.swa:
             kind += (
-                f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
-                f"SWA_START_SCALE={self.config.swa_start_scale})"
+                f"; warning: SWA took no snapshot: no step at under {SWA_START_SCALE} of the "
+                f"learning rate is a multiple of SWA_EVERY={self.config.swa_every}"
             )
         return kind, self.ema or self.raw()
 
     def state_dict(self):
-        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots, decay=self.decay)
+        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -3523,45 +3768,15 @@ class WeightAverage:
             for target, value in zip(mine, saved, strict=True):
                 target.copy_(value)
         self.snapshots = state["snapshots"]
-        self.decay = state["decay"]
 
 
 # ==================================================================================================
 # Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
-# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
-# run is the uninterrupted one bit for bit.
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: a step's tokens and noise
+# are functions of its number (and of SEED), so a checkpoint holds neither position nor generator,
+# and a resumed run is the uninterrupted one bit for bit. A signal in the middle of a step only sets
+# a flag: the step ends, all ranks agree to stop, save a checkpoint and leave with exit code 75.
 # ==================================================================================================
-class HostCopy:
-    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
-
-    float(tensor) would wait for everything that the device was given so far. This copy is queued
-    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
-    immediate.
-    """
-
-    def __init__(self, tensor):
-        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
-        self.arrived = None
-        if tensor.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self):
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return float(self.value)
-
-
-class StepFacts(typing.NamedTuple):
-    """What all ranks agree on in every step."""
-
-    loss: float  # mean over the step's tokens
-    stop: bool  # some rank was told to stop
-    save: bool  # a checkpoint is due by the clock
-    seconds: float  # since the last step, by rank 0's clock
-
-
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -3603,89 +3818,42 @@ def flops_per_token(model):
             multiplied -= module.weight.numel()
     order = layer_order(config, model.looped)
     for layer, block in enumerate(model.blocks):
-        # What a looped layer has is multiplied at each of its visits.
         further_visits = order.count(layer) - 1
         multiplied += further_visits * sum(param.numel() for param in block.parameters())
     attention = len(order) * config.model_dim * config.train_seq_len
     return 6 * multiplied + 12 * attention
 
 
-class StepTimer:
-    """Where training's time goes, by this rank's own clock; part of the checkpoint.
-
-    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead
-    and waits once a step, for the loss: "forward_backward" then holds whatever the device still had
-    to do, the optimisers' kernels of the step before included, while "data" and "optimiser" are
-    what the host itself needs to prepare and to launch. Their growth is what starves the device.
-    """
-
-    PARTS = ("data", "forward_backward", "optimiser", "validation")
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(self.PARTS, 0.0)
-        self.steps = []  # seconds of every step, as all ranks agreed on
-        self.flops = 0.0  # floating-point operations of all steps and ranks
-
-    @contextlib.contextmanager
-    def part(self, name):
-        begin = time.monotonic()
-        yield
-        self.seconds[name] += time.monotonic() - begin
-
-    def recent(self, count):
-        """Mean seconds of the last `count` steps."""
-        last = self.steps[-count:]
-        return sum(last) / len(last)
-
-    def pace(self, count):
-        """Median seconds of the last `count` steps, 0 without any: no single pause moves it."""
-        return float(np.median(self.steps[-count:])) if self.steps else 0.0
-
-    def milliseconds(self, percentile):
-        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
-        return 1000 * float(np.percentile(self.steps, percentile))
-
-    def state_dict(self):
-        # A tensor, since thousands of Python floats are slow to write.
-        steps = torch.tensor(self.steps, dtype=torch.float64)
-        return dict(seconds=dict(self.seconds), steps=steps, flops=self.flops)
-
-    def load_state_dict(self, state):
-        self.seconds = dict(state["seconds"])
-        self.steps = state["steps"].tolist()
-        self.flops = state["flops"]
-
-
 class Trainer:
-    """Model, optimisers, averages, data position and clock of one training run."""
+    """Model, optimisers, averages and clock of one training run.
+
+    `identity` holds the names and values that a checkpoint must agree on to be continued.
+    """
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
-    def __init__(self, config, runtime, val, reserve=0.0):
+    def __init__(self, config, runtime, val, identity=None):
         self.config = config
-        self.timed = without_reserve(config, reserve)  # for all that depends on the clock
         self.runtime = runtime
         self.val = val
+        self.identity = identity or {}
         self.comm = runtime.comm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
-        self.average = WeightAverage(self.model.parameters(), self.timed)
+        self.average = WeightAverage(self.model.parameters(), config)
         self.stream = open_train_stream(config)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
         self.step = 0  # steps done
-        self.seconds = 0.0  # of training: without start, warm-up and validation
+        self.seconds = 0.0  # of training: without start, warm-up, validations and checkpoints
         self.step_started = time.monotonic()  # moved forward by whatever is no training
-        self.timer = StepTimer()
+        self.step_seconds = []  # of every step, as all ranks agreed on
+        self.flops = 0.0  # floating-point operations of all steps and ranks
         self.logged_step = 0  # of the last log line in this process
         self.logged_order = []  # of the layers, in this process's log
         self.stopped_early = False  # by the wallclock cap
-        self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
-        # A checkpoint of other settings or other data must not be continued.
-        tokens = self.stream.num_tokens
-        self.identity = dict(hash=config.hash(), data=[tokens, val.fingerprint["val_sha256"]])
 
     def plan_micro_batches(self):
         """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
@@ -3694,9 +3862,8 @@ class Trainer:
         sequences = config.train_batch_tokens // config.train_seq_len
         if sequences % world:
             raise ConfigError(
-                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
-                f"which {world} ranks cannot share evenly: change the batch or the number of "
-                "ranks"
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, which "
+                f"{world} ranks cannot share evenly: change the batch or the number of ranks"
             )
         self.seqs_per_rank = sequences // world
         most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
@@ -3706,24 +3873,13 @@ class Trainer:
         self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
 
     def announce(self):
-        """Lines that the challenge's tools parse, in its own format."""
+        """Log the lines that the challenge's tools parse, in its own format, and warnings."""
+        config = self.config
         log = self.runtime.log
-        data_set = Path(self.config.data_path).name
+        data_set = Path(config.data_path).name
         log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
         log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
         log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
-        self.warn_of_settings()
-
-    def warn_of_settings(self):
-        """Lines on settings that do other than whoever chose them may expect."""
-        config = self.config
-        log = self.runtime.log
-        rounded = any(module.bits for _, module in self.model.quantizable())
-        if config.late_qat_threshold and not rounded:
-            log(
-                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
-                "integers"
-            )
         if config.late_qat_threshold and config.quantizer == "gptq":
             log(
                 "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
@@ -3737,28 +3893,15 @@ class Trainer:
             )
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
+        """Train to the last step, the wallclock cap or a wish to stop."""
         self.load()
         self.warm_up()
         # The clock starts here: compiling and reading a checkpoint are not training.
         self.step_started = time.monotonic()
-        self.checkpoints.saved_at = self.step_started
-        try:
-            self.run_steps()
-        # Whatever ends the run early, the user learns what is safe.
-        except Stopped:
-            if self.saved_step != self.step:  # stopped in a validation
-                self.save(wait=True)
-            raise
-        except DataError as error:
-            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
-        self.checkpoints.wait()
-
-    def run_steps(self):
         every = self.config.val_loss_every
         done = False
         while not done:
-            self.set_order()
+            self.set_layer_order()
             # Asked before the validation, so that the last one is of the final weights.
             done = self.step >= self.config.iterations or self.out_of_time()
             if done or (every and self.step and self.step % every == 0):
@@ -3768,12 +3911,14 @@ class Trainer:
 
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
-        cap = training_cap(self.timed, self.step, self.seconds)
+        cap = self.config.training_seconds
         if not cap or not self.step:  # nothing measured yet
             return False
-        # Steps of looped layers take longer than the mean of the whole run.
-        step_seconds = max(self.seconds / self.step, self.timer.pace(20))
-        if self.seconds + step_seconds > cap:
+        # Steps of looped layers take longer than the mean of the whole run; no single pause moves
+        # the median.
+        mean = self.seconds / self.step
+        median = float(np.median(self.step_seconds[-20:]))
+        if self.seconds + max(mean, median) > cap:
             self.runtime.log(
                 f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
                 f"step:{self.step}/{self.config.iterations}"
@@ -3784,50 +3929,55 @@ class Trainer:
     def one_step(self):
         """One optimiser step, its log line, and a checkpoint where one is due."""
         config = self.config
-        scale = lr_scale(self.timed, self.step, self.seconds)
-        self.set_lrs(scale)
-        facts = self.agree(self.accumulate(self.step, self.stream))
+        scale = lr_scale(config, self.step, self.seconds)
+        self.set_schedules(scale)
+        # The number of the step is all that decides which sequences it reads.
+        first = (self.step * self.comm.world + self.comm.rank) * self.seqs_per_rank
+        try:
+            rows = self.stream.sequences(first, self.seqs_per_rank)  # (n, T + 1)
+        except DataError as error:
+            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
+        loss, stop, save, seconds = self.agree(self.accumulate(self.step, rows))
         # Before the optimisers: a loss that is not finite must not reach the weights.
-        if not math.isfinite(facts.loss):
-            self.diverged(facts.loss)
-        with self.timer.part("optimiser"):
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-            self.average.update(self.step, scale, self.seconds)
+        if not math.isfinite(loss):
+            self.diverged(loss)
+        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        self.average.update(self.step, scale)
         self.step += 1
-        self.seconds += facts.seconds
-        self.timer.steps.append(facts.seconds)
+        self.seconds += seconds
+        self.step_seconds.append(seconds)
         # Counted step by step, because looped layers are switched on in mid-run.
-        self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
-        self.report(facts.loss, scale)
-        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
-            self.save(wait=True)
+        self.flops += flops_per_token(self.model) * config.train_batch_tokens
+        self.report(loss, scale)
+        if stop and self.step < config.iterations:  # after the last one, packing comes next
+            self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
-        if facts.save or (every and self.step % every == 0):
+        if save or (every and self.step % every == 0):
             self.save()
 
     def agree(self, loss):
-        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
+        """(mean loss, stop, save, seconds) of this step, the same on every rank.
 
-        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
-        decided together, or one rank would wait for ever in a collective that no other enters.
+        `loss` is this rank's share. Each rank has its own clock and hears its own signals, so
+        whatever steers the run is decided in one exchange: else one rank would wait for ever in a
+        collective that no other enters. `seconds` are those since the last step.
         """
-        now = time.monotonic()
-        step_seconds = self.seconds / max(1, self.step)
-        # The stop is seen one step late, so there must be time for two.
-        stop = self.runtime.stop.wanted(2 * step_seconds)
+        # A signal is seen one step late, so there must be time for two.
+        stop = self.runtime.stop.wanted(2 * self.seconds / max(1, self.step))
         save = self.checkpoints.due()
-        elapsed = now - self.step_started
+        now = time.monotonic()
+        seconds = now - self.step_started
         self.step_started = now
         if not self.runtime.is_main:  # rank 0's clock decides
             save = False
-            elapsed = 0.0
-        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
-        return StepFacts(loss, stop > 0, save > 0, elapsed)
+            seconds = 0.0
+        loss, stop, save, seconds = self.comm.all_reduce_scalars(loss, stop, save, seconds)
+        return loss, stop > 0, save > 0, seconds
 
-    def set_order(self):
+    def set_layer_order(self):
         """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
-        fraction = run_fraction(self.timed, self.step, self.seconds)
+        fraction = run_fraction(self.config, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
         order = layer_order(self.config, self.model.looped)
         # Where it changes, loss and step time do: whoever reads the log must see why.
@@ -3836,7 +3986,7 @@ class Trainer:
             self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
             self.logged_order = order
 
-    def set_lrs(self, scale):
+    def set_schedules(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
         config = self.config
         self.muon.lr = config.matrix_lr * scale
@@ -3846,57 +3996,47 @@ class Trainer:
         if config.late_qat_threshold:
             self.model.set_qat(float(scale < config.late_qat_threshold))
 
-    def accumulate(self, step, stream):
-        """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
+    def accumulate(self, step, rows):
+        """Add up the gradients of `rows` (n, T + 1), this rank's sequences of step number `step`.
+
+        Returns their share of the step's mean loss, as a float.
+        """
         config = self.config
-        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
-        seqs_per_step = config.train_batch_tokens // config.train_seq_len
-        with self.timer.part("data"):
-            # (n, T + 1): one token more than there are inputs, the last target.
-            rows = stream.sequences(step * seqs_per_step + first, self.seqs_per_rank)
+        first = self.comm.rank * self.seqs_per_rank  # number of rows[0] in the step
         self.model.zero_grad()
         self.model.train()  # a validation may have left it in evaluation mode
         total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
-        for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
-            high = low + self.micro_batch_seqs
-            with self.timer.part("data"):
-                tokens = self.runtime.to_device(rows[low:high])
+        try:
+            for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
+                high = low + self.micro_batch_seqs
+                tokens = self.runtime.to_device(rows[low:high])  # (B, T + 1)
+                # A function of (SEED, step, sequence): a resumed run draws the same noise.
                 noise = flow_noise_keys(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
-            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
-                loss = self.micro_batch_loss(tokens, noise)
+                with self.runtime.autocast():
+                    # Each token's target is its successor. Divided here, so that sums over
+                    # micro-batches and ranks are means.
+                    loss = self.loss(tokens[:, :-1], tokens[:, 1:], noise)
+                    loss = loss / (self.accumulation_steps * self.comm.world)
                 total = total + loss.detach()
                 if high == self.seqs_per_rank:
-                    # Ahead of the last backward, for which it then need not wait.
-                    on_host = HostCopy(total)
+                    # Queued ahead of the last backward, for which the host then need not wait.
+                    on_host = total.to("cpu", non_blocking=True)
+                    copied = torch.cuda.current_stream().record_event() if total.is_cuda else None
                 loss.backward()
-        with self.timer.part("forward_backward"):
-            # The step's one synchronisation. On CUDA the last backward is still running behind it,
-            # long enough to hide the agreement of the ranks and the optimisers' launches.
-            return on_host.read()
-
-    def micro_batch_loss(self, tokens, noise):
-        """Share of the step's mean loss (0-d) of `tokens` (B, T + 1)."""
-        ids = tokens[:, :-1]  # (B, T)
-        targets = tokens[:, 1:]  # (B, T): each token's successor
-        with self.runtime.autocast():
-            # Divided here, so that sums over micro-batches and ranks are means.
-            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
-
-    @contextlib.contextmanager
-    def naming_a_smaller_batch(self):
-        """Out of memory becomes a ResourceError that names the setting to change."""
-        try:
-            yield
         except OUT_OF_MEMORY:
-            length = self.config.train_seq_len
+            length = config.train_seq_len
             smaller = max(self.micro_batch_seqs * length // 2, length)
             raise ResourceError(
-                "out of memory in training with MICRO_BATCH_TOKENS="
-                f"{self.config.micro_batch_tokens}: run the same command with "
-                f"MICRO_BATCH_TOKENS={smaller}"
+                f"out of memory in training with MICRO_BATCH_TOKENS={config.micro_batch_tokens}: "
+                f"run the same command with MICRO_BATCH_TOKENS={smaller}"
             ) from None
+        # The step's one synchronisation. On CUDA the last backward is still running behind it, long
+        # enough to hide the agreement of the ranks and the optimisers' launches.
+        if copied is not None:
+            copied.synchronize()
+        return float(on_host)
 
     def clock(self):
         milliseconds = 1000 * self.seconds
@@ -3908,12 +4048,12 @@ class Trainer:
         config = self.config
         step = self.step
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
-        # The first steps show whether a run is sound at all.
-        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
         # The pace since the last line, where a node that slows down shows at once.
-        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
-        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
-        if logged:
+        recent = self.step_seconds[self.logged_step - step :]
+        tokens = config.train_batch_tokens * len(recent)
+        pace = f"tokens_per_s:{tokens / max(1e-9, sum(recent)):.0f}"
+        # The first steps show whether a run is sound at all.
+        if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
             self.runtime.log(f"{text} {self.clock()} {pace}")
             self.logged_step = step
         # Every step's, so that the curve that is drawn of them can be smoothed.
@@ -3929,35 +4069,31 @@ class Trainer:
         self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
 
     def report_throughput(self):
-        """Two lines at the end: the pace and its share of the device's peak, where time went."""
-        timer = self.timer
-        if not timer.steps:
+        """Log tokens per second, milliseconds per step and the share of the devices' peak."""
+        if not self.step_seconds:
             return
-        median = timer.milliseconds(50)
-        tokens = self.config.train_batch_tokens * len(timer.steps)
-        tokens_per_second = tokens / max(1e-9, self.seconds)
+        seconds = max(1e-9, self.seconds)
+        tokens_per_second = self.config.train_batch_tokens * self.step / seconds
+        # The median is the pace; the 95th percentile shows what interrupts it.
+        median, p95 = (1000 * float(np.percentile(self.step_seconds, p)) for p in (50, 95))
         device = device_name(self.runtime.device)
         peak = peak_flops(device)
         share = None
         described = f"unknown (no bfloat16 peak is listed for {device})"
         if peak is not None:
-            flops_per_second = timer.flops / max(1e-9, self.seconds)
-            share = flops_per_second / (peak * self.comm.world)
+            share = self.flops / seconds / (peak * self.comm.world)
             described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
         self.runtime.log(
             f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
-            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+            f"step_p95:{p95:.2f}ms peak_share:{described}"
         )
-        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
-        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
         self.runtime.event(
             "throughput",
             tokens_per_s=tokens_per_second,
             step_median_ms=median,
-            step_p95_ms=timer.milliseconds(95),
+            step_p95_ms=p95,
             peak_share=share,
-            flops=timer.flops,
-            seconds_in=timer.seconds,
+            flops=self.flops,
         )
 
     def validate(self):
@@ -3965,8 +4101,10 @@ class Trainer:
         config = self.config
         begin = time.monotonic()
         try:
-            with self.timer.part("validation"):
-                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+        except Stopped:
+            self.save(needed=True)
+            raise
         except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
@@ -3992,57 +4130,60 @@ class Trainer:
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())  # on the host: the device may be full
-        timing = self.timer.state_dict()
-        generator = np.random.default_rng(0)
         shape = (self.seqs_per_rank, config.train_seq_len + 1)
-        tokens = generator.integers(0, config.vocab_size, shape)
-        synthetic = types.SimpleNamespace(sequences=lambda first, count: tokens)
+        rows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
         # Both orders of the layers, so that no graph is compiled in the middle of the run.
         for looped in (False, True) if config.num_loops else (False,):
             self.model.looped = looped
             for i in range(config.warmup_steps):
-                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                self.accumulate(-1 - i, rows)  # steps that no run has: noise of their own
                 reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
-        self.timer.load_state_dict(timing)
         self.runtime.log(
             f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
         )
 
     def training_state(self):
-        """Everything the next step depends on; every rank must call it."""
+        """Everything the next step depends on but its number; every rank must call it."""
         return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def restore(self, state):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
 
-    def save(self, wait=False):
-        """Copy the state and write it in the background.
+    def save(self, needed=False):
+        """Write a checkpoint while the clock stands still; every rank must call it.
 
-        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
+        With `needed`, raises ResourceError if it cannot be written. Weights that are not finite are
         never saved: the checkpoints before them are the ones to keep.
         """
-        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
-        if not all(finite):
+        begin = time.monotonic()
+        if not all(bool(torch.isfinite(param).all()) for param in self.model.parameters()):
             self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
             return
         state = self.training_state()  # a collective: momentum is gathered from all ranks
-        self.saved_step = self.step
-        if self.runtime.is_main:
-            state.update(self.identity)
-            state.update(step=self.step, seconds=self.seconds)
-            state.update(timing=self.timer.state_dict())
-            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
-        self.checkpoints.saved_at = time.monotonic()
-        if wait:
-            self.checkpoints.wait_or_raise()
-            # A rank that left now would have the launcher end the one that still writes.
-            self.comm.barrier()
-
-    def report_saved(self, step, seconds, size):
-        self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
-        self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
+        # A tensor, since thousands of Python floats are slow to write.
+        steps = torch.tensor(self.step_seconds, dtype=torch.float64)
+        state.update(
+            identity=self.identity,
+            step=self.step,
+            seconds=self.seconds,
+            timing=dict(steps=steps, flops=self.flops),
+        )
+        written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
+        if self.runtime.is_main and written:
+            seconds, size = written
+            self.runtime.log(
+                f"checkpoint_saved step:{self.step} seconds:{seconds:.2f} bytes:{size}"
+            )
+            self.runtime.event("checkpoint", step=self.step, seconds=round(seconds, 3), bytes=size)
+        if needed and self.comm.any_rank(self.runtime.is_main and not written):
+            raise ResourceError(
+                f"the checkpoint of step {self.step} could not be written to "
+                f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "
+                f"{self.checkpoints.last()}"
+            )
+        self.step_started += time.monotonic() - begin
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
@@ -4050,21 +4191,29 @@ class Trainer:
         if not step:
             return
         path = self.checkpoints.path(step)
-        if any(state[name] != value for name, value in self.identity.items()):
+        saved = state["identity"]
+        differences = [
+            f"{name}: {saved.get(name)!r} -> {self.identity.get(name)!r}"
+            for name in {**saved, **self.identity}
+            if saved.get(name) != self.identity.get(name)
+        ]
+        if differences:
             raise ConfigError(
-                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
+                f"{path} belongs to other settings or data: {'; '.join(differences)}: use the same "
+                "to resume it, or set another RUN_ID"
             )
         self.restore(state)
-        # With step and clock the next step is the one that would have come.
+        # With its number and the clock, the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
-        self.timer.load_state_dict(state["timing"])
+        self.step_seconds = state["timing"]["steps"].tolist()
+        self.flops = state["timing"]["flops"]
         self.logged_step = step
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
-        self.save(wait=True)
+        self.save()
         raise DivergedError(
             f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
             f"weights: {self.checkpoints.last()}"
@@ -4090,13 +4239,13 @@ class Trainer:
         )
 
 
-def train(config, runtime, val, path, reserve=0.0):
-    """Train (or go on training), write the exported float weights to `path`.
+def train(config, runtime, val, path, identity=None):
+    """Train (or go on training) and write the exported float weights to `path`.
 
-    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
-    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    A checkpoint is continued only where its `identity` is this one. Raises Stopped, DivergedError,
+    DataError, ResourceError or ConfigError (see their exit codes).
     """
-    trainer = Trainer(config, runtime, val, reserve)
+    trainer = Trainer(config, runtime, val, identity)
     trainer.announce()
     trainer.run()
     trainer.report_throughput()
@@ -4376,7 +4525,7 @@ def slot_shift(model, hidden, batch, config, slot):
 def scored_nll(model, hidden, batch, observer):
     """nll (n * count,) of a batch's scored targets, window after window; only these get logits.
 
-    hidden (B, T, D); `observer` is shown the targets' indices,
+    hidden (B, T, D), or its last positions; `observer` is shown the targets' indices,
     log-probabilities and nll.
     """
     # Rows that only fill a compiled shape are left out.
@@ -4681,10 +4830,19 @@ class Evaluation:
         count = windows[0].end - windows[0].first
         batch = Batch(windows, count, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.hidden(batch.ids)  # (B, T, D)
+            hidden = self.states(batch)  # (B, T, D), or its last positions
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
             return scored_nll(self.model, hidden, batch, observer)
+
+    def states(self, batch):
+        """Final states of a batch, as far as they are needed."""
+        length = batch.ids.size(1)
+        # The last window scores fewer targets than the stride, which is no reason to compile again.
+        last = max(batch.count, self.stride)
+        if self.slot != "off" or last >= length:
+            return self.hidden(batch.ids)  # SLOT is fitted on all of them
+        return self.hidden(batch.ids, last)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""
@@ -5893,8 +6051,12 @@ class CalibrationText:
         """Token ids (B, T) of a unit, uint16."""
         first = unit * self.per_unit
         last = min(first + self.per_unit, self.sequences)
-        spread = [i * self.stream.num_sequences // self.sequences for i in range(first, last)]
-        return np.concatenate([self.stream.sequences(n, 1)[:, :-1] for n in spread])
+        total = int(self.stream.ends[-1])
+        rows = []
+        for number in range(first, last):
+            self.stream.position = number * total // self.sequences
+            rows.append(self.stream.rows(0, 0, self.length, self.length)[:, :-1])  # (1, T)
+        return np.concatenate(rows)
 
 
 def calibrate(model, config, runtime):
@@ -7229,7 +7391,7 @@ class Run:
             f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
             f"score_scope:{split['scope']}"
         )
-        if self.val.retokenisation_mismatch():
+        if self.val.is_foreign():
             log(
                 f"warning: TOKENIZER_PATH={config.tokenizer_path} does not seem to have made these "
                 "shards: it encodes their text otherwise. Bytes per token, and so bits per byte, "
@@ -7277,7 +7439,10 @@ class Run:
     def train(self):
         """Write the float weights, unless they are there."""
         if not self.already_done("train", self.float_path.exists):
-            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
+            identity = self.config.as_dict("arch", "train")
+            shards = find_shards(self.config, "train")
+            identity["training tokens"] = sum(len(read_shard(path)) for path in shards)
+            train(self.config, self.runtime, self.val, self.float_path, identity)
 
     def packing_reserve(self):
         """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""

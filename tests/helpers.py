@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -191,6 +192,21 @@ def assert_near(mine, expected, atol, rtol, name):
     torch.testing.assert_close(
         mine, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}"
     )
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that are dispatched inside, in order; views are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        returned = operation._schema.returns
+        aliases = [value.alias_info for value in returned]
+        if not returned or any(alias is None or alias.is_write for alias in aliases):
+            self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
 
 
 # ---- the model's formulas, plain, for references ----

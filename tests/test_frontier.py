@@ -302,7 +302,6 @@ def trained(runtime, tiny_data, run_dir, watch, **changes):
     try:
         trainer.run()
     finally:
-        trainer.checkpoints.wait()
         machine.close()
     return trainer
 

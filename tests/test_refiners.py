@@ -579,5 +579,5 @@ def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(
     case = (ids, targets, torch.arange(len(ids)))
     with torch.no_grad():
         raw = model(*case)
-        trainer.set_lrs(scale)
+        trainer.set_schedules(scale)
         assert (model(*case) != raw) == on
