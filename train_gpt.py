@@ -5320,8 +5320,8 @@ class Audit:
     def beginning(self, job):
         """The text that a job is audited on: some rounds, with test-time training a chunk before.
 
-        One token in eight is replaced by any other, every second time by one of at most one byte:
-        what is rare in a text (controls, bytes) must be treated like the rest.
+        One token in eight is replaced: by one without text, of one byte at most, or by any. Rare
+        tokens must be treated like the rest.
         """
         config = self.config
         rounds = AUDITED_ROUNDS * config.eval_batch_seqs * self.comm.world
@@ -5329,31 +5329,11 @@ class Audit:
         if job.ttt:
             targets += config.ttt_chunk_tokens
         tokens = np.array(self.stream.tokens[: targets + 1])
-        short = np.flatnonzero(self.lengths <= 1)
-        salt = np.where(
-            self.random.random(len(tokens)) < 0.5,
-            self.random.choice(short, len(tokens)),
-            self.random.integers(0, config.vocab_size, len(tokens)),
-        )
-        salted = self.random.random(len(tokens)) < 1 / 8
-        tokens[salted] = salt[salted]
-        return self.stream.replaced(tokens)
-
-    def evaluate(self, job, stream, observer, spot_checks=0.0):
-        """The Score by the evaluation that scores, not by a copy of it."""
-        return evaluate(
-            self.model,
-            stream,
-            self.config,
-            self.runtime,
-            job.stride,
-            ttt=job.ttt,
-            slot=job.slot,
-            observer=observer,
-            label=job.label,
-            spot_checks=spot_checks,
-            quiet=True,
-        )
+        pools = [np.flatnonzero(self.lengths <= limit) for limit in (0, 1, math.inf)]
+        salt = [self.random.choice(pool, len(tokens)) for pool in pools]
+        salt = np.choose(self.random.integers(0, len(pools), len(tokens)), salt)
+        tokens = np.where(self.random.random(len(tokens)) < 1 / 8, salt, tokens)
+        return self.stream.replaced(tokens.astype(np.uint16))
 
     def check_job(self, job):
         """Score the beginning with every round checked, and again with another text after it."""
@@ -5361,8 +5341,13 @@ class Audit:
         # The first target after the first chunk, without test-time training after the first window.
         edge = self.config.ttt_chunk_tokens if job.ttt else self.config.eval_seq_len
         place = min(edge, stream.num_targets - 1)
+        # The evaluation that scores, not a copy of it.
+        options = dict(stride=job.stride, ttt=job.ttt, slot=job.slot, label=job.label, quiet=True)
+        run = functools.partial(
+            evaluate, self.model, config=self.config, runtime=self.runtime, **options
+        )
         base = Recorder(stream, place)
-        score = self.evaluate(job, stream, base, spot_checks=1.0)
+        score = run(stream, observer=base, spot_checks=1.0)
         self.note("C1 future_flip", True, "", score.spot_checks)
         self.note("C2 nll_is_entry", not base.fault, f"{job.label}: {base.fault}")
         self.note("C3 trained_is_scored", True, "")
@@ -5384,15 +5369,25 @@ class Audit:
         tokens[place + 1 :] = other_tokens(tokens[place + 1 :], self.config.vocab_size, self.random)
         other = stream.replaced(tokens)
         twin = Recorder(other, place)
-        self.evaluate(job, other, twin)
+        run(other, observer=twin)
         where = f"{job.label}: another text from target {place} on"
         same_states = base.states == twin.states
         self.note("C3 twin_run", same_states, where)
         # With another state other scores are no wonder.
         self.note("C1 future_flip", not same_states or base.equals(twin), where)
 
+    def check_bytes(self):
+        """The bytes by which bits are divided, of the text and of every token after two others."""
+        vocab = np.arange(self.config.vocab_size, dtype=np.uint16)
+        after_bos_and_itself = np.stack([np.full_like(vocab, BOS), vocab, vocab], 1).flatten()
+        for stream in (self.stream, self.stream.replaced(after_bos_and_itself)):
+            counted = int(stream.bytes.sum(dtype=np.int64))
+            expected = self.count_bytes(stream.tokens)
+            text = f"a text has {counted} bytes, not {expected}"
+            self.note("C4 score", counted == expected, text)
+
     def check_boundary(self):
-        """A document's first state takes nothing from the token before it but the bigram's row.
+        """A document's first state takes nothing from around it but the bigram's row.
 
         The organisers ruled on this for the smear gate (#1797); attention may cross documents.
         """
@@ -5400,7 +5395,7 @@ class Audit:
         row = self.random.integers(2, vocab, 16)
         row[8] = BOS  # a new document in the middle
         other = row.copy()
-        other[7:8] = other_tokens(row[7:8], vocab, self.random)  # differs just before it
+        other[[7, 9]] = other_tokens(row[[7, 9]], vocab, self.random)  # what stands around it
         ids = self.runtime.to_device(np.stack([row, other]))  # (2, 16)
         bigram = self.model.bigram
         self.model.bigram = None  # its row is that of a pair of tokens
@@ -5417,10 +5412,7 @@ class Audit:
 def audit(model, stream, config, runtime):
     """[{"name", "passed", "detail"}] of CHECKS, for every score of evaluation_jobs."""
     checker = Audit(model, stream, config, runtime)
-    counted = int(stream.bytes.sum(dtype=np.int64))
-    expected = checker.count_bytes(stream.tokens)
-    text = f"the text has {counted} bytes, not {expected}"
-    checker.note("C4 score", counted == expected, text)
+    checker.check_bytes()
     checker.check_boundary()
     for job in evaluation_jobs(config):
         try:
