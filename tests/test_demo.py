@@ -103,7 +103,7 @@ def test_the_command_to_try_next_verifies_the_artifact(demo):
     command = advice.removeprefix("next: ").partition("#")[0].split()
     assert command[-2:] == ["python", "train_gpt.py"]
     settings = dict(word.split("=", 1) for word in command[:-2])
-    brought = train_gpt.load_weights(settings["EVAL_ONLY"]).brought()
+    brought = train_gpt.load_weights(settings["EVAL_ONLY"]).from_artifact()
     assert Config.from_env(settings, brought).data_path == settings["DATA_PATH"]
     assert settings["EVAL_ONLY"] == str(demo.dir / "final_model.int6.ptz")
 

@@ -651,9 +651,9 @@ def test_the_training_run_scores_the_file_it_wrote(tiny_data, runtime, monkeypat
         run.path / train_gpt.FLOAT_NAME,
         dict(config=config.as_dict("arch", "eval"), state_dict=trained_state, info=info),
     )
-    fit = train_gpt.fit_budget
+    fit = train_gpt.fit_lite
     monkeypatch.setattr(
-        train_gpt, "fit_budget", lambda config, _, *rest: fit(config, written_state, *rest)
+        train_gpt, "fit_lite", lambda config, _, *rest: fit(config, written_state, *rest)
     )
     run.pack()
     run.score()
