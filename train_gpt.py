@@ -6379,7 +6379,7 @@ class Quantiser:
     def first_step(self, budget):
         """The step of about `budget` bytes if codes were Gaussian: log2(sqrt(2 pi e) rms) bits."""
         finest = self.finest_step()
-        bits = -8.0 * budget
+        bits = -8.0 * max(0, budget)
         for name, weight in self.weights.items():
             rows, columns = grid_steps(self.grids[name], finest)
             part = slice(None, None, 8 if len(weight) >= 64 else 1)  # an eighth says enough
@@ -6427,10 +6427,9 @@ def search_step(pack, budget, first, finest, slope, log, check_stop):
             continue
         if before and before[0] != octave:
             measured = (size - before[1]) / (octave - before[0])
-            # Noise, or a file of zeros, would throw the next trial far away.
-            slope = max(2 * slope, min(slope / 4, measured))
+            slope = max(2 * slope, min(slope / 4, measured))  # noise must not turn it around
         before = (octave, size)
-        octave = max(lowest, octave + (target - size) / slope)
+        octave = max(lowest, octave + min(4, (target - size) / slope))
     if best is None:
         raise ArtifactError(
             f"the artifact is {size - budget} bytes over the {budget} that BUDGET_BYTES leaves "
@@ -6460,12 +6459,12 @@ def fit_gptq(
 
     def pack(step):
         quantised = quantiser.quantise(step)
-        return pack_gptq(config, state_dict, quantised, step, tokenizer_sha256), quantised
+        return pack_grid(config, state_dict, quantised, step, tokenizer_sha256), quantised
 
     first, finest = quantiser.first_step(budget), quantiser.finest_step()
     slope = -quantiser.parameters / 8  # while codes are not mostly zeros
     blob, quantised, trials = search_step(pack, budget, first, finest, slope, log, check_stop)
-    breakdown = size_breakdown(config, state_dict, quantised, len(blob))
+    breakdown = size_breakdown(state_dict, quantised, len(blob))
     log_size_breakdown(breakdown, log)
     return blob, breakdown, trials
 
@@ -6574,7 +6573,7 @@ def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache
     return seal(config, table, [*values, *scales], tokenizer_sha256)
 
 
-def pack_gptq(config, state_dict, quantised, step, tokenizer_sha256=""):
+def pack_grid(config, state_dict, quantised, step, tokenizer_sha256=""):
     """The artifact's bytes under QUANTIZER=gptq, of {name: Quantised} and the state's other
     tensors."""
     schemes = {name: gptq_scheme_of(name, tensor.shape) for name, tensor in state_dict.items()}
@@ -6650,36 +6649,34 @@ def tensor_group(name):
     return f"blocks {parts[2]} {'out' if leaf == 'proj' else 'in'}"
 
 
-def size_breakdown(config, state_dict, quantised, artifact_bytes):
+def size_breakdown(state_dict, quantised, artifact_bytes):
     """[dict(group, parameters, bytes, loss)]: where an artifact's bytes went, its predicted loss.
 
     zstd codes all matrices together: each gets its share of their bytes by the entropy of its
     codes. The bytes of all groups add up to the artifact's.
     """
-    classes = [code_classes(matrix.codes) for matrix in quantised.values()]
-    codes = np.concatenate([matrix.codes.ravel() for matrix in quantised.values()])
-    bits = np.split(
-        code_bits(codes, coding_keys(classes)),
-        np.cumsum([matrix.codes.size for matrix in quantised.values()])[:-1],
-    )
+    matrices = list(quantised.values())
+    codes = np.concatenate([matrix.codes.ravel() for matrix in matrices])
+    bits = code_bits(codes, coding_keys([code_classes(matrix.codes) for matrix in matrices]))
     others = {name: tensor for name, tensor in state_dict.items() if name not in quantised}
-    table = tensor_table(dict.fromkeys(others, "fp16"), others)
-    data = [encode_tensor(tensor, "fp16")[0] for tensor in others.values()]
+    halves = b"".join(encode_tensor(tensor, "fp16")[0] for tensor in others.values())
     rest = dict(
-        group="half precision, header",
+        group="half precision",
         parameters=sum(tensor.numel() for tensor in others.values()),
-        bytes=len(seal(config, table, data, "")),
+        bytes=len(zstandard.ZstdCompressor().compress(halves)),
         loss=0.0,
     )
-    total_bits = max(1.0, sum(float(part.sum(dtype=np.float64)) for part in bits))
-    scale = (artifact_bytes - rest["bytes"]) / total_bits
+    scale = (artifact_bytes - rest["bytes"]) / max(1.0, float(bits.sum(dtype=np.float64)))
     groups = {}
-    for (name, matrix), part in zip(quantised.items(), bits):
-        name = tensor_group(name)
-        group = groups.setdefault(name, dict(group=name, parameters=0, bytes=0.0, loss=0.0))
-        group["parameters"] += matrix.codes.size
-        group["bytes"] += scale * float(part.sum(dtype=np.float64))
+    at = 0
+    for name, matrix in quantised.items():
+        label = tensor_group(name)
+        group = groups.setdefault(label, dict(group=label, parameters=0, bytes=0.0, loss=0.0))
+        size = matrix.codes.size
+        group["parameters"] += size
+        group["bytes"] += scale * float(bits[at : at + size].sum(dtype=np.float64))
         group["loss"] += float(matrix.losses.sum())
+        at += size
     return [*groups.values(), rest]
 
 
@@ -6810,7 +6807,10 @@ def read_payload(raw):
         raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
     header = json.loads(raw[4:start])
     config = config_from_file(header["config"])
-    if header.keys() - {"step"} != {"config", "tokenizer_sha256", "tensors"}:
+    schemes = {name: scheme for name, _, scheme in header["tensors"]}
+    on_grid = [name for name in schemes if schemes[name] == "grid"]
+    dial = {"step"} if on_grid else set()  # only QUANTIZER=gptq writes this entry
+    if header.keys() != {"config", "tokenizer_sha256", "tensors"} | dial:
         raise ConfigError("entries are missing or foreign")
     tokenizer_sha256 = header["tokenizer_sha256"]
     if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
@@ -6820,7 +6820,6 @@ def read_payload(raw):
         raise ArtifactError("artifact: a tensor appears twice")
     # The shapes' own integers from here on: 16.0 and True equal integers, too.
     shapes = check_shapes(config, found)
-    schemes = {name: scheme for name, _, scheme in header["tensors"]}
     sizes = {name: stored_bytes(shapes[name], schemes[name]) for name in schemes}
     # Exactly: a payload with room to spare could hide something else.
     needed = sum(values + scales for values, scales in sizes.values())
@@ -6828,9 +6827,9 @@ def read_payload(raw):
         raise ArtifactError(f"artifact: tensors need {needed} bytes, {len(raw) - start} are there")
     state = {}
     data = memoryview(raw)[start:]
-    on_grid = [name for name in schemes if schemes[name] == "grid"]
     if on_grid:
-        matrices = read_grid_sections(data, [shapes[name] for name in on_grid], header["step"])
+        step = float(header["step"])
+        matrices = read_grid_sections(data, [shapes[name] for name in on_grid], step)
         state = {name: torch.from_numpy(matrix) for name, matrix in zip(on_grid, matrices)}
     values_at = sum(sum(sizes[name]) for name in on_grid)
     others = [name for name in schemes if schemes[name] != "grid"]
