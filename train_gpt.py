@@ -1794,6 +1794,16 @@ class TrainStream:
         windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
         return windows[::seq_len]
 
+    @property
+    def num_sequences(self):
+        """Sequences of one pass over the shards."""
+        return max(1, int(self.ends[-1]) // self.seq_len)
+
+    def sequences(self, first, count):
+        """Sequences number `first` to first + count - 1 of the run, (count, T + 1)."""
+        self.position = first * self.seq_len
+        return self.rows(0, 0, count * self.seq_len, self.seq_len)
+
     def read(self, at, most):
         """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
         index = int(np.searchsorted(self.ends, at, side="right"))
@@ -1901,7 +1911,9 @@ def open_train_stream(config):
     paths = find_shards(config, "train")
     if config.shuffle:
         return ShuffledStream(paths, config.vocab_size, config.train_seq_len, config.seed)
-    return TrainStream(paths, config.vocab_size)
+    stream = TrainStream(paths, config.vocab_size)
+    stream.seq_len = config.train_seq_len
+    return stream
 
 
 class TokenBytes:
@@ -3677,10 +3689,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
 
 def training_cap(config, step, seconds):
     """Seconds that the steps may take, 0 for no cap: the time of `calibrate` is left free."""
-    cap = config.max_wallclock_seconds
-    if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
-        return cap
-    return max(1e-9, cap - calibration_seconds(config, seconds / step))
+    return config.max_wallclock_seconds
 
 
 def without_reserve(config, reserve):
@@ -5426,8 +5435,10 @@ def audit(model, stream, config, runtime):
 
 # ==================================================================================================
 # Quantisation
-# How a matrix becomes small integers, and which tensors do. It stands before the model because
-# rounding during training (late QAT) and packing must agree on the grid to the last bit.
+# From float weights to the artifact's bytes and back. QUANTIZER=lite rounds each row by itself and
+# lowers MLPs to int5, the middle layers first, until the file fits. QUANTIZER=gptq measures what an
+# error costs (calibrate), lets roundings make up for each other, and has one dial for the file's
+# size: the `step` that multiplies the steps of all matrices.
 # ==================================================================================================
 # ---- the grid ----
 
@@ -5435,27 +5446,18 @@ def audit(model, stream, config, runtime):
 class Scheme(typing.NamedTuple):
     """One way in which the artifact stores a tensor."""
 
-    name: str  # as the artifact's header spells it
     dtype: type  # numpy type of the stored values
-    bits: int  # of symmetric integer codes with a scale per row; 0 for floating point
-
-    @property
-    def top(self):
-        """Largest value that may be stored."""
-        return largest_code(self.bits) if self.bits else math.inf
+    bits: int  # of symmetric integer codes with a scale per row; 0 for all others
 
 
 # In the order in which the artifact groups them: like beside like compresses best.
 SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("grid", np.int16, 0),  # integers whose steps differ by row and column, see Grid
-        Scheme("int5", np.int8, 5),
-        Scheme("int6", np.int8, 6),
-        Scheme("int8", np.int8, 8),
-        Scheme("fp16", np.float16, 0),
-        Scheme("fp32", np.float32, 0),
-    )
+    "grid": Scheme(np.int16, 0),  # integers whose steps differ by row and column, see Grid
+    "int5": Scheme(np.int8, 5),
+    "int6": Scheme(np.int8, 6),
+    "int8": Scheme(np.int8, 8),
+    "fp16": Scheme(np.float16, 0),
+    "fp32": Scheme(np.float32, 0),
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
 CONTROL = (
@@ -5476,9 +5478,9 @@ CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def scheme_of(name, shape, config, int5_layers=()):
-    """Name of the scheme by which the artifact stores a tensor.
+    """Name of the scheme by which QUANTIZER=lite stores a tensor.
 
-    The MLPs of `int5_layers` take 5 bits (see fit_budget). Anything of one dimension, or more than
+    The MLPs of `int5_layers` take 5 bits (see fit_lite). Anything of one dimension, or more than
     two, is never rounded to integers: a row has no meaning there.
     """
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
@@ -5493,6 +5495,15 @@ def scheme_of(name, shape, config, int5_layers=()):
     return f"int{bits}"
 
 
+def gptq_scheme_of(name, shape):
+    """Name of the scheme under QUANTIZER=gptq: matrices on the grid, the rest in half precision.
+
+    Half precision of the control scalars loses nothing that could be measured.
+    """
+    is_matrix = len(shape) == 2 and name.endswith(".weight")
+    return "grid" if is_matrix else "fp16"
+
+
 def largest_code(bits):
     """The grid is symmetric: codes lie in [-largest_code, largest_code]."""
     return 2 ** (bits - 1) - 1
@@ -5502,6 +5513,42 @@ def round_to_grid(weight, scale, bits):
     """Codes, still floating point, of the grid points scale * code that are nearest to `weight`."""
     top = largest_code(bits)
     return (weight / scale).round().clamp(-top, top)
+
+
+# The grid of QUANTIZER=gptq: entry (i, j) of a matrix is stored as an integer times
+# step * 2^(row[i] / 2) * 2^(column[j] / 2). Exponents of a finer spacing than half octaves cost
+# more bytes than they save.
+MAX_EXPONENT = 64
+MAX_CODE = 127 * 256 + 127  # codes travel as two signed bytes
+
+
+class Grid(typing.NamedTuple):
+    """Two numbers of half octaves (int8) whose sum belongs to each entry of a matrix (R, C)."""
+
+    row: np.ndarray  # (R,)
+    column: np.ndarray  # (C,)
+
+
+def exact_power(exponents):
+    """2^(n / 2) as float32 of integers n; a table and ldexp give the same bits on every machine."""
+    n = np.asarray(exponents).astype(np.int32)
+    roots = np.array([1.0, 1.4142135623730951])
+    return np.ldexp(roots[n & 1], n >> 1).astype(np.float32)
+
+
+def grid_steps(grid, step):
+    """Steps of the rows (R, 1), times the dial `step`, and of the columns (1, C)."""
+    rows = exact_power(grid.row) * np.float32(step)
+    return rows[:, None], exact_power(grid.column)[None, :]
+
+
+def to_exponents(steps):
+    """Nearest half octaves (int8) of positive steps, a float64 tensor."""
+    exponents = (2 * steps.log2()).round()
+    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8).numpy()
+
+
+# ---- lite ----
 
 
 def clip_candidates(rows):
@@ -5525,7 +5572,7 @@ def clip_candidates(rows):
 
 @torch.no_grad()
 def row_scales(rows, bits):
-    """float16 step (R, 1) of each row of `rows` (R, C), by GPTQ-lite.
+    """float16 step (R, 1) of each row of `rows` (R, C), by GPTQ-lite; late QAT rounds by it too.
 
     The largest weight decides how coarse a row's grid is; clipping a few outliers makes it finer
     for all others. Each row takes the candidate that leaves the least squared error.
@@ -5549,115 +5596,54 @@ def quantize_rows(weight, bits):
     return codes.to(torch.int8), scales
 
 
-# The grid of QUANTIZER=gptq: entry (i, j) of a matrix is stored as an integer times
-# unit * 2^(row[i] / 2) * 2^(column[j] / 2). `unit` is the dial that sets the file's size.
-STEPS_PER_OCTAVE = 2  # a finer choice of steps costs more bytes than it saves
-UNIT_LIMITS = (2.0**-60, 2.0**10)  # with these no stored step overflows or vanishes
-MAX_EXPONENT = 64  # of a row or a column, in half octaves
-MAX_CODE = 127 * 256 + 127  # codes travel as two signed bytes
+def int5_order(num_layers):
+    """Layers in the order in which #1170 lowers their MLPs to int5: from the middle outward
+    (5, 6, 4, 7, … of 11), because first and last layers are the most sensitive."""
+    middle = (num_layers - 1) / 2
+    return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
 
 
-class Grid(typing.NamedTuple):
-    """Exponents of a matrix's steps, in half octaves, int8."""
+def fit_lite(
+    config,
+    state_dict,
+    code_bytes,
+    tokenizer_sha256="",
+    log=lambda line: None,
+    check_stop=lambda: None,
+):
+    """(artifact, int5 layers): as few MLPs in int5 as code + model need to fit BUDGET_BYTES.
 
-    row: np.ndarray  # (R,)
-    column: np.ndarray  # (C,)
-
-
-def gptq_scheme_of(name, shape):
-    """Name of the scheme under QUANTIZER=gptq: matrices on the grid, the rest in half precision.
-
-    Half precision of the control scalars loses nothing that could be measured.
+    `check_stop` is called before each trial and may raise. Raises ArtifactError when the model does
+    not fit with every MLP in int5.
     """
-    is_matrix = len(shape) == 2 and name.endswith(".weight")
-    return "grid" if is_matrix else "fp16"
-
-
-def exact_power(exponents):
-    """2^(n / 2) as float32 of integers n; a table and ldexp give the same bits on every machine."""
-    n = np.asarray(exponents).astype(np.int32)
-    roots = np.array([1.0, 1.4142135623730951])
-    return np.ldexp(roots[n & 1], n >> 1).astype(np.float32)
-
-
-def grid_steps(grid, units):
-    """Steps of the rows (R, 1), times `units` (R,) or a number, and of the columns (1, C)."""
-    rows = exact_power(grid.row) * np.float32(units)
-    return rows[:, None], exact_power(grid.column)[None, :]
-
-
-def to_exponents(steps):
-    """Nearest half octaves (int8) of positive steps, a float64 tensor."""
-    exponents = (STEPS_PER_OCTAVE * steps.log2()).round()
-    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8).numpy()
+    order = int5_order(config.num_layers)
+    cache = {}
+    for count in range(len(order) + 1):
+        check_stop()
+        layers = order[:count]
+        # Only packing tells the size: how far integers compress depends on their distribution.
+        blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
+        over = len(blob) + code_bytes - config.budget_bytes
+        if over <= 0:
+            return blob, layers
+        if count < len(order):
+            log(f"budget: {over} bytes over, MLP of layer {order[count]} to int5")
+    raise ArtifactError(
+        f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
+        f"int5 and {code_bytes} bytes of code: run the same command with CODE_BYTES at the size of "
+        "the packed script (slurm/package.py), or train a smaller model (MLP_MULT, NUM_LAYERS)"
+    )
 
 
 # ---- calibration ----
 # What the loss does when a matrix changes, to second order: an error E in a weight (R, C) costs
 # 1/2 sum_i d_i (E H E^T)_ii nats per token. H is the second moment of the matrix's input (OBS,
-# Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the sensitivity of output i: its gradient's
-# second moment on labels drawn from the model itself, which is the Fisher information (K-FAC,
-# arXiv 1503.05671). Only training text is read.
+# Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the Fisher information of output i: its
+# gradient's second moment on labels drawn from the model itself (K-FAC, arXiv 1503.05671). Only
+# training text is read.
 
-UNIT_TOKENS = 8192  # tokens of one forward and backward pass, the atom that ranks share out
+BATCH_TOKENS = 8192  # of one forward and backward pass; ranks share the passes out
 UNSEEN_COUNT = 2.0  # readings that each row of an embedding is credited with
-SUM_BITS = 36  # precision of the largest entry of a first term; float32 itself has 24
-# Seconds of a calibration token in seconds of a training token: 1.4 on a CPU, and a margin.
-CALIBRATION_COST = 2.0
-
-
-class Sensitivity(typing.NamedTuple):
-    """Second-order knowledge of one matrix (R, C)."""
-
-    hessian: str  # name of its H
-    row_weight: torch.Tensor  # d (R,), nats per token
-
-
-class Knowledge(typing.NamedTuple):
-    """What calibration found, in float64 on the CPU."""
-
-    hessians: dict  # H (C, C) by name
-    sensitivities: dict  # Sensitivity by parameter name
-
-
-class ExactSum:
-    """Sums by name that do not depend on the order of their terms, hence not on the world size.
-
-    Floating-point sums round differently in every order. Here a term is rounded to multiples of a
-    power of two, whose sum is exact. The first term under a name chooses it: all ranks must start
-    with the same one.
-    """
-
-    def __init__(self):
-        self.totals = {}
-        self.resolution = {}
-
-    def add(self, name, value):
-        """Add a tensor to the sum of this name."""
-        value = value.detach().double()
-        if name not in self.totals:
-            # A first term of zeros says nothing about size: 1e-30 stands for it.
-            exponent = math.frexp(max(float(value.abs().max()), 1e-30))[1]
-            self.resolution[name] = 2.0 ** (exponent - SUM_BITS)
-            self.totals[name] = torch.zeros_like(value, dtype=torch.int64)
-        # Saturation keeps a wild term from overflowing; 2^12 terms of this size still fit.
-        steps = (value / self.resolution[name]).round().clamp(-(2.0**50), 2.0**50)
-        self.totals[name] += steps.long()
-
-    def forget(self):
-        """Keep the resolutions, drop the terms."""
-        for total in self.totals.values():
-            total.zero_()
-
-    def result(self, comm):
-        """{name: float64 sum over all ranks}, on the CPU."""
-        sums = {}
-        for name in sorted(self.totals):  # ranks must meet in the same order
-            total = self.totals[name]
-            if comm.world > 1:
-                comm.all_reduce(total).wait()
-            sums[name] = total.cpu().double() * self.resolution[name]
-        return sums
 
 
 def hessian_name(module_name):
@@ -5684,25 +5670,32 @@ def gram(x):
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-class CalibrationHooks:
-    """Adds to `sums` what passes through the real forward and backward while the context is open.
+@contextlib.contextmanager
+def calibration_hooks(model, add):
+    """Call add(name, tensor) for what passes through the real forward and backward.
 
     A Linear contributes the Gram matrix of its inputs. An embedding's input is a one-hot vector:
     its H is diagonal over rows, and what couples its columns is the gradient of its output. A layer
     that is visited more than once adds up all its visits.
     """
 
-    def __init__(self, model, sums):
-        self.model = model
-        self.sums = sums
-        self.handles = []
+    def before_linear(source):
+        return lambda module, args: add(f"hessian/{source}", gram(args[0]))
 
-    def __enter__(self):
-        tapped = set()
-        for name, module in self.model.named_modules():
+    def after_embedding(name):
+        def hook(module, args, output):
+            rows = torch.bincount(args[0].flatten().long(), minlength=module.num_embeddings)
+            add(f"count/{name}", rows)
+            output.register_hook(lambda grad: add(f"hessian/{name}", gram(grad)))
+
+        return hook
+
+    handles = []
+    tapped = set()
+    try:
+        for name, module in model.named_modules():
             if isinstance(module, Embedding):
-                hook = module.register_forward_hook(self.embedding_hook(name))
-                self.handles.append(hook)
+                handles.append(module.register_forward_hook(after_embedding(name)))
             if not isinstance(module, (Attention, Linear)):
                 continue
             # Attention multiplies by the weights of its projections itself, in one product. It
@@ -5711,41 +5704,27 @@ class CalibrationHooks:
             source = f"{name}.c_q" if is_attention else hessian_name(name)
             if source not in tapped:
                 tapped.add(source)
-                self.handles.append(module.register_forward_pre_hook(self.input_hook(source)))
-
-    def __exit__(self, *_):
-        for handle in self.handles:
+                handles.append(module.register_forward_pre_hook(before_linear(source)))
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
-    def input_hook(self, source):
-        def before_forward(module, args):
-            self.sums.add(f"hessian/{source}", gram(args[0]))
 
-        return before_forward
-
-    def embedding_hook(self, name):
-        def after_forward(module, args, output):
-            rows = torch.bincount(args[0].flatten().long(), minlength=module.num_embeddings)
-            self.sums.add(f"count/{name}", rows)
-            output.register_hook(lambda grad: self.sums.add(f"hessian/{name}", gram(grad)))
-
-        return after_forward
-
-
-def drawn_labels(logps, unit, seed):
-    """One label per position (n,) drawn from logps (n, V): a function of seed and unit alone.
+def drawn_labels(logps, batch, seed):
+    """One label per position (n,) drawn from logps (n, V): a function of seed and batch alone.
 
     The Fisher information needs the model's own labels; with the data's, errors that the model
     makes anyway would count as sensitivity.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + unit)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
     height = torch.rand(len(logps), 1, generator=generator).to(logps.device)
     below = logps.exp().cumsum(-1) < height  # (n, V)
     return below.sum(-1).clamp(max=logps.size(-1) - 1)
 
 
-def calibrate_unit(model, ids, unit, runtime, sums):
-    """Add what one batch of training tokens `ids` (B, T) says to `sums`."""
+def calibrate_batch(model, ids, batch, runtime, add):
+    """Call add(name, tensor) for what batch number `batch`, token ids (B, T), says."""
     # The same weights must give the same artifact on a GPU too.
     with deterministic_algorithms(), runtime.autocast():
         hidden = model.hidden(ids)  # (B, T, D)
@@ -5753,10 +5732,10 @@ def calibrate_unit(model, ids, unit, runtime, sums):
         logits = model.head(head_input).flatten(0, 1)  # (B * T, V)
     logps = logits.detach().float().log_softmax(-1)
     probs = logps.exp()
-    sums.add("hessian/head", gram(head_input))
+    add("hessian/head", gram(head_input))
     # p (1 - p) is the variance of a drawn label, so the second derivative of the loss in its logit.
-    sums.add("label_variance", (probs * (1 - probs)).sum(0))
-    labels = drawn_labels(logps, unit, model.config.seed)
+    add("label_variance", (probs * (1 - probs)).sum(0))
+    labels = drawn_labels(logps, batch, model.config.seed)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     model.zero_grad()
     with deterministic_algorithms():
@@ -5765,118 +5744,86 @@ def calibrate_unit(model, ids, unit, runtime, sums):
         # The labels of different tokens are independent: the square of the sum is, on average, the
         # sum of the squares.
         if isinstance(module, Linear):
-            sums.add(f"gradient/{name}", module.weight.grad.float().square().sum(1))
+            add(f"gradient/{name}", module.weight.grad.float().square().sum(1))
     model.zero_grad()
 
 
-class CalibrationText:
-    """CALIBRATION_TOKENS training tokens in sequences spread evenly over the training shards."""
-
-    def __init__(self, config):
-        self.length = config.train_seq_len
-        self.stream = open_train_stream(config)
-        self.sequences = max(1, config.calibration_tokens // self.length)
-        self.per_unit = max(1, UNIT_TOKENS // self.length)
-        self.units = math.ceil(self.sequences / self.per_unit)
-
-    def read(self, unit):
-        """Token ids (B, T) of a unit, uint16."""
-        first = unit * self.per_unit
-        last = min(first + self.per_unit, self.sequences)
-        total = int(self.stream.ends[-1])
-        rows = []
-        for number in range(first, last):
-            self.stream.position = number * total // self.sequences
-            rows.append(self.stream.rows(0, 0, self.length, self.length)[:, :-1])  # (1, T)
-        return np.concatenate(rows)
-
-
 def calibrate(model, config, runtime):
-    """Knowledge of every matrix of `model` from training tokens; all ranks must call it.
+    """(hessians, fisher) of all matrices of `model` from training tokens; all ranks must call it.
 
-    Ranks share the units out. Sums are exact, so any world size finds the same bits.
+    hessians: {parameter: H (C, C)}, one tensor for all that read the same input. fisher:
+    {parameter: d (R,)}, nats per token. Both are float64 on the CPU: the same bits each time at one
+    number of ranks, the same up to the order of sums at others.
     """
-    text = CalibrationText(config)
     comm = runtime.comm
-    sums = ExactSum()
+    length = config.train_seq_len
+    stream = open_train_stream(config)
+    # At least one sequence and one batch per rank: every rank must bring the same sums.
+    wanted = max(comm.world, config.calibration_tokens // length)
+    batch_size = max(1, min(BATCH_TOKENS // length, wanted // comm.world))
+    sums = {}
+
+    def add(name, value):
+        value = value.detach().double()
+        sums[name] = sums[name] + value if name in sums else value
+
     model.eval()
-    with CalibrationHooks(model, sums):
-        # Every rank starts with unit 0, which sets the resolutions; only rank 0 counts it.
-        calibrate_unit(model, runtime.to_device(text.read(0)), 0, runtime, sums)
-        if comm.rank != 0:
-            sums.forget()
-        for unit in range(comm.rank, text.units, comm.world):
-            if unit > 0:
-                calibrate_unit(model, runtime.to_device(text.read(unit)), unit, runtime, sums)
-    return knowledge_from(model, sums.result(comm), text.sequences * text.length)
+    with calibration_hooks(model, add):
+        for batch in range(comm.rank, math.ceil(wanted / batch_size), comm.world):
+            first = batch * batch_size
+            numbers = range(first, min(first + batch_size, wanted))
+            # Spread evenly over the training shards.
+            rows = [stream.sequences(i * stream.num_sequences // wanted, 1) for i in numbers]
+            ids = np.concatenate(rows)[:, :-1]  # (B, T)
+            calibrate_batch(model, runtime.to_device(ids), batch, runtime, add)
+    for name in sorted(sums):  # ranks must meet in the same order
+        if comm.world > 1:
+            comm.all_reduce(sums[name]).wait()
+        sums[name] = sums[name].cpu() / (wanted * length)  # per token
+    return per_matrix(model, sums, wanted * length)
 
 
-def knowledge_from(model, sums, tokens):
-    """Turn sums over `tokens` tokens into Hessians and sensitivities per token."""
+def per_matrix(model, sums, tokens):
+    """(hessians, fisher) as calibrate returns them, from means over `tokens` tokens."""
     hessians = {}
-    for key, total in sums.items():
-        kind, _, name = key.partition("/")
-        if kind == "hessian":
-            hessians[name] = total / tokens
-    sensitivities = {}
+    fisher = {}
     for name, module in model.named_modules():
         if isinstance(module, Embedding):
+            hessians[f"{name}.weight"] = sums[f"hessian/{name}"]
             # A row's share of the loss is how often it is read.
-            weight = (sums[f"count/{name}"] + UNSEEN_COUNT) / tokens
-            sensitivities[f"{name}.weight"] = Sensitivity(name, weight)
+            fisher[f"{name}.weight"] = sums[f"count/{name}"] + UNSEEN_COUNT / tokens
         elif isinstance(module, Linear):
-            # E |dW_i|^2 = d_i tr(H): the Kronecker factors' traces agree with the gradient's.
-            source = hessian_name(name)
+            hessian = sums[f"hessian/{hessian_name(name)}"]
             columns = module.in_features
-            if columns < hessians[source].size(0):  # a gate that reads the leading channels
-                hessians[name] = hessians[source][:columns, :columns]
-                source = name
-            weight = sums[f"gradient/{name}"] / tokens
-            weight = weight / hessians[source].trace().clamp(min=1e-30)
-            sensitivities[f"{name}.weight"] = Sensitivity(source, weight)
+            if columns < len(hessian):  # a gate that reads the leading channels
+                hessian = hessian[:columns, :columns]
+            hessians[f"{name}.weight"] = hessian
+            # E |dW_i|^2 = d_i tr(H): the Kronecker factors' traces agree with the gradient's.
+            fisher[f"{name}.weight"] = sums[f"gradient/{name}"] / hessian.trace().clamp(min=1e-30)
     # The tied embedding is read as input and multiplied as output; token frequencies weigh both.
-    variance = sums["label_variance"] / tokens
-    hessians["tok_emb"] = hessians["tok_emb"] + variance.sum() * hessians.pop("head")
-    sensitivities["tok_emb.weight"] = Sensitivity("tok_emb", variance / variance.sum())
-    return Knowledge(hessians, sensitivities)
-
-
-@functools.lru_cache(maxsize=8)
-def parameter_count(config):
-    """Parameters of the architecture, without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
-
-
-def calibration_seconds(config, step_seconds):
-    """Predicted seconds of `calibrate`, from those of a training step."""
-    token_seconds = step_seconds / config.train_batch_tokens
-    return CALIBRATION_COST * token_seconds * config.calibration_tokens
+    variance = sums["label_variance"]
+    hessians["tok_emb.weight"] = sums["hessian/tok_emb"] + variance.sum() * sums["hessian/head"]
+    fisher["tok_emb.weight"] = variance / variance.sum()
+    return hessians, fisher
 
 
 # ---- gptq ----
-# QUANTIZER=gptq, from knowledge to bytes: steps that equalise the predicted loss, integers by GPTQ,
-# codes sorted by size. Only their coding is known to the reader; how codes were chosen is not.
+# From hessians and fisher to codes: steps that equalise the predicted loss, integers by GPTQ, and
+# the search for the `step` that fills the budget. How codes were chosen is nothing to the reader.
 
 DAMPING = 0.03  # of the mean diagonal, added to it
-ROW_TEMPER = 0.7  # exponent of the rows' sensitivities
+ROW_TEMPER = 0.7  # exponent of the rows' Fisher information
+BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
 # Nats per token, far below what could be measured: predictions for a model that was hardly trained
 # are too low, and the budget is there to be used.
 FINEST_LOSS = 1e-9
-BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
-
-
-class Factor(typing.NamedTuple):
-    """H^-1 = U^T U of the damped Hessian, its columns in `order`."""
-
-    order: torch.Tensor  # (C,)
-    upper: torch.Tensor  # (C, C), float64
 
 
 def factorise(hessian, name, warn):
-    """Factor of a Hessian (C, C), float64. A matrix that has none gets that of its diagonal.
+    """(order (C,), U (C, C)): H^-1 = U^T U of the damped H (C, C), float64, columns in `order`.
 
-    With a diagonal Hessian GPTQ is plain rounding; `warn` then gets a line that names the matrix.
+    A matrix that has none gets that of its diagonal, for which GPTQ is plain rounding; `warn` then
+    gets a line that names the matrix.
     """
     diagonal = hessian.diagonal().clone()
     damped = hessian.clone()
@@ -5889,24 +5836,26 @@ def factorise(hessian, name, warn):
         warn(f"warning: the Hessian of {name} has no Cholesky factor: plain rounding instead")
         known = diagonal.nan_to_num(0, 0, 0).clamp(min=1e-12)
         order = known.argsort(descending=True, stable=True)
-        return Factor(order, known[order].rsqrt().diag())
+        return order, known[order].rsqrt().diag()
     identity = torch.eye(len(damped), dtype=damped.dtype)
-    return Factor(order, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
+    return order, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 
-def equalising_grid(sensitivity, factor):
+def equalising_grid(weight, factor):
     """The Grid at which every entry's rounding error costs the same expected loss.
 
     Rounded with step s, entry (i, j) adds 1/2 d_i (s / U_jj)^2 / 12 to the loss, and s costs
     -log2(s) bits: at the least loss for a given size all s^2 d_i / U_jj^2 are equal (reverse
-    water-filling, Cover and Thomas 10.3.3). So one unit serves all matrices: it is the multiplier.
+    water-filling, Cover and Thomas 10.3.3). So one dial serves all matrices: it is the multiplier.
+    `weight` is d (R,), `factor` that of factorise.
     """
-    diagonal = factor.upper.diagonal()
+    order, upper = factor
+    diagonal = upper.diagonal()
     reach = torch.empty_like(diagonal)  # (C,), U_jj in the matrix's own order
-    reach[factor.order] = diagonal
-    weight = sensitivity.row_weight.double()
+    reach[order] = diagonal
+    weight = weight.double()
     mean = weight.mean().clamp(min=1e-20)
-    # Rows differ a little less than their sensitivities, which are estimates: measured, as is the
+    # Rows differ a little less than their Fisher information, an estimate: measured, as is the
     # floor under rows that calibration never saw move.
     weight = mean * (weight / mean).clamp(min=2.0**-20) ** ROW_TEMPER
     level = reach.log().mean().exp()
@@ -5919,8 +5868,8 @@ def gptq(weight, factor, row_steps, column_steps):
     Columns are rounded one after another, and each one's error is moved into the columns still to
     come, where the input's correlations let them make up for it (GPTQ, arXiv 2210.17323).
     """
-    order = factor.order
-    upper = factor.upper.to(weight.dtype)
+    order, upper = factor
+    upper = upper.to(weight.dtype)
     left = (weight / row_steps)[:, order]  # (R, C), in units of the rows' steps
     steps = column_steps[0, order]
     codes = torch.empty_like(left)
@@ -5939,67 +5888,54 @@ def gptq(weight, factor, row_steps, column_steps):
     return torch.empty_like(codes).index_copy_(1, order, codes)
 
 
-def row_losses(error, hessian, row_weight):
-    """Predicted loss (R,) in nats per token of an error (R, C)."""
+def row_losses(error, hessian, weight):
+    """Predicted loss (R,) in nats per token of an error (R, C), from H (C, C) and d (R,)."""
     error = error.to(hessian.dtype)
-    return 0.5 * row_weight * ((error @ hessian) * error).sum(1)
+    return 0.5 * weight * ((error @ hessian) * error).sum(1)
 
 
-class Solved(typing.NamedTuple):
+def widen_overflowing_rows(weight, grid, step):
+    """The Grid with larger steps for the rows of weight (R, C) whose codes would not fit."""
+    rows, columns = grid_steps(grid, step)
+    largest = np.abs(weight.numpy() / columns / rows).max(1)  # (R,) codes
+    # Half of the range is left free: GPTQ moves weights before it rounds them.
+    excess = 2 * np.log2(np.maximum(1.0, largest / (MAX_CODE / 2)))
+    row = np.minimum(grid.row + np.ceil(excess), MAX_EXPONENT).astype(np.int8)
+    return Grid(row, grid.column)
+
+
+class Quantised(typing.NamedTuple):
     """A matrix on its grid."""
 
     codes: np.ndarray  # (R, C), int16
-    row: np.ndarray  # (R,), int8: exponents of the rows' steps
+    grid: Grid
     losses: np.ndarray  # (R,), predicted, nats per token
 
 
-def roomy_rows(weight, grid, unit):
-    """Exponents (R,) of the rows' steps, larger than the Grid's where codes would not fit."""
-    rows, columns = grid_steps(grid, unit)
-    largest = np.abs(weight.numpy() / columns / rows).max(1)  # (R,) codes
-    # Half of the range is left free: GPTQ moves weights before it rounds them.
-    excess = STEPS_PER_OCTAVE * np.log2(np.maximum(1.0, largest / (MAX_CODE / 2)))
-    return np.minimum(grid.row + np.ceil(excess), MAX_EXPONENT).astype(np.int8)
-
-
-def solve(weight, sensitivity, hessian, factor, grid, unit):
-    """Solved of weight (R, C): GPTQ's row where it beats plain rounding, else that."""
-    grid = Grid(roomy_rows(weight, grid, unit), grid.column)
-    rows, columns = (torch.from_numpy(side) for side in grid_steps(grid, unit))
-    steps = rows * columns
-    rounded = (weight / steps).round().clamp(-MAX_CODE, MAX_CODE)
-    moved = gptq(weight, factor, rows, columns)
-    hessian = hessian.to(weight.dtype)
-    plain = row_losses(weight - rounded * steps, hessian, sensitivity.row_weight)
-    losses = row_losses(weight - moved * steps, hessian, sensitivity.row_weight)
-    better = losses <= plain
-    codes = torch.where(better[:, None], moved, rounded).to(torch.int16)
-    return Solved(codes.numpy(), grid.row, torch.minimum(losses, plain).numpy())
-
-
 class Quantiser:
-    """All matrices of a model and what is known of them; `solve(unit)` is the model at one size.
+    """All matrices of a model and what their errors cost; quantise(step) is the model at one size.
 
     The result depends neither on the number of threads nor on the device.
     """
 
-    def __init__(self, state_dict, knowledge, warn):
-        self.knowledge = knowledge
-        sensitivities = knowledge.sensitivities
+    def __init__(self, state_dict, hessians, fisher, warn):
+        self.hessians = hessians
+        self.fisher = fisher
         # In the order of the model, which is the artifact's.
         self.weights = {
             name: tensor.detach().float().cpu()
             for name, tensor in state_dict.items()
-            if name in sensitivities
+            if name in fisher
         }
         self.parameters = sum(weight.numel() for weight in self.weights.values())
-        names = list(knowledge.hessians)
-        factors = self.map(lambda name: factorise(knowledge.hessians[name], name, warn), names)
-        self.factors = dict(zip(names, factors))
-        self.grids = {}
-        for name in self.weights:
-            factor = self.factors[sensitivities[name].hessian]
-            self.grids[name] = equalising_grid(sensitivities[name], factor)
+        # Matrices that read the same input share one H, which is factorised once.
+        names = list({id(hessians[name]): name for name in self.weights}.values())
+        factors = self.map(lambda name: factorise(hessians[name], name, warn), names)
+        found = {id(hessians[name]): factor for name, factor in zip(names, factors)}
+        self.factors = {name: found[id(hessians[name])] for name in self.weights}
+        self.grids = {
+            name: equalising_grid(fisher[name], self.factors[name]) for name in self.weights
+        }
 
     def map(self, function, items):
         """[function(item) ...] on all cores: each item on one thread, whose sums have one order."""
@@ -6011,63 +5947,140 @@ class Quantiser:
         finally:
             torch.set_num_threads(threads)
 
-    def solve(self, unit):
-        """{name: Solved} with all steps times `unit`."""
+    def quantise(self, step):
+        """{name: Quantised} with all steps times `step`."""
+        return dict(
+            zip(self.weights, self.map(lambda name: self.quantise_matrix(name, step), self.weights))
+        )
 
-        def solve_one(name):
-            sensitivity = self.knowledge.sensitivities[name]
-            hessian = self.knowledge.hessians[sensitivity.hessian]
-            factor = self.factors[sensitivity.hessian]
-            grid = self.grids[name]
-            return solve(self.weights[name], sensitivity, hessian, factor, grid, unit)
+    def quantise_matrix(self, name, step):
+        """Quantised of one matrix: of each row GPTQ's codes where they beat plain rounding's."""
+        weight = self.weights[name]  # (R, C)
+        grid = widen_overflowing_rows(weight, self.grids[name], step)
+        rows, columns = (torch.from_numpy(side) for side in grid_steps(grid, step))
+        steps = rows * columns
+        rounded = (weight / steps).round().clamp(-MAX_CODE, MAX_CODE)
+        moved = gptq(weight, self.factors[name], rows, columns)
+        hessian = self.hessians[name].to(weight.dtype)
+        plain = row_losses(weight - rounded * steps, hessian, self.fisher[name])
+        losses = row_losses(weight - moved * steps, hessian, self.fisher[name])
+        better = losses <= plain
+        codes = torch.where(better[:, None], moved, rounded).to(torch.int16)
+        return Quantised(codes.numpy(), grid, torch.minimum(losses, plain).numpy())
 
-        return dict(zip(self.weights, self.map(solve_one, self.weights)))
-
-    def finest_unit(self):
-        """The unit below which steps buy nothing: every code adds unit^2 / 24 to the loss."""
+    def finest_step(self):
+        """The step below which bytes buy nothing: every code adds step^2 / 24 to the loss."""
         return math.sqrt(24 * FINEST_LOSS / self.parameters)
 
-    def guessed_unit(self, budget):
-        """A first unit by bisection: plain rounding of some rows, with Gaussian entropies."""
-        low = -30.0  # log2 of a unit whose file is too large
-        high = 10.0  # of one whose file fits
-        for _ in range(12):
-            middle = (low + high) / 2
-            if self.estimated_bits(2.0**middle) / 8 > budget:
-                low = middle
-            else:
-                high = middle
-        return 2.0**high
-
-    def estimated_bits(self, unit):
-        """Bits of all matrices at a unit, about."""
-        bits = 0.0
+    def first_step(self, budget):
+        """The step of about `budget` bytes if codes were Gaussian: log2(sqrt(2 pi e) rms) bits."""
+        finest = self.finest_step()
+        bits = -8.0 * max(0, budget)
         for name, weight in self.weights.items():
-            rows, columns = grid_steps(self.grids[name], unit)
+            rows, columns = grid_steps(self.grids[name], finest)
             part = slice(None, None, 8 if len(weight) >= 64 else 1)  # an eighth says enough
-            codes = (weight[part].numpy() / (rows[part] * columns)).round()
-            row, column = code_classes(codes)
-            octaves = (row[:, None] + column.astype(np.float32)) / CLASSES_PER_OCTAVE
-            # log2 of sqrt(2 pi e) sigma, which falls to 0 as the codes become zeros.
-            entropy = 0.5 * np.log2(1 + 2 * math.pi * math.e * 4**octaves)
-            bits += weight.numel() * float(entropy.mean())
-        return bits
+            row, column = code_classes(weight[part].numpy() / (rows[part] * columns))
+            octaves = float(row.mean() + column.mean()) / 2
+            bits += weight.numel() * (octaves + 0.5 * math.log2(2 * math.pi * math.e))
+        return finest * 2 ** (bits / self.parameters)
 
 
-# ---- coding ----
-# zstd counts symbols over blocks of 128 KiB. Each row and column of codes has a class, the size of
-# its entries; codes are stored in the order of their classes' sum, whatever matrix they are from,
-# so that a block holds codes of one distribution and its table fits them all.
-
-CLASSES_PER_OCTAVE = 2
+MAX_TRIALS = 12
+BUDGET_SLACK = 0.0008  # share of the budget that may stay unused
 
 
-class GridTensor(typing.NamedTuple):
-    """A stored matrix."""
+def search_step(pack, budget, first, finest, slope, log, check_stop):
+    """(blob, quantised, trials): the largest artifact within `budget` bytes.
 
-    codes: np.ndarray  # (R, C), int16
-    grid: Grid
-    classes: Grid  # of its rows and columns
+    pack(step) gives (blob, quantised). The size is close to linear in log2(step), the octave, at
+    about `slope` bytes per octave: a secant through the two trials that enclose the budget, or the
+    last two while none do. No step is below `finest`, so that a model too small for the budget
+    leaves some of it unused. Raises ArtifactError when MAX_TRIALS do not fit.
+    """
+    target = budget * (1 - BUDGET_SLACK / 2)
+    lowest = math.log2(finest)
+    octave = max(lowest, math.log2(first))
+    best = None  # the largest that fits
+    over = None  # (octave, size) of the coarsest trial that does not fit
+    under = None  # of the finest trial that fits
+    before = None  # of the last trial
+    for trial in range(1, MAX_TRIALS + 1):
+        check_stop()
+        blob, quantised = pack(2.0**octave)
+        size = len(blob)
+        log(f"packing:{trial} step:{2.0**octave:.4e} bytes:{size} of {budget}")
+        if size <= budget:
+            under = (octave, size)
+            if best is None or size > len(best[0]):
+                best = (blob, quantised)
+            if octave == lowest or size >= budget * (1 - BUDGET_SLACK):
+                break
+        else:
+            over = (octave, size)
+        if over and under:
+            share = (over[1] - target) / max(1, over[1] - under[1])
+            octave = over[0] + min(0.9, max(0.1, share)) * (under[0] - over[0])
+            continue
+        if before and before[0] != octave:
+            measured = (size - before[1]) / (octave - before[0])
+            slope = max(2 * slope, min(slope / 4, measured))  # noise must not turn it around
+        before = (octave, size)
+        octave = max(lowest, octave + min(4, (target - size) / slope))
+    if best is None:
+        raise ArtifactError(
+            f"the artifact is {size - budget} bytes over the {budget} that BUDGET_BYTES leaves "
+            f"after {trial} packings with ever larger steps: train a smaller model (MLP_MULT, "
+            "NUM_LAYERS)"
+        )
+    return *best, trial
+
+
+def fit_gptq(
+    config,
+    state_dict,
+    hessians,
+    fisher,
+    code_bytes,
+    tokenizer_sha256="",
+    log=lambda line: None,
+    check_stop=lambda: None,
+):
+    """(artifact, size breakdown, trials) of the finest steps that fit BUDGET_BYTES beside the code.
+
+    Deterministic: the same weights, hessians and fisher give the same bytes. `check_stop` is called
+    before each trial and may raise. Raises ArtifactError when nothing fits.
+    """
+    quantiser = Quantiser(state_dict, hessians, fisher, log)
+    budget = config.budget_bytes - code_bytes
+
+    def pack(step):
+        quantised = quantiser.quantise(step)
+        return pack_grid(config, state_dict, quantised, step, tokenizer_sha256), quantised
+
+    first, finest = quantiser.first_step(budget), quantiser.finest_step()
+    slope = -quantiser.parameters / 8  # while codes are not mostly zeros
+    blob, quantised, trials = search_step(pack, budget, first, finest, slope, log, check_stop)
+    breakdown = size_breakdown(state_dict, quantised, len(blob))
+    log_size_breakdown(breakdown, log)
+    return blob, breakdown, trials
+
+
+# ---- packing ----
+# Plain data behind a head with a checksum: a JSON header, then the tensors' bytes, all in one
+# compressed payload. zstd counts symbols over blocks of 128 KiB, so gptq sorts its codes: each row
+# and column has a class, the size of its entries, and codes lie in the order of their classes' sum,
+# whatever matrix they are from. A block then holds codes of one distribution.
+
+ARTIFACT_NAME = "final_model.int6.ptz"
+FLOAT_NAME = "final_model.pt"
+# Like PNG's, the magic bytes show a transfer that changed line ends.
+ARTIFACT_MAGIC = b"PGolf\r\n\x1a"
+ARTIFACT_VERSION = 1
+# magic, version, compressor, two zero bytes, raw bytes, compressed bytes, sha256 of the payload
+ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
+COMPRESSORS = ("zstd", "lzma")
+MAX_RAW_BYTES = 96 << 20  # six times the budget: no artifact of the challenge comes near
+MAX_HEADER_BYTES = 1 << 20
 
 
 def code_classes(codes):
@@ -6080,7 +6093,7 @@ def code_classes(codes):
     for _ in range(2):
         rows = (square / columns).mean(1)
         columns = (square / rows[:, None]).mean(0)
-    halves = [CLASSES_PER_OCTAVE / 2 * np.log2(part) for part in (rows, columns)]
+    halves = [np.log2(part) for part in (rows, columns)]
     return Grid(*(half.round().clip(-120, 120).astype(np.int8) for half in halves))
 
 
@@ -6093,201 +6106,106 @@ def coding_keys(classes):
     return np.concatenate(parts)
 
 
-def grid_sections(tensors):
-    """The bytes of GridTensors: exponents, classes, then the codes' low and high planes, sorted."""
-    codes = np.concatenate([tensor.codes.ravel() for tensor in tensors])
-    order = coding_keys([tensor.classes for tensor in tensors]).argsort(kind="stable")
-    codes = codes[order].astype(np.int32)
+def grid_sections(matrices):
+    """The bytes of Quantised matrices: exponents, classes, codes' low and high planes, sorted."""
+    codes = np.concatenate([matrix.codes.ravel() for matrix in matrices])
+    classes = [code_classes(matrix.codes) for matrix in matrices]
+    codes = codes[coding_keys(classes).argsort(kind="stable")].astype(np.int32)
     low = codes.astype(np.int8)  # wraps: the signed low byte
     high = ((codes - low) >> 8).astype(np.int8)  # nearly all zeros
     sides = [
-        *(tensor.grid.row for tensor in tensors),
-        *(tensor.grid.column for tensor in tensors),
-        *(tensor.classes.row for tensor in tensors),
-        *(tensor.classes.column for tensor in tensors),
+        *(matrix.grid.row for matrix in matrices),
+        *(matrix.grid.column for matrix in matrices),
+        *(grid.row for grid in classes),
+        *(grid.column for grid in classes),
     ]
     return b"".join(part.tobytes() for part in [*sides, low, high])
 
 
-def grid_bytes(shape):
-    """Bytes of one matrix (R, C) in the sections above."""
-    rows, columns = shape
-    return 2 * (rows + columns) + 2 * rows * columns
-
-
-class GridUnits(typing.NamedTuple):
-    """The units of a model's rows, counted through all its matrices.
-
-    The first `fine_rows` rows take `fine`, the others `coarse`, a neighbour of it: where the border
-    lies sets the file's size more exactly than a unit can.
-    """
-
-    fine: float
-    coarse: float
-    fine_rows: int
-
-    def of_rows(self, rows):
-        """[(R,) float32 units] of matrices with these numbers of rows."""
-        units = np.full(sum(rows), self.coarse, np.float32)
-        units[: self.fine_rows] = self.fine
-        return np.split(units, np.cumsum(rows)[:-1])
-
-    def check(self, rows):
-        """Raise ArtifactError unless the steps of a model with `rows` rows are sound numbers."""
-        least, most = UNIT_LIMITS
-        for unit in (self.fine, self.coarse):
-            if type(unit) is not float or not least <= unit <= most:
-                raise ArtifactError(f"artifact: unit {ascii(unit)} is outside {least}…{most}")
-        if type(self.fine_rows) is not int or not 0 <= self.fine_rows <= rows:
-            raise ArtifactError(f"artifact: fine_rows {ascii(self.fine_rows)} is outside 0…{rows}")
-
-
-def read_grid_sections(raw, shapes, units):
-    """Float32 matrices of `shapes` from the bytes that grid_sections wrote.
-
-    `raw` holds exactly the bytes of the shapes: the table's check has made sure. Raises
-    ArtifactError for a step or a code that no writer stores; all others give finite weights.
-    """
-    heights = [rows for rows, _ in shapes]
-    widths = [columns for _, columns in shapes]
-    at = 0
-    sides = []
-    for lengths in (heights, widths, heights, widths):
-        flat = np.frombuffer(raw, np.int8, sum(lengths), at)
-        sides.append(np.split(flat, np.cumsum(lengths)[:-1]))
-        at += len(flat)
-    grids = [Grid(*pair) for pair in zip(sides[0], sides[1])]
-    classes = [Grid(*pair) for pair in zip(sides[2], sides[3])]
-    exponents = np.frombuffer(raw, np.int8, sum(heights) + sum(widths))
-    # As integers of 16 bits: the absolute value of -128 is no int8.
-    if np.abs(exponents.astype(np.int16)).max(initial=0) > MAX_EXPONENT:
-        raise ArtifactError(f"artifact: a step's exponent is outside ±{MAX_EXPONENT}")
-    total = sum(rows * columns for rows, columns in shapes)
-    low, high = np.frombuffer(raw, np.int8, 2 * total, at).reshape(2, total)
-    codes = np.empty(total, np.float32)
-    codes[coding_keys(classes).argsort(kind="stable")] = low + 256 * high.astype(np.float32)
-    if np.abs(codes).max(initial=0) > MAX_CODE:
-        raise ArtifactError(f"artifact: a code is outside ±{MAX_CODE}")
-    matrices = []
-    at = 0
-    for shape, grid, row_units in zip(shapes, grids, units.of_rows(heights)):
-        rows, columns = grid_steps(grid, row_units)
-        size = math.prod(shape)
-        matrices.append(codes[at : at + size].reshape(shape) * rows * columns)
-        at += size
-    return matrices
-
-
-def code_bits(codes, keys):
-    """Bits (n,) of each code by the entropy of its class; zstd comes within a few percent."""
-    bits = np.empty(len(codes), np.float32)
-    for key in np.unique(keys):
-        mine = np.flatnonzero(keys == key)
-        _, inverse, counts = np.unique(codes[mine], return_inverse=True, return_counts=True)
-        bits[mine] = (np.log2(len(mine)) - np.log2(counts))[inverse]
-    return bits
-
-
-# ---- the artifact ----
-# Integers row by row, then a general compressor. The container is plain data with a checksum: its
-# reader believes nothing that it has not compared with what the architecture must contain, and
-# allocates nothing of a size that the architecture does not have.
-
-ARTIFACT_NAME = "final_model.int6.ptz"
-FLOAT_NAME = "final_model.pt"
-# Like PNG's, the magic bytes show a transfer that changed line ends.
-ARTIFACT_MAGIC = b"PGolf\r\n\x1a"
-ARTIFACT_VERSION = 1
-# magic, version, compressor, two zero bytes, raw bytes, compressed bytes, sha256 of the payload
-ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
-COMPRESSORS = ("zstd", "lzma")
-MAX_RAW_BYTES = 96 << 20  # six times the budget: no artifact of the challenge comes near
-MAX_HEADER_BYTES = 1 << 20
-MAX_PARAMETERS = MAX_RAW_BYTES  # at one byte each
-
-
-class TensorEntry(typing.NamedTuple):
-    """One line of the artifact's table of tensors."""
-
-    name: str
-    shape: tuple
-    scheme: str
-
-    def rows(self):
-        """Rows that share a scale each; 0 for floats."""
-        return math.prod(self.shape[:-1]) if SCHEMES[self.scheme].bits else 0
-
-    def value_bytes(self):
-        return math.prod(self.shape) * np.dtype(SCHEMES[self.scheme].dtype).itemsize
-
-    def scale_bytes(self):
-        if self.scheme == "grid":  # exponents and classes of rows and columns
-            return grid_bytes(self.shape) - self.value_bytes()
-        return self.rows() * np.dtype(np.float16).itemsize
-
-
-class EncodedTensor(typing.NamedTuple):
-    """A tensor as the artifact stores it."""
-
-    values: bytes  # integers or floats, row-major
-    scales: bytes  # float16, one per row; empty for floats
+def stored_bytes(shape, scheme):
+    """(bytes of the values, of the scales) of a tensor; on the grid, of exponents and classes."""
+    values = math.prod(shape) * np.dtype(SCHEMES[scheme].dtype).itemsize
+    if scheme == "grid":
+        return values, 2 * sum(shape)
+    rows = math.prod(shape[:-1]) if SCHEMES[scheme].bits else 0
+    return values, rows * np.dtype(np.float16).itemsize
 
 
 def encode_tensor(tensor, scheme):
-    """EncodedTensor of a tensor under the scheme of that name."""
+    """(bytes of the values, row-major; bytes of the float16 scales, one per row of integers)."""
     if SCHEMES[scheme].bits:
         codes, scales = quantize_rows(tensor, SCHEMES[scheme].bits)
-        return EncodedTensor(codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes())
+        return codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes()
     values = tensor.detach().float().cpu().numpy().astype(SCHEMES[scheme].dtype)
-    return EncodedTensor(values.tobytes(), b"")
+    return values.tobytes(), b""
+
+
+def tensor_table(schemes, state_dict):
+    """[(name, shape, scheme)] of a state in the artifact's order, from {name: scheme}."""
+    table = [(name, tuple(tensor.shape), schemes[name]) for name, tensor in state_dict.items()]
+    # A stable sort: within a scheme the tensors keep the order of the model.
+    order = list(SCHEMES)
+    return sorted(table, key=lambda row: order.index(row[2]))
 
 
 def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
-    """The artifact's bytes: a fixed head, then one compressed payload.
+    """The artifact's bytes under QUANTIZER=lite; the MLPs of `int5_layers` are stored in 5 bits.
 
-    The payload is a JSON header (settings, tokenizer, table of tensors), then the tensors' values
-    grouped by scheme, then their scales in the same order: like bytes next to like compress best.
-    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between
-    calls.
+    All values grouped by scheme, then all scales in the same order: like bytes next to like
+    compress best. `cache` (a dict) keeps encoded tensors between calls.
     """
     cache = {} if cache is None else cache
-    table = []
-    for name, tensor in state_dict.items():
-        # One rung of the ladder changes one layer's scheme: the other tensors are encoded already.
-        scheme = scheme_of(name, tensor.shape, config, int5_layers)
+    schemes = {
+        name: scheme_of(name, tensor.shape, config, int5_layers)
+        for name, tensor in state_dict.items()
+    }
+    table = tensor_table(schemes, state_dict)
+    for name, _, scheme in table:
         if (name, scheme) not in cache:
-            cache[name, scheme] = encode_tensor(tensor, scheme)
-        table.append(TensorEntry(name, tuple(tensor.shape), scheme))
-    order = list(SCHEMES)
-    # A stable sort: within a scheme the tensors keep the order of the model.
-    table.sort(key=lambda entry: order.index(entry.scheme))
-    header = framed_header(artifact_header(config, tokenizer_sha256, table))
-    encoded = [cache[entry.name, entry.scheme] for entry in table]
-    values = [tensor.values for tensor in encoded]
-    scales = [tensor.scales for tensor in encoded]
-    return seal_payload(config, b"".join([header, *values, *scales]))
+            cache[name, scheme] = encode_tensor(state_dict[name], scheme)
+    encoded = [cache[name, scheme] for name, _, scheme in table]
+    values = [values for values, _ in encoded]
+    scales = [scales for _, scales in encoded]
+    return seal(config, table, [*values, *scales], tokenizer_sha256)
 
 
-def artifact_header(config, tokenizer_sha256, table):
-    """What the artifact says of itself."""
-    return dict(
-        config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256, tensors=table
+def pack_grid(config, state_dict, quantised, step, tokenizer_sha256=""):
+    """The artifact's bytes under QUANTIZER=gptq, of {name: Quantised} and the state's other
+    tensors."""
+    schemes = {name: gptq_scheme_of(name, tensor.shape) for name, tensor in state_dict.items()}
+    table = tensor_table(schemes, state_dict)
+    on_grid = [quantised[name] for name, _, scheme in table if scheme == "grid"]
+    others = [
+        encode_tensor(state_dict[name], scheme)[0] for name, _, scheme in table if scheme != "grid"
+    ]
+    data = [grid_sections(on_grid), *others]
+    return seal(config, table, data, tokenizer_sha256, step=step)
+
+
+def seal(config, table, data, tokenizer_sha256, **entries):
+    """Head, then the compressed payload: JSON header with `entries`, and `data`, byte strings."""
+    header = dict(
+        config=config.as_dict("arch", "eval"),
+        tokenizer_sha256=tokenizer_sha256,
+        tensors=table,
+        **entries,
     )
-
-
-def framed_header(header):
-    """The header as JSON behind its length."""
     text = json.dumps(header).encode()
-    return struct.pack("<I", len(text)) + text
-
-
-def seal_payload(config, raw):
-    """Head and compressed payload of the raw bytes."""
+    raw = b"".join([struct.pack("<I", len(text)), text, *data])
     if len(raw) > MAX_RAW_BYTES:
         raise ArtifactError(
             f"the model is {len(raw)} bytes before compression, no reader takes more than "
             f"{MAX_RAW_BYTES}: train a smaller model (MLP_MULT, NUM_LAYERS)"
         )
+    body = compress(config, raw)
+    compressor = COMPRESSORS.index(config.artifact_compressor)
+    digest = hashlib.sha256(body).digest()
+    head = (ARTIFACT_MAGIC, ARTIFACT_VERSION, compressor, len(raw), len(body), digest)
+    return ARTIFACT_HEAD.pack(*head) + body
+
+
+def compress(config, raw):
+    """The bytes, compressed as QUANTIZER and COMPRESSOR say."""
     if config.quantizer == "gptq":
         # Codes hardly ever repeat, so the search for matches is kept as small as zstd allows: a
         # tenth of the time. What counts is level 22's choice of where blocks, and with them symbol
@@ -6300,232 +6218,24 @@ def seal_payload(config, raw):
             hash_log=6,
             chain_log=6,
         )
-        body = zstandard.ZstdCompressor(compression_params=parameters).compress(raw)
-    elif config.compressor == "zstd":
-        body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
-    else:
-        body = lzma.compress(raw, preset=config.lzma_preset)
-    compressor = COMPRESSORS.index(config.artifact_compressor)
-    digest = hashlib.sha256(body).digest()
-    head = ARTIFACT_HEAD.pack(
-        ARTIFACT_MAGIC, ARTIFACT_VERSION, compressor, len(raw), len(body), digest
-    )
-    return head + body
+        return zstandard.ZstdCompressor(compression_params=parameters).compress(raw)
+    if config.compressor == "zstd":
+        return zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
+    return lzma.compress(raw, preset=6)
 
 
-def int5_order(num_layers):
-    """Layers from the middle outward (5, 6, 4, 7, … of 11), the order in which #1170's ladder
-    lowers MLPs to int5: first and last layers are the most sensitive."""
-    middle = (num_layers - 1) / 2
-    return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
-
-
-def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """(artifact, int5 layers): the first rung of the ladder on which code + model fit BUDGET_BYTES.
-
-    The ladder starts with every MLP at BLOCK_BITS and lowers one more to int5 at each rung. Raises
-    ArtifactError when even the last rung does not fit.
-    """
-    order = int5_order(config.num_layers)
-    cache = {}
-    for rung in range(len(order) + 1):
-        layers = order[:rung]
-        # Only packing tells the size: how far integers compress depends on their distribution.
-        blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
-        over = len(blob) + code_bytes - config.budget_bytes
-        if over <= 0:
-            return blob, layers
-        if rung < len(order):
-            log(f"budget: {over} bytes over, MLP of layer {order[rung]} to int5")
-    raise ArtifactError(
-        f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
-        f"int5 and {code_bytes} bytes of code: run the same command with CODE_BYTES at the size of "
-        "the packed script (slurm/package.py), or train a smaller model (MLP_MULT, NUM_LAYERS)"
-    )
-
-
-# ---- QUANTIZER=gptq: the size ----
-# The unit's logarithm is moved by the secant through the last packings until one file fits and the
-# next is over. Between these two it is a matter of how many rows take the finer unit.
-
-MAX_PACKINGS = 12
-BUDGET_SLACK = 0.0005  # of the budget may stay unused
-BRACKET = 0.1  # of the budget: files that differ by less can be mixed
-
-
-class Packing(typing.NamedTuple):
-    """One trial of the rate control."""
-
-    units: GridUnits
-    solved: dict  # Solved by name
-    blob: bytes  # the artifact
-
-
-class RateControl:
-    """Finds the units whose artifact lies just below `budget` bytes, in MAX_PACKINGS trials.
-
-    `solve(unit)` gives {name: Solved}, `encode(solved, units)` an artifact's bytes; no unit is
-    below `finest`, so that a model too small for the budget leaves some of it unused.
-    """
-
-    def __init__(self, solve, encode, budget, parameters, finest, log=lambda line: None):
-        self.solve = solve
-        self.encode = encode
-        self.budget = budget
-        self.log = log
-        self.packings = 0
-        self.finest = math.log2(finest)
-        self.slope = -parameters / 8  # bytes per octave while codes are not mostly zeros
-        self.least_slope = -parameters / 256
-        self.fits = None  # the largest Packing that fits
-        self.over = None  # the smallest that does not
-
-    def run(self, guess):
-        """The Packing to keep. Raises ArtifactError when none fits."""
-        position = max(self.finest, math.log2(guess))
-        before = None  # position and size of the trial before
-        while self.packings < MAX_PACKINGS and not self.is_done() and not self.is_bracketed():
-            unit = 2.0**position
-            size = self.try_solution(GridUnits(unit, unit, 0), self.solve(unit))
-            if before is not None and before[0] != position:
-                measured = (size - before[1]) / (position - before[0])
-                # A slope of noise or of a file of zeros would throw the next try far away.
-                self.slope = min(measured, self.least_slope)
-            if size <= self.budget and position == self.finest:
-                break  # a small model: finer steps would be bytes for nothing
-            before = (position, size)
-            position = max(self.finest, position + (self.aim(size) - size) / self.slope)
-        self.mix()
-        if self.fits is None:
-            over = len(self.over.blob) - self.budget
-            raise ArtifactError(
-                f"the artifact is {over} bytes over the {self.budget} that BUDGET_BYTES leaves "
-                f"after {self.packings} packings with ever larger steps: train a smaller model "
-                "(MLP_MULT, NUM_LAYERS)"
-            )
-        return self.fits
-
-    def is_done(self):
-        """Whether a packing is within BUDGET_SLACK below the budget."""
-        return self.fits is not None and len(self.fits.blob) >= self.budget * (1 - BUDGET_SLACK)
-
-    def is_bracketed(self):
-        """Whether two packings enclose the budget closely enough to be mixed."""
-        if self.fits is None or self.over is None:
-            return False
-        return len(self.over.blob) - len(self.fits.blob) <= BRACKET * self.budget
-
-    def aim(self, size):
-        """Bytes that the trial after one of `size` should have, so that both enclose the budget."""
-        beyond = 0.05 * BRACKET * self.budget
-        return self.budget + beyond if size <= self.budget else self.budget - beyond
-
-    def try_solution(self, units, solved):
-        """Encode, keep it if it is the closest on its side, return its size."""
-        blob = self.encode(solved, units)
-        self.packings += 1
-        size = len(blob)
-        packing = Packing(units, solved, blob)
-        if size <= self.budget:
-            if self.fits is None or size > len(self.fits.blob):
-                self.fits = packing
-        elif self.over is None or size < len(self.over.blob):
-            self.over = packing
-        self.log(f"packing:{self.packings} unit:{units.fine:.4e} bytes:{size} of {self.budget}")
-        return size
-
-    def mix(self):
-        """Between the two packings that enclose the budget: the number of rows with finer steps."""
-        if self.is_done() or not self.is_bracketed():
-            return
-        coarse = self.fits
-        fine = self.over
-        rows = [len(solved.codes) for solved in coarse.solved.values()]
-        low = (0, len(coarse.blob))  # rows that are fine, and bytes
-        high = (sum(rows), len(fine.blob))
-        target = self.budget * (1 - BUDGET_SLACK / 2)
-        while self.packings < MAX_PACKINGS and not self.is_done() and high[0] - low[0] > 1:
-            share = (target - low[1]) / max(1, high[1] - low[1])
-            middle = low[0] + round(min(0.95, max(0.05, share)) * (high[0] - low[0]))
-            middle = min(max(middle, low[0] + 1), high[0] - 1)
-            units = GridUnits(fine.units.fine, coarse.units.fine, middle)
-            size = self.try_solution(units, mixed_rows(fine.solved, coarse.solved, middle))
-            if size <= target:
-                low = (middle, size)
-            else:
-                high = (middle, size)
-
-
-def mixed_rows(fine, coarse, fine_rows):
-    """{name: Solved} with the first `fine_rows` rows of `fine` and the others of `coarse`."""
-    mixed = {}
-    left = fine_rows
-    for name, second in coarse.items():
-        first = fine[name]
-        count = min(left, len(first.codes))
-        left -= count
-        codes = np.concatenate([first.codes[:count], second.codes[count:]])
-        row = np.concatenate([first.row[:count], second.row[count:]])
-        losses = np.concatenate([first.losses[:count], second.losses[count:]])
-        mixed[name] = Solved(codes, row, losses)
-    return mixed
-
-
-class GridEncoder:
-    """Turns solved matrices into an artifact's bytes; what never changes is encoded once."""
-
-    def __init__(self, config, state_dict, grids, tokenizer_sha256):
-        self.config = config
-        self.grids = grids
-        self.tokenizer_sha256 = tokenizer_sha256
-        self.table = []
-        floats = []
-        for name, tensor in state_dict.items():
-            scheme = gptq_scheme_of(name, tensor.shape)
-            self.table.append(TensorEntry(name, tuple(tensor.shape), scheme))
-            if scheme != "grid":
-                floats.append(encode_tensor(tensor, scheme).values)
-        self.floats = b"".join(floats)
-        # A stable sort: within a scheme the tensors keep the order of the model.
-        order = list(SCHEMES)
-        self.table.sort(key=lambda entry: order.index(entry.scheme))
-
-    def header(self, units):
-        """Length and text of the JSON header."""
-        header = artifact_header(self.config, self.tokenizer_sha256, self.table)
-        header["grid"] = units._asdict()
-        return framed_header(header)
-
-    def tensors(self, solved):
-        """GridTensors of {name: Solved}, in the order of the table."""
-        tensors = []
-        for name in [entry.name for entry in self.table if entry.scheme == "grid"]:
-            codes, row, _ = solved[name]
-            grid = Grid(row, self.grids[name].column)
-            tensors.append(GridTensor(codes, grid, code_classes(codes)))
-        return tensors
-
-    def encode(self, solved, units):
-        """The artifact."""
-        sections = grid_sections(self.tensors(solved))
-        return seal_payload(self.config, b"".join([self.header(units), sections, self.floats]))
-
-    def bytes_without_matrices(self, units):
-        """Size of an artifact of all the rest, for the account."""
-        return len(seal_payload(self.config, self.header(units) + self.floats))
-
-
-class GroupSize(typing.NamedTuple):
-    """One line of the account of an artifact."""
-
-    group: str
-    parameters: int
-    bytes: float
-    loss: float  # predicted, nats per token
+def code_bits(codes, keys):
+    """Bits (n,) of each code by the entropy of its class; zstd comes within a few percent."""
+    bits = np.empty(len(codes), np.float32)
+    for key in np.unique(keys):
+        mine = np.flatnonzero(keys == key)
+        _, inverse, counts = np.unique(codes[mine], return_inverse=True, return_counts=True)
+        bits[mine] = (np.log2(len(mine)) - np.log2(counts))[inverse]
+    return bits
 
 
 def tensor_group(name):
-    """What a line of the account calls a matrix."""
+    """The matrices that the size breakdown counts together, by name."""
     parts = name.split(".")
     if parts[0] != "blocks":
         return parts[0]
@@ -6535,123 +6245,60 @@ def tensor_group(name):
     return f"blocks {parts[2]} {'out' if leaf == 'proj' else 'in'}"
 
 
-def account(encoder, packing):
-    """[GroupSize] of an artifact: where its bytes went, and its predicted loss.
+def size_breakdown(state_dict, quantised, artifact_bytes):
+    """[dict(group, parameters, bytes, loss)]: where an artifact's bytes went, its predicted loss.
 
     zstd codes all matrices together: each gets its share of their bytes by the entropy of its
-    codes. The bytes of all lines add up to the artifact's.
+    codes. The bytes of all groups add up to the artifact's.
     """
-    tensors = encoder.tensors(packing.solved)
-    codes = np.concatenate([tensor.codes.ravel() for tensor in tensors])
-    bits = code_bits(codes, coding_keys([tensor.classes for tensor in tensors]))
-    rest = encoder.bytes_without_matrices(packing.units)
-    scale = (len(packing.blob) - rest) / max(1.0, float(bits.sum(dtype=np.float64)))
+    matrices = list(quantised.values())
+    codes = np.concatenate([matrix.codes.ravel() for matrix in matrices])
+    bits = code_bits(codes, coding_keys([code_classes(matrix.codes) for matrix in matrices]))
+    others = {name: tensor for name, tensor in state_dict.items() if name not in quantised}
+    halves = b"".join(encode_tensor(tensor, "fp16")[0] for tensor in others.values())
+    rest = dict(
+        group="half precision",
+        parameters=sum(tensor.numel() for tensor in others.values()),
+        bytes=len(zstandard.ZstdCompressor().compress(halves)),
+        loss=0.0,
+    )
+    scale = (artifact_bytes - rest["bytes"]) / max(1.0, float(bits.sum(dtype=np.float64)))
     groups = {}
     at = 0
-    for entry in encoder.table:
-        if entry.scheme != "grid":
-            continue
-        size = math.prod(entry.shape)
-        share = scale * float(bits[at : at + size].sum(dtype=np.float64))
-        loss = float(packing.solved[entry.name].losses.sum())
-        group = tensor_group(entry.name)
-        before = groups.get(group, GroupSize(group, 0, 0.0, 0.0))
-        groups[group] = GroupSize(
-            group, before.parameters + size, before.bytes + share, before.loss + loss
-        )
+    for name, matrix in quantised.items():
+        label = tensor_group(name)
+        group = groups.setdefault(label, dict(group=label, parameters=0, bytes=0.0, loss=0.0))
+        size = matrix.codes.size
+        group["parameters"] += size
+        group["bytes"] += scale * float(bits[at : at + size].sum(dtype=np.float64))
+        group["loss"] += float(matrix.losses.sum())
         at += size
-    others = [entry for entry in encoder.table if entry.scheme != "grid"]
-    others_size = sum(math.prod(entry.shape) for entry in others)
-    return [*groups.values(), GroupSize("half precision, header", others_size, rest, 0.0)]
+    return [*groups.values(), rest]
 
 
-def log_account(groups, log):
-    """The account as a table, its lines aligned."""
-    total_bytes = max(1.0, sum(group.bytes for group in groups))
-    total_loss = max(1e-30, sum(group.loss for group in groups))
+def log_size_breakdown(groups, log):
+    """The size breakdown as a table, its lines aligned."""
+    total_bytes = max(1.0, sum(group["bytes"] for group in groups))
+    total_loss = max(1e-30, sum(group["loss"] for group in groups))
+    parameters = sum(group["parameters"] for group in groups)
     log(
-        f"account {'group':24} {'parameters':>11} {'bits each':>9} {'bytes':>10} {'loss share':>10}"
+        f"size_breakdown {'group':24} {'parameters':>11} {'bits each':>9} {'bytes':>10} "
+        f"{'loss share':>10}"
     )
-    for group in groups:
-        bits = 8 * group.bytes / max(1, group.parameters)
+    every = dict(group="all", parameters=parameters, bytes=total_bytes, loss=total_loss)
+    for group in [*groups, every]:
+        bits = 8 * group["bytes"] / max(1, group["parameters"])
         log(
-            f"account {group.group:24} {group.parameters:11d} {bits:9.3f} {group.bytes:10.0f} "
-            f"{group.loss / total_loss:10.1%}"
+            f"size_breakdown {group['group']:24} {group['parameters']:11d} {bits:9.3f} "
+            f"{group['bytes']:10.0f} {group['loss'] / total_loss:10.1%}"
         )
-    parameters = sum(group.parameters for group in groups)
-    bits = 8 * total_bytes / parameters
-    log(f"account {'all':24} {parameters:11d} {bits:9.3f} {total_bytes:10.0f} {1:10.1%}")
     log(f"predicted_loss:{total_loss:.3g} nats per token from quantisation")
 
 
-class Packed(typing.NamedTuple):
-    """An artifact that fits, and how it came about."""
-
-    blob: bytes
-    packings: int
-    groups: list  # of GroupSize
-
-
-def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """Packed of the finest steps with which code + model fit BUDGET_BYTES.
-
-    Deterministic: the same weights and knowledge give the same bytes. Raises ArtifactError when
-    nothing fits.
-    """
-    quantiser = Quantiser(state_dict, knowledge, log)
-    encoder = GridEncoder(config, state_dict, quantiser.grids, tokenizer_sha256)
-    budget = config.budget_bytes - code_bytes
-    control = RateControl(
-        quantiser.solve,
-        encoder.encode,
-        budget,
-        quantiser.parameters,
-        quantiser.finest_unit(),
-        log,
-    )
-    packing = control.run(quantiser.guessed_unit(budget))
-    groups = account(encoder, packing)
-    log_account(groups, log)
-    return Packed(packing.blob, control.packings, groups)
-
-
-TRIAL_SIZE = 512  # rows and columns of the matrix that is solved and packed to time this machine
-# RateControl usually needs 2 solutions and 4 to 6 packings; the rest is margin.
-RESERVED_SOLUTIONS = 4
-RESERVED_PACKINGS = 12
-SOLVING_WORKERS = 2  # cores that solutions keep busy: their loops over columns share Python's lock
-
-
-def trial_seconds(config):
-    """Seconds of one solution and of one packing of a single matrix, with the real functions."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2 * TRIAL_SIZE, TRIAL_SIZE, generator=generator).double()
-    weight = torch.randn(TRIAL_SIZE, TRIAL_SIZE, generator=generator)
-    sensitivity = Sensitivity("inputs", torch.ones(TRIAL_SIZE))
-    knowledge = Knowledge({"inputs": inputs.T @ inputs}, {"trial": sensitivity})
-    begin = time.monotonic()
-    quantiser = Quantiser({"trial": weight}, knowledge, print)
-    unit = quantiser.guessed_unit(weight.numel() / 2)  # about 4 bits each
-    solved = quantiser.solve(unit)["trial"]
-    solving = time.monotonic() - begin
-    begin = time.monotonic()
-    grid = Grid(solved.row, quantiser.grids["trial"].column)
-    tensor = GridTensor(solved.codes, grid, code_classes(solved.codes))
-    seal_payload(config, grid_sections([tensor]))
-    return solving, time.monotonic() - begin
-
-
-def solving_seconds(config):
-    """Predicted seconds of all solutions and packings on this machine, from trials scaled up."""
-    trials = [trial_seconds(config) for _ in range(3)]
-    # The fastest: the first one loads code, and any may be interrupted.
-    solving, packing = (min(seconds) for seconds in zip(*trials))
-    workers = min(SOLVING_WORKERS, os.cpu_count() or 1)
-    each = RESERVED_SOLUTIONS * solving / workers + RESERVED_PACKINGS * packing
-    return each * parameter_count(config) / TRIAL_SIZE**2
-
-
 # ---- reading ----
+# Refused: a wrong head, length or checksum; a frame whose size is not the head's promise, or above
+# MAX_RAW_BYTES; a header whose settings, tensor names or shapes are not exactly the architecture's;
+# data of another length than these need. Nothing is unpickled, no code of the file runs.
 
 
 def decompress(body, compressor, size):
@@ -6675,17 +6322,6 @@ def decompress(body, compressor, size):
     return raw
 
 
-class Payload(typing.NamedTuple):
-    """A payload whose header has been checked, its tensors not yet."""
-
-    config: Config
-    tokenizer_sha256: str
-    table: list  # of TensorEntry
-    units: GridUnits | None  # of the matrices on the grid; None in an artifact of QUANTIZER=lite
-    raw: bytes
-    values_at: int  # offset of the first tensor
-
-
 def open_payload(blob):
     """The decompressed payload of an artifact's bytes, after every check of its head."""
     if len(blob) < ARTIFACT_HEAD.size:
@@ -6703,7 +6339,7 @@ def open_payload(blob):
         (version == ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
         (compressor < len(COMPRESSORS), f"compressor {compressor} is unknown"),
         (blob[10:12] == b"\0\0", "reserved bytes are not zero"),
-        (size == len(body), wrong_size),
+        (size == len(body) <= MAX_RAW_BYTES, wrong_size),
         (4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}"),
         (hashlib.sha256(body).digest() == digest, "checksum does not match: damaged"),
     ]:
@@ -6712,164 +6348,124 @@ def open_payload(blob):
     return decompress(body, COMPRESSORS[compressor], raw_size)
 
 
-def read_header(blob):
-    """Payload of an artifact's bytes: settings and table are valid and belong together."""
-    raw = open_payload(blob)
-    header_bytes = struct.unpack_from("<I", raw)[0]
-    end = 4 + header_bytes
-    if end > min(MAX_HEADER_BYTES, len(raw)):
-        raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
-    try:
-        header = json.loads(raw[4:end])
-        config = Config(**header["config"])  # checks types, ranges and combinations
-        if header["config"].keys() != config.as_dict("arch", "eval").keys():
-            raise ConfigError("settings are missing or foreign")
-        if header.keys() - {"grid"} != {"config", "tokenizer_sha256", "tensors"}:
-            raise ConfigError("entries are missing or foreign")
-        tokenizer_sha256 = header["tokenizer_sha256"]
-        if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
-            raise ConfigError("tokenizer_sha256 is neither 64 hexadecimal digits nor empty")
-        table = [
-            TensorEntry(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]
-        ]
-        # Only QUANTIZER=gptq writes this entry.
-        units = GridUnits(**header["grid"]) if "grid" in header else None
-        check_table(config, table, len(raw) - end, units)
-    except ArtifactError:
-        raise
-    except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
-        what = f"{type(error).__name__}: {printable(error, 200)}"
-        raise ArtifactError(f"artifact: its header is not valid ({what})") from None
-    return Payload(config, tokenizer_sha256, table, units, raw, end)
-
-
-def expected_shapes(config):
-    """{name: shape} of the tensors that the architecture must have; allocates none of them."""
-    with torch.device("meta"):
-        state = GPT(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def config_from_file(settings):
+    """The Config of a file's {name: value}: all of "arch" and "eval", and nothing else."""
+    names = Config.names("arch", "eval")
+    # DTYPE belongs to the machine: a file may have it or not.
+    foreign = (set(settings) ^ set(names)) - {"dtype"}
+    if foreign:
+        raise ConfigError(f"settings are missing or foreign: {sorted(foreign)[:5]}")
+    return Config(**{name: settings[name] for name in names if name in settings})
 
 
 def check_shapes(config, found):
-    """Raise ArtifactError unless {name: shape} `found` is the architecture's."""
-    expected = expected_shapes(config)
-    parameters = sum(math.prod(shape) for shape in expected.values())
-    if parameters > MAX_PARAMETERS:
-        raise ArtifactError(f"{parameters} parameters are more than {MAX_PARAMETERS}")
+    """{name: shape} of the architecture. Raises ArtifactError unless `found` is the same."""
+    with torch.device("meta"):  # allocates none of them
+        state = GPT(config).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != expected:
         wrong = sorted(map(ascii, set(found.items()) ^ set(expected.items())))[:3]
-        raise ArtifactError(f"tensors differ from the architecture's: {'; '.join(wrong)}")
+        raise ArtifactError(f"artifact: tensors differ from the architecture's: {'; '.join(wrong)}")
+    return expected
 
 
-def schemes_fit(config, table, is_gptq):
-    """Whether the schemes are those of a QUANTIZER, BLOCK_BITS, EMBED_BITS and rung."""
-    schemes = [entry.scheme for entry in table]
-    if is_gptq:
-        return schemes == [gptq_scheme_of(entry.name, entry.shape) for entry in table]
-    # The ladder lowers the MLPs of some layers to int5: of which, the table itself says.
-    int5_layers = {
-        int(entry.name.split(".")[1])
-        for entry in table
-        if entry.scheme == "int5" and re.match(r"blocks\.\d+\.mlp\.", entry.name)
-    }
-    for block_bits, embed_bits in itertools.product((5, 6, 8), repeat=2):
-        setting = dataclasses.replace(config, block_bits=block_bits, embed_bits=embed_bits)
-        if schemes == [scheme_of(entry.name, entry.shape, setting, int5_layers) for entry in table]:
-            return True
-    return False
+def read_grid_sections(raw, shapes, step):
+    """Float32 matrices of `shapes` from the bytes that grid_sections wrote."""
+    heights = [rows for rows, _ in shapes]
+    widths = [columns for _, columns in shapes]
+    at = 0
+    sides = []
+    for lengths in (heights, widths, heights, widths):
+        flat = np.frombuffer(raw, np.int8, sum(lengths), at)
+        sides.append(np.split(flat, np.cumsum(lengths)[:-1]))
+        at += len(flat)
+    grids = [Grid(*pair) for pair in zip(sides[0], sides[1])]
+    classes = [Grid(*pair) for pair in zip(sides[2], sides[3])]
+    total = sum(rows * columns for rows, columns in shapes)
+    low, high = np.frombuffer(raw, np.int8, 2 * total, at).reshape(2, total)
+    codes = np.empty(total, np.float32)
+    codes[coding_keys(classes).argsort(kind="stable")] = low + 256 * high.astype(np.float32)
+    matrices = []
+    at = 0
+    for shape, grid in zip(shapes, grids):
+        rows, columns = grid_steps(grid, step)
+        size = math.prod(shape)
+        matrices.append(codes[at : at + size].reshape(shape) * rows * columns)
+        at += size
+    return matrices
 
 
-def check_table(config, table, data_bytes, units=None):
-    """Raise ArtifactError unless names, shapes, schemes and sizes are the architecture's.
-
-    `units` are the GridUnits of an artifact of QUANTIZER=gptq.
-    """
-    names = {entry.name for entry in table}
-    if len(names) != len(table):
+def read_payload(raw):
+    """What read_artifact returns, of a decompressed payload; a wrong one may raise anything."""
+    (header_bytes,) = struct.unpack_from("<I", raw)
+    start = 4 + header_bytes
+    if start > min(MAX_HEADER_BYTES, len(raw)):
+        raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
+    header = json.loads(raw[4:start])
+    config = config_from_file(header["config"])
+    schemes = {name: scheme for name, _, scheme in header["tensors"]}
+    on_grid = [name for name in schemes if schemes[name] == "grid"]
+    dial = {"step"} if on_grid else set()  # only QUANTIZER=gptq writes this entry
+    if header.keys() != {"config", "tokenizer_sha256", "tensors"} | dial:
+        raise ConfigError("entries are missing or foreign")
+    tokenizer_sha256 = header["tokenizer_sha256"]
+    if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
+        raise ConfigError("tokenizer_sha256 is neither 64 hexadecimal digits nor empty")
+    found = {name: tuple(shape) for name, shape, _ in header["tensors"]}
+    if len(found) != len(header["tensors"]):
         raise ArtifactError("artifact: a tensor appears twice")
-    # 16.0 and True equal integers, but are no sizes of an array.
-    if any(type(size) is not int for entry in table for size in entry.shape):
-        raise ArtifactError("artifact: a shape holds something else than integers")
-    try:
-        check_shapes(config, {entry.name: entry.shape for entry in table})
-    except ArtifactError as error:
-        raise ArtifactError(f"artifact: {error}") from None
-    for entry in table:
-        scheme = SCHEMES.get(entry.scheme)
-        if scheme is None or (scheme.bits and len(entry.shape) < 2):
-            wrong = f"scheme {ascii(entry.scheme)} is unknown or does not fit"
-            raise ArtifactError(f"artifact: {entry.name}: {wrong}")
-    if not schemes_fit(config, table, units is not None):
-        raise ArtifactError("artifact: the tensors' schemes are of no setting of QUANTIZER")
-    if units is not None:
-        units.check(sum(entry.shape[0] for entry in table if entry.scheme == "grid"))
+    # The shapes' own integers from here on: 16.0 and True equal integers, too.
+    shapes = check_shapes(config, found)
+    sizes = {name: stored_bytes(shapes[name], schemes[name]) for name in schemes}
     # Exactly: a payload with room to spare could hide something else.
-    needed = sum(entry.value_bytes() + entry.scale_bytes() for entry in table)
-    if needed != data_bytes:
-        raise ArtifactError(f"artifact: tensors need {needed} bytes, {data_bytes} are there")
-
-
-def decode_tensor(entry, values, scales):
-    """float32 tensor of what the artifact stores. Raises ArtifactError for values off the grid."""
-    top = SCHEMES[entry.scheme].top
-    finite = np.isfinite(values).all() and np.isfinite(scales).all()
-    inside = values.max(initial=0) <= top and values.min(initial=0) >= -top
-    if not (finite and inside and (scales > 0).all()):
-        raise ArtifactError(
-            f"artifact: {entry.name}: codes, scales or values are outside {entry.scheme}"
-        )
-    tensor = values.astype(np.float32)
-    if len(scales):
-        tensor = tensor.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
-    return torch.from_numpy(tensor.reshape(entry.shape))
-
-
-class Artifact(typing.NamedTuple):
-    """What an artifact holds."""
-
-    config: Config  # architecture and evaluation settings; the rest are defaults
-    state_dict: dict  # float32 tensors by name
-    tokenizer_sha256: str  # "" if it does not say
-
-
-def read_matrices(payload, entries):
-    """{name: float32 matrix} of the table's `entries` on the grid, which come first."""
-    if not entries:
-        return {}
-    shapes = [entry.shape for entry in entries]
-    size = sum(map(grid_bytes, shapes))
-    raw = memoryview(payload.raw)[payload.values_at : payload.values_at + size]
-    matrices = read_grid_sections(raw, shapes, payload.units)
-    return {entry.name: torch.from_numpy(matrix) for entry, matrix in zip(entries, matrices)}
+    needed = sum(values + scales for values, scales in sizes.values())
+    if needed != len(raw) - start:
+        raise ArtifactError(f"artifact: tensors need {needed} bytes, {len(raw) - start} are there")
+    state = {}
+    data = memoryview(raw)[start:]
+    if on_grid:
+        step = float(header["step"])
+        matrices = read_grid_sections(data, [shapes[name] for name in on_grid], step)
+        state = {name: torch.from_numpy(matrix) for name, matrix in zip(on_grid, matrices)}
+    values_at = sum(sum(sizes[name]) for name in on_grid)
+    others = [name for name in schemes if schemes[name] != "grid"]
+    scales_at = values_at + sum(sizes[name][0] for name in others)
+    for name in others:
+        value_bytes, scale_bytes = sizes[name]
+        values = np.frombuffer(data[values_at:][:value_bytes], SCHEMES[schemes[name]].dtype)
+        tensor = values.astype(np.float32)
+        if scale_bytes:
+            scales = np.frombuffer(data[scales_at:][:scale_bytes], np.float16)
+            tensor = tensor.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
+        state[name] = torch.from_numpy(tensor.reshape(shapes[name]))
+        values_at += value_bytes
+        scales_at += scale_bytes
+    return config, state, tokenizer_sha256
 
 
 def read_artifact(blob):
-    """Artifact of its bytes. Runs no code of the file; raises ArtifactError for any damage."""
-    payload = read_header(blob)
-    on_grid = [entry for entry in payload.table if entry.scheme == "grid"]
-    state = read_matrices(payload, on_grid)
-    others = [entry for entry in payload.table if entry.scheme != "grid"]
-    values_at = payload.values_at + sum(grid_bytes(entry.shape) for entry in on_grid)
-    scales_at = values_at + sum(entry.value_bytes() for entry in others)
-    for entry in others:
-        # Views into the payload, no copies; check_table has made sure that they lie inside it.
-        dtype = SCHEMES[entry.scheme].dtype
-        values = np.frombuffer(payload.raw, dtype, math.prod(entry.shape), values_at)
-        scales = np.frombuffer(payload.raw, np.float16, entry.rows(), scales_at)
-        values_at += values.nbytes
-        scales_at += scales.nbytes
-        state[entry.name] = decode_tensor(entry, values, scales)
-    return Artifact(payload.config, state, payload.tokenizer_sha256)
+    """(Config, float32 state_dict, tokenizer's SHA-256 or "") of an artifact's bytes.
+
+    The Config has the architecture and evaluation settings; the rest are defaults. Raises
+    ArtifactError for anything that is wrong. Weights that are not finite are found by their score.
+    """
+    raw = open_payload(blob)
+    try:
+        return read_payload(raw)
+    except ArtifactError:
+        raise
+    except Exception as error:  # a stranger's file may hold anything, escape sequences included
+        what = f"{type(error).__name__}: {printable(error, 200)}"
+        raise ArtifactError(f"artifact: its header is not valid ({what})") from None
 
 
 def unpack_artifact(blob):
     """(Config, float32 state_dict) of an artifact's bytes. Raises ArtifactError."""
-    artifact = read_artifact(blob)
-    return artifact.config, artifact.state_dict
+    return read_artifact(blob)[:2]
 
 
 class LoadedWeights(typing.NamedTuple):
-    """What a file of final weights holds; read once per run."""
+    """A file of final weights; read once per run."""
 
     config: Config  # architecture and evaluation settings; the rest are defaults
     state_dict: dict  # float32 tensors by name
@@ -6877,33 +6473,30 @@ class LoadedWeights(typing.NamedTuple):
     info: dict  # what training measured (float checkpoints only)
     sha256: str  # of the file
 
-    def brought(self):
-        """Settings that the file brings into a run that only evaluates it, the audit included."""
+    def from_artifact(self):
+        """Settings that the file gives a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
 
 def load_weights(path):
     """LoadedWeights of an artifact (*.ptz) or a float checkpoint (*.pt). Raises ArtifactError."""
-    most = ARTIFACT_HEAD.size + MAX_RAW_BYTES
     try:
         with open(path, "rb") as file:
-            head = file.read(len(ARTIFACT_MAGIC))
-        size = os.path.getsize(path)
+            blob = file.read(len(ARTIFACT_MAGIC))
+            if blob == ARTIFACT_MAGIC:
+                # No more than an artifact may have: a sparse file may claim any size.
+                blob += file.read(ARTIFACT_HEAD.size + MAX_RAW_BYTES)
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: name a readable artifact (*.ptz) or float checkpoint (*.pt)"
         ) from None
-    if head != ARTIFACT_MAGIC:
+    if not blob.startswith(ARTIFACT_MAGIC):
         return load_float_weights(path)
-    if size > most:  # looked at before reading: a sparse file may claim any size
-        raise ArtifactError(f"{path}: {size} bytes are more than any artifact has ({most})")
-    blob = Path(path).read_bytes()
     try:
-        artifact = read_artifact(blob)
+        return LoadedWeights(*read_artifact(blob), {}, hashlib.sha256(blob).hexdigest())
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
-    return LoadedWeights(*artifact, {}, hashlib.sha256(blob).hexdigest())
 
 
 def load_float_weights(path):
@@ -6913,16 +6506,12 @@ def load_float_weights(path):
             f"{path}: does not start like an artifact: damaged, or of another submission: "
             "copy it again, or name another file"
         )
-    # float32 weights, and what is said about them.
-    saved = load_tensors(path, 4 * MAX_PARAMETERS + MAX_HEADER_BYTES)
+    saved = load_tensors(path)
     try:
-        if not isinstance(saved, dict):  # a bare tensor would answer to indices, too
-            raise TypeError(f"a {type(saved).__name__} instead of a dictionary")
-        config = Config(**saved["config"])
+        config = config_from_file(saved["config"])
         state = saved["state_dict"]
-        for name, tensor in state.items():
-            if tensor.layout != torch.strided or tensor.dtype != torch.float32:
-                raise TypeError(f"{ascii(name)} is not a dense float32 tensor")
+        if any(tensor.dtype != torch.float32 for tensor in state.values()):
+            raise TypeError("a tensor is not float32")
         check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
         return LoadedWeights(config, state, "", dict(saved["info"]), sha256_file(path))
     except Exception as error:  # a stranger's file may hold anything, escape sequences included
@@ -7171,17 +6760,7 @@ class Run:
     def train(self):
         """Write the float weights, unless they are there."""
         if not self.already_done("train", self.float_path.exists):
-            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
-
-    def packing_reserve(self):
-        """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
-        config = self.config
-        if config.quantizer != "gptq" or not config.max_wallclock_seconds:
-            return 0.0
-        seconds = solving_seconds(config) if self.runtime.is_main else 0.0
-        seconds = self.runtime.comm.from_main(seconds)
-        self.log(f"wallclock_reserve: {seconds:.4f}s for solving and packing")
-        return seconds
+            train(self.config, self.runtime, self.val, self.float_path)
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
@@ -7199,10 +6778,6 @@ class Run:
 
     def packing_seconds(self, weights):
         """Predicted seconds of packing LoadedWeights, calibration included."""
-        if self.config.quantizer == "gptq":
-            step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
-            calibrating = calibration_seconds(self.config, step_seconds)
-            return 3 + calibrating + solving_seconds(self.config)
         # Measured: a few microseconds a parameter on one core, most of them in the compressor.
         return 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
 
@@ -7210,34 +6785,39 @@ class Run:
         """Artifact of rounded rows, on rank 0."""
         tokenizer_sha256 = sha256_file(self.config.tokenizer_path)
         code_bytes = self.code_bytes()
-        blob, layers = fit_budget(self.config, state_dict, code_bytes, tokenizer_sha256, self.log)
+        blob, layers = fit_lite(self.config, state_dict, code_bytes, tokenizer_sha256, self.log)
         self.write_artifact(blob, int5_layers=layers)
 
     def pack_gptq(self, weights):
         """Calibrate on all ranks, then solve and pack on rank 0; all of it counts as training."""
         begin = time.monotonic()
         config = self.config
-        knowledge = calibrate(self.model_of(self.float_path), config, self.runtime)
+        hessians, fisher = calibrate(self.model_of(self.float_path), config, self.runtime)
         calibrated = time.monotonic() - begin
         self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
         if self.runtime.is_main:
             tokenizer_sha256 = sha256_file(config.tokenizer_path)
-            packed = fit_gptq(
-                config, weights.state_dict, knowledge, self.code_bytes(), tokenizer_sha256, self.log
+            blob, breakdown, packings = fit_gptq(
+                config,
+                weights.state_dict,
+                hessians,
+                fisher,
+                self.code_bytes(),
+                tokenizer_sha256,
+                self.log,
             )
             seconds = time.monotonic() - begin
             total = weights.info.get("train_time_s", 0.0) + seconds
             self.log(
-                f"quantised packings:{packed.packings} seconds:{seconds:.1f} "
-                f"with_training:{total:.1f}s"
+                f"quantised packings:{packings} seconds:{seconds:.1f} with_training:{total:.1f}s"
             )
             self.write_artifact(
-                packed.blob,
-                packings=packed.packings,
+                blob,
+                packings=packings,
                 calibration_seconds=calibrated,
                 quantiser_seconds=seconds,
                 with_training_seconds=total,
-                account=[group._asdict() for group in packed.groups],
+                size_breakdown=breakdown,
             )
 
     def write_artifact(self, blob, **facts):
@@ -7678,7 +7258,7 @@ def main():
         )
     # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
-    config = Config.from_env(os.environ, loaded.brought() if loaded else None)
+    config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return

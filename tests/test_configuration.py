@@ -404,7 +404,7 @@ def test_a_value_of_the_wrong_type_is_refused(value):
 def brought_by(config):
     """What an artifact of `config` brings into a run that scores it."""
     loaded = train_gpt.LoadedWeights(config, {}, "", {}, "0123456789abcdef")
-    return loaded.brought()
+    return loaded.from_artifact()
 
 
 def test_an_artifact_brings_its_architecture_and_evaluation():

@@ -368,7 +368,7 @@ def test_a_full_size_preset_trains_and_fits_the_budget(name, capsys, monkeypatch
     code = len(package.pack((ROOT / "train_gpt.py").read_text()))  # as it is submitted
     if name == "ttt_linear_11l":  # published as over the cap, with 16,681,127 bytes
         config = dataclasses.replace(config, budget_bytes=20_000_000)
-    blob, int5 = train_gpt.fit_budget(config, model.state_dict(), code)
+    blob, int5 = train_gpt.fit_lite(config, model.state_dict(), code)
     with capsys.disabled():
         print(
             f"\n{name}: artifact {len(blob)} + code {code} = {len(blob) + code} bytes, "

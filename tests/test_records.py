@@ -114,7 +114,7 @@ SCHEDULE = [(0.0, 1.0), (0.28, 1.0), (0.46, 0.75), (0.64, 0.5), (0.82, 0.25), (1
 
 @pytest.mark.parametrize("share, scale", SCHEDULE)
 def test_the_schedule_of_record_0409_with_a_cap_and_without(share, scale):
-    # With gptq the cap leaves room for the quantiser: tests/test_quantiser.py.
+    # With gptq the cap leaves room for the quantiser: tests/test_quantisation.py.
     capped = preset_config("record_0409", quantizer="lite")
     assert train_gpt.lr_scale(capped, 4000, 600.0 * share) == pytest.approx(scale, abs=1e-6)
     free = preset_config("record_0409", max_wallclock_seconds=0.0)

@@ -146,7 +146,7 @@ def run_artifact(lab, settings):
 def dropped_to_int5(lab, settings):
     config = Config(**settings)
     try:
-        return train_gpt.fit_budget(config, random_model(config, spread=0.3).state_dict(), 0)[1]
+        return train_gpt.fit_lite(config, random_model(config, spread=0.3).state_dict(), 0)[1]
     except train_gpt.ArtifactError as error:
         return str(error)
 

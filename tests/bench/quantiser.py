@@ -1,8 +1,8 @@
 """Size against loss of the quantisers, on a small trunk that this script trains once.
 
-    python tests/bench_quantiser.py                     # trains, measures, prints the tables
-    python tests/bench_quantiser.py --held-out 131072   # scores fewer tokens of held-out text
-    python tests/bench_quantiser.py --plot docs/quantiser.svg
+    python tests/bench/quantiser.py                     # trains, measures, prints the tables
+    python tests/bench/quantiser.py --held-out 131072   # scores fewer tokens of held-out text
+    python tests/bench/quantiser.py --plot docs/quantiser.svg
 
 The trunk (6 layers of 256, 300 steps of 16,384 tokens) takes a quarter of an hour on one core.
 Training goes on where it was stopped, and every point is kept in --folder: a second run only
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as golf  # noqa: E402
@@ -186,28 +186,30 @@ def plain_grid(weight):
     return golf.Grid(rows, np.zeros(weight.size(1), np.int8))
 
 
-def variant(state, knowledge, curve):
+def variant(state, costs, curve):
     """Quantiser of one curve: with or without allocation, with or without feedback of errors."""
-    quantiser = golf.Quantiser(state, knowledge, print)
+    quantiser = golf.Quantiser(state, *costs, print)
     if curve != "gptq + allocation":
         quantiser.grids = {name: plain_grid(w) for name, w in quantiser.weights.items()}
     if curve == "rounding":
         # Without correlations between inputs, GPTQ is rounding.
-        for name, factor in quantiser.factors.items():
-            identity = torch.eye(len(factor.upper), dtype=torch.float64)
-            quantiser.factors[name] = golf.Factor(torch.arange(len(identity)), identity)
+        for name, (order, _) in quantiser.factors.items():
+            identity = torch.eye(len(order), dtype=torch.float64)
+            quantiser.factors[name] = torch.arange(len(order)), identity
     return quantiser
 
 
-def packed(config, state, knowledge, curve, budget):
+def packed(config, state, costs, curve, budget):
     """Artifact of one curve within `budget` bytes."""
-    quantiser = variant(state, knowledge, curve)
-    encoder = golf.GridEncoder(config, state, quantiser.grids, "")
-    finest = quantiser.finest_unit()
-    control = golf.RateControl(
-        quantiser.solve, encoder.encode, budget, quantiser.parameters, finest, print
-    )
-    return control.run(quantiser.guessed_unit(budget)).blob
+    quantiser = variant(state, costs, curve)
+
+    def pack(step):
+        quantised = quantiser.quantise(step)
+        return golf.pack_grid(config, state, quantised, step), quantised
+
+    first, finest = quantiser.first_step(budget), quantiser.finest_step()
+    slope = -quantiser.parameters / 8
+    return golf.search_step(pack, budget, first, finest, slope, print, lambda: None)[0]
 
 
 # ---- measuring ----
@@ -231,17 +233,14 @@ class Results:
 
 
 def known(folder, model, config, runtime):
-    """Knowledge of the trunk; calibrates once."""
-    path = folder / "knowledge.pt"
+    """(hessians, fisher) of the trunk; calibrates once."""
+    path = folder / "costs.pt"
     if not path.exists():
         begin = time.monotonic()
-        found = golf.calibrate(model, config, runtime)
+        costs = golf.calibrate(model, config, runtime)
         print(f"calibrated {config.calibration_tokens} tokens: {time.monotonic() - begin:.0f} s")
-        rows = {name: tuple(value) for name, value in found.sensitivities.items()}
-        torch.save((found.hessians, rows), path)
-    hessians, rows = torch.load(path, weights_only=True)
-    sensitivities = {name: golf.Sensitivity(*value) for name, value in rows.items()}
-    return golf.Knowledge(hessians, sensitivities)
+        torch.save(costs, path)
+    return torch.load(path, weights_only=True)
 
 
 def measure(folder, tokens):
@@ -254,7 +253,7 @@ def measure(folder, tokens):
         state = trained(config, runtime)
         held_out = HeldOut(config, state, tokens)
         print(f"held out: {held_out.tokens} tokens, {held_out.bytes:.0f} bytes")
-        knowledge = known(folder, held_out.floats, config, runtime)
+        costs = known(folder, held_out.floats, config, runtime)
         results = Results(folder / f"points_{held_out.tokens}.json")
         points = []
         # 4,096: at this width GPTQ-lite would keep most matrices in half precision.
@@ -270,7 +269,7 @@ def measure(folder, tokens):
 
                 def compare(curve=curve, ratio=ratio):
                     budget = int(ratio * reference)
-                    return held_out.compare(curve, packed(config, state, knowledge, curve, budget))
+                    return held_out.compare(curve, packed(config, state, costs, curve, budget))
 
                 points.append(results.point(f"{curve} {ratio:g}", compare))
         runtime.close()

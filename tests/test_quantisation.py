@@ -1,0 +1,1248 @@
+"""Quantisation: what rounding may cost, how the size is found, what the file must keep, and what
+its reader must refuse."""
+
+import ast
+import builtins
+import dataclasses
+import hashlib
+import itertools
+import json
+import lzma
+import math
+import random
+import re
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from helpers import (
+    ROOT,
+    environment,
+    events,
+    launch,
+    layers_for,
+    random_model,
+    run_main,
+    tiny_config,
+)
+
+import train_gpt as golf
+from train_gpt import ArtifactError
+
+# One block, every kind of tensor, under 5,000 weights: its file opens in a few milliseconds.
+SMALL = dict(
+    vocab_size=16,
+    num_layers=1,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_mult=2.0,
+    rope_dims=2,
+    xsa_last_n=1,
+    bigram_vocab_size=8,
+    bigram_dim=8,
+    nfm_hidden_dim=8,
+    ttt_freeze_blocks=0,
+)
+TOKENIZER_SHA = "ab" * 32
+TOP = {5: 15, 6: 31, 8: 127}  # largest codes
+BITS = pytest.mark.parametrize("bits", [5, 6, 8])
+
+
+def random_state(config, seed=0):
+    """A state dict of `config` with normal weights, so that no tensor is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    state = golf.GPT(config).state_dict()
+    return {n: 0.3 * torch.randn(value.shape, generator=generator) for n, value in state.items()}
+
+
+@pytest.fixture
+def all_integers(monkeypatch):
+    """Matrices of tiny models are stored as integers too, as those of a real one are."""
+    monkeypatch.setattr(golf, "HALF_LIMIT", 64)
+
+
+# ---- lite: rounding ----
+
+
+def heavy_tailed(rows=48, columns=2000):
+    """Rows with outliers, so that clipping pays, at magnitudes from 1e-2 to 1e2."""
+    drawn = np.random.default_rng(3).standard_t(3, (rows, columns))
+    return torch.from_numpy(drawn * 10 ** np.linspace(-2, 2, rows)[:, None]).float()
+
+
+def dequantised(weight, bits):
+    codes, scales = golf.quantize_rows(weight, bits)
+    return codes.float() * scales.float()
+
+
+@BITS
+def test_rounding_errs_by_half_a_step_inside_the_clip_and_cuts_beyond_it(bits):
+    weight = heavy_tailed()
+    codes, scales = golf.quantize_rows(weight, bits)
+    assert codes.dtype == torch.int8 and scales.dtype == torch.float16
+    assert scales.shape == (len(weight), 1)
+    inside = weight.abs() <= TOP[bits] * scales.float()
+    error = (codes.double() * scales.double() - weight.double()).abs()
+    assert 0.99 < inside.float().mean() < 1
+    assert (error <= scales.double() * (0.5 + 1e-6))[inside].all()
+    assert torch.equal(codes[~inside].float(), TOP[bits] * weight[~inside].sign())
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 300, 1000, 2000])
+@BITS
+def test_each_row_takes_the_clip_of_the_least_squared_error(bits, columns):
+    weight = heavy_tailed()[:, :columns].double()
+    errors = []
+    for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        clip = torch.quantile(weight.abs(), quantile, dim=1, keepdim=True)
+        step = (clip / TOP[bits]).half().double()
+        rounded = (weight / step).round().clamp(-TOP[bits], TOP[bits]) * step
+        errors.append((rounded - weight).square().sum(1))
+    least = torch.stack(errors).amin(0)
+    found = (dequantised(weight.float(), bits).double() - weight).square().sum(1)
+    # In float32 a float16 step may fall to the other side, which moves a row's error a little.
+    assert ((found - least).abs() <= 2e-2 * least + 1e-12).all()
+    assert ((found - least).abs() <= 1e-4 * least + 1e-12).float().mean() > 0.9
+
+
+@BITS
+def test_rows_of_zeros_stay_zero_and_do_not_disturb_their_neighbours(bits):
+    weight = heavy_tailed(4, 100)
+    weight[1] = 0
+    codes, scales = golf.quantize_rows(weight, bits)
+    assert (codes[1] == 0).all() and torch.isfinite(scales).all() and (scales > 0).all()
+    alone = golf.quantize_rows(weight[2:3], bits)
+    assert torch.equal(codes[2:3], alone[0]) and torch.equal(scales[2:3], alone[1])
+
+
+@BITS
+def test_the_scale_floor_is_an_epsilon_and_not_a_step(bits):
+    """A floor of 1 / top, as published, would round every weight of these rows to zero."""
+    row = torch.linspace(-1, 1, 64)[None]
+    for magnitude in (1e-1, 1e-2, 1e-3, 1e-4):
+        error = (dequantised(magnitude * row, bits) - magnitude * row).abs().max()
+        # Half a step, and half a unit of float16 in the scale.
+        assert error <= 0.51 * magnitude / TOP[bits] + TOP[bits] * 2.0**-25
+
+
+@BITS
+def test_vanishing_and_huge_rows_stay_finite(bits):
+    row = torch.linspace(-1, 1, 64)[None]
+    for magnitude in (1e-30, 1e-9, 1e-7, 65504.0 * TOP[bits] * 0.99, 1e30):
+        codes, scales = golf.quantize_rows(magnitude * row, bits)
+        values = codes.float() * scales.float()
+        assert torch.isfinite(values).all() and (scales > 0).all()
+        assert values.abs().max() <= 1.001 * magnitude + 2.0**-24
+
+
+def test_a_stack_of_matrices_is_rounded_row_by_row():
+    weight = torch.randn(3, 4, 50)
+    codes, scales = golf.quantize_rows(weight, 6)
+    flat = golf.quantize_rows(weight.reshape(12, 50), 6)
+    assert codes.shape == (12, 50) and torch.equal(codes, flat[0]) and torch.equal(scales, flat[1])
+
+
+# ---- schemes ----
+
+SCHEMES_AT_FULL_SIZE = [  # name, shape, under lite, under gptq
+    ("tok_emb.weight", (1024, 512), "int8", "grid"),
+    ("bigram.embed.weight", (4096, 128), "int8", "grid"),
+    ("ve.embed.weight", (1024, 128), "int8", "grid"),
+    ("nfm.inp.weight", (256, 512), "int8", "grid"),
+    ("ttt.c_q.weight", (512, 512), "int8", "grid"),
+    ("blocks.0.attn.c_q.weight", (512, 512), "int6", "grid"),
+    ("blocks.10.attn.c_k.weight", (256, 512), "int6", "grid"),
+    ("blocks.4.mlp.fc.weight", (1536, 512), "int6", "grid"),
+    ("blocks.5.mlp.fc.weight", (1536, 512), "int5", "grid"),
+    ("blocks.5.mlp.proj.weight", (512, 1536), "int5", "grid"),
+    ("blocks.5.attn.proj.weight", (512, 512), "int6", "grid"),
+    ("bigram.proj.weight", (512, 128), "fp16", "grid"),  # 65,536: the last size that stays
+    ("bigram.proj.weight", (512, 129), "int8", "grid"),
+    ("blocks.3.attn.attn_gate.weight", (8, 512), "fp16", "grid"),
+    ("flow.down.weight", (64, 512), "fp16", "grid"),
+    ("ttt.w", (8, 64, 64), "fp16", "fp16"),
+    ("skip_weights", (5, 512), "fp32", "fp16"),
+    ("blocks.3.resid_mix", (2, 512), "fp32", "fp16"),
+    ("blocks.3.attn_scale", (512,), "fp32", "fp16"),
+    ("blocks.3.attn.q_gain", (8,), "fp32", "fp16"),
+    ("blocks.3.attn.vr_lambda", (2,), "fp32", "fp16"),
+    ("smear.gate", (512,), "fp32", "fp16"),
+    ("nfm.gate", (), "fp32", "fp16"),
+    ("nfm.inp.bias", (256,), "fp32", "fp16"),
+]
+
+
+def test_each_tensor_is_stored_as_the_reference_says():
+    embeddings_in_6 = golf.Config.from_env({"PRESET": "base_20k"})
+    for name, shape, lite, gptq in SCHEMES_AT_FULL_SIZE:
+        assert golf.scheme_of(name, shape, golf.Config(), int5_layers=(5,)) == lite, name
+        assert golf.gptq_scheme_of(name, shape) == gptq, name
+        if lite.startswith("int"):
+            assert golf.scheme_of(name, shape, embeddings_in_6) == "int6"
+
+
+# ---- lite: the file and its size ----
+
+
+def stored(state, config, int5_layers=()):
+    """What an artifact of lite must give back: every tensor rounded once, by hand."""
+    out = {}
+    for name, value in state.items():
+        scheme = golf.scheme_of(name, value.shape, config, int5_layers)
+        if scheme.startswith("int"):
+            out[name] = dequantised(value, int(scheme[3:])).view_as(value)
+        else:
+            out[name] = value.half().float() if scheme == "fp16" else value
+    return out
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("compressor", ["zstd", "lzma"])
+@pytest.mark.parametrize(
+    "block_bits, embed_bits, int5_layers",
+    [(6, 8, ()), (6, 8, (0, 2)), (6, 6, (1,)), (8, 5, ()), (5, 8, (0, 1, 2))],
+)
+def test_an_artifact_gives_back_exactly_the_rounded_weights(
+    all_integers, compressor, block_bits, embed_bits, int5_layers
+):
+    bits = dict(block_bits=block_bits, embed_bits=embed_bits)
+    config = tiny_config(**dict(SMALL, num_layers=3), **bits, compressor=compressor)
+    state = random_state(config)
+    blob = golf.pack_artifact(config, state, int5_layers, TOKENIZER_SHA)
+    found = golf.unpack_artifact(blob)[1]
+    assert_same(found, stored(state, config, int5_layers))
+    assert blob == golf.pack_artifact(config, state, int5_layers, TOKENIZER_SHA)
+    again = golf.unpack_artifact(golf.pack_artifact(config, found, int5_layers))[1]
+    assert_same(again, found)
+
+
+def test_the_file_is_laid_out_as_older_readers_expect(all_integers):
+    """Written here byte by byte: files of before must open, new ones must open there."""
+    config = tiny_config(**SMALL)
+    state = random_state(config)
+    order = ["int5", "int6", "int8", "fp16", "fp32"]
+    rows = [
+        [name, list(value.shape), golf.scheme_of(name, value.shape, config, (0,))]
+        for name, value in state.items()
+    ]
+    rows.sort(key=lambda row: order.index(row[2]))
+    values, all_scales = b"", b""
+    for name, _, scheme in rows:
+        if scheme.startswith("int"):
+            codes, scales = golf.quantize_rows(state[name], int(scheme[3:]))
+            values += codes.numpy().tobytes()
+            all_scales += scales.numpy().tobytes()
+        else:
+            values += state[name].numpy().astype(f"<f{int(scheme[2:]) // 8}").tobytes()
+    header = dict(
+        config=config.as_dict("arch", "eval"), tokenizer_sha256=TOKENIZER_SHA, tensors=rows
+    )
+    text = json.dumps(header).encode()
+    raw = len(text).to_bytes(4, "little") + text + values + all_scales
+    body = zstandard.ZstdCompressor(level=16).compress(raw)
+    sizes = len(raw).to_bytes(8, "little") + len(body).to_bytes(8, "little")
+    by_hand = b"PGolf\r\n\x1a\1\0\0\0" + sizes + hashlib.sha256(body).digest() + body
+    assert golf.pack_artifact(config, state, (0,), TOKENIZER_SHA) == by_hand
+
+
+@pytest.mark.parametrize("preset", sorted(golf.PRESETS))
+def test_architecture_and_evaluation_of_every_preset_travel_in_its_artifact(preset, tmp_path):
+    shrink = dict(SMALL, num_layers=2, ttt_chunk_tokens=4096, **layers_for(preset))
+    names = {name.upper(): str(value) for name, value in shrink.items()}
+    config = golf.Config.from_env({"PRESET": preset, "EVAL_STRIDE": "48", **names})
+    config = dataclasses.replace(config, quantizer="lite", run_id="mine", data_path="/secret/place")
+    path = tmp_path / "model.ptz"
+    blob = golf.pack_artifact(config, random_state(config), (), TOKENIZER_SHA)
+    path.write_bytes(blob)
+    loaded = golf.load_weights(path)
+    assert loaded.config.as_dict("arch", "eval") == config.as_dict("arch", "eval")
+    assert loaded.tokenizer_sha256 == TOKENIZER_SHA
+    assert loaded.sha256 == golf.sha256_file(path)
+    golf.GPT(loaded.config).load_state_dict(loaded.state_dict)  # strict
+    for foreign in (b"/secret/place", b"run_id", b"seed"):
+        assert foreign not in payload(blob)
+
+
+OUTWARD_FROM_THE_MIDDLE = [5, 6, 4, 7, 3, 8, 2, 9, 1, 10, 0]
+
+
+def test_lite_lowers_mlps_from_the_middle_outward_until_the_file_fits(all_integers):
+    config = tiny_config(**dict(SMALL, num_layers=11))
+    state = random_state(config)
+    sizes = [
+        len(golf.pack_artifact(config, state, tuple(OUTWARD_FROM_THE_MIDDLE[:count])))
+        for count in range(12)
+    ]
+    assert sizes == sorted(set(sizes), reverse=True)
+    for count, slack in ((0, 0), (1, 0), (4, 5), (11, 0)):
+        fitted = dataclasses.replace(config, budget_bytes=sizes[count] + 500 + slack)
+        calls = []
+        blob, layers = golf.fit_lite(fitted, state, 500, check_stop=lambda: calls.append(1))  # noqa: B023
+        assert list(layers) == OUTWARD_FROM_THE_MIDDLE[:count]
+        assert len(calls) == count + 1  # may stop before each trial
+        assert len(blob) + 500 <= fitted.budget_bytes
+        assert_same(golf.unpack_artifact(blob)[1], stored(state, config, layers))
+    over = dataclasses.replace(config, budget_bytes=sizes[11] + 499)
+    with pytest.raises(ArtifactError, match="BUDGET_BYTES") as error:
+        golf.fit_lite(over, state, 500)
+    assert error.value.code == 4
+
+
+# ---- gptq: codes ----
+
+
+def random_hessian(size, seed=0, tokens=None):
+    """Second moment of correlated inputs, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(tokens or 4 * size, size, generator=generator, dtype=torch.float64)
+    mix = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    inputs = noise @ mix
+    return inputs.T @ inputs / len(inputs)
+
+
+def steps_of(grid, step):
+    """(R, C) steps of a grid."""
+    rows, columns = (torch.from_numpy(side) for side in golf.grid_steps(grid, step))
+    return rows * columns
+
+
+def refuse_warnings(line):
+    raise AssertionError(line)
+
+
+def quantised(weight, hessian, fisher, step):
+    """Quantised of a single matrix."""
+    names = dict(w=weight), dict(w=hessian), dict(w=fisher)
+    return golf.Quantiser(*names, refuse_warnings).quantise(step)["w"]
+
+
+def made_up_costs(state):
+    """(hessians, fisher) of the matrices of a state; those of one width share an H."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = {n: t for n, t in state.items() if golf.gptq_scheme_of(n, t.shape) == "grid"}
+    by_width = {size: random_hessian(size, size) for size in {t.size(1) for t in matrices.values()}}
+    hessians = {name: by_width[tensor.size(1)] for name, tensor in matrices.items()}
+    fisher = {
+        name: torch.rand(len(tensor), dtype=torch.float64, generator=generator)
+        for name, tensor in matrices.items()
+    }
+    return hessians, fisher
+
+
+def plain_gptq(weight, hessian, steps):
+    """Column by column, with an explicit inverse of what is left (optimal brain surgeon)."""
+    left = weight.clone()
+    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    damped = hessian + golf.DAMPING * hessian.diagonal().mean() * identity
+    columns = hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    codes = torch.zeros_like(weight)
+    while columns:
+        inverse = torch.linalg.inv(damped[columns][:, columns])
+        j = columns[0]
+        codes[:, j] = (left[:, j] / steps[:, j]).round()
+        error = (left[:, j] - codes[:, j] * steps[:, j]) / inverse[0, 0]
+        left[:, columns] -= error[:, None] * inverse[0]
+        columns = columns[1:]
+    return codes
+
+
+@pytest.mark.parametrize("size", [1, 5, 128, 129, 300])
+def test_gptq_equals_the_plain_column_by_column_reference(size):
+    hessian = random_hessian(size, seed=size)
+    weight = torch.randn(7, size, dtype=torch.float64)
+    rows = 0.1 + torch.rand(7, 1, dtype=torch.float64)
+    columns = 0.1 + torch.rand(1, size, dtype=torch.float64)
+    codes = golf.gptq(weight, golf.factorise(hessian, "h", refuse_warnings), rows, columns)
+    assert torch.equal(codes, plain_gptq(weight, hessian, rows * columns))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_error_is_never_above_roundings(seed):
+    """tr(E H E^T), weighed by row; half of the Hessians are singular before damping."""
+    hessian = random_hessian(40, seed, tokens=20 if seed % 2 else 200)
+    weight = torch.randn(30, 40, generator=torch.Generator().manual_seed(seed))
+    fisher = torch.rand(30, dtype=torch.float64)
+    found = quantised(weight, hessian, fisher, 0.3)
+    steps = steps_of(found.grid, 0.3)
+
+    def loss(codes):
+        error = (weight - codes * steps).double()
+        return 0.5 * fisher * ((error @ hessian) * error).sum(1)
+
+    mine = loss(torch.from_numpy(found.codes).float())
+    plain = loss((weight / steps).round())
+    assert (mine <= plain * (1 + 1e-4) + 1e-12).all()
+    assert mine.sum() < 0.9 * plain.sum()  # and usually far below
+    assert np.allclose(found.losses, mine, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, 0.0, 2.0])
+def test_a_failed_factorisation_names_the_matrix_and_rounds(value):
+    """2.0 is a sound diagonal Hessian: rounding, too, but without a warning."""
+    hessian = value * torch.eye(5, dtype=torch.float64)
+    lines = []
+    factor = golf.factorise(hessian, "blocks.1.mlp.fc", lines.append)
+    assert len(lines) == (value != 2.0)
+    assert all(line.startswith("warning") and "blocks.1.mlp.fc" in line for line in lines)
+    weight = torch.randn(4, 5)
+    codes = golf.gptq(weight, factor, torch.full((4, 1), 0.1), torch.ones(1, 5))
+    assert torch.equal(codes, (weight / 0.1).round())
+
+
+def test_dead_inputs_do_no_harm():
+    hessian = random_hessian(12)
+    dead = [2, 7]
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    found = quantised(torch.randn(6, 12), hessian, torch.ones(6, dtype=torch.float64), 0.1)
+    assert np.isfinite(found.losses).all()
+    live = [j for j in range(12) if j not in dead]
+    column = found.grid.column
+    assert min(column[dead]) > max(column[live]), "what nothing reads should cost least"
+
+
+def test_steps_are_optimal_for_independent_entries(monkeypatch):
+    """Brute force over all step exponents of a 2 x 2 case at one total rate."""
+    rows, inputs = [4.0, 0.25], [1.0, 16.0]
+    monkeypatch.setattr(golf, "ROW_TEMPER", 1.0)
+    monkeypatch.setattr(golf, "DAMPING", 0.0)
+    factor = golf.factorise(torch.tensor(inputs, dtype=torch.float64).diag(), "h", refuse_warnings)
+    grid = golf.equalising_grid(torch.tensor(rows, dtype=torch.float64), factor)
+
+    def cost(row, column):  # the square of a step is 2 to the sum of its exponents
+        pairs = itertools.product((0, 1), repeat=2)
+        return sum(rows[i] * inputs[j] * 2.0 ** (row[i] + column[j]) for i, j in pairs)
+
+    rate = int(sum(grid.row) + sum(grid.column))
+    candidates = itertools.product(range(-8, 9), repeat=4)
+    best = min(cost(x[:2], x[2:]) for x in candidates if sum(x) == rate)
+    assert cost(grid.row.tolist(), grid.column.tolist()) <= best * (1 + 1e-9)
+
+
+def test_one_step_allocates_between_matrices():
+    """The matrix whose errors cost more gets finer steps, by the root of the ratio."""
+    factor = golf.factorise(torch.eye(8, dtype=torch.float64), "h", refuse_warnings)
+    calm, touchy = (
+        golf.equalising_grid(torch.full((8,), d, dtype=torch.float64), factor) for d in (1.0, 64.0)
+    )
+    assert set((calm.row - touchy.row).tolist()) == {6}  # 8 = 2^3 times, in half octaves
+
+
+def test_rows_whose_codes_would_not_fit_take_coarser_steps():
+    weight = torch.randn(4, 6)
+    weight[1] *= 1000
+    found = quantised(weight, torch.eye(6, dtype=torch.float64), torch.ones(4).double(), 1e-2)
+    usual = found.grid.row[0]
+    assert found.grid.row.tolist()[2:] == [usual, usual] and found.grid.row[1] > usual
+    assert abs(found.codes).max() < golf.MAX_CODE
+    steps = steps_of(found.grid, 1e-2)
+    error = (torch.from_numpy(found.codes) * steps - weight).abs() / steps
+    assert error.max() < 0.51
+
+
+# ---- gptq: coding ----
+
+
+def test_sections_give_back_every_code_and_step():
+    drawn = np.random.default_rng(0)
+    shapes = [(3, 5), (64, 32), (1, 7)]
+    matrices = []
+    for rows, columns in shapes:
+        codes = drawn.standard_normal((rows, columns)) * 10 ** drawn.uniform(-1, 3.5)
+        codes = codes.round().clip(-golf.MAX_CODE, golf.MAX_CODE).astype(np.int16)
+        codes[0, 0], codes[-1, -1] = golf.MAX_CODE, -golf.MAX_CODE
+        grid = golf.Grid(*(drawn.integers(-20, 20, n).astype(np.int8) for n in (rows, columns)))
+        matrices.append(golf.Quantised(codes, grid, np.zeros(rows)))
+    raw = golf.grid_sections(matrices)
+    assert len(raw) == sum(sum(golf.stored_bytes(shape, "grid")) for shape in shapes)
+    for matrix, found in zip(matrices, golf.read_grid_sections(raw, shapes, 0.25), strict=True):
+        row, column = (2.0 ** (side / 2) for side in matrix.grid)
+        expected = matrix.codes.astype(np.float64) * 0.25 * row[:, None] * column
+        assert np.allclose(found, expected, rtol=1e-6)
+
+
+def test_powers_are_those_of_the_root_of_two():
+    exponents = np.arange(-64, 65)
+    assert np.allclose(golf.exact_power(exponents), 2.0 ** (exponents / 2), rtol=1e-7)
+
+
+# ---- gptq: the size ----
+
+
+def search(budget, first=1.0, jitter=300, floor=10_000, check_stop=lambda: None):
+    """search_step on a model of a million parameters whose files fall with the step, nearly."""
+
+    def pack(step):
+        bits = max(0.0, 3 - math.log2(step))
+        size = int(floor + 125_000 * bits + jitter * math.sin(1e4 * step))
+        return bytes(size), step
+
+    lines = []
+    found = golf.search_step(pack, budget, first, 1e-5, -125_000, lines.append, check_stop)
+    assert len(lines) == found[2]
+    return found
+
+
+@pytest.mark.parametrize("first", [1e-6, 1e-2, 0.1, 1.0, 50.0])
+@pytest.mark.parametrize("jitter", [0, 300, 2000])
+def test_the_search_fills_the_budget(first, jitter):
+    blob, _, trials = search(500_000, first, jitter)
+    assert 500_000 * (1 - 0.001) <= len(blob) <= 500_000
+    assert trials <= (12 if jitter else 6)
+
+
+def test_a_small_model_gets_the_finest_useful_steps_and_no_padding():
+    blob, step, trials = search(10**9)
+    assert step == pytest.approx(1e-5)
+    assert len(blob) < 10**9 and trials <= 3
+
+
+def test_what_cannot_fit_is_an_artifact_error():
+    with pytest.raises(ArtifactError, match="over the 9000") as error:
+        search(9_000)
+    assert error.value.code == 4
+
+
+def test_the_search_may_be_stopped_before_each_trial():
+    calls = []
+
+    def check_stop():
+        calls.append(1)
+        if len(calls) == 3:
+            raise golf.Stopped("packing")
+
+    with pytest.raises(golf.Stopped):
+        search(500_000, first=50.0, check_stop=check_stop)
+    calls = []
+    _, _, trials = search(500_000, check_stop=lambda: calls.append(1))
+    assert len(calls) == trials
+
+
+@pytest.fixture(scope="module")
+def middling():
+    """(config, weights, hessians, fisher) of a model of half a million weights, made up."""
+    config = tiny_config(model_dim=128, quantizer="gptq")
+    state = random_model(config).state_dict()
+    return config, state, *made_up_costs(state)
+
+
+@pytest.mark.parametrize("bits", [2.5, 4, 6])
+def test_a_real_model_fills_its_budget(middling, bits):
+    config, state, *costs = middling
+    parameters = sum(tensor.numel() for tensor in state.values())
+    budget = int(bits * parameters / 8) + 7000
+    sized = dataclasses.replace(config, budget_bytes=budget)
+    blob, breakdown, trials = golf.fit_gptq(sized, state, *costs, 7000)
+    assert trials <= 12 and 0.999 * budget <= len(blob) + 7000 <= budget
+    # The breakdown is of every parameter and every byte.
+    assert sum(group["bytes"] for group in breakdown) == pytest.approx(len(blob))
+    assert sum(group["parameters"] for group in breakdown) == parameters
+
+
+def test_packing_depends_neither_on_chance_nor_on_threads(middling, monkeypatch):
+    config, state, *costs = middling
+    smaller = dataclasses.replace(config, budget_bytes=250_000)
+    first = golf.fit_gptq(smaller, state, *costs, 0)[0]
+    monkeypatch.setattr(golf.os, "cpu_count", lambda: 5)
+    torch.set_num_threads(2)
+    assert golf.fit_gptq(smaller, state, *costs, 0)[0] == first
+    torch.set_num_threads(1)
+
+
+def test_finer_steps_lose_less(middling):
+    config, state, *costs = middling
+    losses = []
+    for budget in (150_000, 250_000, 350_000):
+        sized = dataclasses.replace(config, budget_bytes=budget)
+        losses.append(sum(g["loss"] for g in golf.fit_gptq(sized, state, *costs, 0)[1]))
+    assert losses[0] > 4 * losses[1] > 16 * losses[2]
+
+
+# ---- gptq: calibration ----
+
+
+def calibration_config(tiny_data, **changes):
+    return tiny_config(**tiny_data.paths, quantizer="gptq", calibration_tokens=1024, **changes)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        dict(),
+        dict(ve_dim=8, flow_enabled=True, e2e_ttt_enabled=True, gated_attention=False),
+        dict(gate_inputs=8, smear_inputs=8, embed_dim=16),
+    ],
+)
+def test_every_matrix_has_a_hessian_and_its_fisher_information(tiny_data, runtime, features):
+    config = calibration_config(tiny_data, **features)
+    model = random_model(config)
+    hessians, fisher = golf.calibrate(model, config, runtime(config))
+    matrices = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if golf.gptq_scheme_of(name, tensor.shape) == "grid"
+    }
+    assert fisher.keys() == hessians.keys() == matrices.keys()
+    for name, tensor in matrices.items():
+        assert fisher[name].shape == (len(tensor),) and (fisher[name] >= 0).all(), name
+        hessian = hessians[name]
+        assert hessian.shape == (tensor.size(1),) * 2 and hessian.trace() > 0, name
+        assert torch.linalg.eigvalsh(hessian).min() > -1e-6 * hessian.trace(), name
+    assert hessians["blocks.1.attn.c_q.weight"] is hessians["blocks.1.attn.c_v.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_hessian_is_of_what_the_attention_reads(tiny_data, runtime):
+    """Its projections are one product that calls no layer: the input must be seen all the same."""
+    config = calibration_config(tiny_data)
+    model = random_model(config)
+    seen = []
+    model.blocks[1].attn.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach())
+    )
+    hessians, _ = golf.calibrate(model, config, runtime(config))
+    inputs = torch.cat([x.flatten(0, 1) for x in seen]).double()
+    expected = inputs.T @ inputs / len(inputs)
+    found = hessians["blocks.1.attn.c_q.weight"]
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_fisher_information_is_of_the_gradient_on_drawn_labels(tiny_data, runtime):
+    """Against finite differences: the loss of a small change, on average over the model's own
+    labels, is 1/2 d_i e H e^T."""
+    config = calibration_config(tiny_data, num_layers=1, xsa_last_n=1)
+    model = random_model(config).eval()
+    hessians, fisher = golf.calibrate(model, config, runtime(config))
+    stream = golf.open_train_stream(config)
+    ids = np.concatenate([stream.sequences(i * stream.num_sequences // 16, 1) for i in range(16)])
+    ids = torch.from_numpy(ids.astype(np.int64))[:, :-1]
+    name = "blocks.0.mlp.proj.weight"
+    weight = dict(model.named_parameters())[name]
+    change = 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def logps():
+        return model.logits(model.hidden(ids)).double().log_softmax(-1)
+
+    before = logps()
+    with torch.no_grad():
+        weight += change
+    measured = float((before.exp() * (before - logps())).sum(-1).mean())  # KL, nats per token
+    predicted = float(golf.row_losses(change.double(), hessians[name], fisher[name]).sum())
+    assert predicted == pytest.approx(measured, rel=0.5)
+
+
+def test_the_sum_is_float32_under_autocast():
+    x = torch.randn(64, 8) + 1
+    with torch.autocast("cpu", torch.bfloat16):
+        found = golf.gram(x)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, x.T @ x, rtol=1e-6)
+
+
+def test_calibration_opens_no_validation_shard(tiny_data, runtime, monkeypatch):
+    config = calibration_config(tiny_data)
+    opened = []
+
+    def guarded(function):
+        def call(file, *args, **kwargs):
+            opened.append(str(file))
+            assert "fineweb_val" not in str(file), f"calibration opened {file}"
+            return function(file, *args, **kwargs)
+
+        return call
+
+    made = runtime(config)
+    for place, name in ((builtins, "open"), (np, "memmap"), (golf, "read_shard")):
+        monkeypatch.setattr(place, name, guarded(getattr(place, name)))
+    golf.calibrate(random_model(config), config, made)
+    assert any("fineweb_train" in name for name in opened), "the guard saw nothing"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_calibration_text_is_spread_over_the_shards(tiny_data, runtime, monkeypatch, shuffle):
+    config = calibration_config(tiny_data, shuffle=shuffle)
+    batches = []
+    monkeypatch.setattr(golf, "calibrate_batch", lambda model, ids, *rest: batches.append(ids))
+    monkeypatch.setattr(golf, "per_matrix", lambda model, sums, tokens: tokens)
+    assert golf.calibrate(random_model(config), config, runtime(config)) == 1024
+    ids = torch.cat(batches).numpy()
+    assert ids.shape == (16, 64) and len(set(map(bytes, ids))) == 16
+    for path in golf.find_shards(config, "train"):
+        windows = np.lib.stride_tricks.sliding_window_view(np.array(golf.read_shard(path)), 64)
+        known = set(map(tuple, windows.tolist()))
+        assert sum(tuple(row) in known for row in ids.tolist()) >= 4, "a shard was left out"
+
+
+@pytest.mark.parametrize("tokens", [1024, 64])
+def test_ranks_share_the_text_and_add_up_to_one_rank(tiny_data, runtime, monkeypatch, tokens):
+    """Sixteen sequences in batches of two; or one, when each rank takes one all the same."""
+    config = dataclasses.replace(calibration_config(tiny_data), calibration_tokens=tokens)
+    monkeypatch.setattr(golf, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(golf, "per_matrix", lambda model, sums, tokens: (dict(sums), tokens))
+    model = random_model(config)
+    made = runtime(config)
+
+    class Alone(golf.Comm):
+        """One of several ranks that keeps its own sums."""
+
+        def all_reduce(self, tensor):
+            return self
+
+        def wait(self):
+            pass
+
+    parts = []
+    for rank in range(4):
+        monkeypatch.setattr(made, "comm", Alone(rank, 4))
+        parts.append(golf.calibrate(model, config, made))
+    assert len({frozenset(sums) for sums, _ in parts}) == 1  # they meet at every sum
+    monkeypatch.setattr(made, "comm", golf.Comm())
+    whole, read = golf.calibrate(model, config, made)
+    assert {total for _, total in parts} == {max(tokens, 4 * 64)}
+    for name, total in whole.items():
+        if tokens == read:  # the same text as that of the ranks together
+            assert torch.allclose(total, sum(sums[name] for sums, _ in parts), rtol=1e-6), name
+
+
+# ---- gptq: whole runs ----
+
+
+@pytest.fixture
+def settings(tiny_data, tmp_path):
+    """Variables of a run with QUANTIZER=gptq on the tiny data."""
+    return dict(tiny_data.settings, quantizer="gptq", calibration_tokens=1024, ttt_enabled=False)
+
+
+# Presets whose models have all there is between them; the others differ in training only.
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=() if name in ("nfm_7k", "ttt_linear_11l") else pytest.mark.slow)
+        for name in sorted(golf.PRESETS)
+    ],
+)
+def test_every_preset_packs_and_scores_as_its_float_weights(settings, preset):
+    changes = dict(settings, preset=preset, spot_checks=0, audit=False, **layers_for(preset))
+    if golf.PRESETS[preset].get("ve_dim"):
+        changes["ve_dim"] = 8
+    run = run_main(**changes)
+    assert run.code == 0, run.err
+    loss = {label: score["val_loss"] for label, score in run.scores().items()}
+    assert abs(loss["final_int6_roundtrip"] - loss["pre_quant"]) < 0.01
+    assert "warning: the Hessian" not in run.out
+    assert run.out.count("\nsize_breakdown ") >= 6
+    (packed,) = events(run.dir, "packed")
+    whole, quantiser = packed["with_training_seconds"], packed["quantiser_seconds"]
+    assert whole > quantiser > packed["calibration_seconds"] > 0
+    assert sum(group["bytes"] for group in packed["size_breakdown"]) == pytest.approx(
+        packed["artifact_bytes"]
+    )
+
+
+def test_the_same_weights_give_the_same_bytes_at_one_number_of_ranks(settings, tmp_path):
+    """And about the same predicted loss at another."""
+    settings.update(iterations=0, micro_batch_tokens=64, calibration_tokens=32768, audit=False)
+    settings.update(budget_bytes=30_000, code_bytes=100)
+    blobs, losses = [], []
+    for number, ranks in enumerate((1, 2, 2)):
+        run_dir = tmp_path / f"run{number}"
+        result = launch(dict(settings, run_dir=run_dir), tmp_path, ranks)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        blobs.append((run_dir / golf.ARTIFACT_NAME).read_bytes())
+        losses.append(float(re.search(r"^predicted_loss:(\S+)", result.stdout, re.M)[1]))
+    assert blobs[1] == blobs[2]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_a_model_that_cannot_fit_ends_with_4(settings):
+    settings.update(calibration_tokens=256, iterations=1, budget_bytes=2000, code_bytes=1000)
+    result = run_main(**settings)
+    assert result.code == 4 and "BUDGET_BYTES" in result.err, result.err[-2000:]
+
+
+# ---- reading ----
+
+
+def payload(blob):
+    """The decompressed payload of an honest artifact."""
+    body = blob[golf.ARTIFACT_HEAD.size :]
+    return lzma.decompress(body) if blob[9] else zstandard.ZstdDecompressor().decompress(body)
+
+
+def sealed(raw, compressor=0, raw_size=None, body=None):
+    """A file with right sizes and checksum around a payload that need not be honest."""
+    if body is None and compressor:
+        body = lzma.compress(raw, preset=0)
+    elif body is None:
+        body = zstandard.ZstdCompressor(level=1).compress(raw)
+    raw_size = len(raw) if raw_size is None else raw_size
+    head = (golf.ARTIFACT_MAGIC, golf.ARTIFACT_VERSION, compressor, raw_size, len(body))
+    return golf.ARTIFACT_HEAD.pack(*head, hashlib.sha256(body).digest()) + body
+
+
+def split(raw):
+    """(header as a dict, bytes of the tensors)."""
+    (length,) = struct.unpack_from("<I", raw)
+    return json.loads(raw[4 : 4 + length]), raw[4 + length :]
+
+
+def joined(header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<I", len(text)) + text + data
+
+
+@pytest.fixture(scope="module")
+def honest():
+    """Small artifacts by name: integers, halves and floats in two compressors, and a grid."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(golf, "HALF_LIMIT", 128)
+        blobs = {}
+        for compressor in ("zstd", "lzma"):
+            config = tiny_config(**SMALL, compressor=compressor)
+            blobs[compressor] = golf.pack_artifact(
+                config, random_state(config), (0,), TOKENIZER_SHA
+            )
+    config = tiny_config(**SMALL, quantizer="gptq", budget_bytes=6000)
+    state = random_state(config)
+    blobs["gptq"] = golf.fit_gptq(config, state, *made_up_costs(state), 0)[0]
+    return blobs
+
+
+KINDS = pytest.mark.parametrize("kind", ["zstd", "lzma", "gptq"])
+
+
+def refused(blob, match=None):
+    with pytest.raises(ArtifactError, match=match) as error:
+        golf.unpack_artifact(blob)
+    assert len(str(error.value)) < 2000 and "\n" not in str(error.value)
+
+
+def test_the_small_artifacts_are_honest(honest):
+    for kind, blob in honest.items():
+        header, _ = split(payload(blob))
+        schemes = {row[2] for row in header["tensors"]}
+        assert schemes == (
+            {"grid", "fp16"} if kind == "gptq" else {"int5", "int6", "int8", "fp16", "fp32"}
+        )
+        assert ("step" in header) == (kind == "gptq")
+        assert len(golf.unpack_artifact(sealed(payload(blob)))[1]) == len(header["tensors"])
+
+
+@KINDS
+def test_every_truncation_and_every_changed_byte_is_refused(honest, kind):
+    blob = honest[kind]
+    for at in range(len(blob)):
+        refused(blob[:at])
+        for bit in range(8):
+            refused(blob[:at] + bytes([blob[at] ^ 1 << bit]) + blob[at + 1 :])
+
+
+@pytest.mark.parametrize("compressor", [0, 1])
+def test_trailing_bytes_are_refused_wherever_they_are(honest, compressor):
+    raw = payload(honest["zstd"])
+    whole = sealed(raw, compressor)
+    body = whole[golf.ARTIFACT_HEAD.size :]
+    frame = lzma.compress(b"more") if compressor else zstandard.ZstdCompressor().compress(b"more")
+    for hostile in (
+        whole + b"\0",
+        sealed(raw, compressor, body=body + b"\0"),
+        sealed(raw, compressor, body=body + frame),
+        sealed(raw, compressor, len(raw) + 4, body=body + frame),
+        sealed(raw + b"\0", compressor),
+        sealed(raw[:-1], compressor),
+        sealed(raw, compressor, len(raw) - 1),
+        sealed(raw, compressor, len(raw) + 1),
+    ):
+        refused(hostile)
+
+
+def put(*path_and_value):
+    """An edit of a header that sets one entry."""
+    *path, last, value = path_and_value
+
+    def edit(header):
+        for key in path:
+            header = header[key]
+        header[last] = value
+
+    return edit
+
+
+def drop(*path):
+    def edit(header):
+        for key in path[:-1]:
+            header = header[key]
+        del header[path[-1]]
+
+    return edit
+
+
+EDITS = {
+    "no config": drop("config"),
+    "no tensors": drop("tensors"),
+    "no sha": drop("tokenizer_sha256"),
+    "one more key": put("code", "import os"),
+    "a grid of before": put("grid", dict(fine=1.0, coarse=1.0, fine_rows=0)),
+    "config is a list": put("config", []),
+    "config is null": put("config", None),
+    "missing setting": drop("config", "model_dim"),
+    "unknown setting": put("config", "evil", 1),
+    "setting of place": put("config", "run_dir", "/tmp/x"),
+    "setting of training": put("config", "seed", 1),
+    "another architecture": put("config", "model_dim", 32),
+    "text for a number": put("config", "vocab_size", "16"),
+    "float for an integer": put("config", "vocab_size", 16.0),
+    "huge layers": put("config", "num_layers", 10**9),
+    "number beyond every float": put("config", "logit_softcap", 10**400),
+    "nan": put("config", "logit_softcap", math.nan),
+    "sha is a number": put("tokenizer_sha256", 5),
+    "sha of other letters": put("tokenizer_sha256", "\x1b[2J" * 16),
+    "tensors is an object": put("tensors", {}),
+    "tensors is a number": put("tensors", 3),
+    "no tensor": put("tensors", []),
+    "row of two": put("tensors", 0, ["tok_emb.weight", [16, 16]]),
+    "row is a number": put("tensors", 0, 5),
+    "name is a list": put("tensors", 0, 0, []),
+    "name is null": put("tensors", 0, 0, None),
+    "foreign name": put("tensors", 0, 0, "x"),
+    "missing tensor": drop("tensors", 0),
+    "tensor twice": lambda header: header["tensors"].append(header["tensors"][-1]),
+    "shape is a number": put("tensors", 0, 1, 5),
+    "negative shape": put("tensors", 0, 1, 0, -1),
+    "huge shape": put("tensors", 0, 1, 0, 10**300),
+    "transposed shape": lambda header: next(
+        shape for _, shape, _ in header["tensors"] if len(set(shape)) > 1
+    ).reverse(),
+    "one more dimension": put("tensors", 0, 1, [16, 16, 1]),
+    "nested shape": put("tensors", 0, 1, 0, [16]),
+    "unknown scheme": put("tensors", 0, 2, "int7"),
+    "scheme is a list": put("tensors", 0, 2, []),
+    "scheme of another size": put("tensors", 0, 2, "fp32"),
+    "grid of a scalar": lambda header: header["tensors"][-1].__setitem__(2, "grid"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("kind", ["zstd", "gptq"])
+def test_a_header_with_one_wrong_entry_is_refused(honest, kind, edit):
+    header, data = split(payload(honest[kind]))
+    edit(header)
+    refused(sealed(joined(header, data)))
+
+
+@pytest.mark.parametrize("step", [None, [], {}, "x"])
+def test_a_step_that_is_no_number_is_refused(honest, step):
+    header, data = split(payload(honest["gptq"]))
+    header["step"] = step
+    refused(sealed(joined(header, data)))
+    del header["step"]
+    refused(sealed(joined(header, data)))
+
+
+def test_a_file_may_name_the_arithmetic_or_not(honest, tmp_path):
+    header, data = split(payload(honest["zstd"]))
+    for change in (dict(dtype="float32"), {}):
+        header["config"].pop("dtype", None)
+        header["config"].update(change)
+        assert golf.unpack_artifact(sealed(joined(header, data)))[1]
+
+
+DEEP = b"[" * 400_000
+HEADERS_THAT_ARE_NO_HEADERS = {
+    "empty": b"",
+    "no json": b"{",
+    "number": b"7",
+    "null": b"null",
+    "list": b"[]",
+    "not utf-8": b"\xff\xfe{",
+    "deep": DEEP,
+    "deep objects": b'{"a":' * 100_000,
+    "deep but closed": DEEP[:100_000] + b"]" * 100_000,
+    "long number": b"9" * 1_000_000,
+    "surrogate": b'{"config": {"\\ud800": 1}, "tokenizer_sha256": "", "tensors": []}',
+}
+
+
+@pytest.mark.parametrize(
+    "text", HEADERS_THAT_ARE_NO_HEADERS.values(), ids=HEADERS_THAT_ARE_NO_HEADERS
+)
+def test_a_header_that_is_no_header_is_refused(honest, text):
+    refused(sealed(joined(text, split(payload(honest["zstd"]))[1])))
+
+
+def test_a_wrong_header_length_is_refused(honest):
+    raw = payload(honest["zstd"])
+    (right,) = struct.unpack_from("<I", raw)
+    for wrong in (0, right - 1, right + 1, 2**20 + 1, 2**31, 2**32 - 1):
+        refused(sealed(struct.pack("<I", wrong) + raw[4:]))
+    for short in (b"", b"\0", b"\0\0\0", b"\0\0\0\0"):
+        refused(sealed(short))
+
+
+# ---- mutants ----
+
+LEAVES = [None, True, -1, 0, 7, 64.0, 2**31, 10**400, 1e308, math.nan, "", "int5", "grid", [], {}]
+
+
+def mutated(draw, data):
+    """Bytes with one to three flips, cuts and insertions."""
+    for _ in range(draw.randint(1, 3)):
+        at = draw.randrange(len(data) + 1)
+        kind = draw.choice(["flip", "cut", "insert", "truncate"])
+        if kind == "flip" and at < len(data):
+            data = data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+        elif kind == "cut":
+            data = data[:at] + data[at + draw.randint(1, 40) :]
+        elif kind == "insert":
+            data = data[:at] + draw.randbytes(draw.randint(1, 12)) + data[at:]
+        elif draw.random() < 0.3:
+            data = data[:at]
+    return data
+
+
+def with_leaf(draw, raw):
+    """The payload with one entry of its JSON header replaced."""
+    header, data = split(raw)
+    node = header
+    while True:
+        key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        if not isinstance(node[key], (dict, list)) or not node[key] or draw.random() < 0.1:
+            break
+        node = node[key]
+    node[key] = draw.choice(LEAVES)
+    return joined(header, data)
+
+
+def mutant(draw, blob):
+    """(file, whether its checksum has been corrected)."""
+    kind = draw.choice(["file", "payload", "header", "body"])
+    if kind == "file":
+        return mutated(draw, blob), False
+    if kind == "body":  # the compressed stream itself
+        body = mutated(draw, blob[golf.ARTIFACT_HEAD.size :])
+        return sealed(b"", blob[9], len(payload(blob)), body), True
+    raw = payload(blob)
+    changed = with_leaf(draw, raw) if kind == "header" else mutated(draw, raw)
+    return sealed(changed, draw.choice([0, 0, 1])), True
+
+
+def check_mutants(honest, count, seed):
+    draw = random.Random(seed)
+    opened = 0
+    for _ in range(count):
+        blob = honest[draw.choice(sorted(honest))]
+        hostile, corrected = mutant(draw, blob)
+        begin = time.process_time()
+        try:
+            config, state = golf.unpack_artifact(hostile)
+            assert corrected or hostile == blob, "a damaged file was accepted"
+            golf.GPT(config).load_state_dict(state)  # whole: strict names and shapes
+            opened += 1
+        except ArtifactError:
+            pass
+        assert time.process_time() - begin < 1
+    assert 0 < opened < count / 2  # other codes are another model, not a damaged file
+
+
+def test_mutants_are_refused_or_whole(honest):
+    check_mutants(honest, 1500, 0)
+
+
+@pytest.mark.slow
+def test_15000_mutants_are_refused_or_whole(honest):
+    check_mutants(honest, 15_000, 1)
+
+
+# ---- bombs ----
+
+
+def zeros(mib, compressor="zstd", content_size=True):
+    """`mib` MiB of zeros, compressed."""
+    if compressor == "lzma":
+        stream = lzma.LZMACompressor(preset=0)
+    else:
+        packer = zstandard.ZstdCompressor(level=1, write_content_size=content_size)
+        stream = packer.compressobj(size=mib << 20) if content_size else packer.compressobj()
+    return b"".join([stream.compress(bytes(1 << 20)) for _ in range(mib)] + [stream.flush()])
+
+
+def zeros_of_a_real_architecture():
+    """4 kB that stand for 95 MiB of codes of a sound architecture, one byte short."""
+    config = tiny_config(**dict(SMALL, vocab_size=65536, model_dim=1328, num_heads=16))
+    with torch.device("meta"):
+        state = golf.GPT(config).state_dict()
+    table = [(n, list(v.shape), golf.scheme_of(n, v.shape, config)) for n, v in state.items()]
+    size = sum(sum(golf.stored_bytes(shape, scheme)) for _, shape, scheme in table)
+    header = dict(config=config.as_dict("arch", "eval"), tokenizer_sha256="", tensors=table)
+    return sealed(joined(header, bytes(size - 1)))
+
+
+def bombs():
+    """(name, blob): small files with right checksums that promise, hide or ask for much."""
+    most, few = golf.MAX_RAW_BYTES, bytes(100)
+    zstd_512, lzma_400 = zeros(512), zeros(400, "lzma")
+    wide = lzma.compress(few, filters=[dict(id=lzma.FILTER_LZMA2, preset=0, dict_size=1 << 30)])
+    yield "zstd_hides_512_mib", sealed(b"", 0, 100, zstd_512)
+    yield "zstd_promises_512_mib", sealed(b"", 0, 512 << 20, zstd_512)
+    yield "zstd_promises_2_to_the_62", sealed(b"", 0, 2**62, zstd_512)
+    yield "zstd_says_no_size", sealed(b"", 0, 100, zeros(512, content_size=False))
+    yield "zstd_zeros_of_the_largest_size", sealed(b"", 0, most, zeros(most >> 20))
+    few_packed = zstandard.ZstdCompressor().compress(few)
+    yield "zstd_promises_more_than_it_has", sealed(b"", 0, most, few_packed)
+    yield "lzma_hides_400_mib", sealed(b"", 1, 100, lzma_400)
+    yield "lzma_promises_2_to_the_62", sealed(b"", 1, 2**62, lzma_400)
+    yield "lzma_has_more_than_the_largest_size", sealed(b"", 1, most, lzma_400)
+    yield "lzma_wants_a_window_of_1_gib", sealed(b"", 1, 100, wide)
+    yield "header_of_1_mib_of_brackets", sealed(joined(b"[" * (1 << 20), b""))
+    rows = b'{"config": {}, "tensors": [' + b'["a",[1],"int6"],' * 58_000
+    yield "header_of_1_mib_of_rows", sealed(joined(rows, b""))
+    yield "zeros_of_a_real_architecture", zeros_of_a_real_architecture()
+
+
+# In a process of its own, since only the peak of a whole process counts what the C libraries take:
+# how far a new peak lies above the memory in use before. Seconds are the processor's. The first
+# artifact is honest: what PyTorch imports at its first use is no cost of the others.
+MEASURE = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import train_gpt
+train_gpt.unpack_artifact(open(sys.argv[2], "rb").read())
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+in_use = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+for path in sys.argv[3:]:
+    blob = open(path, "rb").read()
+    now, before, begin = in_use(), peak(), time.process_time()
+    try:
+        train_gpt.unpack_artifact(blob)
+        outcome = "opened"
+    except train_gpt.ArtifactError:
+        outcome = "refused"
+    print(outcome, peak() - now if peak() > before else 0, time.process_time() - begin)
+"""
+
+
+def test_bombs_are_refused_in_a_second_and_little_memory(honest, tmp_path):
+    names = [name for name, _ in bombs()]
+    for name, blob in [("honest", honest["zstd"]), *bombs()]:
+        (tmp_path / name).write_bytes(blob)
+    child = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(ROOT), "honest", *names],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert child.returncode == 0, child.stderr
+    for name, line in zip(names, child.stdout.splitlines(), strict=True):
+        outcome, mib, seconds = line.split()
+        assert outcome == "refused", name
+        assert int(mib) <= 256 and float(seconds) < 1, (name, line)
+
+
+# ---- nothing is executed ----
+
+
+def project_trees():
+    paths = [ROOT / "train_gpt.py", *sorted((ROOT / "slurm").glob("*.py"))]
+    return {path.name: ast.parse(path.read_text()) for path in paths}
+
+
+def calls(tree, name):
+    """(source of the function, {keyword: source}) of calls whose last name is `name`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            last = getattr(node.func, "id", getattr(node.func, "attr", None))
+            if last == name:
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                yield ast.unparse(node.func), keywords
+
+
+def test_no_source_unpickles_anything():
+    forbidden = {"pickle", "cPickle", "_pickle", "dill", "shelve", "marshal", "joblib"}
+    for path, tree in project_trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & forbidden, path
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in forbidden, path
+        for function, keywords in calls(tree, "load"):
+            if function == "torch.load":
+                assert keywords.get("weights_only") == "True", path
+            assert keywords.get("allow_pickle", "False") == "False", path
+
+
+def test_the_script_evaluates_no_text_as_code():
+    allowed = ("model.eval", "self.model.eval", "torch.compile", "re.compile")
+    tree = project_trees()["train_gpt.py"]
+    for name in ("eval", "exec", "compile", "__import__", "import_module", "system", "Popen"):
+        assert not [function for function, _ in calls(tree, name) if function not in allowed]
+
+
+# ---- float weights ----
+
+
+def test_float_weights_come_back_bit_for_bit_and_foreign_ones_are_refused(tmp_path):
+    config = tiny_config(**SMALL)
+    state, path = random_state(config), tmp_path / "final_model.pt"
+    saved = dict(config=config.as_dict("arch", "eval"), state_dict=state, info=dict(steps=3))
+    golf.save_tensors(path, saved)
+    loaded = golf.load_weights(path)
+    assert loaded.config.as_dict("arch", "eval") == config.as_dict("arch", "eval")
+    assert loaded.info == dict(steps=3) and loaded.sha256 == golf.sha256_file(path)
+    assert_same(loaded.state_dict, state)
+    double = {name: tensor.double() for name, tensor in state.items()}
+    for wrong in (
+        [],
+        None,
+        dict(saved, state_dict=double),
+        dict(saved, state_dict={}),
+        dict(saved, info=7),
+        dict(saved, config={"\x1b[2J": 1}),
+    ):
+        golf.save_tensors(path, wrong)
+        with pytest.raises(ArtifactError, match="not the final weights of a run") as error:
+            golf.load_weights(path)
+        assert str(error.value).isprintable()
+
+
+def test_files_that_hold_no_weights_are_refused_by_name(tmp_path):
+    contents = {"empty.ptz": b"", "text.ptz": b"hello" * 100, "zip.pt": b"PK\x03\x04" * 40}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for path in [tmp_path, tmp_path / "absent.ptz", *(tmp_path / name for name in contents)]:
+        with pytest.raises(ArtifactError, match=path.name):
+            golf.load_weights(path)
+
+
+# ---- full size ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "preset",
+    ["nfm_7k", "slot_11l", "ttt_linear_11l", "record_0409", "frontier_8192", "frontier_1024"],
+)
+def test_full_size_fills_the_budget_to_a_thousandth(preset):
+    """Weights and their costs are made up, sizes are real."""
+    config = golf.Config.from_env({"PRESET": preset, "QUANTIZER": "gptq"})
+    torch.manual_seed(0)
+    state = golf.GPT(config, golf.cpu_attention).state_dict()
+    for name, tensor in state.items():
+        if golf.gptq_scheme_of(name, tensor.shape) == "grid":
+            tensor.normal_(std=0.02)  # where training starts from zeros, too
+    blob, _, trials = golf.fit_gptq(config, state, *made_up_costs(state), 40_000)
+    assert 15_984_000 <= len(blob) + 40_000 <= 16_000_000
+    assert trials <= 12
