@@ -150,8 +150,6 @@ begin_task() {
   read -ra assignments <<<"${settings[$task]}"
   RUN_DIR=${GOLF_RUNS:-runs/${SLURM_JOB_NAME}_${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}/${labels[$task]}
   export RUN_DIR ${assignments[@]+"${assignments[@]}"}
-  # A fresh start was asked for once, not after each requeue.
-  [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ "${RESUME:-}" != never ] || export RESUME=auto
   say "task $task ${labels[$task]}: ${settings[$task]} RUN_DIR=$RUN_DIR restart=${SLURM_RESTART_COUNT:-0}"
 }
 

@@ -36,6 +36,14 @@ def with_separators(number):
     return f"{number:,}".replace(",", "\u202f")
 
 
+def number_from_0(text):
+    """An argument that has to be a finite number of at least 0; argparse words the ValueError."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
 # --- The record ----------------------------------------------------------------------------------
 
 # How a score was measured, weakest first. The order is fixed, so that nobody picks the headline
@@ -128,6 +136,17 @@ class Run:
         return name and f"{self.manifest.get('world_size', 1)}x {name}"
 
     @property
+    def own_script(self):
+        """The train_gpt.py that lies beside the run in a submission folder, if there is one."""
+        return (self.path if self.path.is_dir() else self.path.parent) / "train_gpt.py"
+
+    def count_script(self, script):
+        """Let the size of a script be the code's, whatever size the run reckoned with."""
+        if script.is_file() and "artifact_bytes" in self.results:
+            self.results["code_bytes"] = script.stat().st_size
+            self.results["total_bytes"] = self.results["artifact_bytes"] + script.stat().st_size
+
+    @property
     def last_step(self):
         return max([*self.train_curve, *self.val_curve], default=None)
 
@@ -160,11 +179,6 @@ def make_run(path, config, kinds, manifest, events, results, audit_passed):
         tokens = entry.get("tokens", run.data.get("val_targets"))
         score = Score(label, loss, bpb, entry.get("eval_time_s"), tokens)
         run.scores[stage_of(label) if legal else f"{stage_of(label)} (illegal)"] = score
-    # A submission's own script is the code, whatever size the run reckoned with
-    script = (path if path.is_dir() else path.parent) / "train_gpt.py"
-    if script.is_file() and "artifact_bytes" in results:
-        results["code_bytes"] = script.stat().st_size
-        results["total_bytes"] = results["artifact_bytes"] + results["code_bytes"]
     if results.get("finished"):
         run.status = "finished"
         check_scores(run)
