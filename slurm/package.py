@@ -6,18 +6,18 @@
         --tokenizer-path ./data/tokenizers/demo_1024_bpe.model
     python slurm/package.py runs/a --out submission -- --author Ada --name "My model"
 
-What follows a lone -- goes to collect.py.
+Arguments behind a lone -- go to collect.py.
 
 The first run's artifact goes into the folder; all runs go into submission.json, their logs beside
 it. Then the folder's own train_gpt.py scores the folder's own artifact (EVAL_ONLY, AUDIT=1) in an
-environment that has nothing but PATH, HOME and where the data are, and every score must agree with
-the run's in all eight digits. The folder gets its name only after that; on any error nothing is
-left. The budget of 16,000,000 bytes is decimal and covers code + model.
+environment that holds nothing but where programs, libraries and the data are, the device and its
+arithmetic; every score must agree with the run's in all eight digits. The folder gets its name only
+after that; on any error nothing is left. The budget of 16,000,000 bytes is decimal and covers
+code + model.
 
---packed writes train_gpt.py as a self-extracting script: its source without comments, layout and
-the docstrings of functions and classes (python-minifier), compressed (LZMA), in text (base85). The
-module's docstring stays, since --help prints it. The syntax tree of what is unpacked equals the
-input's but for those docstrings; this is checked on every script that is written.
+--packed writes train_gpt.py as a self-extracting script: its source without comments, blank lines
+and the docstrings of functions and classes, compressed (LZMA), in text (base85). The module's
+docstring stays, since --help prints it.
 
 Exit codes: 0 done, 1 the proof failed, 2 wrong use or unusable runs, 4 over budget.
 """
@@ -25,15 +25,11 @@ Exit codes: 0 done, 1 the proof failed, 2 wrong use or unusable runs, 4 over bud
 from __future__ import annotations
 
 import argparse
-import ast
 import base64
 import contextlib
 import hashlib
 import io
-import itertools
-import json
 import lzma
-import math
 import os
 import shutil
 import signal
@@ -43,8 +39,7 @@ import tempfile
 import tokenize
 from pathlib import Path
 
-import python_minifier
-from runs import RunDataProblem, read_json, read_run_dir, with_separators
+from runs import RunDataProblem, number_from_0, read_json, read_run_dir, with_separators
 
 BUDGET_BYTES = 16_000_000
 ARTIFACT_NAME = "final_model.int6.ptz"
@@ -52,9 +47,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class PackageError(Exception):
-    """What keeps the folder from being built; `code` is the exit code."""
+    """Keeps the folder from being built; `code` is the exit code, most often that of wrong use."""
 
-    # 2 unless said otherwise: most of what keeps a folder from being built is wrong use
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
@@ -62,28 +56,6 @@ class PackageError(Exception):
 
 # --- The packed script ---------------------------------------------------------------------------
 
-# Everything python-minifier can do beyond layout is off: it would save 2 kB of 16 MB, and the
-# syntax tree could no longer be compared. Names stay, so a traceback of a packed script can be
-# read.
-LAYOUT_ONLY = dict(
-    remove_literal_statements=True,
-    remove_annotations=False,
-    remove_pass=False,
-    combine_imports=False,
-    hoist_literals=False,
-    rename_locals=False,
-    rename_globals=False,
-    remove_object_base=False,
-    convert_posargs_to_args=False,
-    preserve_shebang=False,
-    remove_explicit_return_none=False,
-    remove_builtin_exception_brackets=False,
-    constant_folding=False,
-    remove_dead_branches=False,
-)
-# Plain LZMA: its header is 13 bytes, and what it holds is checked by the syntax tree, not by a
-# checksum.
-COMPRESSION = dict(format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
 # The text runs in the module's own namespace under its own name, and nothing else is left there;
 # the line cache gets it, for tracebacks, inspect and torch.compile.
 STUB = """\
@@ -97,104 +69,37 @@ exec(globals().pop("run")())
 """
 
 
-def is_literal(statement):
-    """True for a statement that is only a constant, such as a docstring."""
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def strip(source):
+    """The same program without comments, blank lines and inner docstrings.
 
-
-def shape_of(source):
-    """The syntax tree of a program as text, without constants that stand as statements.
-
-    The module's docstring counts: the program can print it.
+    A 0 stands for a docstring, which may be all that its function has.
     """
-    # Annotations and defaults stay in: dataclasses and NamedTuples read them at run time
-    tree = ast.parse(source)
-    docstring = ast.get_docstring(tree, clean=False)
-    # python-minifier puts a 0 where a body would be empty: that is a literal as well
-    for node in ast.walk(tree):
-        for name in ("body", "orelse", "finalbody"):
-            statements = getattr(node, name, None)
-            if isinstance(statements, list):
-                setattr(node, name, [each for each in statements if not is_literal(each)])
-    return repr(docstring) + ast.dump(tree)
-
-
-def outer_fstrings(source):
-    """The positions (begin, end), in characters, of the f-strings that stand in no other one."""
-    strings = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.JoinedStr)]
-    inner = {id(child) for node in strings for child in ast.walk(node) if child is not node}
     lines = source.splitlines(keepends=True)
-
-    def position(row, column):
-        # The tree counts columns in bytes
-        within = len(lines[row - 1].encode()[:column].decode())
-        return sum(map(len, lines[: row - 1])) + within
-
-    spans = []
-    for node in strings:
-        if id(node) not in inner:
-            begin = position(node.lineno, node.col_offset)
-            spans.append((begin, position(node.end_lineno, node.end_col_offset)))
-    return sorted(spans)
-
-
-def on_one_line(literal):
-    """A literal of several pieces without the comments and line breaks between them."""
-    text = f"({literal})"
-    starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
-    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    for token in reversed(tokens):
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    for token in tokens:
         if token.type in (tokenize.COMMENT, tokenize.NL):
-            begin = starts[token.start[0] - 1] + token.start[1]
-            text = f"{text[:begin]} {text[begin + len(token.string) :]}"
-    return text[1:].rstrip()[:-1]
-
-
-def with_fstrings_of(source, text):
-    """The minified `text` with its f-strings as they stand in the source.
-
-    Since Python 3.12 an f-string may hold its own quotes (PEP 701), and there python-minifier and
-    ast.unparse make use of it: Python 3.10 could not read the result.
-    """
-    pairs = list(zip(outer_fstrings(text), outer_fstrings(source)))
-    # From the end, so that the positions in front stay what they are
-    for (begin, end), (first, last) in reversed(pairs):
-        text = text[:begin] + on_one_line(source[first:last]) + text[end:]
-    return text
-
-
-def minify(source):
-    """The same program without comments, layout and inner docstrings."""
-    # It drops every literal statement, so the one that the program may print is put back
-    text = python_minifier.minify(source, **LAYOUT_ONLY)
-    if sys.version_info >= (3, 12):
-        text = with_fstrings_of(source, text)
-    docstring = ast.get_docstring(ast.parse(source), clean=False)
-    return text if docstring is None else f"{docstring!r}\n{text}"
+            row, column = token.start
+            rest = lines[row - 1][:column].rstrip()
+            lines[row - 1] = f"{rest}\n" if rest else ""
+    tokens = [each for each in tokens if each.type not in (tokenize.COMMENT, tokenize.NL)]
+    begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    # A string that is all of a statement; the module's docstring has nothing before it. From the
+    # end, so that the rows in front stay where they are
+    for before, token, after in reversed(list(zip(tokens, tokens[1:], tokens[2:]))):
+        alone = before.type in begins and after.type == tokenize.NEWLINE
+        if token.type == tokenize.STRING and alone:
+            (row, column), (last, end) = token.start, token.end
+            lines[row - 1 : last] = [f"{lines[row - 1][:column]}0{lines[last - 1][end:]}"]
+    return "".join(lines)
 
 
 def pack(source):
-    """A self-extracting script (bytes) of a program (str); PackageError if they differ."""
-    # Base85 has neither quotes nor backslashes: it can stand in a string as it is
-    data = base64.b85encode(lzma.compress(minify(source).encode(), **COMPRESSION))
-    packed = STUB.format(data=data.decode()).encode()
-    # Look at what was written, not at what was meant to be
-    with contextlib.suppress(SyntaxError):
-        if shape_of(unpack(packed)) == shape_of(source):
-            return packed
-    raise PackageError(
-        "the packed script does not unpack to its source: this is a defect of package.py"
-    )
-
-
-def unpack(packed):
-    """The source inside a packed script (bytes), without running it; ValueError if unpacked."""
-    start = STUB.partition("{data}")[0].encode()
-    if not packed.startswith(start):
-        raise ValueError("not a script packed by package.py")
-    # The payload is the default of the only argument of run()
-    (data,) = ast.parse(packed).body[0].args.defaults
-    return lzma.decompress(base64.b85decode(data.value)).decode()
+    """A self-extracting script (bytes) of a program (str)."""
+    text = strip(source)
+    compile(text, "train_gpt.py", "exec")  # SyntaxError here rather than in the folder
+    # Plain LZMA: its header is 13 bytes. Base85 has neither quotes nor backslashes
+    data = lzma.compress(text.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    return STUB.format(data=base64.b85encode(data).decode()).encode()
 
 
 # --- Runs ----------------------------------------------------------------------------------------
@@ -205,14 +110,10 @@ def sha256(path):
 
 
 def load_run(path):
-    """The finished Run of a folder; PackageError, one message, for what cannot be submitted."""
-    # Cheap checks first; the artifact is hashed last
+    """The finished Run of a folder; PackageError for a run that cannot be submitted."""
     if not path.is_dir():
         raise PackageError(f"{path} is no folder of a run")
-    try:
-        run = read_run_dir(path)
-    except RunDataProblem as problem:
-        raise PackageError(str(problem)) from None
+    run = read_run_dir(path)
     if not run.finished:
         raise PackageError(
             f"{path} has not finished: run its command again to go on, then package it"
@@ -220,54 +121,24 @@ def load_run(path):
     for name in ("manifest.json", "train.log", ARTIFACT_NAME):
         if not (path / name).is_file():
             raise PackageError(f"{path / name} is missing: without it there is nothing to submit")
-    check_scores(run)
+    if not packed_scores(run.results):
+        raise PackageError(f"{path}/scores.json has no score of the artifact")
     if sha256(path / ARTIFACT_NAME) != run.artifact_sha256:
         raise PackageError(
             f"{path / ARTIFACT_NAME} is not what the run wrote: manifest.json has another sha256"
         )
-    # The file that is shipped counts, whatever scores.json says
-    run.artifact_bytes = (path / ARTIFACT_NAME).stat().st_size
     return run
 
 
-def packed_scores(scores):
+def packed_scores(results):
     """The entries of scores.json that are of the artifact, by label."""
+    scores = results.get("scores", {})
     return {label: score for label, score in scores.items() if label != "pre_quant"}
 
 
-def check_scores(run):
-    """PackageError unless the artifact has scores and all of them are numbers."""
-    scores = packed_scores(run.raw_scores)
-    if not scores:
-        raise PackageError(f"{run.path}/scores.json has no score of the artifact")
-    # JSON of Python may hold NaN and Infinity
-    for label, score in scores.items():
-        values = [score.get("val_loss"), score.get("val_bpb")]
-        if not all(math.isfinite(value) for value in values):
-            raise PackageError(
-                f"{run.path}/scores.json: {label} is {values}: expected finite scores"
-            )
-
-
-def data_path(run, name, given):
-    """The absolute path of a data setting: the option, else the run's."""
-    used = run.config.get(name, "")
-    # A run may have been started from anywhere; its paths are as its user wrote them
-    places = [Path(given)] if given else [Path.cwd() / used, REPOSITORY / used]
-    for place in places:
-        if place.exists():
-            return str(place.resolve())
-    raise PackageError(f"{places[0]} does not exist: give --{name.replace('_', '-')} for the proof")
-
-
-def load_runs(paths):
-    """All runs, each of another seed; what else may differ is collect.py's to judge."""
-    runs = [load_run(path) for path in paths]
-    seeds = [run.seed for run in runs]
-    for run in runs:
-        if seeds.count(run.seed) > 1:
-            raise PackageError(f"{run.path}: two runs have seed {run.seed}: give one run per seed")
-    return runs
+def model_bytes(run):
+    """Size of the file that is shipped, whatever scores.json says."""
+    return (run.path / ARTIFACT_NAME).stat().st_size
 
 
 # --- The folder ----------------------------------------------------------------------------------
@@ -276,26 +147,26 @@ def load_runs(paths):
 def write_code(args, folder, runs):
     """Write train_gpt.py and return its size; PackageError if code + model exceed the budget."""
     try:
-        source = args.script.read_text(encoding="utf-8")
-        code = pack(source) if args.packed else args.script.read_bytes()
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        code = args.script.read_bytes()
+        if args.packed:
+            code = pack(code.decode())
+    except (OSError, SyntaxError, UnicodeDecodeError, tokenize.TokenError) as error:
         raise PackageError(f"--script {args.script}: {error}") from None
     # Not an error: a comment may have been added since, and the proof runs this script
-    used = {run.code_sha256 for run in runs}
-    if used != {sha256(args.script)}:
+    if {run.manifest.get("code_sha256") for run in runs} != {sha256(args.script)}:
         say(
             f"note: {args.script} has changed since the runs (or they differ): the logs are of "
             "other code"
         )
     # Every seed has to fit, not only the one that is shipped
     for run in runs:
-        total = len(code) + run.artifact_bytes
+        total = len(code) + model_bytes(run)
         if total > BUDGET_BYTES:
-            over = with_separators(total - BUDGET_BYTES)
             raise PackageError(
                 f"{run.path}: code {with_separators(len(code))} + model "
-                f"{with_separators(run.artifact_bytes)} = {with_separators(total)} bytes, "
-                f"{over} over the budget of {with_separators(BUDGET_BYTES)}",
+                f"{with_separators(model_bytes(run))} = {with_separators(total)} bytes, "
+                f"{with_separators(total - BUDGET_BYTES)} over the budget of "
+                f"{with_separators(BUDGET_BYTES)}",
                 4,
             )
     (folder / "train_gpt.py").write_bytes(code)
@@ -303,46 +174,25 @@ def write_code(args, folder, runs):
 
 
 def collect(args, folder, runs):
-    """submission.json, curves.png and the text of results.md, by collect.py."""
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("collect.py")),
-        *(str(run.path) for run in runs),
-        "--out",
-        str(folder),
-        *args.collect,
-    ]
+    """Write submission.json and curves.png by collect.py; returns the text of results.md."""
+    command = [sys.executable, str(Path(__file__).with_name("collect.py"))]
+    command += [str(run.path) for run in runs]
+    command += ["--out", str(folder), "--script", str(folder / "train_gpt.py"), *args.collect]
     # A process of its own: matplotlib and scipy stay out of this one
-    done = subprocess.run(command, capture_output=True, text=True)
-    sys.stderr.write(done.stderr)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=sys.stderr)
     if done.returncode:
         raise PackageError(f"collect.py refused the runs (exit code {done.returncode}): see above")
-    # Its text becomes the head of README.md
     results = folder / "results.md"
-    text = results.read_text()
+    text = results.read_text(encoding="utf-8")
     results.unlink()
     return text
-
-
-def count_bytes(folder, code_bytes, runs):
-    """Put the folder's own sizes into submission.json: collect.py knows only the run's."""
-    path = folder / "submission.json"
-    submission = read_json(path)
-    # The largest model counts, as in collect.py
-    total = code_bytes + max(run.artifact_bytes for run in runs)
-    submission.update(bytes_code=code_bytes, bytes_total=total)
-    if "artifact_under_16mb" in submission.get("compliance", {}):
-        submission["compliance"]["artifact_under_16mb"] = total <= BUDGET_BYTES
-    path.write_text(json.dumps(submission, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_logs(folder, runs):
     """The first run's log as train.log; with several runs the logs of all seeds beside it."""
     # The challenge wants a train.log, whatever else there is
     shutil.copyfile(runs[0].path / "train.log", folder / "train.log")
-    if len(runs) == 1:
-        return
-    for run in runs:
+    for run in runs if len(runs) > 1 else []:
         shutil.copyfile(run.path / "train.log", folder / f"train_seed{run.seed}.log")
 
 
@@ -361,57 +211,72 @@ Verify it, given the official validation shards and tokenizer (no training data,
 """
 
 
-def write_readme(folder, results, code_bytes, packed, run):
-    how = "; packed: it unpacks itself when it starts" if packed else ""
+def write_readme(args, folder, results, code_bytes, run):
+    """README.md: the page of collect.py, then how to check this folder."""
     tail = README_TAIL.format(
-        packed=how,
+        packed="; packed: it unpacks itself when it starts" if args.packed else "",
         artifact=ARTIFACT_NAME,
         seed=run.seed,
         code=with_separators(code_bytes),
-        model=with_separators(run.artifact_bytes),
-        total=with_separators(code_bytes + run.artifact_bytes),
+        model=with_separators(model_bytes(run)),
+        total=with_separators(code_bytes + model_bytes(run)),
         budget=with_separators(BUDGET_BYTES),
     )
-    (folder / "README.md").write_text(results.rstrip() + "\n" + tail)
+    (folder / "README.md").write_text(results + tail, encoding="utf-8")
 
 
 # --- The proof -----------------------------------------------------------------------------------
 
 
+def data_path(run, name, given):
+    """The absolute path of a data setting: the option, else the run's."""
+    used = run.config.get(name, "")
+    # A run may have been started from anywhere; its paths are as its user wrote them
+    places = [Path(given)] if given else [Path.cwd() / used, REPOSITORY / used]
+    for place in places:
+        if place.exists():
+            return str(place.resolve())
+    raise PackageError(f"{places[0]} does not exist: give --{name.replace('_', '-')} for the proof")
+
+
 def proof_environment(args, run, run_dir):
-    """All that the proof may know: programs, data, and what decides the last digits of a sum."""
+    """All that the proof may know: programs, libraries, data, and the run's own arithmetic."""
     # Without HOME some libraries write their caches into the folder
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or name.startswith("CUDA_")
+    }
+    for name in ("device", "compile", "dtype"):
+        if name in run.config:
+            environment[name.upper()] = os.environ.get(name.upper(), str(run.config[name]))
     return {
-        **kept,
+        **environment,
         "EVAL_ONLY": ARTIFACT_NAME,
         "AUDIT": "1",
         "RUN_DIR": str(run_dir),
-        "DEVICE": run.config.get("device", "auto"),
         "DATA_PATH": data_path(run, "data_path", args.data_path),
         "TOKENIZER_PATH": data_path(run, "tokenizer_path", args.tokenizer_path),
-        "OMP_NUM_THREADS": str(run.torch_threads),
+        "OMP_NUM_THREADS": str(run.manifest.get("torch_threads", 1)),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
 
 def prove(args, folder, run):
     """Score the folder with its own script; lines to report, PackageError if a score differs."""
-    # The sum of a score is rounded by ranks and threads: the proof uses the run's
-    world = run.world_size
-    torchrun = []
-    if world > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    # Ranks and threads decide how a score's sum is rounded: the proof uses the run's
+    world = run.manifest.get("world_size", 1)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = [sys.executable, *(torchrun if world > 1 else []), "train_gpt.py"]
     with tempfile.TemporaryDirectory(prefix="golf_proof_") as scratch:
         # The folder itself must stay as it will be shipped
         run_dir = Path(scratch) / "run"
         environment = proof_environment(args, run, run_dir)
         say(
             f"proof: the folder scores its artifact in a clean environment, with {world} "
-            "process(es) and "
-            f"{environment['OMP_NUM_THREADS']} thread(s) like the run"
+            f"process(es) and {environment['OMP_NUM_THREADS']} thread(s) like the run"
         )
-        command = [sys.executable, *torchrun, "train_gpt.py"]
         code = subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr).returncode
         if code:
             raise PackageError(
@@ -429,7 +294,7 @@ def digits(score):
 def compare(run, proof, tolerance):
     """One line per score; PackageError if one differs in eight digits or `tolerance` bpb."""
     lines, wrong = [], []
-    for label, score in packed_scores(run.raw_scores).items():
+    for label, score in packed_scores(run.results).items():
         claimed, found = digits(score), proof.get("scores", {}).get(label)
         if found is None:
             wrong.append(f"{label}: the run has {claimed}, the folder no such score")
@@ -446,13 +311,11 @@ def compare(run, proof, tolerance):
         else:
             wrong.append(f"{label}: the run has {claimed}, the folder {proved}")
     if wrong:
-        hint = (
-            ""
-            if tolerance
-            else "; on another device than the run's, --tolerance allows a difference"
-        )
+        hint = "; on another device than the run's, --tolerance allows a difference"
         raise PackageError(
-            "the folder does not score what the run claims: " + "; ".join(wrong) + hint, 1
+            f"the folder does not score what the run claims: {'; '.join(wrong)}"
+            f"{'' if tolerance else hint}",
+            1,
         )
     return lines
 
@@ -462,13 +325,6 @@ def compare(run, proof, tolerance):
 
 def say(line):
     print(f"package.py: {line}", file=sys.stderr, flush=True)
-
-
-def bits(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number of bits")
-    return value
 
 
 def parse(arguments):
@@ -481,29 +337,17 @@ def parse(arguments):
         epilog="Arguments behind -- go to collect.py: --author, --github-id, --name, --blurb, ...",
     )
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN_DIR",
-        help="finished runs; the first one is shipped",
-    )
-    add(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to build; must not exist"
-    )
+    shipped = "finished runs; the first one is shipped"
+    add("runs", nargs="+", type=Path, metavar="RUN_DIR", help=shipped)
+    new = "the folder to build; must not exist"
+    add("--out", type=Path, required=True, metavar="DIR", help=new)
     add("--packed", action="store_true", help="write train_gpt.py as a self-extracting script")
-    add(
-        "--script", type=Path, default=REPOSITORY / "train_gpt.py", help="default: the repository's"
-    )
+    script = REPOSITORY / "train_gpt.py"
+    add("--script", type=Path, default=script, help="default: the repository's")
     add("--data-path", metavar="DIR", help="shards for the proof (default: the run's)")
     add("--tokenizer-path", metavar="FILE", help="tokenizer for the proof (default: the run's)")
-    add(
-        "--tolerance",
-        type=bits,
-        default=0.0,
-        metavar="BPB",
-        help="allowed difference of val_bpb, for a proof on another device (default: none)",
-    )
+    allowed = "allowed difference of val_bpb, for a proof on another device (default: none)"
+    add("--tolerance", type=number_from_0, default=0.0, metavar="BPB", help=allowed)
     args = parser.parse_args(arguments[:split])
     args.collect = arguments[split + 1 :]
     return args
@@ -524,59 +368,50 @@ def building(out):
         ) from None
     try:
         yield folder
-        # mkdtemp makes it private
-        folder.chmod(0o755)
+        folder.chmod(0o755)  # mkdtemp makes it private
         folder.rename(out)
     finally:
-        # After the rename there is nothing left to remove
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # after the rename there is nothing to remove
 
 
 def build(args):
     """Build and prove the folder; returns the report."""
-    runs = load_runs(args.runs)
+    runs = [load_run(path) for path in args.runs]
     # Cheap steps first: the proof takes as long as an evaluation
     with building(args.out) as folder:
         code_bytes = write_code(args, folder, runs)
         results = collect(args, folder, runs)
-        count_bytes(folder, code_bytes, runs)
         write_logs(folder, runs)
         shutil.copyfile(runs[0].path / ARTIFACT_NAME, folder / ARTIFACT_NAME)
         shutil.copyfile(REPOSITORY / "requirements.txt", folder / "requirements.txt")
-        write_readme(folder, results, code_bytes, args.packed, runs[0])
-        proved = prove(args, folder, runs[0])
-    return [*proved, *sizes_of(args, code_bytes, runs[0].artifact_bytes), f"submission: {args.out}"]
-
-
-def sizes_of(args, code_bytes, model_bytes):
-    """Lines on what the folder weighs, in bytes."""
-    # Readable and packed side by side: what packing is worth
-    lines = [("readable code", args.script.stat().st_size)]
+        write_readme(args, folder, results, code_bytes, runs[0])
+        report = prove(args, folder, runs[0])
+    # Readable and packed side by side: that is what packing is worth
+    sizes = {"readable code": args.script.stat().st_size}
     if args.packed:
-        lines.append(("packed code", code_bytes))
-    lines.append(("model", model_bytes))
-    total = code_bytes + model_bytes
-    report = [f"{name}: {with_separators(size)} bytes" for name, size in lines]
-    report.append(
-        f"code + model: {with_separators(total)} of {with_separators(BUDGET_BYTES)} bytes"
-    )
-    report.append(f"headroom: {with_separators(BUDGET_BYTES - total)} bytes")
+        sizes["packed code"] = code_bytes
+    sizes["model"] = model_bytes(runs[0])
+    total = code_bytes + sizes["model"]
+    report += [f"{name}: {with_separators(size)} bytes" for name, size in sizes.items()]
+    report += [
+        f"code + model: {with_separators(total)} of {with_separators(BUDGET_BYTES)} bytes",
+        f"headroom: {with_separators(BUDGET_BYTES - total)} bytes",
+        f"submission: {args.out}",
+    ]
     return report
 
 
 def main(arguments=None):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     args = parse(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # building() then cleans up
+    # building() then cleans up
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         print("\n".join(build(args)))
-    except PackageError as error:
+    except (PackageError, RunDataProblem) as error:
         say(f"error: {error}")
-        return error.code
-    except RunDataProblem as problem:
-        say(f"error: {problem}")
-        return 2
+        return getattr(error, "code", 2)
     return 0
 
 
