@@ -4,59 +4,51 @@
     python slurm/verify.py FOLDER --data DIR --seed 7 --minutes 30 --ranks 2 --json report.json
     python slurm/verify.py FOLDER --data DIR --q ngram --set DEVICE=cpu --whole
 
-The folder holds a script, an artifact (*.ptz) and a tokenizer (*.model). Nothing that the script
-says is believed unless it can be computed again. The challenge's four conditions (issue #1017) are
-judged for every score that it prints: C1 no score depends on later tokens, C2 scores come from one
-normalised distribution, C3 nothing learns from a token before its score is final, C4 every token
-is scored once.
+The folder holds a script, an artifact (*.ptz) and a tokenizer (*.model). Every score that the
+script prints is held against the challenge's four conditions (issue #1017): C1 no score depends on
+later tokens, C2 scores come from one normalised distribution, C3 nothing learns from a token before
+its score is final, C4 every token is scored once.
 
 * Repeat. The same text twice gives the same digits; on a GPU all but the noise of its kernels. The
-  first run shows its scores, audits itself and checks every round (AUDIT=1, SPOT_CHECKS=1); the
-  second is the published command, with no variable that tells that it is watched. That its own
-  checks pass is not believed; a script that calls a score illegal, by exit code 6 or by word, is.
-  No run may change the artifact that it was given.
+  first run shows its scores and runs the script's own checks (AUDIT=1, SPOT_CHECKS=1); the second
+  is the published command, with no variable that tells the script that it is watched. A script that
+  calls its own score illegal, by exit code 6 or by word, is believed; its praise is not.
 * Bet (C1 to C4 at once). Tokens are drawn from a distribution q that only this program knows. If
   the script's p is a legal prediction, then p(x)/q(x) is at most 1 on average, at each token and
-  whatever came before it. So a gambler who stakes a share of his money on p/q, token after token,
-  multiplies it by e^c with probability e^-c at most (Ville's inequality). How much he stakes, and
-  where, may depend on the past alone.
+  whatever came before it. A gambler who stakes a share of his money on p/q, token after token,
+  multiplies it by e^c with probability e^-c at most (Ville's inequality). The share, and the tokens
+  that he bets on, may depend on the past alone.
 * Twins (C1, C3). Two shards are equal up to k and differ after it, on disk. All scores up to k must
   be equal, bit for bit.
 * Recount (C4, bytes). Targets, nats and UTF-8 bytes, counted here, must give the printed digits, in
   every line that names a score.
-* Model alone (C1). The script's GPT, imported, must give the same logits at a place whatever
-  follows it, in whole windows and where only the last positions are asked for: what leaks from the
-  target itself changes no score before it.
-* Training twin. Ten steps beside two validation shards must give the same artifact: one is the
-  training text, the other unlike any, so that a choice by validation loss falls differently.
+* Model alone (C1). The script's GPT, imported, must give the same logits at a place whatever comes
+  next: a leak from the target itself changes no score before it, so that no twin shows it.
+* Training twin. Ten steps beside two validation shards must give the same artifact: one shard is
+  the training text, the other unlike any, so that a choice by validation loss falls differently.
 
 SCORES_FILE=path/{label}.f32 asks the script for the nll of every target. A script that does not
 know this variable gets the tests that need printed lines only, and the report names the others.
-Exit code: 0 nothing illegal was found, 6 illegal, 2 could not be tested.
-
-What no test from outside can show: a script that behaves well on texts of --tokens targets and
-otherwise on the official split, which it may know by size or hash (--whole looks at a text of full
-length), or on more ranks than --ranks; the better of two legal evaluations of the whole text (it
-gains ln 2 nats at most, and changes with the text only where the order of the two does); a choice
-by validation text in training that begins after the ten steps of the training twin.
+Exit code: 0 nothing illegal was found, 6 illegal, 2 could not be tested. docs/reviewing.md says
+what no test from outside can show.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
-import resource
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -71,30 +63,32 @@ THRESHOLD = 14.0  # nats; a legal script wins as much with probability e^-14 = 8
 LEGAL = 0
 UNTESTED = 2
 ILLEGAL = 6
+VERDICTS = {
+    LEGAL: "nothing illegal found",
+    ILLEGAL: "ILLEGAL",
+    UNTESTED: "could not be tested",
+}
 
-# What a test says.
-PASS = "pass"
-FAIL = "FAIL"
-SKIPPED = "not run"
+# Status of a test; None stands for a test that was not run.
+STATUS = {True: "pass", False: "FAIL", None: "not run"}
 
 
 class UntestableError(Exception):
-    """What keeps the folder from being tested; the message says what to change."""
-
-
-class ConfessedError(Exception):
-    """The script's own checks found it illegal and ended it: there is no score to test."""
+    """Something keeps the folder from being tested; the message says what to change."""
 
 
 def printable(text, limit=400):
     """Text of a stranger, safe for a terminal: one line, no escape sequences, bounded."""
     shown = []
     for character in text[:limit]:
-        if character.isascii() and character.isprintable():
-            shown.append(character)
-        else:
-            shown.append(ascii(character)[1:-1])
+        plain = character.isascii() and character.isprintable()
+        shown.append(character if plain else ascii(character)[1:-1])
     return "".join(shown)
+
+
+def on_gpu():
+    """Whether a script finds an NVIDIA GPU here."""
+    return Path("/dev/nvidia0").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,7 +119,11 @@ def write_shard(path, tokens):
 
 def find_shards(folder, split):
     """Sorted paths of the "train" or "val" shards. Raises UntestableError without any."""
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+    paths = []
+    for path in sorted(Path(folder).glob(f"fineweb_{split}_*.bin")):
+        # Byte counts may lie beside the shards, as fineweb_val_bytes_000000.bin.
+        if re.fullmatch(rf"fineweb_{split}_\d+\.bin", path.name):
+            paths.append(path)
     if not paths:
         raise UntestableError(
             f"{folder}: no fineweb_{split}_*.bin in it: name the directory of the shards"
@@ -137,7 +135,6 @@ class Tokenizer:
     """Kinds of pieces, each an array (V,), and the bytes that tokens really stand for."""
 
     def __init__(self, path):
-        self.path = path
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
@@ -147,16 +144,16 @@ class Tokenizer:
         self.size = model.vocab_size()
         self.silent = np.zeros(self.size, bool)  # control, unknown and unused pieces: no bytes
         self.spaced = np.zeros(self.size, bool)  # begins with a space
-        self.digit = np.zeros(self.size, bool)
         self.byte = np.full(self.size, -1)  # 0xE2 for the piece <0xE2>, -1 for all other pieces
         for i in range(self.size):
             # SentencePiece writes a space as "▁".
             piece = model.id_to_piece(i)
             self.silent[i] = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
             self.spaced[i] = piece.startswith("▁")
-            self.digit[i] = piece.strip("▁").isdigit()
             if model.is_byte(i):
                 self.byte[i] = int(piece[3:5], 16)
+        # Pieces that go on with a character: no text may be cut before one of these.
+        self.inside = (self.byte >= 0x80) & (self.byte <= 0xBF)
         # Ordinary pieces, which may stand anywhere.
         self.plain = np.flatnonzero(~self.silent & ~self.spaced & (self.byte < 0))
 
@@ -192,59 +189,9 @@ class Tokenizer:
 # A source turns the past into probabilities, and texts are drawn from them. The closer a source
 # comes to the script's own prediction, the more a bet sees; but the bet is fair with any source.
 # --------------------------------------------------------------------------------------------------
-class Utf8Rule:
-    """Which byte pieces may follow which: loaders refuse text that is not valid UTF-8."""
-
-    # State -> (first byte, last byte, state after) of what may come next; RFC 3629, section 4.
-    FOLLOW = {
-        0: [
-            (0x00, 0x7F, 0),
-            (0xC2, 0xDF, 1),
-            (0xE0, 0xE0, 4),  # shorter forms of the same character are not allowed
-            (0xE1, 0xEC, 2),
-            (0xED, 0xED, 5),  # halves of UTF-16 pairs are not allowed
-            (0xEE, 0xEF, 2),
-            (0xF0, 0xF0, 6),
-            (0xF1, 0xF3, 3),
-            (0xF4, 0xF4, 7),  # Unicode ends at 0x10FFFF
-        ],
-        1: [(0x80, 0xBF, 0)],
-        2: [(0x80, 0xBF, 1)],
-        3: [(0x80, 0xBF, 2)],
-        4: [(0xA0, 0xBF, 1)],
-        5: [(0x80, 0x9F, 1)],
-        6: [(0x90, 0xBF, 2)],
-        7: [(0x80, 0x8F, 2)],
-    }
-    LONGEST = 4  # bytes of a character
-
-    def __init__(self, tokenizer):
-        byte = tokenizer.byte
-        shape = len(self.FOLLOW), len(byte)
-        self.allowed = np.zeros(shape, bool)
-        self.after = np.zeros(shape, np.int8)
-        self.allowed[0] = byte < 0
-        for state, ranges in self.FOLLOW.items():
-            for first, last, after in ranges:
-                inside = (byte >= first) & (byte <= last)
-                self.allowed[state] |= inside
-                self.after[state, inside] = after
-        # Near the end of a text no character may begin, or it would stay unfinished.
-        self.ending = self.allowed[0] & (self.after[0] == 0)
-
-    def states(self, tokens):
-        """The state after each token (n,): 0 between two characters."""
-        out = np.zeros(len(tokens), np.int8)
-        state = 0
-        for place, token in enumerate(tokens):
-            state = self.after[state, token]
-            out[place] = state
-        return out
-
-
 class NgramSource:
     """A trigram model of the given text, each order smoothed with the shorter one (Witten & Bell
-    1991, "The zero-frequency problem"). It knows nothing of the script, and sees what is gross.
+    1991, "The zero-frequency problem"). Knows nothing of the script, and sees gross faults only.
     """
 
     name = "a trigram model"
@@ -255,41 +202,31 @@ class NgramSource:
         tokens = [int(token) for token in tokens]
         counts = np.bincount(tokens, minlength=vocab) + 0.5  # no piece is impossible
         self.unigram = counts / counts.sum()
-        self.tables = {length: self.count(tokens, length) for length in (1, 2)}
-
-    @staticmethod
-    def count(tokens, length):
-        """{the last `length` tokens: (ids that came next, how often)}"""
-        counts = {}
-        for place in range(length, len(tokens)):
-            past = tuple(tokens[place - length : place])
-            after = counts.setdefault(past, {})
-            after[tokens[place]] = after.get(tokens[place], 0) + 1
-        table = {}
-        for past, after in counts.items():
-            table[past] = np.fromiter(after, int), np.fromiter(after.values(), float)
-        return table
+        # By number of tokens: {the last tokens: (ids that came next, how often)}
+        self.tables = {1: {}, 2: {}}
+        for length, table in self.tables.items():
+            counts = defaultdict(Counter)
+            for place in range(length, len(tokens)):
+                counts[tuple(tokens[place - length : place])][tokens[place]] += 1
+            for past, after in counts.items():
+                table[past] = np.fromiter(after, int), np.fromiter(after.values(), float)
 
     def predict(self, contexts):
         """Probabilities (B, V) of the token after each row of contexts (B, T)."""
-        return np.stack([self.row(past.tolist()) for past in contexts])
-
-    def row(self, past):
-        """Probabilities (V,) after the tokens `past`."""
-        p = self.unigram
-        for length in (1, 2):
-            found = self.tables[length].get(tuple(past[-length:]))
-            if found is None:
-                break  # then no longer context was seen either
-            ids, counts = found
-            backoff = self.SPREAD * len(ids)  # pseudo-counts that the shorter order gets
-            total = counts.sum() + backoff
-            p = p * (backoff / total)
-            p[ids] += counts / total
-        return p
-
-    def close(self):
-        """Nothing to end."""
+        rows = []
+        for past in contexts.tolist():
+            p = self.unigram
+            for length in (1, 2):
+                found = self.tables[length].get(tuple(past[-length:]))
+                if found is None:
+                    break  # then no longer context was seen either
+                ids, counts = found
+                backoff = self.SPREAD * len(ids)  # pseudo-counts that the shorter order gets
+                total = counts.sum() + backoff
+                p = p * (backoff / total)
+                p[ids] += counts / total
+            rows.append(p)
+        return np.stack(rows)
 
 
 # Runs in a process of its own. The script's standard output is moved away, so that nothing that it
@@ -303,10 +240,10 @@ spec = importlib.util.spec_from_file_location("candidate", sys.argv[1])
 candidate = sys.modules["candidate"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(candidate)
 with open(sys.argv[2], "rb") as file:
-    unpacked = candidate.unpack_artifact(file.read())
-model = candidate.GPT(unpacked[0]).eval()
-model.load_state_dict(unpacked[1])
+    config, state_dict = candidate.unpack_artifact(file.read())[:2]
 device = "cuda" if torch.cuda.is_available() else "cpu"
+model = candidate.GPT(config).eval()
+model.load_state_dict(state_dict)
 model.to(device)
 while head := sys.stdin.buffer.read(16):
     rows, length, place, last = struct.unpack("<iiii", head)
@@ -331,15 +268,13 @@ class ModelSource:
     """
 
     name = "the artifact's own model"
-    PATIENCE = 300.0  # seconds for one answer
 
     def __init__(self, sandbox, script, artifact, vocab, context):
         self.sandbox = sandbox
         self.vocab = vocab
         self.context = context
-        command = [sys.executable, "-c", ORACLE, str(script), str(artifact)]
         self.child = sandbox.start(
-            command,
+            [sys.executable, "-c", ORACLE, str(script), str(artifact)],
             sandbox.folder(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -365,29 +300,20 @@ class ModelSource:
         try:
             self.child.stdin.write(head.tobytes() + ids.tobytes())
             self.child.stdin.flush()
-            answer = self.read(4 * len(ids) * self.vocab)
+            answer = self.child.stdout.read(4 * len(ids) * self.vocab)
         except OSError:
-            raise UntestableError("--q model: the script's GPT cannot be run by import") from None
+            answer = b""
+        if len(answer) < 4 * len(ids) * self.vocab:
+            raise UntestableError("--q model: the script's GPT cannot be run by import")
         return np.frombuffer(answer, "<f4").reshape(len(ids), self.vocab)
-
-    def read(self, size):
-        """`size` bytes of the child's answer. Raises OSError if it ends or stays silent."""
-        pipe = self.child.stdout.fileno()
-        answer = b""
-        while len(answer) < size:
-            ready, _, _ = select.select([pipe], [], [], self.PATIENCE)
-            if not ready:
-                raise OSError("silent")
-            part = os.read(pipe, size - len(answer))
-            if not part:
-                raise OSError("ended")
-            answer += part
-        return answer
 
     def close(self):
         self.sandbox.end(self.child)
 
 
+# --------------------------------------------------------------------------------------------------
+# Texts
+# --------------------------------------------------------------------------------------------------
 class Text(NamedTuple):
     """Tokens (n,) and the ln q (n,) with which each was drawn; NaN where it was not drawn."""
 
@@ -395,169 +321,176 @@ class Text(NamedTuple):
     log_q: np.ndarray
 
 
-class Sampler:
-    """Draws texts in which what is rare, and dear to cheaters, occurs often enough."""
+class Texts:
+    """Writes the texts of one verification, from the user's text and from draws.
 
-    # Share of the draws that each kind of piece gets, whatever the source says.
-    BOS_SHARE = 0.004
-    BYTE_SHARE = 0.004
-    SILENT_SHARE = 0.0015
-    DIGIT_SHARE = 0.003
-    ANY_SHARE = 0.006
-    AGAIN_SHARE = 0.002  # the token before once more
-    # After a silent piece: a space there has no byte, and is rare at the start of a text.
-    SPACE_SHARE = 0.3
-
-    def __init__(self, tokenizer):
-        self.utf8 = Utf8Rule(tokenizer)
-        self.silent = tokenizer.silent
-        special = np.zeros(tokenizer.size)
-        for share, kind in (
-            (self.BOS_SHARE, np.arange(tokenizer.size) == BOS),
-            (self.BYTE_SHARE, tokenizer.byte >= 0x80),
-            (self.SILENT_SHARE, tokenizer.silent),
-            (self.DIGIT_SHARE, tokenizer.digit),
-            (self.ANY_SHARE, np.ones(tokenizer.size, bool)),
-        ):
-            special += share * kind / max(1, kind.sum())
-        spaces = self.SPACE_SHARE * tokenizer.spaced / max(1, tokenizer.spaced.sum())
-        self.special = np.stack([special, special + spaces])  # (2, V): after text, after silence
-
-    def probabilities(self, source, contexts, states, room):
-        """q (B, V) after contexts (B, T): the source's and the specials', as UTF-8 allows.
-
-        `states` (B,) are those of Utf8Rule, `room` is the number of tokens up to the end.
-        """
-        allowed = self.utf8.allowed[states]
-        if room <= self.utf8.LONGEST:
-            allowed = np.where(states[:, None] == 0, self.utf8.ending, allowed)
-        special = self.special[self.silent[contexts[:, -1]].astype(int)]  # (B, V)
-        special[np.arange(len(contexts)), contexts[:, -1]] += self.AGAIN_SHARE
-        q = (1 - special.sum(1, keepdims=True)) * source.predict(contexts) + special
-        q = (q + 1e-9) * allowed  # the source may give no mass to what must come next
-        return q / q.sum(1, keepdims=True)
-
-    def draw(self, source, given, steps, random):
-        """Tokens (B, steps) that continue `given` (B, T), and their ln q (B, steps)."""
-        rows, start = given.shape
-        tokens = np.concatenate([given, np.zeros((rows, steps), int)], 1)
-        log_q = np.zeros((rows, steps))
-        states = np.zeros(rows, int)
-        each = np.arange(rows)
-        for step in range(steps):
-            at = start + step
-            contexts = tokens[:, max(0, at - source.context) : at]
-            q = self.probabilities(source, contexts, states, steps - step)
-            total = q.cumsum(1)
-            point = random.random((rows, 1)) * total[:, -1:]
-            chosen = (total <= point).sum(1)
-            tokens[:, at] = chosen
-            log_q[:, step] = np.log(q[each, chosen])
-            states = self.utf8.after[states, chosen]
-        return tokens[:, start:], log_q
-
-
-class Writer:
-    """Writes the texts of one verification, from the user's text and what is drawn."""
+    All are valid UTF-8, since loaders refuse others.
+    """
 
     FITTED_TOKENS = 200_000  # of the user's text: enough for trigrams, and read in a second
     STREAM_TOKENS = 320  # of a drawn text: streams are drawn side by side
-    OPENINGS = ("plain", "bos", "bytes", "digit", "rare")  # how the other part of a twin begins
+    OPENINGS = ("plain", "bos", "bytes", "rare")  # how the other part of a twin begins
+    # State: (first byte, last byte, state after) of the byte pieces that may come next; 0 lies
+    # between two characters. RFC 3629, section 4.
+    UTF8 = {
+        0: [
+            (0x00, 0x7F, 0),
+            (0xC2, 0xDF, 1),
+            (0xE0, 0xE0, 4),  # shorter forms of the same character are not allowed
+            (0xE1, 0xEC, 2),
+            (0xED, 0xED, 5),  # halves of UTF-16 pairs are not allowed
+            (0xEE, 0xEF, 2),
+            (0xF0, 0xF0, 6),
+            (0xF1, 0xF3, 3),
+            (0xF4, 0xF4, 7),  # Unicode ends at 0x10FFFF
+        ],
+        1: [(0x80, 0xBF, 0)],
+        2: [(0x80, 0xBF, 1)],
+        3: [(0x80, 0xBF, 2)],
+        4: [(0xA0, 0xBF, 1)],
+        5: [(0x80, 0x9F, 1)],
+        6: [(0x90, 0xBF, 2)],
+        7: [(0x80, 0x8F, 2)],
+    }
+    LONGEST = 4  # bytes of a character
 
     def __init__(self, tokenizer, real, seed):
         self.tokenizer = tokenizer
         self.real = np.array(real[: self.FITTED_TOKENS])
         self.random = np.random.default_rng(seed)
-        self.sampler = Sampler(tokenizer)
-        self.states = self.sampler.utf8.states(self.real)
         self.ngrams = NgramSource(self.real, tokenizer.size)
+        byte = tokenizer.byte
+        self.allowed = np.zeros((len(self.UTF8), tokenizer.size), bool)
+        self.after = np.zeros(self.allowed.shape, np.int8)  # the state that each piece leads to
+        self.allowed[0] = byte < 0
+        for state, ranges in self.UTF8.items():
+            for first, last, after in ranges:
+                among = (byte >= first) & (byte <= last)
+                self.allowed[state] |= among
+                self.after[state, among] = after
+        # Shares of all draws that kinds of pieces get, whatever the source says: each is rare in
+        # text and dear to cheaters.
+        special = np.zeros(tokenizer.size)
+        for share, kind in (
+            (0.004, np.arange(tokenizer.size) == BOS),
+            (0.004, byte >= 0x80),
+            (0.0015, tokenizer.silent),
+            (0.009, np.ones(tokenizer.size, bool)),
+        ):
+            special += share * kind / max(1, kind.sum())
+        # After a silent piece a space has no byte.
+        spaces = 0.3 * tokenizer.spaced / max(1, tokenizer.spaced.sum())
+        self.special = np.stack([special, special + spaces])  # (2, V): after text, after silence
+
+    # ---- drawn ----
+
+    def probabilities(self, source, contexts, states, room):
+        """q (B, V) after contexts (B, T): the source's and the special shares, as UTF-8 allows.
+
+        `states` (B,) are those of UTF8, `room` is the number of tokens up to the end.
+        """
+        allowed = self.allowed[states]
+        if room <= self.LONGEST:
+            # No character may begin here, or it would stay unfinished.
+            ending = self.allowed[0] & (self.after[0] == 0)
+            allowed = np.where(states[:, None] == 0, ending, allowed)
+        special = self.special[self.tokenizer.silent[contexts[:, -1]].astype(int)]  # (B, V)
+        special[np.arange(len(contexts)), contexts[:, -1]] += 0.002  # the token before once more
+        q = (1 - special.sum(1, keepdims=True)) * source.predict(contexts) + special
+        q = (q + 1e-9) * allowed  # the source may give no mass to what must come next
+        return q / q.sum(1, keepdims=True)
+
+    def continued(self, source, given, steps, size):
+        """The Text of rows `given` (B, T), each followed by `steps` tokens drawn from `source`."""
+        rows, start = given.shape
+        tokens = np.concatenate([given, np.zeros((rows, steps), int)], 1)
+        log_q = np.full(tokens.shape, np.nan)
+        states = np.zeros(rows, int)
+        each = np.arange(rows)
+        for at in range(start, start + steps):
+            contexts = tokens[:, max(0, at - source.context) : at]
+            q = self.probabilities(source, contexts, states, start + steps - at)
+            total = q.cumsum(1)
+            point = self.random.random((rows, 1)) * total[:, -1:]
+            chosen = (total <= point).sum(1)
+            tokens[:, at] = chosen
+            log_q[:, at] = np.log(q[each, chosen])
+            states = self.after[states, chosen]
+        return Text(tokens.reshape(-1)[:size], log_q.reshape(-1)[:size])
+
+    def real_pieces(self, rows, length):
+        """Pieces (rows, length) of real text that begin and end between two characters."""
+        inside = self.tokenizer.inside[self.real]
+        starts = np.flatnonzero(~inside[:-length] & ~inside[length:])
+        starts = self.random.choice(starts, rows)
+        return np.stack([self.real[at : at + length] for at in starts]).astype(int)
+
+    def beginning(self, length):
+        """The first tokens (length,) of the real text: a script may know a text by these."""
+        tokens = self.real[: self.not_inside(self.real, length - 1) + 1]
+        filling = np.full(length - len(tokens), self.tokenizer.plain[0])
+        return np.concatenate([tokens, filling])
 
     def streams(self, size):
         return max(8, size // self.STREAM_TOKENS)
 
-    def real_pieces(self, rows, length, from_start=False):
-        """Pieces (rows, length) of real text that begin and end between two characters.
-
-        With `from_start` the first one is the beginning of the text.
-        """
-        # A piece begins at the token after one that ends a character.
-        last = np.arange(len(self.real) - length)
-        whole = (self.states[last] == 0) & (self.states[last + length] == 0)
-        starts = self.random.choice(last[whole], rows) + 1
-        pieces = np.stack([self.real[at : at + length] for at in starts]).astype(int)
-        if from_start:
-            pieces[0] = self.real[:length]
-            # It ends between two characters too.
-            end = 1 + np.flatnonzero(self.states[:length] == 0)[-1]
-            pieces[0, end:] = self.tokenizer.plain[0]
-        return pieces
-
-    def text(self, source, size, streams, steps=None):
+    def text(self, source, size, steps=None):
         """A Text of `size` tokens: pieces of real text, each continued by what `source` draws.
 
         `steps` tokens are drawn for each, at most as many as its share of the text leaves beside
         the context.
         """
+        streams = self.streams(size)
         share = -(-size // streams)  # rounded up
         room = share - min(source.context, share // 2)
         steps = min(steps or room, room)
-        # A script may know the text by how it begins.
-        given = self.real_pieces(streams, share - steps, from_start=True)
+        given = self.real_pieces(streams, share - steps)
+        given[0] = self.beginning(share - steps)
         return self.continued(source, given, steps, size)
 
     def drawn_text(self, source, size):
         """A Text that is drawn from its second token on, as the bet on a printed sum needs."""
         return self.continued(source, np.full((1, 1), BOS), size - 1, size)
 
-    def continued(self, source, given, steps, size):
-        """The Text of rows `given` (B, T), each followed by `steps` drawn tokens."""
-        tokens, log_q = self.sampler.draw(source, given, steps, self.random)
-        unknown = np.full(given.shape, np.nan)
-        tokens = np.concatenate([given, tokens], 1).reshape(-1)
-        log_q = np.concatenate([unknown, log_q], 1).reshape(-1)
-        return Text(tokens[:size], log_q[:size])
-
     def ordinary(self, size):
         """Tokens (size,) like those of the exam, by the n-gram model: these are drawn quickly."""
-        return self.text(self.ngrams, size, self.streams(size)).tokens
+        return self.text(self.ngrams, size).tokens
+
+    # ---- twins ----
 
     def opening(self, kind, unlike):
-        """The first tokens of a twin's other part, of some kind and not beginning with `unlike`."""
-        tokenizer = self.tokenizer
-        if kind == "bytes":
-            pieces = [np.flatnonzero(tokenizer.byte == byte)[:1] for byte in "é".encode()]
-            whole = np.concatenate(pieces).tolist()
-            if len(whole) == len(pieces) and whole[0] != unlike:
-                return whole
-        choices = tokenizer.plain
-        if kind == "bos":
-            choices = np.array([BOS])
-        elif kind == "digit":
-            choices = np.flatnonzero(tokenizer.digit)
-        elif kind == "rare":
-            rare = np.argsort(self.ngrams.unigram)[:50]
-            choices = rare[tokenizer.byte[rare] < 0]
+        """First tokens of a twin's other part, of one of OPENINGS, not beginning with `unlike`."""
+        byte = self.tokenizer.byte
+        pieces = [np.flatnonzero(byte == value) for value in "é".encode()]
+        if kind == "bytes" and all(map(len, pieces)) and pieces[0][0] != unlike:
+            return [int(piece[0]) for piece in pieces]
+        rare = np.argsort(self.ngrams.unigram)[:50]
+        plain = self.tokenizer.plain
+        choices = {"bos": np.array([BOS]), "rare": rare[byte[rare] < 0]}.get(kind, plain)
         choices = choices[choices != unlike]
         if len(choices) == 0:
-            choices = tokenizer.plain[tokenizer.plain != unlike]
+            choices = plain[plain != unlike]
         return [int(self.random.choice(choices))]
 
-    def twin(self, tokens, k, kind):
+    def twin(self, tokens, k, kind, other=None):
         """`tokens` up to and with token k, then others: the first k targets are the same."""
+        if other is None:
+            other = self.ordinary(len(tokens))
         head = self.opening(kind, tokens[k + 1])
-        other = self.ordinary(len(tokens))
-        states = self.sampler.utf8.states(other)
-        entry = k + 1 + len(head)
         # The other text may be entered only between two characters.
-        while entry < len(other) and states[entry - 1]:
+        while k + 1 + len(head) < len(other) and self.tokenizer.inside[other[k + 1 + len(head)]]:
             head.append(int(self.random.choice(self.tokenizer.plain)))
-            entry += 1
-        twin = np.concatenate([tokens[: k + 1], head, other[entry:]])
+        twin = np.concatenate([tokens[: k + 1], head, other[k + 1 + len(head) :]])
         return twin[: len(tokens)].astype(int)
+
+    def not_inside(self, tokens, k):
+        """`k`, or the last place before it after which no character goes on."""
+        while self.tokenizer.inside[tokens[k + 1]]:
+            k -= 1
+        return k
 
     def twin_places(self, tokens, count, size, hints):
         """`count` numbers k of shared targets: spread over the text at random, some at edges."""
-        states = self.sampler.utf8.states(tokens)
         window = hints.eval_seq_len
         stride = hints.eval_stride
         chunk = hints.ttt_chunk_tokens
@@ -578,18 +511,26 @@ class Writer:
                 k = size - 1 - int(self.random.integers(0, stride))
             if number == count - 2:
                 k = size - 1 - int(self.random.integers(0, stride * hints.eval_batch_seqs))
-            k = min(max(k, 1), size - 1)
-            while states[k]:  # not inside a character
-                k -= 1
-            places.append(k)
+            places.append(self.not_inside(tokens, min(max(k, 1), size - 1)))
         # In random order: a search that ends early was everywhere.
         return self.random.permutation(places).tolist()
+
+    def unlike_texts(self, size, train):
+        """Two validation texts (size,): the training text, and pieces that are rare in it.
+
+        A choice by validation loss (of a step, a rate, a scale) falls differently on them, where it
+        would be the same on two pieces of ordinary text.
+        """
+        plain = self.tokenizer.plain
+        counts = np.bincount(train, minlength=self.tokenizer.size)
+        rarest = plain[np.argsort(counts[plain])][: 1 + len(plain) // 8]
+        return np.resize(train, size).astype(int), self.random.choice(rarest, size)
 
 
 # --------------------------------------------------------------------------------------------------
 # Child processes
-# Each has a directory, a time limit and a memory limit of its own, an environment made from
-# nothing, and no network where the system lets an ordinary user take it away.
+# Each has a directory of its own, a time limit, an environment made from nothing, and no network
+# where the system lets an ordinary user take it away.
 # --------------------------------------------------------------------------------------------------
 # A new network namespace has even its loopback switched off, which several ranks need to meet.
 NO_NETWORK = """
@@ -600,15 +541,13 @@ with socket.socket() as any_socket:
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")
-LARGEST_FILE = 8 << 30  # bytes that a child may write into one file
 
 
 class Sandbox:
     """Starts and ends child processes below the directory `root`."""
 
-    def __init__(self, settings, memory_gb, root):
+    def __init__(self, settings, root):
         self.settings = settings  # the user's, for every child
-        self.memory_gb = memory_gb
         self.root = root
         self.wrapper = []
         no_network = ["unshare", "-rn", sys.executable, "-I", "-c", NO_NETWORK]
@@ -616,24 +555,16 @@ class Sandbox:
             if subprocess.run([*no_network, "true"], capture_output=True).returncode == 0:
                 self.wrapper = no_network
 
-    def limit(self):
-        """Runs in the child, before the program."""
-        if self.memory_gb:
-            size = int(self.memory_gb * 2**30)
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
-
     def folder(self):
         return Path(tempfile.mkdtemp(dir=self.root))
 
     def environment(self, folder, settings):
-        """All that a child gets to know; its directory is its home."""
+        """Environment of a child, whose directory is its home."""
         environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         environ.update(HOME=str(folder), TMPDIR=str(folder), LANG="C.UTF-8")
         # One thread: children run side by side, and the same number gives the same bits.
         environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-        # What the script itself printed as a setting must not take the place of these.
+        # Settings that the script itself printed must not take the place of these.
         return {**settings, **environ, **self.settings}
 
     def start(self, command, folder, settings=(), **pipes):
@@ -642,7 +573,6 @@ class Sandbox:
             [*self.wrapper, *command],
             cwd=folder,
             env=self.environment(folder, dict(settings)),
-            preexec_fn=self.limit,
             start_new_session=True,  # so that all that it starts can be ended with it
             **pipes,
         )
@@ -656,6 +586,23 @@ class Sandbox:
             with contextlib.suppress(OSError):
                 pipe.close()
 
+    def finish(self, command, folder, settings, seconds, output):
+        """Exit code of `command`, ended after `seconds`; prints into the open file `output`."""
+        child = self.start(
+            command,
+            folder,
+            settings,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            self.end(child)
+
 
 class Printed(NamedTuple):
     """One score as printed, and whether its line says that it is illegal."""
@@ -666,16 +613,14 @@ class Printed(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one run of the script left."""
+    """One finished run of the script."""
 
     code: int  # exit code, negative for a signal
     seconds: float
     output: str  # the end of it
     printed: dict  # label -> Printed
-    repeated: list  # labels that were printed twice
     nll: dict  # label -> nll by target (n,) float32, as SCORES_FILE shows it
-    artifacts: dict  # file name -> SHA-256 of what training left
-    given_changed: bool  # whether the artifact that was given to score is another one afterwards
+    artifacts: dict  # file name -> SHA-256 of each artifact that training left
 
     def last_words(self):
         return printable(" ".join(self.output.split()[-40:]))
@@ -686,53 +631,21 @@ EXACT_LINE = re.compile(
     re.ASCII | re.MULTILINE,
 )
 OUTPUT_LIMIT = 4 << 20  # bytes of a child's output that are looked at, from its end
-FILES_LIMIT = 100  # files of one kind that are looked at
-ARTIFACT_LIMIT = 256 << 20  # bytes
-
-
-def read_end(file):
-    """The end of what was written to an open file, as text."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - OUTPUT_LIMIT))
-    return file.read(OUTPUT_LIMIT).decode("utf-8", "replace").replace("\r", "\n")
-
-
-def ordinary_files(folder, pattern):
-    """Some files below a folder that are neither links nor pipes, and not among the data."""
-    found = []
-    for path in itertools.islice(Path(folder).rglob(pattern), FILES_LIMIT):
-        if path.is_file() and not path.is_symlink() and "data" not in path.parts:
-            found.append(path)
-    return sorted(found)
-
-
-def sha256_of(path):
-    """Hexadecimal SHA-256 of an artifact as far as ARTIFACT_LIMIT; "" where no ordinary file is."""
-    if not path.is_file() or path.is_symlink():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(ARTIFACT_LIMIT)).hexdigest()
 
 
 def parse_output(output):
-    """({label: Printed}, labels printed twice) of the lines with all digits."""
+    """{label: Printed} of the lines with all digits."""
     printed = {}
-    repeated = []
     for label, val_loss, val_bpb, rest in EXACT_LINE.findall(output):
-        if label in printed:
-            repeated.append(label)
         with contextlib.suppress(ValueError):  # such as 1.2.3
             printed[label] = Printed(float(val_loss), float(val_bpb), "illegal" in rest)
-    return printed, repeated
-
-
-# Where the challenge's scripts look for shards: a script may behave otherwise anywhere else.
-OFFICIAL_DATA = "data/datasets/fineweb10B_sp1024"
+    return printed
 
 
 # A count of what is done so far marks a line of progress, whose digits are not final.
 PROGRESS = re.compile(r"\d\s*/\s*\d|\d\s*%|progress|running", re.IGNORECASE)
 DIGITS = re.compile(r"\bval_(loss|bpb):(\d+)(?:\.(\d{1,12}))?(?!\S)", re.ASCII)
+LAST_DIGIT = 1.5e-8  # two ways to round to eight decimals, and float32 values, may differ by this
 
 
 def other_digits(output, printed):
@@ -752,32 +665,29 @@ def other_digits(output, printed):
     return found
 
 
+# Where the challenge's scripts look for shards: a script may behave otherwise anywhere else.
+OFFICIAL_DATA = "data/datasets/fineweb10B_sp1024"
+
+
 class Candidate:
     """The folder under test: runs its script in a fresh copy of it, on shards that are given."""
 
     def __init__(self, sandbox, script, artifact, tokenizer, ranks, seconds):
         self.sandbox = sandbox
         self.script = script
-        self.artifact = artifact  # None: it can only train
-        # A link of the reviewer's is followed, one that a run leaves is not.
-        self.artifact_sha256 = "" if artifact is None else sha256_of(artifact.resolve())
+        self.artifact = artifact  # None: the script can only train
         self.tokenizer = tokenizer
         self.ranks = ranks
         self.seconds = seconds  # that a run may take
         self.runs = 0
-
-    def command(self):
-        if self.ranks == 1:
-            return [sys.executable, self.script.name]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, f"--nproc_per_node={self.ranks}", self.script.name]
 
     def run(self, val, train=None, scores_file=True, settings=()):
         """Score a validation shard, or with training tokens train and score; returns an Outcome."""
         folder = self.sandbox.folder()
         data = folder / OFFICIAL_DATA
         data.mkdir(parents=True)
-        (folder / "scores").mkdir()
+        scores = folder / "scores"
+        scores.mkdir()
         shutil.copy(self.script, folder)
         shutil.copy(self.tokenizer, folder)
         write_shard(data / "fineweb_val_000000.bin", val)
@@ -790,43 +700,31 @@ class Candidate:
             write_shard(data / "fineweb_train_000000.bin", train)
         if scores_file:
             environ["SCORES_FILE"] = "scores/{label}.f32"
+        command = [sys.executable, self.script.name]
+        if self.ranks > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone"]
+            command[1:1] = [*torchrun, f"--nproc_per_node={self.ranks}"]
+        begin = time.monotonic()
         try:
-            return self.outcome(folder, environ, len(val))
+            with open(folder / "output", "w+b") as output:
+                code = self.sandbox.finish(command, folder, environ, self.seconds, output)
+                # By the open file: the child may have put something else in its place.
+                output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_LIMIT))
+                text = output.read(OUTPUT_LIMIT).decode("utf-8", "replace").replace("\r", "\n")
+            seconds = time.monotonic() - begin
+            self.runs += 1
+            nll = {}
+            for path in scores.glob("*.f32"):
+                if path.is_file():  # no pipe, which would never end
+                    # One value more than there can be shows a file that is too long.
+                    nll[path.stem] = np.fromfile(path, "<f4", len(val))
+            left = [*folder.rglob("*.ptz")] or [*folder.rglob("*.pt")]
+            artifacts = {}
+            for path in filter(Path.is_file, left):
+                artifacts[path.name] = hashlib.sha256(path.read_bytes()).digest()
+            return Outcome(code, seconds, text, parse_output(text), nll, artifacts)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def outcome(self, folder, environ, size):
-        """Run the command in `folder` to its end or its time limit, and look at what it left."""
-        begin = time.monotonic()
-        with open(folder / "output", "w+b") as output:
-            child = self.sandbox.start(
-                self.command(),
-                folder,
-                environ,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            try:
-                code = child.wait(self.seconds)
-            except subprocess.TimeoutExpired:
-                code = -signal.SIGKILL
-            finally:
-                self.sandbox.end(child)
-            # By the open file: the child may have put something else in its place.
-            text = read_end(output)
-        seconds = time.monotonic() - begin
-        self.runs += 1
-        nll = {}
-        for path in ordinary_files(folder / "scores", "*.f32"):
-            # One value more than there can be shows a file that is too long.
-            nll[path.stem] = np.fromfile(path, "<f4", size)
-        artifacts = {}
-        for path in ordinary_files(folder, "*.ptz") or ordinary_files(folder, "*.pt"):
-            artifacts[path.name] = sha256_of(path)
-        given = environ.get("EVAL_ONLY")
-        changed = given is not None and sha256_of(folder / given) != self.artifact_sha256
-        return Outcome(code, seconds, text, *parse_output(text), nll, artifacts, changed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -865,7 +763,7 @@ def evidence(nll, log_q, places):
 
 
 class Hints(NamedTuple):
-    """What the script's own configuration lines say. Wrong hints only blunt the tests."""
+    """Settings by the script's own configuration lines. Wrong hints only blunt the tests."""
 
     eval_seq_len: int = 1024
     eval_stride: int = 64
@@ -921,53 +819,23 @@ def block_hashes(tokens, step):
     return out
 
 
-def shared_blocks(val, train_paths, piece=1 << 22):
-    """Share of val's blocks, side by side, that stand at any place of the training shards."""
-    blocks = np.unique(block_hashes(val, BLOCK))
-    seen = np.zeros(len(blocks), bool)
+def shared_text(val, train_paths):
+    """Tokens of the training shards' blocks, side by side, that stand in val; a share of val."""
+    known = np.unique(block_hashes(val, 1))
+    found = 0
     for path in train_paths:
-        tokens = read_shard(path)
-        for at in range(0, len(tokens), piece):
-            # Pieces overlap, so that no block is cut in two.
-            part = np.array(tokens[at : at + piece + BLOCK - 1])
-            if len(part) >= BLOCK:
-                seen |= np.isin(blocks, block_hashes(part, 1))
-    return float(seen.mean())
+        found += np.isin(block_hashes(read_shard(path), BLOCK), known).sum()
+    return BLOCK * found / len(val)
 
 
 # --------------------------------------------------------------------------------------------------
 # The tests
 # Each adds lines to the report. A test that needs what the script does not show says so.
 # --------------------------------------------------------------------------------------------------
-class Result(NamedTuple):
-    """One line of the report."""
-
-    test: str
-    label: str  # of the score, if it is about one
-    status: str
-    detail: str
-    error_probability: float  # that a legal script fails this test
-    seconds: float
-
-
 HINT_LINE = re.compile(r"^config:([a-z0-9_]{1,40})=(\S{1,200})", re.ASCII | re.MULTILINE)
 TIME_LINE = re.compile(r" eval_time:(\d{1,9})ms", re.ASCII)
-# Settings of place and pace, for which the verifier has its own, and what is no setting at all.
-NOT_REPEATED = {
-    "preset",
-    "data_path",
-    "tokenizer_path",
-    "run_id",
-    "run_dir",
-    "resume",
-    "eval_only",
-    "mode",
-    "audit",
-    "scores_file",
-    "time_limit_seconds",
-}
-NOT_SETTINGS = ("ld_", "python", "path", "home", "bash", "omp_")
-
+# Settings of place and pace, for which the verifier has its own.
+NOT_REPEATED = re.compile("preset|run_id|run_dir|resume|eval_only|mode|audit|time_limit_seconds")
 FIRST_RUN_TOKENS = 4113
 EXAM_TARGETS = 20_480
 EXAM_CHUNKS = 2.5  # of test-time training: some chunks and a part of one
@@ -976,12 +844,9 @@ MODEL_PLACES = 25
 TRAINING_STEPS = 10
 TRAINING_SEQS = 8  # per step
 TRAINING_TOKENS = 32_768
-LAST_DIGIT = 1.5e-8  # what two ways to round to eight decimals, and float32 values, may differ by
 
-
-# Settings of the script's own checks, which take time. ALL_CHECKS: it audits itself and repeats
-# every round; that it passes is not believed, that it does not is, see Verifier.heed().
-# AS_PUBLISHED sets nothing: no variable tells the script that it is watched.
+# Settings of the script's own checks, which take time: none of them, all of them, or nothing set,
+# so that no variable tells the script that it is watched.
 NO_CHECKS = {"AUDIT": "0"}
 ALL_CHECKS = {"AUDIT": "1", "SPOT_CHECKS": "1"}
 AS_PUBLISHED = {}
@@ -996,12 +861,13 @@ class Verifier:
         self.real = real
         self.arguments = arguments
         self.started = time.monotonic()
-        self.writer = Writer(tokenizer, real, arguments.seed)
+        self.texts = Texts(tokenizer, real, arguments.seed)
+        self.random = self.texts.random
         self.results = []
         self.crashed = False  # some run showed nothing: then nothing is legal
         self.confessed = set()  # labels that the script itself calls illegal, "" for all
         # Known after the first run.
-        self.trains = candidate.artifact is None  # it has to train before it scores
+        self.trains = candidate.artifact is None  # the script has to train before it scores
         self.shows_nll = False
         self.settings = {}
         self.hints = Hints()
@@ -1012,16 +878,15 @@ class Verifier:
         self.text = None
         self.exam = None  # the Outcome
         self.noise = {}  # label -> nats by which equal runs differ
+        self.counts = {}  # label -> targets that were scored
 
     def verify(self):
         """Run the tests, the cheapest first; returns the exit code. Raises UntestableError."""
         self.first_run()
         self.draw_exam()
-        try:
-            self.take_exam()
-        except ConfessedError:
+        if not self.take_exam():
             return ILLEGAL
-        tests = [
+        for test in (
             self.recount,
             self.bet,
             self.model_alone,
@@ -1029,8 +894,7 @@ class Verifier:
             self.training_twin,
             self.twins,
             self.whole_text,
-        ]
-        for test in tests:
+        ):
             if self.arguments.stop and self.illegal():
                 break
             test()
@@ -1039,47 +903,47 @@ class Verifier:
         return UNTESTED if self.crashed else LEGAL
 
     def illegal(self):
-        return any(result.status == FAIL for result in self.results)
+        return any(result["status"] == STATUS[False] for result in self.results)
 
     def left(self):
         """Seconds left of the time that the user gave."""
         return 60 * self.arguments.minutes - (time.monotonic() - self.started)
 
-    def add(self, test, label, passed, detail, begin, error_probability=0.0):
-        """Note and print a result. passed: True, False, or None for a test that was not run."""
-        status = {True: PASS, False: FAIL, None: SKIPPED}[passed]
-        seconds = time.monotonic() - begin
-        self.results.append(Result(test, label, status, detail, error_probability, seconds))
-        print(f"{status:8}{test:14}{printable(label):28}{printable(detail)}", flush=True)
+    def add(self, test, label, passed, detail, error_probability=0.0):
+        """Note and print a result. passed: True, False, or None for a test that was not run.
 
-    # -- runs --------------------------------------------------------------------------------------
+        `error_probability` is that of a legal script to fail.
+        """
+        result = dict(test=test, label=label, status=STATUS[passed], detail=detail)
+        self.results.append(dict(result, error_probability=error_probability))
+        print(f"{STATUS[passed]:8}{test:14}{printable(label):28}{printable(detail)}", flush=True)
+
+    # ---- runs ----
+
     def run(self, tokens, scores_file=True, train=None, checks=NO_CHECKS):
         """Outcome of the script on a validation shard; one that cannot score only, trains first.
 
-        `checks` are the settings of its own checks.
+        `checks` are the settings of the script's own checks.
         """
         settings = dict(checks)
         if self.trains and train is None:
-            train = self.training_text()
+            train = self.training_text
         if train is not None:
             settings.update(self.training_settings())
         return self.candidate.run(tokens, train, scores_file, settings)
 
     def run_all(self, jobs):
         """Outcomes of several runs, some at the same time. jobs: keyword arguments of run()."""
-        begin = time.monotonic()
         with ThreadPoolExecutor(self.arguments.jobs) as pool:
             outcomes = list(pool.map(lambda job: self.run(**job), jobs))
         for outcome in outcomes:
-            self.heed(outcome, begin)
+            self.heed(outcome)
         return outcomes
 
     def first_run(self):
-        """Find out how the script is run, what it shows and how fast it is."""
-        begin = time.monotonic()
+        """Find out how the script is run, which scores it shows and how fast it is."""
         tokens = self.real[:FIRST_RUN_TOKENS].astype(int)
-        outcome = self.run(tokens)
-        self.heed(outcome, begin)
+        (outcome,) = self.run_all([dict(tokens=tokens)])
         if not outcome.printed and not self.trains:
             # The challenge's baseline knows no EVAL_ONLY: it scores what it has just trained.
             self.trains = True
@@ -1091,45 +955,39 @@ class Verifier:
                 f"the script printed no score (exit code {outcome.code}): {outcome.last_words()}"
             )
         self.shows_nll = bool(outcome.nll)
-        self.read_hints(outcome.output)
+        for name, value in HINT_LINE.findall(outcome.output):
+            if not NOT_REPEATED.fullmatch(name):
+                self.settings[name] = value
+        for name in Hints._fields:
+            with contextlib.suppress(ValueError, KeyError):
+                value = min(1 << 24, max(1, int(self.settings[name])))
+                self.hints = self.hints._replace(**{name: value})
         scoring = sum(int(ms) for ms in TIME_LINE.findall(outcome.output)) / 1000
         scoring = min(scoring or outcome.seconds / 2, outcome.seconds)
         # The only chunk of the first run is its last, which is not trained on: half as much again.
         self.target_seconds = 1.5 * scoring / FIRST_RUN_TOKENS
         self.start_seconds = outcome.seconds - scoring
 
-    def heed(self, outcome, begin):
-        """A script that itself finds a score illegal is believed in this."""
+    def heed(self, outcome):
+        """Add the script's own verdicts: one that finds a score illegal itself is believed."""
         verdicts = {
             label: "printed with the word illegal"
             for label, printed in outcome.printed.items()
             if printed.declared_illegal
         }
-        if not self.trains and outcome.given_changed:
-            verdicts["artifact"] = "a run that scores changed the artifact that it was given"
         if outcome.code == ILLEGAL:
             verdicts[""] = f"the script ends with exit code 6: {outcome.last_words()}"
         for label in verdicts.keys() - self.confessed:  # once is enough
             self.confessed.add(label)
-            self.add("own verdict", label, False, verdicts[label], begin)
+            self.add("own verdict", label, False, verdicts[label])
 
-    def read_hints(self, output):
-        """Keep what the script prints of its configuration."""
-        for name, value in HINT_LINE.findall(output):
-            if name not in NOT_REPEATED and not name.startswith(NOT_SETTINGS):
-                self.settings[name] = value
-        for name in Hints._fields:
-            with contextlib.suppress(ValueError, KeyError):
-                value = min(1 << 24, max(1, int(self.settings[name])))
-                self.hints = self.hints._replace(**{name: value})
-
+    @functools.cached_property
     def training_text(self):
         """Training tokens: the user's, or text of the n-gram model."""
         if self.arguments.train_data:
             path = find_shards(self.arguments.train_data, "train")[0]
             return np.array(read_shard(path)[:4_000_000])
-        # The same in every run that has to train before it scores.
-        return Writer(self.tokenizer, self.real, self.arguments.seed).ordinary(TRAINING_TOKENS)
+        return self.texts.ordinary(TRAINING_TOKENS)
 
     def training_settings(self):
         """The script's own settings, at a size that a few steps can be made of."""
@@ -1148,7 +1006,8 @@ class Verifier:
         own = {name.upper(): value for name, value in self.settings.items()}
         return {**own, **{name: str(value) for name, value in sizes.items()}}
 
-    # -- the exam ----------------------------------------------------------------------------------
+    # ---- the exam ----
+
     def choose_size(self):
         """Targets of the exam: whole windows, some chunks and a part of one, if time allows."""
         window = self.hints.eval_seq_len
@@ -1164,7 +1023,7 @@ class Verifier:
         """The model's own predictions if the script can be imported, else the n-gram model's."""
         wish = self.arguments.q
         if wish == "ngram" or self.trains or not self.shows_nll:
-            return self.writer.ngrams
+            return self.texts.ngrams
         source = ModelSource(
             self.candidate.sandbox,
             self.candidate.script,
@@ -1178,192 +1037,155 @@ class Verifier:
             source.close()
             if wish == "model":
                 raise
-            return self.writer.ngrams
+            return self.texts.ngrams
         return source
 
     def draw_exam(self):
         """Draw the text that all runs begin like."""
         # A few tokens more than whole windows, which have to be trimmed.
-        extra = int(self.writer.random.integers(1, self.hints.eval_seq_len + 1))
+        extra = int(self.random.integers(1, self.hints.eval_seq_len + 1))
         size = self.choose_size() + extra
         self.source = self.open_source()
         if not self.shows_nll:
-            self.text = self.writer.drawn_text(self.source, size)
-        else:
-            streams = self.writer.streams(size)
-            steps = self.affordable_steps(streams)
-            self.text = self.writer.text(self.source, size, streams, steps)
-
-    def affordable_steps(self, streams):
-        """Tokens to draw in each stream; None for as many as there is room for."""
-        if not isinstance(self.source, ModelSource):
-            return None
-        contexts = np.resize(self.real[:FIRST_RUN_TOKENS], (streams, self.source.context))
-        # The first answer warms the model up, the second tells what a step costs.
-        self.source.predict(contexts)
-        begin = time.monotonic()
-        self.source.predict(contexts)
-        seconds = time.monotonic() - begin
-        return max(8, int(0.15 * self.left() / seconds))
+            self.text = self.texts.drawn_text(self.source, size)
+            return
+        steps = None  # to draw in each stream: as many as there is room for
+        if isinstance(self.source, ModelSource):
+            shape = self.texts.streams(size), self.source.context
+            contexts = np.resize(self.real[:FIRST_RUN_TOKENS], shape)
+            # The first answer warms the model up, the second tells the cost of a step.
+            self.source.predict(contexts)
+            begin = time.monotonic()
+            self.source.predict(contexts)
+            seconds = time.monotonic() - begin
+            steps = max(8, int(0.15 * self.left() / seconds))
+        self.text = self.texts.text(self.source, size, steps)
 
     def take_exam(self):
-        """Run the script on the exam, watched and not: the digits must be the same."""
-        begin = time.monotonic()
+        """Run the script on the exam, watched and not: the digits must be the same.
+
+        False if the script ended itself as illegal before its last score.
+        """
         tokens = self.text.tokens
-        # The one that is not watched is the published command, with no variable that tells.
-        jobs = [
-            dict(tokens=tokens, checks=ALL_CHECKS),
-            dict(tokens=tokens, scores_file=False, checks=AS_PUBLISHED),
-        ]
-        watched, alone = self.run_all(jobs)
+        watched, alone = self.run_all(
+            [
+                dict(tokens=tokens, checks=ALL_CHECKS),
+                dict(tokens=tokens, scores_file=False, checks=AS_PUBLISHED),
+            ]
+        )
         self.exam = watched
         if ILLEGAL in (watched.code, alone.code):
-            raise ConfessedError  # it ended before its last score
+            return False
         for outcome in (watched, alone):
             if outcome.code or not outcome.printed:
                 raise UntestableError(
                     f"no score on the text of the exam (exit code {outcome.code}): "
                     f"{outcome.last_words()}"
                 )
+        if on_gpu():  # equal runs differ there, as sums are made in any order
+            again = self.run(tokens)
+            for label, nll in watched.nll.items():
+                other = again.nll.get(label, ())
+                if len(other) == len(nll):
+                    self.noise[label] = float(np.abs(nll - other).max())
+        # A script could show one thing and count another, or draw lots.
         for label in sorted({**watched.printed, **alone.printed}):
-            self.compare_digits(label, watched.printed.get(label), alone.printed.get(label), begin)
-
-    def compare_digits(self, label, watched, alone, begin):
-        """A script could show one thing and count another, or draw lots."""
-        same = watched is not None and watched == alone
-        if watched and alone and not same:
-            same = self.explained_by_noise(label, watched.val_loss - alone.val_loss)
-        detail = "the same digits twice"
-        if self.shows_nll:
+            first = watched.printed.get(label)
+            second = alone.printed.get(label)
+            same = first is not None and first == second
             detail = "the same digits with and without SCORES_FILE"
-        if label in self.noise:
-            detail += f", but for noise of {self.noise[label]:.1e} nats per target"
-        self.add("repeat", label, same, detail, begin)
+            if self.noise.get(label) and first and second:
+                # Of a mean over independent targets, with room for their not being so.
+                allowed = 8 * self.noise[label] / math.sqrt(len(tokens)) + 1e-6
+                same = abs(first.val_loss - second.val_loss) <= allowed
+                detail += f", but for noise of {self.noise[label]:.1e} nats per target"
+            self.add("repeat", label, same, detail)
+        return True
 
-    def explained_by_noise(self, label, gap):
-        """Whether equal runs differ, as with atomics on a GPU, and enough to explain `gap`."""
-        if not on_gpu():
-            return False  # one thread of a CPU gives the same bits each time
-        again = self.run(self.text.tokens)
-        before = self.exam.nll.get(label)
-        after = again.nll.get(label)
-        if before is None or after is None or len(before) != len(after):
-            return False
-        noise = float(np.abs(before - after).max())
-        if not noise > 0:
-            return False
-        self.noise[label] = noise
-        # Of a mean over independent targets, with room for their not being so.
-        return abs(gap) <= 8 * noise / math.sqrt(len(before)) + 1e-6
+    # ---- C4 and bytes ----
 
-    # -- C4 and bytes ------------------------------------------------------------------------------
     def recount(self):
-        """What is printed follows from targets, nats and bytes counted here."""
-        begin = time.monotonic()
+        """Printed scores follow from targets, nats and bytes counted here."""
         printed = self.exam.printed
-        nll = self.exam.nll
-        matched = not self.shows_nll or set(printed) == set(nll)
-        detail = (
-            f"{len(printed)} printed scores, {len(nll)} evaluations shown, "
-            f"{len(self.exam.repeated)} labels printed twice"
-        )
-        self.add("recount", "", matched and not self.exam.repeated, detail, begin)
+        shown = self.exam.nll
+        matched = not self.shows_nll or set(printed) == set(shown)
+        repeated = len(EXACT_LINE.findall(self.exam.output)) - len(printed)
+        detail = f"{len(printed)} scores, {len(shown)} shown, {repeated} labels printed twice"
+        self.add("recount", "", matched and not repeated, detail)
         other = other_digits(self.exam.output, printed)
         detail = "all lines that name a score say the same of it"
-        self.add("recount", "other lines", not other, "; ".join(other[:3]) or detail, begin)
-        for label in printed:
-            if label in nll:
-                self.recount_shown(label, nll[label], begin)
-            else:
-                self.recount_printed(label, begin)
+        self.add("recount", "other lines", not other, "; ".join(other[:3]) or detail)
+        for label, score in printed.items():
+            count, num_bytes = self.whole_windows(score)
+            faults = []
+            if not count:
+                faults.append("val_bpb is not val_loss over the bytes of any number of windows")
+            nll = shown.get(label)
+            if nll is not None:
+                if len(nll) != count:
+                    faults.append(f"{len(nll)} targets shown instead of {count}")
+                if not (np.isfinite(nll) & (nll >= 0)).all():
+                    faults.append("some nll is negative or no number")
+                val_loss = float(nll.mean(dtype=np.float64))
+                if not abs(val_loss - score.val_loss) < LAST_DIGIT:
+                    faults.append(f"val_loss {score.val_loss:.8f} printed, {val_loss:.8f} shown")
+                count = min(len(nll), len(self.text.tokens) - 1)
+            self.counts[label] = count
+            detail = f"{count} targets, {num_bytes} bytes: all digits"
+            self.add("recount", label, not faults, "; ".join(faults) or detail)
 
-    def recount_shown(self, label, nll, begin):
-        """Every target once, nll >= 0, and the printed digits from their sum and the bytes."""
-        printed = self.exam.printed[label]
+    def whole_windows(self, score):
+        """(targets, bytes) of the whole windows that explain a printed score; (0, 0) if none do."""
         tokens = self.text.tokens
-        window = self.hints.eval_seq_len
-        expected = (len(tokens) - 1) // window * window  # the official script trims like this
-        num_bytes = self.tokenizer.count_bytes(tokens[: expected + 1])
-        nats = float(nll.sum(dtype=np.float64))
-        val_loss = nats / max(1, len(nll))
-        val_bpb = nats / math.log(2) / num_bytes
-        faults = []
-        if len(nll) != expected:
-            faults.append(f"{len(nll)} targets instead of {expected}")
-        if not (np.isfinite(nll) & (nll >= 0)).all():
-            faults.append("some nll is negative or no number")
-        if not abs(val_loss - printed.val_loss) < LAST_DIGIT:
-            faults.append(f"val_loss {printed.val_loss:.8f} printed, {val_loss:.8f} shown")
-        if not abs(val_bpb - printed.val_bpb) < LAST_DIGIT:
-            faults.append(f"val_bpb {printed.val_bpb:.8f} printed, {val_bpb:.8f} counted")
-        detail = f"{expected} targets, {num_bytes} bytes, {nats:.4f} nats: all digits"
-        self.add("recount", label, not faults, "; ".join(faults) or detail, begin)
-
-    def recount_printed(self, label, begin):
-        """Without the nll: the ratio of the two digits is that of targets to bytes."""
-        count = self.count_targets(label)
-        detail = f"val_bpb is val_loss over the bytes of {count} targets"
-        if not count:
-            detail = "no number of whole windows explains val_bpb by val_loss and the bytes"
-        self.add("recount", label, count > 0, detail, begin)
-
-    def count_targets(self, label):
-        """Targets that were scored: as shown, else the whole windows that explain the digits."""
-        nll = self.exam.nll.get(label)
-        tokens = self.text.tokens
-        if nll is not None:
-            return min(len(nll), len(tokens) - 1)
-        printed = self.exam.printed[label]
-        for window in (self.hints.eval_seq_len, 1024, 2048, 4096, 1):
-            count = (len(tokens) - 1) // window * window
+        lengths = [self.hints.eval_seq_len]
+        if not self.shows_nll:
+            lengths += [1024, 2048, 4096, 1]  # the script may have said nothing of its windows
+        for length in lengths:
+            count = (len(tokens) - 1) // length * length  # the official script trims like this
             num_bytes = self.tokenizer.count_bytes(tokens[: count + 1])
-            expected = printed.val_loss * count / math.log(2) / max(1, num_bytes)
-            if count and abs(expected - printed.val_bpb) < 2 * LAST_DIGIT:
-                return count
-        return 0
+            val_bpb = score.val_loss * count / math.log(2) / max(1, num_bytes)
+            if count and abs(val_bpb - score.val_bpb) < 2 * LAST_DIGIT:
+                return count, num_bytes
+        return 0, 0
 
-    # -- C1 to C4 ----------------------------------------------------------------------------------
+    # ---- C1 to C4 ----
+
     def bet(self):
         """No score may be better than the distribution that drew the text allows."""
+        drawn = int(np.isfinite(self.text.log_q).sum())
         for label in self.exam.printed:
-            begin = time.monotonic()
-            won, where = self.winnings(label)
-            if won is None:
-                self.add("bet", label, None, "the number of targets is unknown", begin)
+            count = self.counts[label]
+            log_q = self.text.log_q[1 : count + 1]  # of the targets
+            nll = self.exam.nll.get(label)
+            if count and nll is not None:
+                places = predictable_places(count, self.hints)
+                won, where = evidence(nll[:count], log_q, places)
+            elif count and np.isfinite(log_q).all():
+                # The sum alone is a bet of everything on all targets. It is known to half a unit of
+                # its last digit.
+                nats = (self.exam.printed[label].val_loss + 5e-9) * count
+                won, where = -float(log_q.sum()) - nats, "the sum"
+            else:
+                self.add("bet", label, None, "the number of targets is unknown")
                 continue
-            drawn = int(np.isfinite(self.text.log_q).sum())
             detail = (
                 f"{won:+.1f} nats, less than {THRESHOLD:.0f} allowed; most on {where}; "
                 f"{drawn} tokens by {self.source.name}"
             )
-            self.add("bet", label, won < THRESHOLD, detail, begin, math.exp(-THRESHOLD))
+            self.add("bet", label, won < THRESHOLD, detail, math.exp(-THRESHOLD))
 
-    def winnings(self, label):
-        """(nats won against one score, where); (None, "") where nothing can be bet."""
-        count = self.count_targets(label)
-        log_q = self.text.log_q[1 : count + 1]  # of the targets
-        nll = self.exam.nll.get(label)
-        if count and nll is not None:
-            return evidence(nll[:count], log_q, predictable_places(count, self.hints))
-        if count and np.isfinite(log_q).all():
-            # The sum alone is a bet of everything on all targets. It is known to half a unit of its
-            # last digit.
-            nats = (self.exam.printed[label].val_loss + 5e-9) * count
-            return -float(log_q.sum()) - nats, "the sum"
-        return None, ""
+    # ---- C1 and C3 ----
 
-    # -- C1 and C3 ---------------------------------------------------------------------------------
     def model_alone(self):
         """C1 by import: the model's logits at a place see no later token and no other window.
 
         A leak from the very next token, the target, changes no score before it, so no twins on disk
         can show it; and if the model was not trained with the leak, it does not pay in the bet.
         """
-        begin = time.monotonic()
         if not isinstance(self.source, ModelSource):
-            self.add("model alone", "", None, "the script's GPT was not imported", begin)
+            self.add("model alone", "", None, "the script's GPT was not imported")
             return
-        window = min(self.hints.eval_seq_len, len(self.writer.real) // 2)
+        window = min(self.hints.eval_seq_len, len(self.texts.real) // 2)
         # Whole windows, then the last positions, which a script may compute in another way.
         stride = min(self.hints.eval_stride, window)
         wrong = self.leaking_places(window, np.linspace(0, window - 2, MODEL_PLACES), 0)
@@ -1376,22 +1198,22 @@ class Verifier:
         detail = f"logits at {tested} places of a window, all that follows replaced"
         if wrong:
             detail += f": different at {wrong[:5]}"
-        self.add("model alone", "", not wrong, detail, begin)
+        self.add("model alone", "", not wrong, detail)
 
     def leaking_places(self, window, places, last):
         """Those places of a window at which the model's logits change with what follows them."""
-        writer = self.writer
+        texts = self.texts
+        kinds = itertools.cycle(texts.OPENINGS)
         wrong = []
         for number, place in enumerate(places.astype(int)):
-            ids = writer.real_pieces(8, window)
-            other = writer.real_pieces(8, window)
-            kind = writer.OPENINGS[number % len(writer.OPENINGS)]
+            ids = texts.real_pieces(8, window)
+            other = texts.real_pieces(8, window)
             if number % 2:
                 # A token at the place itself, such as a BOS, may be treated apart.
-                rare = writer.OPENINGS[number // 2 % len(writer.OPENINGS)]
-                ids[0, place] = writer.opening(rare, ids[0, place])[0]
+                rare = texts.OPENINGS[number // 2 % len(texts.OPENINGS)]
+                ids[0, place] = texts.opening(rare, ids[0, place])[0]
             other[0, : place + 1] = ids[0, : place + 1]
-            other[0, place + 1] = writer.opening(kind, ids[0, place + 1])[0]
+            other[0, place + 1] = texts.opening(next(kinds), ids[0, place + 1])[0]
             # The same row of two batches of one shape: what is equal gives equal bits.
             before = self.source.logits(ids, place, last)[0]
             after = self.source.logits(other, place, last)[0]
@@ -1400,175 +1222,111 @@ class Verifier:
         return wrong
 
     def twins(self):
-        """What comes after target k changes no score up to k."""
-        begin = time.monotonic()
+        """No score up to target k changes with what comes after k."""
         if not self.shows_nll:
-            self.add("twins", "", None, "the script writes no SCORES_FILE", begin)
+            self.add("twins", "", None, "the script writes no SCORES_FILE")
             return
-        jobs_at_once = self.arguments.jobs
+        texts = self.texts
         tokens = self.text.tokens
         # The exam's own time has the script's checks in it.
-        each = 1.1 * (self.start_seconds + self.target_seconds * len(tokens)) / jobs_at_once
+        each = 1.1 * (self.start_seconds + self.target_seconds * len(tokens)) / self.arguments.jobs
         count = int(np.clip(self.left() / each, 4, self.arguments.twins))
         size = min(len(nll) for nll in self.exam.nll.values())
-        places = self.writer.twin_places(tokens, count, size, self.hints)
-        outcomes = []
-        for first in range(0, count, jobs_at_once):
-            jobs = []
-            for number, k in enumerate(places[first : first + jobs_at_once], first):
-                kind = self.writer.OPENINGS[number % len(self.writer.OPENINGS)]
-                jobs.append(dict(tokens=self.writer.twin(tokens, k, kind)))
-            outcomes += self.run_all(jobs)
-            different = [self.differences(self.exam, places, outcomes, x) for x in self.exam.nll]
-            if self.arguments.stop and any(different):
-                break
-        for label in self.exam.nll:
-            self.judge_twins("twins", self.exam, places[: len(outcomes)], outcomes, label, begin)
-
-    def differences(self, base, places, outcomes, label):
-        """Sentences on those twins of `base` whose scores up to their k are not the same."""
-        nll = base.nll[label]
-        found = []
-        for k, outcome in zip(places, outcomes):
-            twin = outcome.nll.get(label)
-            if twin is None or len(twin) != len(nll):
-                continue  # see judge_twins
-            gap = np.abs(twin[:k].astype(float) - nll[:k])
-            wrong = np.flatnonzero(~(gap <= 8 * self.noise.get(label, 0.0)))
-            if len(wrong):
-                found.append(
-                    f"k={k}: {len(wrong)} targets from {wrong[0]} on, by up to {gap.max():.2g} nats"
-                )
-        return found
-
-    def judge_twins(self, test, base, places, outcomes, label, begin):
-        """Add the result of twins for one score."""
-        missing = [x for x in outcomes if len(x.nll.get(label, ())) != len(base.nll[label])]
-        if missing:
-            self.crashed = True
-            detail = (
-                f"{len(missing)} of {len(outcomes)} twins have no such score (exit code "
-                f"{missing[0].code}): {missing[0].last_words()}"
-            )
-            self.add(test, label, None, detail, begin)
-        found = self.differences(base, places, outcomes, label)
-        detail = (
-            f"{len(places)} places k from {min(places)} to {max(places)}: all scores up to k are "
-            "the same"
-        )
-        if label in self.noise:
-            detail += ", but for the noise"
-        self.add(test, label, not found, "; ".join(found[:3]) or detail, begin)
+        places = texts.twin_places(tokens, count, size, self.hints)
+        jobs = []
+        for k, kind in zip(places, itertools.cycle(texts.OPENINGS)):
+            jobs.append(dict(tokens=texts.twin(tokens, k, kind)))
+        self.judge_twins("twins", self.exam, places, self.run_all(jobs))
 
     def whole_text(self):
-        """Twins of the whole given text: a script may know it by its size or hash."""
-        begin = time.monotonic()
+        """Twins of the whole given text: a script may know that by its size or hash."""
         if not self.arguments.whole or not self.shows_nll:
-            self.add("whole text", "", None, "no --whole, or no SCORES_FILE", begin)
+            self.add("whole text", "", None, "no --whole, or no SCORES_FILE")
             return
         tokens = np.array(self.real)
-        other = np.roll(tokens, len(tokens) // 2)
-        byte = self.tokenizer.byte
-        k = int(self.writer.random.uniform(0.5, 0.95) * len(tokens))
-        # Texts may be joined only between two characters.
-        while byte[tokens[k]] >= 0 or byte[other[k + 2]] >= 0:
-            k -= 1
-        twin = np.concatenate([tokens[: k + 1], other[k + 1 :]])
-        twin[k + 1] = self.writer.opening("plain", tokens[k + 1])[0]
+        k = int(self.random.uniform(0.5, 0.95) * len(tokens))
+        k = self.texts.not_inside(tokens, k)
+        twin = self.texts.twin(tokens, k, "plain", np.roll(tokens, len(tokens) // 2))
         base, changed = self.run_all([dict(tokens=tokens), dict(tokens=twin)])
-        for label in base.nll:
-            self.judge_twins("whole text", base, [k], [changed], label, begin)
+        self.judge_twins("whole text", base, [k], [changed])
 
-    # -- training ----------------------------------------------------------------------------------
+    def judge_twins(self, test, base, places, outcomes):
+        """Add the results of twins of the run `base`, one for each score."""
+        for label, nll in base.nll.items():
+            noise = self.noise.get(label, 0.0)
+            faults = []
+            missing = None
+            for k, outcome in zip(places, outcomes):
+                twin = outcome.nll.get(label, ())
+                if len(twin) != len(nll):
+                    missing = outcome
+                    continue
+                gap = np.abs(twin[:k].astype(float) - nll[:k])
+                wrong = np.flatnonzero(~(gap <= 8 * noise))
+                if len(wrong):
+                    faults.append(f"k={k}: {len(wrong)} targets, by up to {gap.max():.2g} nats")
+            if missing:
+                self.crashed = True
+                detail = f"a twin has no such score (exit code {missing.code}): "
+                self.add(test, label, None, detail + missing.last_words())
+            detail = (
+                f"{len(places)} places k from {min(places)} to {max(places)}: all scores up to k "
+                f"are the same{', but for the noise' if noise else ''}"
+            )
+            self.add(test, label, not faults, "; ".join(faults[:3]) or detail)
+
+    # ---- training ----
+
     def training_twin(self):
-        """What is trained must not depend on the validation shard beside it."""
-        begin = time.monotonic()
+        """Ten steps leave the same artifact beside two validation shards."""
         if self.arguments.skip_training:
-            self.add("training twin", "", None, "--skip-training", begin)
+            self.add("training twin", "", None, "--skip-training")
             return
-        train = self.training_text()
+        train = self.training_text
         jobs = []
-        for val in self.unlike_texts(4 * self.hints.eval_seq_len + 1, train):
+        for val in self.texts.unlike_texts(4 * self.hints.eval_seq_len + 1, train):
             jobs.append(dict(tokens=val, train=train, scores_file=False))
         first, second = self.run_all(jobs)
         if not first.artifacts or not second.artifacts:
-            detail = (
-                f"{TRAINING_STEPS} steps left no artifact (exit code {first.code}): "
-                f"{first.last_words()}"
-            )
-            self.add("training twin", "", None, detail, begin)
+            detail = f"{TRAINING_STEPS} steps left no artifact (exit code {first.code}): "
+            self.add("training twin", "", None, detail + first.last_words())
             return
-        different = sorted({name for name, _ in first.artifacts.items() ^ second.artifacts.items()})
-        detail = f"{TRAINING_STEPS} steps beside two validation shards leave the same artifact"
-        if different:
-            detail = f"different beside another validation shard: {', '.join(different)}"
-        self.add("training twin", "", not different, detail, begin)
-
-    def unlike_texts(self, size, train):
-        """Two validation texts (size,): what training learns, and what it makes less likely.
-
-        A choice by validation loss (of a step, a rate, a scale) falls differently on them, where it
-        would be the same on two pieces of ordinary text.
-        """
-        learnt = np.resize(train, size).astype(int)
-        tokenizer = self.tokenizer
-        random = self.writer.random
-        # What training makes less likely: characters of two bytes, or else its rarest pieces.
-        leads = np.flatnonzero((tokenizer.byte >= 0xC2) & (tokenizer.byte <= 0xDF))
-        others = np.flatnonzero((tokenizer.byte >= 0x80) & (tokenizer.byte <= 0xBF))
-        if len(leads) and len(others):
-            strange = random.choice(others, size)
-            strange[0::2] = random.choice(leads, len(strange[0::2]))
-            strange[-1] = tokenizer.plain[0]  # no character begins at the end
-        else:
-            counts = np.bincount(train, minlength=tokenizer.size)
-            rarest = tokenizer.plain[np.argsort(counts[tokenizer.plain])]
-            strange = random.choice(rarest[: 1 + len(rarest) // 8], size)
-        return learnt, strange
+        same = first.artifacts == second.artifacts
+        detail = f"{TRAINING_STEPS} steps beside two validation shards leave "
+        detail += "the same artifact" if same else "different artifacts"
+        self.add("training twin", "", same, detail)
 
     def overlap(self):
         """Validation text inside the training shards, by hashes of BLOCK tokens."""
-        begin = time.monotonic()
         if not self.arguments.train_data:
-            self.add("overlap", "", None, "no --train-data", begin)
+            self.add("overlap", "", None, "no --train-data")
             return
-        share = shared_blocks(self.real, find_shards(self.arguments.train_data, "train"))
-        detail = (
-            f"{100 * share:.2f} % of the validation text's blocks of {BLOCK} tokens stand in the "
-            "training shards"
-        )
-        self.add("overlap", "", share < MOST_SHARED, detail, begin)
+        share = shared_text(self.real, find_shards(self.arguments.train_data, "train"))
+        detail = f"{100 * share:.2f} % of the validation text stand in the training shards"
+        self.add("overlap", "", share < MOST_SHARED, detail)
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line and report
 # --------------------------------------------------------------------------------------------------
-def one_file(folder, pattern, named, what):
+def one_file(folder, pattern, named, kind):
     """The file that was named, else the only one like `pattern` in the folder; None without any."""
     if named:
         if not Path(named).is_file():
-            raise UntestableError(f"{named}: no such file: name the {what}")
+            raise UntestableError(f"{named}: no such file: name the {kind}")
         return Path(named).resolve()
     found = sorted(Path(folder).glob(pattern))
     if len(found) > 1:
         raise UntestableError(
-            f"{folder} holds {len(found)} files {pattern}: say which one is the {what}"
+            f"{folder} holds {len(found)} files {pattern}: say which one is the {kind}"
         )
-    if not found:
-        return None
-    return found[0].resolve()
-
-
-def on_gpu():
-    """Whether a script finds an NVIDIA GPU here."""
-    return Path("/dev/nvidia0").exists()
+    return found[0].resolve() if found else None
 
 
 def parse(arguments):
     """The command line as a namespace."""
-    # On a GPU runs would wait for each other, and CUDA reserves far more memory than it uses.
+    # On a GPU runs would wait for each other.
     jobs = 1 if on_gpu() else min(4, os.cpu_count() or 1)
-    memory = 0.0 if on_gpu() else 32.0
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -1588,7 +1346,6 @@ def parse(arguments):
     add("--jobs", type=int, default=jobs, help="runs at the same time")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of every run")
     add("--seconds-per-run", type=float, default=3600.0, help="time limit of a run")
-    add("--memory-gb", type=float, default=memory, help="address space of a run, 0 for no limit")
     add("--skip-training", action="store_true", help="no training twin")
     add("--stop", action="store_true", help="end at the first test that fails")
     add("--json", default="", help="write the report here")
@@ -1615,18 +1372,11 @@ def prepare(arguments, root):
             f"{tokenizer.size}: name the shards that belong to the tokenizer"
         )
     settings = dict(pair.split("=", 1) for pair in arguments.set)
-    sandbox = Sandbox(settings, arguments.memory_gb, root)
+    sandbox = Sandbox(settings, root)
     candidate = Candidate(
         sandbox, script, artifact, tokenizer_path, arguments.ranks, arguments.seconds_per_run
     )
     return Verifier(candidate, tokenizer, real, arguments)
-
-
-VERDICTS = {
-    LEGAL: "nothing illegal found",
-    ILLEGAL: "ILLEGAL",
-    UNTESTED: "could not be tested",
-}
 
 
 def report(verifier, code, seconds):
@@ -1635,8 +1385,8 @@ def report(verifier, code, seconds):
     results = verifier.results
     runs = verifier.candidate.runs
     network = not verifier.candidate.sandbox.wrapper
-    not_run = sorted({result.test for result in results if result.status == SKIPPED})
-    chance = sum(result.error_probability for result in results)
+    not_run = sorted({result["test"] for result in results if result["status"] == STATUS[None]})
+    chance = sum(result["error_probability"] for result in results)
     isolation = "no network"
     if network:
         isolation = "WITH network, since unshare -rn is not permitted here"
@@ -1656,7 +1406,7 @@ def report(verifier, code, seconds):
             network=network,
             not_run=not_run,
             error_probability=chance,
-            results=[result._asdict() for result in results],
+            results=results,
         )
         Path(arguments.json).write_text(json.dumps(value, indent=1) + "\n")
 
@@ -1677,9 +1427,9 @@ def main(arguments=None):
             code = UNTESTED
             if verifier and verifier.illegal():
                 code = ILLEGAL
-        if verifier and verifier.source:
-            verifier.source.close()
         if verifier:
+            if isinstance(verifier.source, ModelSource):
+                verifier.source.close()
             report(verifier, code, time.monotonic() - begin)
     return code
 
