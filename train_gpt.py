@@ -693,6 +693,7 @@ BUILT_IN = {
     "LEAKY_SLOPE": ("0.5", "the MLP has no other activation"),
     "LN_SCALE": ("1", "normalised inputs are scaled by 1/sqrt(layer + 1)"),
     "TIE_EMBEDDINGS": ("1", "the output layer is the embedding"),
+    "VAL_DOC_FRACTION": ("1.0", "the whole validation text is scored"),
     "CANON_LAST_N": ("0", "there are no Canon layers"),
     "CTW_WEIGHT": ("0", "there is no context tree"),
 }
@@ -700,10 +701,15 @@ STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
 # {variable: what to do instead}, whatever its value
 REFUSED = {
     "WEIGHT_DECAY": "set MUON_WD for the blocks' matrices and ADAM_WD for the rest",
+    "MUON_WEIGHT_DECAY": "set MUON_WD",
+    "ADAM_WEIGHT_DECAY": "set ADAM_WD",
+    "MLP_HIDDEN": "set MLP_MULT, the width divided by MODEL_DIM",
     # Later records quantise by fixed steps; QUANTIZER=gptq finds one for each row and column.
     "MATRIX_BITS": "QUANTIZER=gptq takes what BUDGET_BYTES allows; for lite: BLOCK_BITS",
     "MATRIX_CLIP_SIGMAS": STEPS_FOUND,
     "EMBED_CLIP_SIGMAS": STEPS_FOUND,
+    "MLP_CLIP_SIGMAS": STEPS_FOUND,
+    "ATTN_CLIP_SIGMAS": STEPS_FOUND,
     "GPTQ_CALIBRATION_BATCHES": "set CALIBRATION_TOKENS",
     # They have other forms of the same parts.
     "RECUR_LAYERS": "set NUM_LOOPS, LOOP_START and LOOP_END",
@@ -720,6 +726,74 @@ REFUSED = {
     "EVAL_CHECKPOINT_SECONDS": "set CHECKPOINT_SECONDS, which evaluations follow too",
     "TTT_CUDA_GRAPH": "test-time training is a CUDA graph with several ranks: unset it",
     "VAL_SHA256": "the log's data_fingerprint has the SHA-256 of the validation tokens: unset it",
+}
+
+# Features of the challenge's other scripts: {feature: names of its variables}. A value that means
+# off is accepted, and so are a feature's other variables beside its own ..._ENABLED=0.
+LACKING = {
+    "case tokens": r"CASEOPS_\w+",
+    "low-rank error correction": r"LQER_\w+",
+    "AWQ scaling": r"AWQ_\w+",
+    "phased test-time training": r"(PHASED|GLOBAL)_TTT_\w+",
+    "LoRA test-time training": (
+        r"TTT_(LORA|SHORT|WARM_START|TRAIN|ENTROPY)_\w+|TTT_([KVQO]|MLP)_LORA|LORA_\w+|"
+        r"TTT_(BETA[12]|WEIGHT_DECAY|ADAMW_WD|CHUNK_SIZE|BATCH_SIZE|GRAD_STEPS\w*|EVAL_SEQ_LEN|"
+        r"LOCAL_LR_MULT|UPDATE_EVERY|DOC_LIMIT|MASK|NS_STEPS)"
+    ),
+    "n-gram model": r"NGRAM_\w+|CTW_\w+|TRIGRAM\w*|TOKEN_(BOOST|ORDER|THRESHOLD)|W(ORD|ITHIN)_\w+",
+    "attention gate of this form (see GATED_ATTENTION, GATE_INPUTS)": (
+        r"GATED_ATTN\w*|(SPARSE_)?ATTN_(OUT_)?GATE_\w+|GATE_(ATTN|MLP)_\w+|GATE_(WIDTH|WINDOW)"
+    ),
+    "smear gate of this form (see SMEAR_ENABLED, SMEAR_INPUTS)": r"(USE_)?SMEAR_?GATE\w*|SMEAR",
+    "two lanes (see PARALLEL_LAST_N)": r"PARALLEL_\w+",
+    "other recurrence (see NUM_LOOPS)": (
+        r"RECUR_\w+|LOOP_(PHASE2|LAYER)_\w+|\w+_DEPTH_RECURRENCE|UNTIE_\w+|REPEAT_UNTIE_\w+"
+    ),
+    "growing sequences or batches": (
+        r"(TRAIN_)?SEQ_(LEN_|SCHEDULE|CHANGE_)\w*|BATCH_(SCHEDULE|TOKENS)_\w+"
+    ),
+    "rotation that stretches with the length": r"ROPE_(YARN|TYPE)|YARN_\w+|EVAL_NTK_ALPHA",
+    "multi-token prediction": r"MTP_\w+",
+    "asymmetric softcap": r"ASYM\w*_LOGIT\w*|SOFTCAP_TYPE",
+    "Polar Express coefficients": r"(USE_)?POLAR_EXPRESS",
+    "weight-decay taper or cautious decay": r"WD_TAPER_\w+|CAUTIOUS_WD",
+    "lookahead average of weights": r"LAWA_\w+",
+    "differential or Gated Delta attention": r"DIFF_ATTN|GDN_\w+|DTG_\w+",
+    "hashed embedding beside the bigram table": r"HASH_EMBED_\w+|BIGRAM_(HASH|BUCKETS)\w*",
+    "rounding of this form (see QUANTIZER, LATE_QAT_THRESHOLD)": (
+        r"QAT(_\w+)?|SOFT_ROUND_QAT|INT[456]_\w+|MIXED_QUANT|QUANT_\w+|PRUNE_RATIO|USE_INT6|"
+        r"GPTQ_(ENABLED|DAMP|CALIB\w+|AR_\w+|BLOCK_SIZE|TEMPERATURE)|HESSIAN_CLIP_\w+|OPTROT_\w+"
+    ),
+    "evaluation of this form": r"ETLB_\w+|TEMP_SCALING|SLIDING_EVAL\w*|EVAL_INCLUDE_TAIL",
+    "block of this form": (
+        r"ATTN_(PROJ_TYPE|RES|VARIANT)|BLOCK_\w+|LEGENDRE_\w+|LATENT_KV_DIM|MLP_(GROUPS|RANK)|"
+        r"REFINER\w*|NUM_(LIGHT|UNIQUE|VIRTUAL)_\w+|(USE_)?WRAP\w*|CANON_\w+|LOGIT_HEAD_TYPE"
+    ),
+    "schedule of this form": (
+        r"(EMA|SWA)_(START_\w+|DECAY)|MATRIX_LR_(EARLY|LATE)|MUON_COOLDOWN_\w+|LR_START|"
+        r"QK_GAIN_INIT_SCHEDULE|MIDRUN_CAP_SCHEDULE|CLIP_MULT_\w+"
+    ),
+    "other training objective or optimiser": (
+        r"EGGROLL_\w+|JEPA_\w+|SIGREG_\w+|BITNET_\w+|XNOR_\w+|BINARIZE_\w+|TVERSKY_\w+|"
+        r"MUON_HUBER_\w+|MATRIX_OPTIMIZER|LR_SCHEDULE|LR_WARMUP_STEPS|NEGATIVE_SLOPE|ACTIVATION"
+    ),
+}
+OFF = {"", "0", "0.0", "-1", "false", "none", "off", "standard"}
+# {variable of other scripts: what to set here}; the run goes on without what they ask for.
+PLACES = {
+    "DATA_DIR": "DATA_PATH and TOKENIZER_PATH",
+    "DATASETS_DIR": "DATA_PATH",
+    "TRAIN_FILES": "DATA_PATH",
+    "VAL_FILES": "DATA_PATH",
+    "ARTIFACT_DIR": "RUN_DIR",
+    "CHECKPOINT_DIR": "RUN_DIR",
+    "OUT_DIR": "RUN_DIR",
+    "MODEL_SAVE_PATH": "RUN_DIR",
+    "EVAL_ONLY_PATH": "EVAL_ONLY",
+    "RESUME_FROM": "RUN_DIR: the same command resumes",
+    "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS",
+    "VAL_BATCH_TOKENS": "EVAL_BATCH_SEQS",
+    "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
 }
 
 
@@ -759,15 +833,49 @@ def read_variables(environ, base):
 
 
 def check_names(environ, known):
-    """Raise ConfigError for a variable that is no setting but looks like one, such as ITERATONS."""
+    """Raise ConfigError for a slip such as ITERATONS and for a feature that this code lacks."""
+    for name, near in near_misses(environ, known):
+        if len(near) > SHORT_NAME or near == "PRESET":
+            raise ConfigError(
+                f"environment variable {name}={environ[name]!r} is not a setting, but "
+                f"looks like {near}: rename or unset it (see --help)"
+            )
+    for name in sorted(environ.keys() - known):
+        for feature, pattern in LACKING.items():
+            if not re.fullmatch(pattern, name) or environ[name].lower() in OFF:
+                continue
+            family = [n for n in environ if n.endswith("_ENABLED") and re.fullmatch(pattern, n)]
+            if not any(environ[switch].lower() in OFF for switch in family):
+                raise ConfigError(
+                    f"{name}={environ[name]}: this code has no {feature}: unset {name}"
+                )
+
+
+SHORT_NAME = 7  # letters: a machine may export MODEL, SEEDS or COMPILER for purposes of its own
+
+
+def near_misses(environ, known):
+    """Return [(variable, setting)] of variables that are no settings but look like one."""
+    found = []
     for name in sorted(environ.keys() - known):
         # 0.86 lets one wrong letter in seven pass as a slip, but tells DATA_DIR from DATA_PATH.
         near = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.86)
-        if near and len(name) > 3:
-            raise ConfigError(
-                f"environment variable {name}={environ[name]!r} is not a setting, but "
-                f"looks like {near[0]}: rename or unset it (see --help)"
-            )
+        if near and len(name) > 3 and name not in PLACES:
+            found.append((name, near[0]))
+    return found
+
+
+def name_warnings(environ):
+    """Return a warning for each variable that looks like a setting, or is one of other scripts."""
+    known = {*map(str.upper, Config.names()), *RENAMED, *BUILT_IN, *REFUSED}
+    warnings = [
+        f"warning: {name}={environ[name]} is no setting and does nothing; did you mean {near}?"
+        for name, near in near_misses(environ, known)
+    ]
+    for name, instead in PLACES.items():
+        if name in environ:
+            warnings.append(f"warning: {name}={environ[name]} does nothing here: set {instead}")
+    return warnings
 
 
 # ---- checking values ----
