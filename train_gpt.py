@@ -1958,7 +1958,7 @@ class ValidationSet:
         scored = tokens[: windows * config.eval_seq_len + 1]
         return cls(scored, token_bytes, config.val_sha256)
 
-    def is_foreign(self):
+    def retokenisation_mismatch(self):
         """Whether another tokenizer seems to have made these tokens."""
         sample = self.tokens[:20_000]
         return self.token_bytes.foreign(sample) > max(20, len(sample) // 100)
@@ -7211,7 +7211,7 @@ class LoadedWeights(typing.NamedTuple):
     info: dict  # what training measured (float checkpoints only)
     sha256: str  # of the file
 
-    def brought(self):
+    def from_artifact(self):
         """Settings that the file brings into a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
@@ -7450,8 +7450,6 @@ class Run:
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
         if not config.eval_only:
-            for name, reason in config.idle().items():
-                log(f"warning: {name.upper()}={getattr(config, name)} has no effect with {reason}")
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
         log(f"attention:{self.runtime.attention.reason}")
@@ -7465,7 +7463,7 @@ class Run:
             f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
             f"score_scope:{split['scope']}"
         )
-        if self.val.is_foreign():
+        if self.val.retokenisation_mismatch():
             log(
                 f"warning: TOKENIZER_PATH={config.tokenizer_path} does not seem to have made these "
                 "shards: it encodes their text otherwise. Bytes per token, and so bits per byte, "
@@ -7584,7 +7582,7 @@ class Run:
                 calibration_seconds=calibrated,
                 quantiser_seconds=seconds,
                 with_training_seconds=total,
-                account=breakdown,
+                size_breakdown=breakdown,
             )
         write_atomic(self.artifact_path, [blob])
         self.log_sizes(len(blob), code_bytes, config.artifact_compressor)
@@ -7932,7 +7930,7 @@ def main():
         )
     # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
-    config = Config.from_env(os.environ, loaded.brought() if loaded else None)
+    config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
