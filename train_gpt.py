@@ -1231,14 +1231,13 @@ class Checkpointer:
         there.
         """
         if saved is None:
-            self.saved_at = time.monotonic()
             facts = []
             if self.runtime.is_main:
                 self.save(number, state, lambda *found: facts.extend(found))
                 self.wait()
-            self.runtime.comm.barrier()
+            seconds, size = self.runtime.comm.all_reduce_scalars(*(facts or (0, 0)))
             self.saved_at = time.monotonic()
-            return tuple(facts) or None
+            return (seconds, int(size)) if size else None
         # One write at a time, so that states reach the disk in order.
         self.wait()
         self.saved_at = time.monotonic()
@@ -4171,13 +4170,13 @@ class Trainer:
             timing=dict(steps=steps, flops=self.flops),
         )
         written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
-        if self.runtime.is_main and written:
+        if written is not None:
             seconds, size = written
             self.runtime.log(
                 f"checkpoint_saved step:{self.step} seconds:{seconds:.2f} bytes:{size}"
             )
             self.runtime.event("checkpoint", step=self.step, seconds=round(seconds, 3), bytes=size)
-        if needed and self.comm.any_rank(self.runtime.is_main and not written):
+        if needed and written is None:
             raise ResourceError(
                 f"the checkpoint of step {self.step} could not be written to "
                 f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "
