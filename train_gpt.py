@@ -22,6 +22,7 @@ command again).
 import ast
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -43,9 +44,9 @@ import signal
 import struct
 import sys
 import sysconfig
+import threading
 import time
 import traceback
-import types
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +56,11 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
+import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -145,7 +148,6 @@ def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
 arch_option = functools.partial(option, "arch")
 train_option = functools.partial(option, "train")
 eval_option = functools.partial(option, "eval")
-pack_option = functools.partial(option, "pack")
 run_option = functools.partial(option, "run")
 
 
@@ -271,23 +273,23 @@ class Config:
     )
 
     # Compression.
-    quantizer: str = pack_option(
+    quantizer: str = train_option(
         "lite",
         "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
         "make up for each other's errors, steps that fill BUDGET_BYTES",
         choices=("lite", "gptq"),
     )
-    calibration_tokens: int = pack_option(
+    calibration_tokens: int = train_option(
         65536, "training tokens that QUANTIZER=gptq looks at", 1, 1 << 24
     )
-    block_bits: int = pack_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = pack_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = pack_option(
+    block_bits: int = train_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = train_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = train_option(
         "zstd", "lite: compressor of the artifact; gptq takes zstd", choices=("zstd", "lzma")
     )
-    zstd_level: int = pack_option(16, "lite: zstd level", 1, 22)
-    lzma_preset: int = pack_option(6, "lite: lzma preset", 0, 9)
-    budget_bytes: int = pack_option(16_000_000, "code + model must fit this", 1)
+    zstd_level: int = train_option(16, "lite: zstd level", 1, 22)
+    lzma_preset: int = train_option(6, "lite: lzma preset", 0, 9)
+    budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
 
     # Evaluation: windows and arithmetic.
     dtype: str = eval_option(
@@ -360,7 +362,7 @@ class Config:
     nproc: int = run_option(
         0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
     )
-    code_bytes: int = pack_option(
+    code_bytes: int = run_option(
         0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
     )
 
@@ -408,6 +410,12 @@ class Config:
     def mlp_hidden(self):
         # A multiple of 8 keeps the matrix products on the fast path of tensor cores.
         return int(self.mlp_mult * self.model_dim) // 8 * 8
+
+    @property
+    def training_seconds(self):
+        """Seconds that the steps may take, 0 without a cap."""
+        reserve = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
+        return self.max_wallclock_seconds and self.max_wallclock_seconds - reserve
 
     @property
     def artifact_compressor(self):
@@ -458,9 +466,7 @@ class Config:
 
     def hash(self, *kinds):
         """16 hex digits over the fields of these kinds; by default all that can change a result."""
-        text = json.dumps(
-            self.as_dict(*(kinds or ("arch", "train", "pack", "eval"))), sort_keys=True
-        )
+        text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def idle(self):
@@ -626,6 +632,7 @@ PUBLISHED = {
     "MATRIX_CLIP_SIGMAS": Refused(STEPS_FOUND),
     "EMBED_CLIP_SIGMAS": Refused(STEPS_FOUND),
     "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
+    "GPTQ_RESERVE_SECONDS": Refused("the time to leave free is measured: see wallclock_reserve"),
     # Of the records before and after them, which have other forms of the same parts.
     "RECUR_LAYERS": Refused("set NUM_LOOPS, LOOP_START and LOOP_END"),
     "RECUR_START_STEP": Refused("set LOOP_AT, a share of the run"),
@@ -1056,14 +1063,16 @@ def published_text(meaning):
 
 
 def sha256_file(path):
-    """Hex digest of a file."""
+    """Hex digest of a file, read in blocks of 1 MiB so that its size does not matter."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def atomic_file(path):
-    """A binary file that takes the name `path` once it is whole: `path` is never half-written.
+def write_atomic(path, parts):
+    """Write byte strings to a temporary file and rename it: `path` is never half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
     """
@@ -1071,7 +1080,7 @@ def atomic_file(path):
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            yield file
+            file.writelines(parts)
             file.flush()
             # The bytes must be on the disk before the name is, or a power cut leaves an empty file.
             os.fsync(file.fileno())
@@ -1089,12 +1098,6 @@ def atomic_file(path):
         ) from None
 
 
-def write_atomic(path, parts):
-    """Write byte strings as one file, whole or not at all; see atomic_file."""
-    with atomic_file(path) as file:
-        file.writelines(parts)
-
-
 def write_json(path, value):
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=1)
@@ -1102,36 +1105,34 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value that write_json wrote. Raises ConfigError for a damaged file."""
+    """What write_json wrote. Raises ConfigError for a damaged file."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(
-            f"{path} is damaged ({printable(error, 100)}): restore it, or set another RUN_ID to "
-            "start anew"
+            f"{path} is damaged ({printable(error, 100)}): RESUME=never keeps this run aside and "
+            "starts anew"
         ) from None
 
 
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
 
 
 def save_tensors(path, state):
-    """Write a tree of tensors and plain values as a torch.save archive; returns its bytes."""
-    # An open file, not a path: where a disk is full to the last bytes, PyTorch's own file writer
-    # truncates the archive and raises nothing.
-    with atomic_file(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError:
-            # PyTorch's archive writer does not say why a write fell short: one more write does.
-            file.write(bytes(1 << 20))
-            file.flush()
-            raise
-    return os.path.getsize(path)
+    """Write a tree of tensors and plain values with a trailing SHA-256; returns its bytes.
+
+    PyTorch's reader does not compare the checksums of its own archive.
+    """
+    buffer = io.BytesIO()  # in memory first, since the checksum covers the whole archive
+    torch.save(state, buffer)
+    archive = buffer.getbuffer()
+    write_atomic(path, [archive, hashlib.sha256(archive).digest()])
+    return len(archive) + CHECKSUM_BYTES
 
 
 def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
-    """The tree that save_tensors wrote, on the CPU, mapped to memory; runs no code of the file.
+    """What save_tensors wrote, on the CPU, without running its code.
 
     Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
     """
@@ -1142,25 +1143,38 @@ def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
                 f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
                 "name another file"
             )
-        # torch.load accepts a flipped bit: it does not compare the checksums of the archive.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        # weights_only refuses pickled code: a checkpoint may come from a stranger.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ArtifactError:
-        raise
+        blob = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: copy it again, or name another file"
         ) from None
+    # A view: a copy of a large checkpoint would double the memory.
+    archive = memoryview(blob)[:-CHECKSUM_BYTES]
+    checksum = blob[-CHECKSUM_BYTES:]
+    if len(blob) < CHECKSUM_BYTES or hashlib.sha256(archive).digest() != checksum:
+        raise ArtifactError(
+            f"{path}: checksum does not match: truncated, damaged or not ours: copy it again, or "
+            "name another file"
+        )
+    try:
+        check_archive(archive)
+        # weights_only refuses pickled code: a checkpoint may come from a stranger.
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file may hold anything
         reason = printable(str(error).partition("\n")[0], 200)
-        raise ArtifactError(
-            f"{path}: truncated, damaged or not a checkpoint of tensors ({reason}): copy it again, "
-            "or name another file"
-        ) from None
+        raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
+
+
+def check_archive(archive):
+    """Raise ValueError unless a torch.save archive, a zip file, has its entries as they are.
+
+    Compressed or overlapping entries of a small file could fill any memory; torch.save makes none.
+    """
+    entries = zipfile.ZipFile(io.BytesIO(archive)).infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its entries are compressed")
+    if sum(entry.file_size for entry in entries) > len(archive):
+        raise ValueError("its entries are larger than the file")
 
 
 def private_copy(tree):
@@ -1175,11 +1189,15 @@ def private_copy(tree):
     return tree
 
 
+CHECKPOINT_THREAD = "checkpoint"  # how names of threads that write a state begin
+
+
 class Checkpointer:
     """Numbered states of one training run or evaluation, the last two of which are kept.
 
-    All ranks wait while rank 0 writes. A write that fails is a warning: the state before it is
-    intact.
+    They are written on a background thread: the caller waits only for the copy of its state. A
+    write that failed is a warning, since the state before it is intact; `wait()` says whether it
+    did.
     """
 
     KEPT = 2  # the newest may be damaged later, by a disk or a copy
@@ -1190,6 +1208,7 @@ class Checkpointer:
         self.name = name
         self.every_seconds = every_seconds  # 0: never due
         self.saved_at = time.monotonic()
+        self.writing = None  # future of the write that is under way
 
     def path(self, number):
         return self.folder / f"{self.name}_{number:08d}.pt"
@@ -1205,53 +1224,83 @@ class Checkpointer:
         """Whether `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
-    def save(self, number, state):
-        """Write rank 0's `state`, which is None on the others; every rank must call this.
+    def save(self, number, state, saved=None):
+        """Write `state`, that of rank 0; every rank must call it. Returns (seconds, bytes) or None.
 
-        Returns (seconds, bytes) on every rank, or None where the state could not be written.
+        With `saved`, only copy it and begin to write; saved(seconds, bytes) is called when it is
+        there.
         """
-        begin = time.monotonic()
-        size = 0
-        if self.runtime.is_main:
-            try:
-                size = save_tensors(self.path(number), state)
-            except ResourceError as error:
-                self.runtime.log(f"warning: checkpoint not saved: {error}")
-            else:  # only now: an older state goes when a newer one is safe
-                for old in self.numbers()[: -self.KEPT]:
-                    self.path(old).unlink()
-        mine = (time.monotonic() - begin, size) if self.runtime.is_main else (0, 0)
-        # The others wait here: a rank that left now would have the launcher end rank 0's write.
-        seconds, size = self.runtime.comm.all_reduce_scalars(*mine)
+        if saved is None:
+            facts = []
+            if self.runtime.is_main:
+                self.save(number, state, lambda *found: facts.extend(found))
+                self.wait()
+            seconds, size = self.runtime.comm.all_reduce_scalars(*(facts or (0, 0)))
+            self.saved_at = time.monotonic()
+            return (seconds, int(size)) if size else None
+        # One write at a time, so that states reach the disk in order.
+        self.wait()
         self.saved_at = time.monotonic()
+        # A pool of one thread, because its future carries an error to wait().
+        executor = ThreadPoolExecutor(1, thread_name_prefix=CHECKPOINT_THREAD)
+        self.writing = executor.submit(self._write, number, private_copy(state), saved)
+        executor.shutdown(wait=False)  # the thread ends with this write
+        return None
+
+    def _write(self, number, state, saved):
+        begin = time.monotonic()
+        size = save_tensors(self.path(number), state)
+        seconds = time.monotonic() - begin
         # The next save will take about as long: a time limit must leave room for it.
         self.runtime.stop.save_seconds = seconds
-        return (seconds, int(size)) if size else None
+        saved(seconds, size)
+        # Only now: an older state goes when a newer one is safe.
+        for old in self.numbers()[: -self.KEPT]:
+            self.path(old).unlink()
+
+    def wait(self):
+        """Wait for the write under way; returns its error, which is logged, or None."""
+        if self.writing is None:
+            return None
+        error = self.writing.exception()
+        self.writing = None
+        if error is not None:
+            self.runtime.log(f"warning: checkpoint not saved: {error}")
+        return error
+
+    def wait_or_raise(self):
+        """For a state that is about to be needed: raises ResourceError if it was not written."""
+        error = self.wait()
+        if error is not None:
+            raise ResourceError(str(error))
 
     def last(self):
-        """Path of the newest state, or 'none'."""
+        """Path of the last state that was written, or 'none'."""
+        self.wait()
         numbers = self.numbers()
         return str(self.path(numbers[-1])) if numbers else "none"
 
-    def load(self):
-        """(number, state) of the newest state that rank 0 can read, on every rank, or (0, None)."""
-        found, state = 0, None
-        for number in reversed(self.numbers()) if self.runtime.is_main else ():
+    def newest(self):
+        """(number, state) of the newest readable state, or (0, None)."""
+        for number in reversed(self.numbers()):
             try:
-                state = load_tensors(self.path(number))
+                return number, load_tensors(self.path(number))
             except ArtifactError as error:
                 self.runtime.log(f"warning: {error}; using the checkpoint before it")
-            else:
-                found = number
-                break
+        return 0, None
+
+    def load(self):
+        """newest() as rank 0 finds it, on every rank."""
+        comm = self.runtime.comm
+        number, state = self.newest() if comm.rank == 0 else (0, None)
         # Ranks that chose for themselves could go on from different states.
-        found = int(self.runtime.comm.from_main(found))
-        if found and state is None:
-            state = load_tensors(self.path(found))
-        return found, state
+        number = int(comm.from_main(number))
+        if number and state is None:
+            state = load_tensors(self.path(number))
+        return number, state
 
     def clear(self):
-        """Delete all states of this name: nothing will go on from them."""
+        """Delete all states of this name: they belong to something else."""
         if self.runtime.is_main:
             for number in self.numbers():
                 self.path(number).unlink()
@@ -1306,7 +1355,7 @@ class Comm:
         summed = [part.view_as(grad) for part, grad in zip(parts, grads)]
         torch._foreach_copy_(grads, summed)
 
-    # The rest sends a few numbers through the host (gloo), without making the device wait.
+    # What follows sends a few numbers through the host (gloo), without making the device wait.
     def all_reduce_scalars(self, *values):
         """Element-wise sum of numbers over ranks, as floats."""
         total = torch.tensor(values, dtype=torch.float64)
@@ -1315,7 +1364,7 @@ class Comm:
         return total.tolist()
 
     def any_rank(self, condition):
-        """True on every rank if `condition` holds on one."""
+        """Whether `condition` holds on any rank."""
         (count,) = self.all_reduce_scalars(bool(condition))
         return count > 0
 
@@ -1337,11 +1386,11 @@ class Comm:
         self.all_reduce_scalars(0)
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends one of these before it kills a job
-
-
 class StopRequest:
-    """A signal to stop, or a time limit that comes near; `reason` is empty until there is one."""
+    """The wish to stop: a signal, or a time limit that comes near.
+
+    `reason` is empty until there is one.
+    """
 
     def __init__(self, time_limit_seconds):
         self.started = time.monotonic()
@@ -1351,8 +1400,8 @@ class StopRequest:
         self.save_seconds = 0.0  # what the last save took, hence what the next will need
 
     def watch_signals(self):
-        """Handle the signals of STOP_SIGNALS from here on."""
-        for number in STOP_SIGNALS:
+        """SLURM sends one of these before it kills a job; Ctrl-C stays what it is."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
@@ -1374,7 +1423,7 @@ class StopRequest:
         return self.time_limit - margin - self.save_seconds - elapsed
 
     def wanted(self, next_seconds=0.0):
-        """True if the run is to stop rather than begin what takes `next_seconds`."""
+        """Whether to stop now, given that the next piece of work takes `next_seconds`."""
         if not self.reason and self.remaining() < next_seconds:
             self.reason = "TIME_LIMIT"
         return bool(self.reason)
@@ -1388,7 +1437,7 @@ class PeakMemory(typing.NamedTuple):
 
 
 class Runtime:
-    """The machine as one object: device, ranks, log, clock and the wish to stop.
+    """The machine as one object: device, comm, log, clock and the wish to stop.
 
     Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for
     a RUN_DIR that cannot be written or that another process holds.
@@ -1400,21 +1449,15 @@ class Runtime:
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
-        on_gpu = self.device.type == "cuda"
         self.dtype = getattr(torch, config.dtype)  # of autocast
+        on_gpu = self.device.type == "cuda"
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
-        # With several ranks a step is so small that launching its kernels takes longer than
-        # running them, so test-time training is replayed as a CUDA graph.
-        self.cuda_graphs = self.compiling and on_gpu and self.comm.world > 1
         self.dir = Path(config.run_dir)
         self.log_file = None
         self.events = None
         self.lock = None
-        self.on_line = False  # the terminal's last line is progress, to be overwritten
-        seconds_left = config.time_limit_seconds or math.inf
-        if "SLURM_JOB_END_TIME" in environ:
-            seconds_left = min(seconds_left, float(environ["SLURM_JOB_END_TIME"]) - time.time())
-        self.stop = StopRequest(seconds_left)
+        self.stop = StopRequest(time_limit(config, environ))
+        self.on_line = False  # whether the terminal's last line is progress, to be overwritten
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -1423,17 +1466,20 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
-        self.attention = pick_attention(self.device, self.dtype, self.compiling)
+        else:
+            keep_large_blocks()
         if self.is_main:
-            self.open_dir()
+            self.open_dir(config.resume)
 
-    def open_dir(self):
-        """Lock RUN_DIR and open its logs."""
+    def open_dir(self, resume):
+        """Lock RUN_DIR and open its logs; with RESUME=never an earlier run is put aside."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if resume == "never" and (self.dir / "config.json").exists():
+                self.put_aside()
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
@@ -1451,8 +1497,19 @@ class Runtime:
                 "writable directory"
             ) from None
 
-    def stop_if_wanted(self, phase, seconds_needed=0.0):
-        """Raise Stopped on every rank if one of them is to stop before `phase`."""
+    def put_aside(self):
+        """Move the run in RUN_DIR into RUN_DIR/old_N, the first of these names that is free."""
+        number = 1
+        while (self.dir / f"old_{number}").exists():
+            number += 1
+        aside = self.dir / f"old_{number}"
+        aside.mkdir()
+        for item in self.dir.iterdir():
+            if item.name != "lock" and not item.name.startswith("old_"):
+                item.rename(aside / item.name)
+
+    def stop_if_wanted(self, phase, seconds_needed):
+        """Before a phase that cannot be interrupted: stop if it would not end in time."""
         # All ranks stop together: one that left alone would have the launcher end the others.
         if self.comm.any_rank(self.stop.wanted(seconds_needed)):
             raise Stopped(f"before {phase}")
@@ -1462,12 +1519,14 @@ class Runtime:
         if not self.is_main:
             return
         line = printable(line)  # it may quote a file's text
-        print(f"{CLEAR_LINE if self.on_line else ''}{line}", flush=True)
+        if self.on_line:
+            print(CLEAR_LINE, end="")
+        print(line, flush=True)
         self.on_line = False
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One line in one write to a file of RUN_DIR, which only rank 0 has open."""
+        """One line in one write, so that the saving thread's lines do not mix with the others."""
         if file is None:
             return
         try:
@@ -1488,6 +1547,21 @@ class Runtime:
         record = {"event": event, "time": round(time.time(), 3), **fields}
         self.append(self.events, json.dumps(record))
 
+    def user_key(self):
+        """A secret of this user on this system, made at its first use; "" where it cannot be kept.
+
+        It tells states that this user's runs saved from states that came with somebody's files.
+        """
+        try:
+            path = Path("~/.local/state/parameter_golf/key").expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                path.chmod(0o600)
+                file.write(os.urandom(32).hex())
+            return path.read_text()
+        except (OSError, RuntimeError):  # RuntimeError: a container's user without a home
+            return ""
+
     def autocast(self):
         """Matrix products in bfloat16 from float32 weights; does nothing with DTYPE=float32."""
         enabled = self.dtype == torch.bfloat16
@@ -1498,6 +1572,15 @@ class Runtime:
         if not self.compiling:
             return function
         return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+    def cuda_graphs(self, wish):
+        """Whether to replay a compiled function as a CUDA graph; `wish` is auto, 0 or 1.
+
+        With several ranks a step is so small that launching its kernels takes longer than running
+        them.
+        """
+        possible = self.compiling and self.device.type == "cuda"
+        return possible and (wish == "1" or (wish == "auto" and self.comm.world > 1))
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
@@ -1528,12 +1611,20 @@ class Runtime:
 CLEAR_LINE = "\r\x1b[K"  # back to the first column, erase to the end
 
 
+def time_limit(config, environ):
+    """Seconds from now until this process must have ended; math.inf without a limit."""
+    limit = config.time_limit_seconds or math.inf
+    if "SLURM_JOB_END_TIME" in environ:
+        limit = min(limit, float(environ["SLURM_JOB_END_TIME"]) - time.time())
+    return limit
+
+
 @contextlib.contextmanager
 def deterministic_algorithms():
     """Inside, the same inputs give the same bits on a GPU too.
 
-    The gradients of embeddings and attention are otherwise sums that atomics add in any order.
-    The settings before are restored afterwards: training has no need of it.
+    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
+    was set before is set again afterwards: training has no need of it.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -1567,6 +1658,26 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
+
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
+
+
+def keep_large_blocks():
+    """Let glibc keep freed blocks.
+
+    Training frees and takes the same hundreds of megabytes each step, and fresh pages from the
+    kernel cost more than the arithmetic on them.
+    """
+    # Another C library than glibc (macOS, musl) simply goes without.
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)  # no block straight from the kernel
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # give nothing back below 2 GB
+        libc.mallopt(M_ARENA_MAX, 1)  # one heap, which every thread reuses
 
 
 # ==================================================================================================
@@ -1659,7 +1770,6 @@ class TrainStream:
         self.position = position
         self.sizes = [len(read_shard(path)) for path in paths]
         self.ends = np.cumsum(self.sizes)  # index after each shard's last token
-        self.num_tokens = int(self.ends[-1])
 
     def take(self, span, low, high):
         """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance.
@@ -1685,6 +1795,11 @@ class TrainStream:
         tokens = self.take(span, low, high)
         windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
         return windows[::seq_len]
+
+    def sequences(self, first, count):
+        """Sequences (count, T + 1) of the run from number `first` on."""
+        self.position = first * self.seq_len
+        return self.rows(0, 0, count * self.seq_len, self.seq_len)
 
     def read(self, at, most):
         """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
@@ -1793,7 +1908,9 @@ def open_train_stream(config):
     paths = find_shards(config, "train")
     if config.shuffle:
         return ShuffledStream(paths, config.vocab_size, config.train_seq_len, config.seed)
-    return TrainStream(paths, config.vocab_size)
+    stream = TrainStream(paths, config.vocab_size)
+    stream.seq_len = config.train_seq_len
+    return stream
 
 
 class TokenBytes:
@@ -1958,7 +2075,7 @@ class ValidationSet:
         scored = tokens[: windows * config.eval_seq_len + 1]
         return cls(scored, token_bytes, config.val_sha256)
 
-    def retokenisation_mismatch(self):
+    def is_foreign(self):
         """Whether another tokenizer seems to have made these tokens."""
         sample = self.tokens[:20_000]
         return self.token_bytes.foreign(sample) > max(20, len(sample) // 100)
@@ -3223,7 +3340,8 @@ class GPT(nn.Module):
 
 def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
-    return GPT(config, runtime.attention.function).to(runtime.device)
+    attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
+    return GPT(config, attend).to(runtime.device)
 
 
 def flow_noise_keys(config, step, first, count, device):
@@ -3464,8 +3582,9 @@ class Muon:
 def parameter_groups(model):
     """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
 
-    "embed" are lookup tables, whose rows see few tokens a step; "scalar" is the rest: gains, gates,
-    mixes, biases and the refiners.
+    "muon" are the six matrices of every block: c_q, c_k, c_v, attn.proj, mlp.fc, mlp.proj. "embed"
+    are lookup tables, whose rows see few tokens a step. "scalar" is the rest: gains, gates, mixes,
+    biases and the refiners.
     """
     groups = {"muon": {}, "embed": {}, "scalar": {}}
     embeddings = set()
@@ -3484,13 +3603,8 @@ def parameter_groups(model):
     return groups
 
 
-def either(own, common):
-    """A setting of its own, or the common one where it is negative."""
-    return common if own < 0 else own
-
-
 def build_optimizers(model, config, comm=None):
-    """(Muon, AdamW) over all parameters of `model`; asserts that each is in exactly one group."""
+    """(Muon, AdamW), which together hold every parameter of `model` once."""
     groups = parameter_groups(model)
     muon = Muon(
         groups["muon"].values(),
@@ -3508,12 +3622,12 @@ def build_optimizers(model, config, comm=None):
             dict(
                 params=list(groups["embed"].values()),
                 base_lr=config.embed_lr,
-                weight_decay=either(config.embed_wd, config.adam_wd),
+                weight_decay=config.embed_wd if config.embed_wd >= 0 else config.adam_wd,
             ),
             dict(
                 params=list(groups["scalar"].values()),
                 base_lr=config.scalar_lr,
-                weight_decay=either(config.scalar_wd, config.adam_wd),
+                weight_decay=config.scalar_wd if config.scalar_wd >= 0 else config.adam_wd,
             ),
         ],
         lr=config.scalar_lr,
@@ -3521,24 +3635,12 @@ def build_optimizers(model, config, comm=None):
         eps=config.adam_eps,
         fused=True,
     )
-    check_groups(model, muon, adamw)
+    held = collections.Counter()
+    for params in [*muon.stacks, *(group["params"] for group in adamw.param_groups)]:
+        held.update(map(id, params))
+    wrong = [name for name, param in model.named_parameters() if held[id(param)] != 1]
+    assert not wrong, f"not in exactly one optimiser group: {wrong}"
     return muon, adamw
-
-
-def adamw_params(adamw):
-    return [param for group in adamw.param_groups for param in group["params"]]
-
-
-def check_groups(model, muon, adamw):
-    """Assert that every parameter is trained, and by one optimiser only."""
-    held = []
-    for stack in muon.stacks:
-        held += stack
-    held += adamw_params(adamw)
-    ids = [id(param) for param in held]
-    wrong = [name for name, param in model.named_parameters() if ids.count(id(param)) != 1]
-    foreign = len(held) - len(list(model.parameters()))
-    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
 
 
 def reduce_clip_step(muon, adamw, comm, clip):
@@ -3548,7 +3650,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
     would depend on the number of ranks.
     """
     muon.launch()
-    params = adamw_params(adamw)
+    params = [param for group in adamw.param_groups for param in group["params"]]
     for param in params:
         if param.grad is None:  # every rank must bring the same list
             param.grad = torch.zeros_like(param)
@@ -3566,58 +3668,33 @@ def reduce_clip_step(muon, adamw, comm, clip):
     muon.step(scale, meanwhile=adamw.step)
 
 
-def training_cap(config, step, seconds):
-    """Seconds that the steps may take, 0 for no cap: the time of `calibrate` is left free."""
-    cap = config.max_wallclock_seconds
-    if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
-        return cap
-    return max(1e-9, cap - calibration_seconds(config, seconds / step))
-
-
-def without_reserve(config, reserve):
-    """The Config whose wallclock cap leaves `reserve` seconds for what follows training."""
-    if not config.max_wallclock_seconds:
-        return config
-    cap = max(1e-9, config.max_wallclock_seconds - reserve)
-    return dataclasses.replace(config, max_wallclock_seconds=cap)
-
-
 def run_fraction(config, step, seconds=0.0):
     """Share in [0, 1] of the run that is over: of its steps, or of its time if that ends sooner."""
     fraction = step / max(1, config.iterations)
-    cap = training_cap(config, step, seconds)
-    if cap:
-        fraction = max(fraction, seconds / cap)
+    if config.training_seconds:
+        fraction = max(fraction, seconds / config.training_seconds)
     return min(1.0, fraction)
 
 
-def expected_steps(config, step, seconds=0.0):
-    """Steps that the whole run will have, by the pace so far where a wallclock cap ends it."""
-    if not config.max_wallclock_seconds or not step or not seconds:
-        return config.iterations
-    step_seconds = seconds / step
-    return min(config.iterations, training_cap(config, step, seconds) / step_seconds)
-
-
 def warmdowns_left(config, step, seconds):
-    """What is left of the run, in lengths of the warmdown: below 1 it has begun."""
+    """Steps left, in units of the warmdown; the rate falls once this is below 1."""
     if config.warmdown_frac:
         return (1 - run_fraction(config, step, seconds)) / config.warmdown_frac
     warmdown = max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
-    left = (config.iterations - step) / warmdown
-    if config.max_wallclock_seconds and step and seconds:
+    steps_left = config.iterations - step
+    if config.training_seconds and step and seconds:
         step_seconds = seconds / step
-        seconds_left = training_cap(config, step, seconds) - seconds
-        left = min(left, seconds_left / (warmdown * step_seconds))
-    return left
+        steps_left = min(steps_left, (config.training_seconds - seconds) / step_seconds)
+    return steps_left / warmdown
 
 
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
-    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the
-    last WARMDOWN_ITERS times the measured step time, whichever begins first. With WARMDOWN_FRAC it
-    is that share of the whole run instead. It ends at 0, or stays at MIN_LR once it is there.
+    The factor is 1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a
+    wallclock cap the last WARMDOWN_ITERS times the measured step time, whichever begins first. With
+    WARMDOWN_FRAC the warmdown is that share of the whole run instead. The factor falls to 0, or to
+    MIN_LR.
     """
     left = min(1.0, max(0.0, warmdowns_left(config, step, seconds)))
     if config.warmdown_shape == "cosine":
@@ -3633,25 +3710,7 @@ def momentum_at(config, step):
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
-MIN_EMA_HORIZON = 8  # steps: a shorter average removes next to no noise and only lags
-
-
-def ema_decay_at(config, step, seconds=0.0):
-    """Decay of the weight average at `step` (from 0): EMA_DECAY in runs of EMA_FULL_STEPS or more.
-
-    An average over a horizon of 1 / (1 - decay) steps removes noise, but lags behind weights that
-    still improve. Published runs of 5,000 to 7,200 steps gain 0.001 bpb at a horizon of 333. Runs
-    of 300 and of 1,000 steps (3 layers of 96, demo text) lose 0.006 bpb at the same share of the
-    run, and 0.001 at a quarter of it. Hence a horizon that grows with the cube of the run's length,
-    and 0 (which is the raw weights) where it would be under MIN_EMA_HORIZON.
-    """
-    decay = config.ema_decay
-    length = expected_steps(config, step, seconds) / config.ema_full_steps
-    if length < 1:
-        horizon = length**3 / (1 - decay)
-        decay = 0.0 if horizon < MIN_EMA_HORIZON else 1 - 1 / horizon
-    # The initial weights must not stay in an average that is younger than its horizon.
-    return min(decay, (1 + step) / (10 + step))
+SWA_START_SCALE = 0.2  # snapshots at higher learning rates would be far from the end
 
 
 class WeightAverage:
@@ -3665,7 +3724,6 @@ class WeightAverage:
         self.params = list(params)
         self.config = config
         self.snapshots = 0  # taken so far
-        self.decay = 0.0  # of the last update
         self.ema = []
         self.swa = []  # the snapshots' sum
         if config.ema_decay:
@@ -3677,37 +3735,31 @@ class WeightAverage:
         return [param.detach() for param in self.params]
 
     @torch.no_grad()
-    def update(self, step, scale, seconds=0.0):
-        """After step `step` (from 0) at learning-rate scale `scale`, `seconds` after the start."""
-        config = self.config
+    def update(self, step, scale):
+        """Take in the weights after step `step` (from 0), made at learning-rate scale `scale`."""
         if self.ema:
-            self.decay = ema_decay_at(config, step, seconds)
-            torch._foreach_lerp_(self.ema, self.raw(), 1 - self.decay)
-        # Snapshots of the time at high learning rates would be far from the end.
-        late = scale < config.swa_start_scale
-        if self.swa and late and (step + 1) % config.swa_every == 0:
+            # The initial weights must not stay in an average that is younger than its horizon.
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)
+        if self.swa and scale < SWA_START_SCALE and (step + 1) % self.config.swa_every == 0:
             torch._foreach_add_(self.swa, self.ema or self.raw())
             self.snapshots += 1
 
     def exported(self):
-        """(what it is, tensors): snapshots' mean, else the EMA, else the raw weights."""
-        kind = "raw weights"
-        if self.decay:
-            kind = f"EMA weights (decay {self.decay:.4f}: {1 / (1 - self.decay):.0f} steps)"
-        elif self.ema:
-            kind = "raw weights (a short run: see EMA_FULL_STEPS)"
+        """(kind, tensors): the snapshots' mean, else the EMA, else the raw weights."""
+        kind = f"EMA weights (decay {self.config.ema_decay})" if self.ema else "raw weights"
         if self.snapshots:
             kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
         if self.swa:
             kind += (
-                f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
-                f"SWA_START_SCALE={self.config.swa_start_scale})"
+                f"; warning: SWA took no snapshot: no step at under {SWA_START_SCALE} of the "
+                f"learning rate is a multiple of SWA_EVERY={self.config.swa_every}"
             )
         return kind, self.ema or self.raw()
 
     def state_dict(self):
-        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots, decay=self.decay)
+        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -3715,45 +3767,15 @@ class WeightAverage:
             for target, value in zip(mine, saved, strict=True):
                 target.copy_(value)
         self.snapshots = state["snapshots"]
-        self.decay = state["decay"]
 
 
 # ==================================================================================================
 # Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
-# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
-# run is the uninterrupted one bit for bit.
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: a step's tokens and noise
+# are functions of its number (and of SEED), so a checkpoint holds neither position nor generator,
+# and a resumed run is the uninterrupted one bit for bit. A signal in the middle of a step only sets
+# a flag: the step ends, all ranks agree to stop, save a checkpoint and leave with exit code 75.
 # ==================================================================================================
-class HostCopy:
-    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
-
-    float(tensor) would wait for everything that the device was given so far. This copy is queued
-    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
-    immediate.
-    """
-
-    def __init__(self, tensor):
-        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
-        self.arrived = None
-        if tensor.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self):
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return float(self.value)
-
-
-class StepFacts(typing.NamedTuple):
-    """What all ranks agree on in every step."""
-
-    loss: float  # mean over the step's tokens
-    stop: bool  # some rank was told to stop
-    save: bool  # a checkpoint is due by the clock
-    seconds: float  # since the last step, by rank 0's clock
-
-
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -3795,88 +3817,42 @@ def flops_per_token(model):
             multiplied -= module.weight.numel()
     order = layer_order(config, model.looped)
     for layer, block in enumerate(model.blocks):
-        # What a looped layer has is multiplied at each of its visits.
         further_visits = order.count(layer) - 1
         multiplied += further_visits * sum(param.numel() for param in block.parameters())
     attention = len(order) * config.model_dim * config.train_seq_len
     return 6 * multiplied + 12 * attention
 
 
-class StepTimer:
-    """Where training's time goes, by this rank's own clock; part of the checkpoint.
-
-    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead
-    and waits once a step, for the loss: "forward_backward" then holds whatever the device still had
-    to do, the optimisers' kernels of the step before included, while "data" and "optimiser" are
-    what the host itself needs to prepare and to launch. Their growth is what starves the device.
-    """
-
-    PARTS = ("data", "forward_backward", "optimiser", "validation")
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(self.PARTS, 0.0)
-        self.steps = []  # seconds of every step, as all ranks agreed on
-        self.flops = 0.0  # floating-point operations of all steps and ranks
-
-    @contextlib.contextmanager
-    def part(self, name):
-        begin = time.monotonic()
-        yield
-        self.seconds[name] += time.monotonic() - begin
-
-    def recent(self, count):
-        """Mean seconds of the last `count` steps."""
-        last = self.steps[-count:]
-        return sum(last) / len(last)
-
-    def pace(self, count):
-        """Median seconds of the last `count` steps, 0 without any: no single pause moves it."""
-        return float(np.median(self.steps[-count:])) if self.steps else 0.0
-
-    def milliseconds(self, percentile):
-        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
-        return 1000 * float(np.percentile(self.steps, percentile))
-
-    def state_dict(self):
-        # A tensor, since thousands of Python floats are slow to write.
-        steps = torch.tensor(self.steps, dtype=torch.float64)
-        return dict(seconds=dict(self.seconds), steps=steps, flops=self.flops)
-
-    def load_state_dict(self, state):
-        self.seconds = dict(state["seconds"])
-        self.steps = state["steps"].tolist()
-        self.flops = state["flops"]
-
-
 class Trainer:
-    """Model, optimisers, averages, data position and clock of one training run."""
+    """Model, optimisers, averages and clock of one training run.
+
+    `identity` holds the names and values that a checkpoint must agree on to be continued.
+    """
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
     def __init__(self, config, runtime, val, identity=None):
         self.config = config
-        reserve = config.gptq_reserve_seconds if config.quantizer == "gptq" else 0.0
-        self.timed = without_reserve(config, reserve)  # for all that depends on the clock
         self.runtime = runtime
         self.val = val
+        self.identity = identity or {}
         self.comm = runtime.comm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
-        self.average = WeightAverage(self.model.parameters(), self.timed)
+        self.average = WeightAverage(self.model.parameters(), config)
         self.stream = open_train_stream(config)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
         self.step = 0  # steps done
-        self.seconds = 0.0  # of training: without start, warm-up and validation
+        self.seconds = 0.0  # of training: without start, warm-up, validations and checkpoints
         self.step_started = time.monotonic()  # moved forward by whatever is no training
-        self.timer = StepTimer()
+        self.step_seconds = []  # of every step, as all ranks agreed on
+        self.flops = 0.0  # floating-point operations of all steps and ranks
         self.logged_step = 0  # of the last log line in this process
         self.logged_order = []  # of the layers, in this process's log
         self.stopped_early = False  # by the wallclock cap
-        self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
-        self.identity = dict(identity=identity or {})
 
     def plan_micro_batches(self):
         """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
@@ -3885,9 +3861,8 @@ class Trainer:
         sequences = config.train_batch_tokens // config.train_seq_len
         if sequences % world:
             raise ConfigError(
-                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
-                f"which {world} ranks cannot share evenly: change the batch or the number of "
-                "ranks"
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, which "
+                f"{world} ranks cannot share evenly: change the batch or the number of ranks"
             )
         self.seqs_per_rank = sequences // world
         most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
@@ -3897,24 +3872,13 @@ class Trainer:
         self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
 
     def announce(self):
-        """Lines that the challenge's tools parse, in its own format."""
+        """Log the lines that the challenge's tools parse, in its own format, and warnings."""
+        config = self.config
         log = self.runtime.log
-        data_set = Path(self.config.data_path).name
+        data_set = Path(config.data_path).name
         log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
         log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
         log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
-        self.warn_of_settings()
-
-    def warn_of_settings(self):
-        """Lines on settings that do other than whoever chose them may expect."""
-        config = self.config
-        log = self.runtime.log
-        rounded = any(module.bits for _, module in self.model.quantizable())
-        if config.late_qat_threshold and not rounded:
-            log(
-                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
-                "integers"
-            )
         if config.late_qat_threshold and config.quantizer == "gptq":
             log(
                 "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
@@ -3928,27 +3892,15 @@ class Trainer:
             )
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
+        """Train to the last step, the wallclock cap or a wish to stop."""
         self.load()
         self.warm_up()
         # The clock starts here: compiling and reading a checkpoint are not training.
         self.step_started = time.monotonic()
-        self.checkpoints.saved_at = self.step_started
-        try:
-            self.run_steps()
-        # Whatever ends the run early, the user learns what is safe.
-        except Stopped:
-            if self.saved_step != self.step:  # stopped in a validation
-                self.save(needed=True)
-            raise
-        except DataError as error:
-            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
-
-    def run_steps(self):
         every = self.config.val_loss_every
         done = False
         while not done:
-            self.set_order()
+            self.set_layer_order()
             # Asked before the validation, so that the last one is of the final weights.
             done = self.step >= self.config.iterations or self.out_of_time()
             if done or (every and self.step and self.step % every == 0):
@@ -3958,12 +3910,14 @@ class Trainer:
 
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
-        cap = training_cap(self.timed, self.step, self.seconds)
+        cap = self.config.training_seconds
         if not cap or not self.step:  # nothing measured yet
             return False
-        # Steps of looped layers take longer than the mean of the whole run.
-        step_seconds = max(self.seconds / self.step, self.timer.pace(20))
-        if self.seconds + step_seconds > cap:
+        # Steps of looped layers take longer than the mean of the whole run; no single pause moves
+        # the median.
+        mean = self.seconds / self.step
+        median = float(np.median(self.step_seconds[-20:]))
+        if self.seconds + max(mean, median) > cap:
             self.runtime.log(
                 f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
                 f"step:{self.step}/{self.config.iterations}"
@@ -3974,50 +3928,55 @@ class Trainer:
     def one_step(self):
         """One optimiser step, its log line, and a checkpoint where one is due."""
         config = self.config
-        scale = lr_scale(self.timed, self.step, self.seconds)
-        self.set_lrs(scale)
-        facts = self.agree(self.accumulate(self.step, self.stream))
+        scale = lr_scale(config, self.step, self.seconds)
+        self.set_schedules(scale)
+        # The number of the step is all that decides which sequences it reads.
+        first = (self.step * self.comm.world + self.comm.rank) * self.seqs_per_rank
+        try:
+            rows = self.stream.sequences(first, self.seqs_per_rank)  # (n, T + 1)
+        except DataError as error:
+            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
+        loss, stop, save, seconds = self.agree(self.accumulate(self.step, rows))
         # Before the optimisers: a loss that is not finite must not reach the weights.
-        if not math.isfinite(facts.loss):
-            self.diverged(facts.loss)
-        with self.timer.part("optimiser"):
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-            self.average.update(self.step, scale, self.seconds)
+        if not math.isfinite(loss):
+            self.diverged(loss)
+        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        self.average.update(self.step, scale)
         self.step += 1
-        self.seconds += facts.seconds
-        self.timer.steps.append(facts.seconds)
+        self.seconds += seconds
+        self.step_seconds.append(seconds)
         # Counted step by step, because looped layers are switched on in mid-run.
-        self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
-        self.report(facts.loss, scale)
-        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
+        self.flops += flops_per_token(self.model) * config.train_batch_tokens
+        self.report(loss, scale)
+        if stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
-        if facts.save or (every and self.step % every == 0):
+        if save or (every and self.step % every == 0):
             self.save()
 
     def agree(self, loss):
-        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
+        """(mean loss, stop, save, seconds) of this step, the same on every rank.
 
-        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
-        decided together, or one rank would wait for ever in a collective that no other enters.
+        `loss` is this rank's share. Each rank has its own clock and hears its own signals, so
+        whatever steers the run is decided in one exchange: else one rank would wait for ever in a
+        collective that no other enters. `seconds` are those since the last step.
         """
-        now = time.monotonic()
-        step_seconds = self.seconds / max(1, self.step)
-        # The stop is seen one step late, so there must be time for two.
-        stop = self.runtime.stop.wanted(2 * step_seconds)
+        # A signal is seen one step late, so there must be time for two.
+        stop = self.runtime.stop.wanted(2 * self.seconds / max(1, self.step))
         save = self.checkpoints.due()
-        elapsed = now - self.step_started
+        now = time.monotonic()
+        seconds = now - self.step_started
         self.step_started = now
         if not self.runtime.is_main:  # rank 0's clock decides
             save = False
-            elapsed = 0.0
-        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
-        return StepFacts(loss, stop > 0, save > 0, elapsed)
+            seconds = 0.0
+        loss, stop, save, seconds = self.comm.all_reduce_scalars(loss, stop, save, seconds)
+        return loss, stop > 0, save > 0, seconds
 
-    def set_order(self):
+    def set_layer_order(self):
         """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
-        fraction = run_fraction(self.timed, self.step, self.seconds)
+        fraction = run_fraction(self.config, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
         order = layer_order(self.config, self.model.looped)
         # Where it changes, loss and step time do: whoever reads the log must see why.
@@ -4026,7 +3985,7 @@ class Trainer:
             self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
             self.logged_order = order
 
-    def set_lrs(self, scale):
+    def set_schedules(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
         config = self.config
         self.muon.lr = config.matrix_lr * scale
@@ -4036,58 +3995,47 @@ class Trainer:
         if config.late_qat_threshold:
             self.model.set_qat(float(scale < config.late_qat_threshold))
 
-    def accumulate(self, step, stream):
-        """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
+    def accumulate(self, step, rows):
+        """Add up the gradients of `rows` (n, T + 1), this rank's sequences of step number `step`.
+
+        Returns their share of the step's mean loss, as a float.
+        """
         config = self.config
-        length = config.train_seq_len
-        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
-        last = first + self.seqs_per_rank
-        with self.timer.part("data"):
-            # (n, T + 1): one token more than there are inputs, the last target.
-            rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
+        first = self.comm.rank * self.seqs_per_rank  # number of rows[0] in the step
         self.model.zero_grad()
         self.model.train()  # a validation may have left it in evaluation mode
         total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
-        for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
-            high = low + self.micro_batch_seqs
-            with self.timer.part("data"):
-                tokens = self.runtime.to_device(rows[low:high])
+        try:
+            for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
+                high = low + self.micro_batch_seqs
+                tokens = self.runtime.to_device(rows[low:high])  # (B, T + 1)
+                # A function of (SEED, step, sequence): a resumed run draws the same noise.
                 noise = flow_noise_keys(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
-            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
-                loss = self.micro_batch_loss(tokens, noise)
+                with self.runtime.autocast():
+                    # Each token's target is its successor. Divided here, so that sums over
+                    # micro-batches and ranks are means.
+                    loss = self.loss(tokens[:, :-1], tokens[:, 1:], noise)
+                    loss = loss / (self.accumulation_steps * self.comm.world)
                 total = total + loss.detach()
                 if high == self.seqs_per_rank:
-                    # Ahead of the last backward, for which it then need not wait.
-                    on_host = HostCopy(total)
+                    # Queued ahead of the last backward, for which the host then need not wait.
+                    on_host = total.to("cpu", non_blocking=True)
+                    copied = torch.cuda.current_stream().record_event() if total.is_cuda else None
                 loss.backward()
-        with self.timer.part("forward_backward"):
-            # The step's one synchronisation. On CUDA the last backward is still running behind it,
-            # long enough to hide the agreement of the ranks and the optimisers' launches.
-            return on_host.read()
-
-    def micro_batch_loss(self, tokens, noise):
-        """Share of the step's mean loss (0-d) of `tokens` (B, T + 1)."""
-        ids = tokens[:, :-1]  # (B, T)
-        targets = tokens[:, 1:]  # (B, T): each token's successor
-        with self.runtime.autocast():
-            # Divided here, so that sums over micro-batches and ranks are means.
-            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
-
-    @contextlib.contextmanager
-    def naming_a_smaller_batch(self):
-        """Out of memory becomes a ResourceError that names the setting to change."""
-        try:
-            yield
         except OUT_OF_MEMORY:
-            length = self.config.train_seq_len
+            length = config.train_seq_len
             smaller = max(self.micro_batch_seqs * length // 2, length)
             raise ResourceError(
-                "out of memory in training with MICRO_BATCH_TOKENS="
-                f"{self.config.micro_batch_tokens}: run the same command with "
-                f"MICRO_BATCH_TOKENS={smaller}"
+                f"out of memory in training with MICRO_BATCH_TOKENS={config.micro_batch_tokens}: "
+                f"run the same command with MICRO_BATCH_TOKENS={smaller}"
             ) from None
+        # The step's one synchronisation. On CUDA the last backward is still running behind it, long
+        # enough to hide the agreement of the ranks and the optimisers' launches.
+        if copied is not None:
+            copied.synchronize()
+        return float(on_host)
 
     def clock(self):
         milliseconds = 1000 * self.seconds
@@ -4099,12 +4047,12 @@ class Trainer:
         config = self.config
         step = self.step
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
-        # The first steps show whether a run is sound at all.
-        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
         # The pace since the last line, where a node that slows down shows at once.
-        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
-        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
-        if logged:
+        recent = self.step_seconds[self.logged_step - step :]
+        tokens = config.train_batch_tokens * len(recent)
+        pace = f"tokens_per_s:{tokens / max(1e-9, sum(recent)):.0f}"
+        # The first steps show whether a run is sound at all.
+        if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
             self.runtime.log(f"{text} {self.clock()} {pace}")
             self.logged_step = step
         # Every step's, so that the curve that is drawn of them can be smoothed.
@@ -4120,35 +4068,31 @@ class Trainer:
         self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
 
     def report_throughput(self):
-        """Two lines at the end: the pace and its share of the device's peak, where time went."""
-        timer = self.timer
-        if not timer.steps:
+        """Log tokens per second, milliseconds per step and the share of the devices' peak."""
+        if not self.step_seconds:
             return
-        median = timer.milliseconds(50)
-        tokens = self.config.train_batch_tokens * len(timer.steps)
-        tokens_per_second = tokens / max(1e-9, self.seconds)
+        seconds = max(1e-9, self.seconds)
+        tokens_per_second = self.config.train_batch_tokens * self.step / seconds
+        # The median is the pace; the 95th percentile shows what interrupts it.
+        median, p95 = (1000 * float(np.percentile(self.step_seconds, p)) for p in (50, 95))
         device = device_name(self.runtime.device)
         peak = peak_flops(device)
         share = None
         described = f"unknown (no bfloat16 peak is listed for {device})"
         if peak is not None:
-            flops_per_second = timer.flops / max(1e-9, self.seconds)
-            share = flops_per_second / (peak * self.comm.world)
+            share = self.flops / seconds / (peak * self.comm.world)
             described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
         self.runtime.log(
             f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
-            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+            f"step_p95:{p95:.2f}ms peak_share:{described}"
         )
-        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
-        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
         self.runtime.event(
             "throughput",
             tokens_per_s=tokens_per_second,
             step_median_ms=median,
-            step_p95_ms=timer.milliseconds(95),
+            step_p95_ms=p95,
             peak_share=share,
-            flops=timer.flops,
-            seconds_in=timer.seconds,
+            flops=self.flops,
         )
 
     def validate(self):
@@ -4156,8 +4100,10 @@ class Trainer:
         config = self.config
         begin = time.monotonic()
         try:
-            with self.timer.part("validation"):
-                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+        except Stopped:
+            self.save(needed=True)
+            raise
         except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
@@ -4183,26 +4129,21 @@ class Trainer:
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())  # on the host: the device may be full
-        timing = self.timer.state_dict()
-        generator = np.random.default_rng(0)
         shape = (self.seqs_per_rank, config.train_seq_len + 1)
-        tokens = generator.integers(0, config.vocab_size, shape)
-        # A stand-in for TrainStream: the real position must not move.
-        synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
+        rows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
         # Both orders of the layers, so that no graph is compiled in the middle of the run.
         for looped in (False, True) if config.num_loops else (False,):
             self.model.looped = looped
             for i in range(config.warmup_steps):
-                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                self.accumulate(-1 - i, rows)  # steps that no run has: noise of their own
                 reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
-        self.timer.load_state_dict(timing)
         self.runtime.log(
             f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
         )
 
     def training_state(self):
-        """Everything the next step depends on; every rank must call it."""
+        """Everything the next step depends on but its number; every rank must call it."""
         return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def restore(self, state):
@@ -4215,29 +4156,33 @@ class Trainer:
         With `needed`, raises ResourceError if it cannot be written. Weights that are not finite are
         never saved: the checkpoints before them are the ones to keep.
         """
-        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
-        if not all(finite):
+        begin = time.monotonic()
+        if not all(bool(torch.isfinite(param).all()) for param in self.model.parameters()):
             self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
             return
         state = self.training_state()  # a collective: momentum is gathered from all ranks
-        self.saved_step = self.step
-        state.update(self.identity, timing=self.timer.state_dict(), step=self.step)
-        state.update(seconds=self.seconds, position=self.stream.position)
-        begin = time.monotonic()
+        # A tensor, since thousands of Python floats are slow to write.
+        steps = torch.tensor(self.step_seconds, dtype=torch.float64)
+        state.update(
+            identity=self.identity,
+            step=self.step,
+            seconds=self.seconds,
+            timing=dict(steps=steps, flops=self.flops),
+        )
         written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
-        self.step_started += time.monotonic() - begin
         if written is not None:
-            self.report_saved(self.step, *written)
-        elif needed:
+            seconds, size = written
+            self.runtime.log(
+                f"checkpoint_saved step:{self.step} seconds:{seconds:.2f} bytes:{size}"
+            )
+            self.runtime.event("checkpoint", step=self.step, seconds=round(seconds, 3), bytes=size)
+        if needed and written is None:
             raise ResourceError(
                 f"the checkpoint of step {self.step} could not be written to "
                 f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "
                 f"{self.checkpoints.last()}"
             )
-
-    def report_saved(self, step, seconds, size):
-        self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
-        self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
+        self.step_started += time.monotonic() - begin
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
@@ -4245,15 +4190,24 @@ class Trainer:
         if not step:
             return
         path = self.checkpoints.path(step)
-        if any(state[name] != value for name, value in self.identity.items()):
-            raise ConfigError(f"{path} belongs to other settings or data: set another RUN_ID")
+        saved = state["identity"]
+        differences = [
+            f"{name}: {saved.get(name)!r} -> {self.identity.get(name)!r}"
+            for name in {**saved, **self.identity}
+            if saved.get(name) != self.identity.get(name)
+        ]
+        if differences:
+            raise ConfigError(
+                f"{path} belongs to other settings or data: {'; '.join(differences)}: use the same "
+                "to resume it, or set another RUN_ID"
+            )
         self.restore(state)
-        # With step, clock and position the next step is the one that would have come.
+        # With its number and the clock, the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
-        self.timer.load_state_dict(state["timing"])
+        self.step_seconds = state["timing"]["steps"].tolist()
+        self.flops = state["timing"]["flops"]
         self.logged_step = step
-        self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
     def diverged(self, loss):
@@ -4285,10 +4239,10 @@ class Trainer:
 
 
 def train(config, runtime, val, path, identity=None):
-    """Train (or go on training), write the exported float weights to `path`.
+    """Train (or go on training) and write the exported float weights to `path`.
 
-    A checkpoint is continued only where its `identity` is this one.
-    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    A checkpoint is continued only where its `identity` is this one. Raises Stopped, DivergedError,
+    DataError, ResourceError or ConfigError (see their exit codes).
     """
     trainer = Trainer(config, runtime, val, identity)
     trainer.announce()
@@ -4739,7 +4693,7 @@ class Evaluation:
         self.hidden = compiled(self.model.hidden, DETERMINISTIC)
         self.loss = compiled(self.model, DETERMINISTIC)
         self.step_loss = self.loss  # of a whole test-time training step
-        if self.runtime.cuda_graphs:
+        if self.runtime.cuda_graphs(self.config.ttt_cuda_graph):
             graph = {**DETERMINISTIC, "triton.cudagraphs": True}
             self.step_loss = compiled(self.model, graph)
 
@@ -4771,6 +4725,8 @@ class Evaluation:
                 self.observer.after_item(self, item)
                 self.cursor += 1
                 self.after_item()
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
             return self.result(complete=last_target is None)
 
     def begins_beyond(self, target, item):
@@ -4787,7 +4743,7 @@ class Evaluation:
         # One collective for both, so that all ranks save or stop after the same item.
         stop, save = self.comm.all_reduce_scalars(wanted, due)
         if (stop or save) and self.checkpoints is not None:
-            self.save(needed=bool(stop))
+            self.save(wait=bool(stop))
         if stop:
             raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
 
@@ -5022,10 +4978,10 @@ class Evaluation:
             dist.all_reduce(total)
         return total.numpy()
 
-    def save(self, needed):
-        """Write the state; every rank must call it.
+    def save(self, wait):
+        """Write the state in the background; every rank must call it.
 
-        With `needed`, raises ResourceError if it cannot be written.
+        With `wait`, raises ResourceError if it cannot be written.
         """
         # Sums of every rank, each of which goes on with its own.
         state = dict(
@@ -5041,13 +4997,12 @@ class Evaluation:
             # What the chunks so far have taught.
             state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
         text = f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}"
-        if self.checkpoints.save(self.cursor, state if self.runtime.is_main else None):
-            self.runtime.log(text)
-        elif needed:
-            raise ResourceError(
-                f"the state of {self.label} could not be written to {self.checkpoints.folder}: "
-                "free space or change RUN_DIR"
-            )
+        if self.runtime.is_main:
+            self.checkpoints.save(self.cursor, state, lambda seconds, size: self.runtime.log(text))
+        if wait:
+            self.checkpoints.wait_or_raise()
+            # A rank that left now would have the launcher end the one that still writes.
+            self.comm.barrier()
 
     def load(self):
         """Go on from a saved state of the same evaluation, if there is one."""
@@ -6632,14 +6587,7 @@ def int5_order(num_layers):
     return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
 
 
-def fit_lite(
-    config,
-    state_dict,
-    code_bytes,
-    tokenizer_sha256="",
-    log=lambda line: None,
-    check_stop=lambda: None,
-):
+def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
     """(artifact, int5 layers): the first rung of the ladder on which code + model fit BUDGET_BYTES.
 
     The ladder starts with every MLP at BLOCK_BITS and lowers one more to int5 at each rung. Raises
@@ -6648,7 +6596,6 @@ def fit_lite(
     order = int5_order(config.num_layers)
     cache = {}
     for rung in range(len(order) + 1):
-        check_stop()
         layers = order[:rung]
         # Only packing tells the size: how far integers compress depends on their distribution.
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
@@ -6912,31 +6859,17 @@ class Packed(typing.NamedTuple):
     groups: list  # of GroupSize
 
 
-def fit_gptq(
-    config,
-    state_dict,
-    hessians,
-    fisher,
-    code_bytes,
-    tokenizer_sha256="",
-    log=lambda line: None,
-    check_stop=lambda: None,
-):
+def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log=lambda line: None):
     """Packed of the finest steps with which code + model fit BUDGET_BYTES.
 
     Deterministic: the same weights and knowledge give the same bytes. Raises ArtifactError when
     nothing fits.
     """
-    quantiser = Quantiser(state_dict, Knowledge(hessians, fisher), log)
-
-    def solve(unit):
-        check_stop()
-        return quantiser.solve(unit)
-
+    quantiser = Quantiser(state_dict, knowledge, log)
     encoder = GridEncoder(config, state_dict, quantiser.grids, tokenizer_sha256)
     budget = config.budget_bytes - code_bytes
     control = RateControl(
-        solve,
+        quantiser.solve,
         encoder.encode,
         budget,
         quantiser.parameters,
@@ -6946,7 +6879,7 @@ def fit_gptq(
     packing = control.run(quantiser.guessed_unit(budget))
     groups = account(encoder, packing)
     log_account(groups, log)
-    return packing.blob, [group._asdict() for group in groups], control.packings
+    return Packed(packing.blob, control.packings, groups)
 
 
 TRIAL_SIZE = 512  # rows and columns of the matrix that is solved and packed to time this machine
@@ -7211,7 +7144,7 @@ class LoadedWeights(typing.NamedTuple):
     info: dict  # what training measured (float checkpoints only)
     sha256: str  # of the file
 
-    def from_artifact(self):
+    def brought(self):
         """Settings that the file brings into a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
@@ -7271,6 +7204,23 @@ def load_float_weights(path):
 # A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
 # it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
+def check_places(config):
+    """Refuse, before anything is moved, to set aside the very file that is to be read."""
+    if config.resume != "never" or (config.mode == "train" and not config.eval_only):
+        return
+    if not config.eval_only:
+        raise ConfigError(
+            f"MODE={config.mode} reads the run in RUN_DIR={config.run_dir}, which RESUME=never "
+            "would set aside: leave RESUME at auto"
+        )
+    artifact = Path(config.eval_only).resolve()
+    if artifact.is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"EVAL_ONLY={config.eval_only} lies in RUN_DIR={config.run_dir}, which RESUME=never "
+            "would set aside: set another RUN_DIR, or leave RESUME at auto"
+        )
+
+
 class Run:
     """The phases of one run in RUN_DIR."""
 
@@ -7285,9 +7235,54 @@ class Run:
         self.files = {}
         if loaded is not None:
             self.files[self.artifact_path] = loaded
+        self.code_sha256 = sha256_file(CODE_PATH)
         self.model = None
         self.audited = False
         self.results = {"scores": {}}
+
+    def load(self, path):
+        """LoadedWeights of a file."""
+        if path not in self.files:
+            self.files[path] = load_weights(path)
+        return self.files[path]
+
+    def on_main(self, test):
+        """What test() says on rank 0, the one that is sure to see what it wrote."""
+        return self.runtime.comm.from_main(self.runtime.is_main and test()) > 0
+
+    def already_done(self, phase, test):
+        """Whether a phase has left its result already, by test() on rank 0."""
+        done = self.on_main(test)
+        if done:
+            self.log(f"phase_done:{phase} found in {self.path}")
+        return done
+
+    # ---- before the first phase ----
+
+    def prepare(self):
+        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        config = self.config
+        if config.resume == "must" and not self.on_main((self.path / "config.json").exists):
+            raise ConfigError(
+                f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
+            )
+        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
+            if self.runtime.is_main:
+                build_demo_data(config, self.log)
+            self.runtime.comm.barrier()
+        # An artifact names its tokenizer: with another one its token ids would mean other text.
+        tokenizer_sha256 = ""
+        if config.eval_only:
+            tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
+        else:
+            find_shards(config, "train")  # fails now rather than after the validation text is read
+        self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
+        if self.runtime.is_main:
+            self.take_over_record()
+        self.write_manifest()
+        self.announce()
+        if config.eval_only:
+            self.check_budget()
 
     def run(self):
         """All phases that are configured and missing."""
@@ -7301,102 +7296,44 @@ class Run:
         if config.mode == "train":
             self.score()
 
-    def load(self, path):
-        """LoadedWeights of a file."""
-        if path not in self.files:
-            self.files[path] = load_weights(path)
-        return self.files[path]
+    def identity(self):
+        """What two runs must agree on to share a RUN_DIR: settings, text, code and scored file.
 
-    def model_of(self, path):
-        """The model with the weights of a file; one object for all scores: compiled once."""
-        if self.model is None:
-            # Rounding in training has no place here: the weights are what they are.
-            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
-            self.model = build_model(settings, self.runtime)
-        self.model.load_state_dict(self.load(path).state_dict)
-        return self.model
-
-    def on_main(self, condition):
-        """Rank 0's `condition` on every rank: only rank 0 is sure to see files it wrote."""
-        return self.runtime.comm.from_main(bool(condition)) > 0
-
-    def already_done(self, phase, condition):
-        """Rank 0's `condition`, that a phase has left its result, which is then logged."""
-        done = self.on_main(condition)
-        if done:
-            self.log(f"phase_done:{phase} found in {self.path}")
-        return done
-
-    # ---- before the first phase ----
-
-    def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
-        config = self.config
-        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
-            if self.runtime.is_main:
-                build_demo_data(config, self.log)
-            self.runtime.comm.barrier()
-        # An artifact names its tokenizer: with another one its token ids would mean other text.
-        expected_sha256 = ""
-        if config.eval_only:
-            expected_sha256 = self.load(self.artifact_path).tokenizer_sha256
-        else:
-            find_shards(config, "train")  # fails now rather than after the validation text is read
-        token_bytes = load_token_bytes(config, expected_sha256)
-        self.tokenizer_sha256 = sha256_file(config.tokenizer_path)
-        self.val = ValidationSet.load(config, token_bytes)
-        self.identity = self.identify()
-        if self.runtime.is_main:
-            self.claim_directory()
-        self.write_manifest()
-        self.announce()
-        if config.eval_only:
-            self.check_budget()
-
-    def identify(self):
-        """{"training", "packing", "evaluation": {name: value}} that a RUN_DIR belongs to.
-
-        A phase depends on its own part and on those before it. The evaluation of a given file knows
-        nothing of the file's training and packing but the digest of the file.
+        An evaluation does not use the settings of training, so it does not compare them.
         """
         config = self.config
-        training = {"train_gpt.py": sha256_file(CODE_PATH)}  # other code may do otherwise
-        packing = {"tokenizer": self.tokenizer_sha256}
-        evaluation = config.as_dict("eval")
-        evaluation["validation text"] = self.val.fingerprint["val_sha256"]
-        evaluation["file that is scored"] = "the run's own"
+        kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
+        identity = config.as_dict(*kinds)
+        identity["validation text"] = self.val.fingerprint["val_sha256"]
+        identity["train_gpt.py"] = self.code_sha256  # other code may score otherwise
+        identity["file that is scored"] = "the run's own"
         if config.eval_only:
-            evaluation["file that is scored"] = self.load(self.artifact_path).sha256
-        else:
-            training.update(config.as_dict("arch", "train"), dtype=config.dtype)
-            training["training tokens"] = open_train_stream(config).num_tokens
-            packing.update(config.as_dict("pack"))
-            if config.late_qat_threshold:  # training then rounds to these bits
-                for name in ("block_bits", "embed_bits"):
-                    training[name] = packing.pop(name)
-        return dict(training=training, packing=packing, evaluation=evaluation)
+            identity["file that is scored"] = self.load(self.artifact_path).sha256
+        return identity
 
-    def claim_directory(self):
-        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one.
+    def origin(self):
+        """Shows that this user's runs made something, without giving the key away."""
+        key = self.runtime.user_key()
+        return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
 
-        Other settings of packing alone pack the run's float weights again. Raises ConfigError when
-        RUN_DIR holds another run.
-        """
-        config = self.config
+    def take_over_record(self):
+        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
         path = self.path / "config.json"
         old = read_json(path) if path.exists() else None
-        # The evaluation of a given file is a check of the file and takes up no earlier score, so
-        # the earlier check may be of another file. A training run is never overwritten.
-        earlier_check = config.eval_only and old and old["config"].get("eval_only")
+        # The evaluation of a given file is a check of it: what an earlier one found is not taken
+        # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
+        earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
-            self.compare_with(old)
+            self.check_same_run(old)
             with contextlib.suppress(FileNotFoundError):
                 self.results = read_json(self.path / "scores.json")
+        config = self.config
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
             preset=config.preset,
             hash=config.hash(),
-            identity=self.identity,
+            origin=self.origin(),
+            identity=self.identity(),
             config=config.as_dict(),
             kinds=kinds,
             differs=config.differences(),
@@ -7404,40 +7341,25 @@ class Run:
         write_json(path, record)
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
-    def compare_with(self, old):
-        """Raise ConfigError if `old`, a config.json, is another run's; delete what is repacked."""
-        config = self.config
-        changed = {}  # by part of the identity: {name: "NAME: old -> new"}
-        for part, values in self.identity.items():
-            before = old.get("identity", {}).get(part, {})
-            changed[part] = {
-                name: f"{name.upper() if hasattr(config, name) else name}: "
-                f"{before.get(name)!r} -> {value!r}"
-                for name, value in values.items()
-                if before.get(name) != value
-            }
-        differences = {name: text for part in changed.values() for name, text in part.items()}
-        if not differences:
-            return
-        repacks = changed["packing"] and not changed["training"]
-        repacks = repacks and config.mode == "train" and not config.eval_only
-        if config.max_wallclock_seconds and not self.float_path.exists():
-            # What gptq takes from the cap changes the training that is still to be done.
-            repacks = repacks and "quantizer" not in changed["packing"]
-        if not repacks:
+    def check_same_run(self, old):
+        """Raise ConfigError when RUN_DIR holds a run of other settings, data or code."""
+        before = old.get("identity", {})
+        differences = []
+        for name, value in self.identity().items():
+            if before.get(name) != value:
+                shown = name.upper() if name in old.get("config", {}) else name
+                differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
+        if differences:
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences.values())}: use the same to resume it, or set another "
-                "RUN_ID"
+                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
+                "RESUME=never to keep it aside"
             )
-        # Scores go first: a kill must not leave them beside another artifact.
-        stale = [self.path / name for name in ("scores.json", "audit.json", ARTIFACT_NAME)]
-        for path in [*stale, *(self.path / "checkpoint").glob("eval_*.pt")]:
-            path.unlink(missing_ok=True)
-        self.log(
-            f"packing_changed {'; '.join(differences.values())}: artifact, audit and scores are "
-            "made anew, from the same float weights"
-        )
+        if old.get("origin") != self.origin():
+            self.log(
+                f"warning: {self.path} was begun elsewhere (another user, machine or container): "
+                "phases that it calls done are taken on trust; RESUME=never starts anew"
+            )
 
     def announce(self):
         """Log the configuration and the data in the lines that other tools parse (REFERENCE, 9)."""
@@ -7449,10 +7371,15 @@ class Run:
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
+        if not config.eval_only:  # an artifact brings what others set
+            for name, reason in config.idle().items():
+                log(f"warning: {name.upper()}={getattr(config, name)} has no effect with {reason}")
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
-        log(f"attention:{self.runtime.attention.reason}")
+        machine = self.runtime
+        attention = pick_attention(machine.device, machine.dtype, machine.compiling)
+        log(f"attention:{attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         split = self.val.fingerprint
         pattern = f"{config.data_path}/fineweb_val_*.bin"
@@ -7463,7 +7390,7 @@ class Run:
             f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
             f"score_scope:{split['scope']}"
         )
-        if self.val.retokenisation_mismatch():
+        if self.val.is_foreign():
             log(
                 f"warning: TOKENIZER_PATH={config.tokenizer_path} does not seem to have made these "
                 "shards: it encodes their text otherwise. Bytes per token, and so bits per byte, "
@@ -7496,11 +7423,11 @@ class Run:
             world_size=self.runtime.comm.world,
             torch_threads=torch.get_num_threads(),
             config_hash=config.hash(),
-            code_sha256=self.identity["training"]["train_gpt.py"],
+            code_sha256=self.code_sha256,
             code_bytes=CODE_PATH.stat().st_size,
             artifact_sha256=artifact_sha256,
             artifact_bytes=artifact_bytes,
-            tokenizer_sha256=self.tokenizer_sha256,
+            tokenizer_sha256=sha256_file(config.tokenizer_path),
             data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
         self.log(f"manifest:{json.dumps(manifest)}")
@@ -7510,83 +7437,86 @@ class Run:
 
     def train(self):
         """Write the float weights, unless they are there."""
+        if not self.already_done("train", self.float_path.exists):
+            identity = self.config.as_dict("arch", "train")
+            shards = find_shards(self.config, "train")
+            identity["training tokens"] = sum(len(read_shard(path)) for path in shards)
+            train(self.config, self.runtime, self.val, self.float_path, identity)
+
+    def packing_reserve(self):
+        """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
         config = self.config
-        if self.already_done("train", self.float_path.exists()):
-            return
-        if config.quantizer == "gptq" and config.max_wallclock_seconds:
-            self.log(
-                f"gptq_reserve: {config.gptq_reserve_seconds:g}s of MAX_WALLCLOCK_SECONDS="
-                f"{config.max_wallclock_seconds:g} stay free for calibration and packing; 12 s is "
-                "the published value on 8xH100"
-            )
-        train(config, self.runtime, self.val, self.float_path, self.identity["training"])
+        if config.quantizer != "gptq" or not config.max_wallclock_seconds:
+            return 0.0
+        seconds = solving_seconds(config) if self.runtime.is_main else 0.0
+        seconds = self.runtime.comm.from_main(seconds)
+        self.log(f"wallclock_reserve: {seconds:.4f}s for solving and packing")
+        return seconds
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
-        if self.already_done("pack", self.artifact_path.exists()):
+        if self.already_done("pack", self.artifact_path.exists):
             return
-        self.runtime.stop_if_wanted("packing")
-        begin = time.monotonic()
-        statistics = None
-        if self.config.quantizer == "gptq":  # all ranks calibrate
-            model = self.model_of(self.float_path)
-            statistics = calibrate(model, self.config, self.runtime)
-        stopped = False
-        if self.runtime.is_main:
-            try:
-                self.pack_on_main(statistics, begin)
-            except Stopped:
-                stopped = True
-        # The others wait here, and stop with rank 0.
-        if self.on_main(stopped):
-            raise Stopped("in packing")
+        weights = self.load(self.float_path)
+        self.runtime.stop_if_wanted("packing", self.packing_seconds(weights))
+        if self.config.quantizer == "gptq":
+            self.pack_gptq(weights)
+        elif self.runtime.is_main:
+            # Deterministic, and it takes seconds: one rank packs, the others read the file.
+            self.pack_lite(weights.state_dict)
+        self.runtime.comm.barrier()
         self.write_manifest()
 
-    def pack_on_main(self, statistics, begin):
-        """Write the artifact; packing is deterministic, so one rank does it for all.
+    def packing_seconds(self, weights):
+        """Predicted seconds of packing LoadedWeights, calibration included."""
+        if self.config.quantizer == "gptq":
+            step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
+            calibrating = calibration_seconds(self.config, step_seconds)
+            return 3 + calibrating + solving_seconds(self.config)
+        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
+        return 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
 
-        `statistics` are the hessians and the Fisher information of QUANTIZER=gptq, None for lite;
-        `begin` is when their calibration began. Raises Stopped between two trials.
-        """
-        config = self.config
-        weights = self.load(self.float_path)
+    def pack_lite(self, state_dict):
+        """Artifact of rounded rows, on rank 0."""
+        tokenizer_sha256 = sha256_file(self.config.tokenizer_path)
         code_bytes = self.code_bytes()
+        blob, layers = fit_budget(self.config, state_dict, code_bytes, tokenizer_sha256, self.log)
+        self.write_artifact(blob, int5_layers=layers)
 
-        def check_stop():
-            if self.runtime.stop.wanted():
-                raise Stopped("in packing")
-
-        options = dict(tokenizer_sha256=self.tokenizer_sha256, log=self.log, check_stop=check_stop)
-        if config.quantizer == "lite":
-            blob, layers = fit_lite(config, weights.state_dict, code_bytes, **options)
-            facts = dict(int5_layers=layers)
-        else:
-            calibrated = time.monotonic() - begin
-            self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
-            blob, breakdown, trials = fit_gptq(
-                config, weights.state_dict, *statistics, code_bytes, **options
+    def pack_gptq(self, weights):
+        """Calibrate on all ranks, then solve and pack on rank 0; all of it counts as training."""
+        begin = time.monotonic()
+        config = self.config
+        knowledge = calibrate(self.model_of(self.float_path), config, self.runtime)
+        calibrated = time.monotonic() - begin
+        self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
+        if self.runtime.is_main:
+            tokenizer_sha256 = sha256_file(config.tokenizer_path)
+            packed = fit_gptq(
+                config, weights.state_dict, knowledge, self.code_bytes(), tokenizer_sha256, self.log
             )
             seconds = time.monotonic() - begin
-            total = weights.info.get("train_time_s", 0.0) + seconds  # all of it counts as training
+            total = weights.info.get("train_time_s", 0.0) + seconds
             self.log(
-                f"quantised packings:{trials} seconds:{seconds:.1f} with_training:{total:.1f}s"
+                f"quantised packings:{packed.packings} seconds:{seconds:.1f} "
+                f"with_training:{total:.1f}s"
             )
-            if 0 < config.max_wallclock_seconds < total:
-                self.log(
-                    f"warning: training and packing took {total:.1f} s, more than "
-                    f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: raise "
-                    f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}"
-                )
-            facts = dict(
-                packings=trials,
+            self.write_artifact(
+                packed.blob,
+                packings=packed.packings,
                 calibration_seconds=calibrated,
                 quantiser_seconds=seconds,
                 with_training_seconds=total,
-                size_breakdown=breakdown,
+                account=[group._asdict() for group in packed.groups],
             )
+
+    def write_artifact(self, blob, **facts):
+        """The file, the lines of its sizes and the event."""
         write_atomic(self.artifact_path, [blob])
-        self.log_sizes(len(blob), code_bytes, config.artifact_compressor)
-        self.runtime.event("packed", artifact_bytes=len(blob), code_bytes=code_bytes, **facts)
+        self.log_sizes(len(blob), self.code_bytes(), self.config.artifact_compressor)
+        self.runtime.event(
+            "packed", artifact_bytes=len(blob), code_bytes=self.code_bytes(), **facts
+        )
 
     def code_bytes(self):
         """Bytes of code that the artifact must share BUDGET_BYTES with."""
@@ -7594,12 +7524,13 @@ class Run:
 
     def log_sizes(self, artifact_bytes, code_bytes, compressor):
         """The three lines of the challenge's logs, and what is left of the budget."""
+        log = self.log
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
-        self.log(f"Code size: {code_bytes} bytes")
-        self.log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
-        self.log(f"Total submission size int6+{compressor}: {total} bytes")
-        self.log(f"headroom: {self.config.budget_bytes - total} bytes")
+        log(f"Code size: {code_bytes} bytes")
+        log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
+        log(f"Total submission size int6+{compressor}: {total} bytes")
+        log(f"headroom: {self.config.budget_bytes - total} bytes")
 
     def check_budget(self):
         """The file that is scored and this very script must fit. Raises ArtifactError."""
@@ -7611,7 +7542,8 @@ class Run:
         # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
         # How it was packed is no setting of an evaluation: the file's head says it.
-        self.log_sizes(artifact_bytes, code_bytes, COMPRESSORS[head[2]])
+        compressor = COMPRESSORS[head[2]]
+        self.log_sizes(artifact_bytes, code_bytes, compressor)
         over = artifact_bytes + code_bytes - self.config.budget_bytes
         if over > 0:
             raise ArtifactError(
@@ -7620,26 +7552,33 @@ class Run:
                 "script it was submitted with, or raise BUDGET_BYTES to look at it all the same"
             )
 
-    def evaluation_key(self, path):
-        """The digest that an audit or a cut-off evaluation of a file must agree on to be used."""
-        text = json.dumps([self.load(path).sha256, self.identity], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def model_of(self, path):
+        """The model with the weights of a file; one object for all scores: compiled once."""
+        if self.model is None:
+            # Rounding in training has no place here: the weights are what they are.
+            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
+            self.model = build_model(settings, self.runtime)
+        self.model.load_state_dict(self.load(path).state_dict)
+        return self.model
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
         config = self.config
         path = self.path / "audit.json"
         begin = time.monotonic()
-        if not self.on_main(self.artifact_path.exists()):
+        if not self.on_main(self.artifact_path.exists):
             raise ConfigError(
                 f"MODE=audit: {self.artifact_path} does not exist: set EVAL_ONLY=path"
             )
-        key = self.evaluation_key(self.artifact_path)
-        passed_before = False
-        # A given file is audited anew each time; so is all when the audit is what was asked.
-        if path.exists() and config.mode == "train" and not config.eval_only:
+        audit_key = self.evaluation_key(self.artifact_path)
+
+        def passed_before():
+            # A given file is audited anew each time; so is all when the audit is what was asked.
+            if config.eval_only or config.mode == "audit" or not path.exists():
+                return False
             old = read_json(path)
-            passed_before = old.get("key") == key and old["passed"]
+            return old.get("audit_key") == audit_key and old["passed"]
+
         self.audited = True  # below, a failure raises
         # Scores of an earlier start of this run are of the same file, script and settings.
         for label, score in self.results["scores"].items():
@@ -7652,24 +7591,44 @@ class Run:
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
         if self.runtime.is_main:
-            write_json(path, dict(passed=not failed, key=key, seconds=seconds, checks=checks))
+            record = dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
+            write_json(path, record)
         self.runtime.event("audit", passed=not failed)
         verdict = "FAIL" if failed else "pass"
         self.log(f"audit {verdict} {len(checks)} checks in {seconds:.1f} s")
         if failed:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
+    def evaluation_key(self, path):
+        """A score or an audit belongs to one file of weights, one script and its settings."""
+        settings = self.config.hash("arch", "eval")
+        return f"{self.load(path).sha256}/{self.code_sha256}/{settings}"
+
+    def state_key(self, path):
+        """What a cut-off evaluation of a file must agree on to be continued.
+
+        A given file is checked, so only states of this user's own runs are believed. A training
+        run's phases are taken on trust anyway: its job may go on where the user's key is not.
+        """
+        key = self.evaluation_key(path)
+        return f"{key}/{self.origin()}" if self.config.eval_only else key
+
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
         config = self.config
         for job in self.jobs():
-            scored = self.already_done(job.label, job.label in self.results["scores"])
+            scored = self.already_done(
+                job.label, lambda job=job: job.label in self.results["scores"]
+            )
             if scored and not config.scores_file:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
-            checkpoints = Checkpointer(self.runtime, f"eval_{job.label}", config.checkpoint_seconds)
+            name = f"eval_{job.label}"
+            checkpoints = Checkpointer(self.runtime, name, config.eval_checkpoint_seconds)
             scores_file = None
             if config.scores_file:
+                # It needs every target of one pass, so no earlier part of one is taken up.
+                checkpoints = None
                 scores_file = ScoresFile(self.val.num_targets)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
@@ -7682,13 +7641,11 @@ class Run:
                 slot=job.slot,
                 label=job.label,
                 observer=scores_file,
-                # The file needs every target of one pass, so no earlier part of one is taken up.
-                checkpoints=None if scores_file else checkpoints,
-                identity=self.evaluation_key(path),
+                checkpoints=checkpoints,
+                identity=self.state_key(path),
                 spot_checks=config.spot_checks,
             )
             self.record(score, job)
-            checkpoints.clear()
             if scores_file is not None:
                 scores_file.write(config.scores_file.replace("{label}", job.label), self.runtime)
         if self.runtime.is_main:
@@ -7709,15 +7666,17 @@ class Run:
 
     def record(self, score, job):
         """Log a score and add it to scores.json."""
+        log = self.log
         name = score.label
         mark = "" if score.legal else " legality:illegal"
         stride = f" stride:{job.stride}" if name.endswith("sliding_window") else ""
-        self.log(
+        milliseconds = 1000 * score.seconds
+        log(
             f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
-            f"eval_time:{1000 * score.seconds:.0f}ms{mark}"
+            f"eval_time:{milliseconds:.0f}ms{mark}"
         )
-        self.log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
-        self.log(f"score_scope:{self.val.scope}")
+        log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
+        log(f"score_scope:{self.val.scope}")
         entry = dict(
             val_loss=score.val_loss,
             val_bpb=score.val_bpb,
@@ -7779,8 +7738,7 @@ class Run:
         return "1" if score["audited"] else "unaudited"
 
     def summarise(self):
-        """Log the results, and the command to try next, in plain words."""
-        config = self.config
+        """What happened and what to try next, in plain words."""
         log = self.log
         results = self.results
         for label, score in results["scores"].items():
@@ -7789,35 +7747,46 @@ class Run:
                 f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope}"
             )
-        if config.preset == "demo":  # what general compressors make of the text that was scored
-            ids = self.val.tokens.astype(int).tolist()
-            text = self.val.token_bytes.model.decode(ids).encode()
-            for name, blob in [("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))]:
-                bpb = 8 * len(blob) / len(text)
-                log(f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text")
+        if self.config.preset == "demo":
+            self.log_baselines()
         headline = self.headline()
         if headline is not None:
-            score = results["scores"][headline]
+            bpb = results["scores"][headline]["val_bpb"]
+            seconds = results["scores"][headline]["eval_time_s"]
+            legal = self.legality_of(headline)
             log(
-                f"summary: score  {score['val_bpb']:.4f} bits per byte ({headline}, "
-                f"legal:{self.legality_of(headline)}, score_scope:{self.val.scope})"
+                f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal}, "
+                f"score_scope:{self.val.scope})"
             )
-            log(
-                f"summary: scored {self.val.num_targets:,} targets in {score['eval_time_s']:,.0f} s"
-            )
+            log(f"summary: scored {self.val.num_targets:,} targets in {seconds:,.0f} s")
+        total = results["total_bytes"]
         log(
             f"summary: size   {results['artifact_bytes']:,} + {results['code_bytes']:,} of code = "
-            f"{results['total_bytes']:,} of {config.budget_bytes:,} bytes"
+            f"{total:,} of {self.config.budget_bytes:,} bytes"
         )
-        if not config.eval_only:
+        if not self.config.eval_only:
             log(f"summary: steps  {results['steps']:,} in {results['train_time_s']:,.0f} s")
         log(f"summary: files  {self.path}")
-        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={config.tokenizer_path}"
-        if config.eval_only:
-            command = 'MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
-        else:
-            command = f"DATA_PATH={config.data_path} python train_gpt.py  # verify the artifact"
-        log(f"next: {where} {command}")
+        log(f"next: {self.next_command()}")
+
+    def log_baselines(self):
+        """What general compressors make of the text that the demo was scored on."""
+        ids = self.val.tokens.astype(int).tolist()
+        text = self.val.token_bytes.model.decode(ids).encode()
+        packed = {"gzip -9": gzip.compress(text, 9), "xz -6": lzma.compress(text)}
+        for name, blob in packed.items():
+            bpb = 8 * len(blob) / len(text)
+            log_line = f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text"
+            self.log(log_line)
+
+    def next_command(self):
+        """The one command to try next."""
+        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={self.config.tokenizer_path}"
+        if self.config.eval_only:
+            return f'{where} MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
+        return (
+            f"{where} DATA_PATH={self.config.data_path} python train_gpt.py  # verify the artifact"
+        )
 
 
 # ---- MODE=sample ----
@@ -7877,36 +7846,85 @@ def sample(config, runtime, loaded):
 @contextlib.contextmanager
 def reported_errors(runtime):
     """Log what stops a run, once and with the rank, and end the process with its exit code."""
+    rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
     try:
         yield
-        return
     except Stopped as stop:
-        code = stop.code
-        if runtime.is_main:
-            with contextlib.suppress(OSError):  # a job script requeues where this file lies
-                (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-        reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
-        runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
-        runtime.event("stopped", signal=reason, phase=str(stop))
-        with contextlib.suppress(RuntimeError):
-            runtime.comm.barrier()  # all ranks leave together
+        report_stop(runtime, stop)
+        leave(runtime, stop.code)
+    except GolfError as error:
+        report_error(runtime, error.code, str(error), f"error: {printable(error)}", rank)
+        leave(runtime, error.code)
     except BaseException as error:
-        code = 1
         message = f"{type(error).__name__}: {error}"
-        shown = traceback.format_exc()
-        if isinstance(error, GolfError):  # its text says what to do
-            code = error.code
-            message = str(error)
-            shown = f"error: {message}"
-        runtime.event("error", code=code, message=message)
-        runtime.append(runtime.log_file, f"error: {message}")
-        rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
-        lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        report_error(runtime, 1, message, traceback.format_exc(), rank)
+        leave(runtime, 1)
+
+
+def report_stop(runtime, stop):
+    """One line, one event, and the file STOPPED that tells a job script to requeue."""
+    if runtime.is_main:
+        with contextlib.suppress(OSError):
+            (runtime.dir / "STOPPED").write_text(f"{stop}\n")
+    reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
+    runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
+    runtime.event("stopped", signal=reason, phase=str(stop))
+    with contextlib.suppress(RuntimeError):
+        runtime.comm.barrier()  # all ranks leave together
+
+
+def report_error(runtime, code, message, shown, rank):
+    """`message` to the log and the events, `shown` with its rank to the terminal."""
+    runtime.event("error", code=code, message=message)
+    runtime.append(runtime.log_file, f"error: {message}")
+    lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def leave(runtime, code):
+    """Exit now: tearing down a process group whose peers may be gone can hang."""
+    # A checkpoint that is being written must be whole before the process goes. Other threads are
+    # not waited for: those of the compiler's pools do not end by themselves.
+    for thread in threading.enumerate():
+        if thread.name.startswith(CHECKPOINT_THREAD):
+            thread.join()
     sys.stdout.flush()
     if runtime.comm.world > 1:
-        os._exit(code)  # tearing down a process group whose peers may be gone can hang
+        os._exit(code)
     sys.exit(code)
+
+
+def launch_ranks(config):
+    """Start NPROC processes of this command on this machine; returns the exit code of the job.
+
+    It is what `torchrun --standalone` does, but for the end: torchrun exits with 1 whatever its
+    workers say, and a job script could not tell a failed audit from a full disk.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+    launch_config = launcher.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.nproc,
+        run_id=f"train_gpt_{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # a stopped run goes on when its command is run again
+        monitor_interval=0.1,
+        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    )
+    begin = time.time()
+    try:
+        launcher.elastic_launch(launch_config, sys.executable)("-u", str(CODE_PATH))
+    except launcher.ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode
+    except SignalException:
+        # The workers got the signal too; the file tells whether they saved everything in time.
+        stopped = Path(config.run_dir) / "STOPPED"
+        saved = stopped.exists() and stopped.stat().st_mtime >= begin
+        return Stopped.code if saved else 1
+    return 0
 
 
 def load_given(environ):
@@ -7930,10 +7948,13 @@ def main():
         )
     # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
-    config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
+    config = Config.from_env(os.environ, loaded.brought() if loaded else None)
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
+    check_places(config)
+    if config.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(launch_ranks(config))
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):

@@ -532,8 +532,8 @@ def at_step(step, action):
     `loss`."""
     return f"""
 accumulate = train_gpt.Trainer.accumulate
-def at_step(self, step, stream):
-    loss = accumulate(self, step, stream)
+def at_step(self, step, rows):
+    loss = accumulate(self, step, rows)
     if step == {step}:
         {action}
     return loss
