@@ -279,7 +279,7 @@ class Case:
 
     def checkpoints(self, name="eval"):
         """Keeps states of this name in the run's directory, none unless the evaluation stops."""
-        return train_gpt.Checkpointer(self.runtime, name, self.config.eval_checkpoint_seconds)
+        return train_gpt.Checkpointer(self.runtime, name, self.config.checkpoint_seconds)
 
 
 def replaced(stream, low, high=None):
