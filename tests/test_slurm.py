@@ -1,5 +1,4 @@
-"""The job scripts on a real SLURM with pretend nodes (tests/slurm_node.sh), and what needs none
-without."""
+"""The job scripts, most of them on a real SLURM with pretend nodes (tests/slurm_node.sh)."""
 
 import os
 import re
@@ -58,9 +57,9 @@ def bash(script, *arguments, **variables):
     return finished("bash", str(script), *arguments, env=environment(**variables))
 
 
-# --------------------------------------------------------------------------------------------------
-# Without SLURM
-# --------------------------------------------------------------------------------------------------
+# --- Without SLURM -------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "script", [*SCRIPTS, SLURM / "common.sh", NODE], ids=lambda path: path.name
 )
@@ -74,25 +73,17 @@ def test_the_script_is_sound_bash(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_help_prints_the_header_and_its_options_stay_out_of_it(script):
+def test_a_script_explains_itself_asks_to_be_warned_and_requeued_and_names_no_site(script):
     shown = bash(script, "--help")
     assert shown.returncode == 0
     assert f"bash slurm/{script.name} [--list | --help" in shown.stdout
     assert "#SBATCH" not in shown.stdout and "#!" not in shown.stdout
-
-
-def test_no_site_is_named_in_the_scripts():
-    for script in [*SCRIPTS, SLURM / "common.sh"]:
-        text = script.read_text()
-        assert not re.findall(
-            r"--(?:partition|account|qos)[= ]\w|/(?:home|scratch|gpfs|lustre)\b", text
-        )
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_job_asks_to_be_warned_and_to_be_requeued(script):
-    options = re.findall(r"^#SBATCH (.*)", script.read_text(), re.M)
+    text = script.read_text() + (SLURM / "common.sh").read_text()
+    options = re.findall(r"^#SBATCH (.*)", text, re.M)
     assert {"--signal=B:USR1@120", "--requeue", "--open-mode=append"} <= set(options)
+    assert not re.findall(
+        r"--(?:partition|account|qos)[= ]\w|/(?:home|scratch|gpfs|lustre)\b", text
+    )
 
 
 def test_seeds_are_listed_as_one_task_each():
@@ -146,9 +137,9 @@ def test_what_cannot_be_submitted_is_refused_with_one_message(script, variables,
     assert refused.stderr.startswith(f"slurm: error: {message}") and refused.stderr.count("\n") == 1
 
 
-# --------------------------------------------------------------------------------------------------
-# On a real SLURM
-# --------------------------------------------------------------------------------------------------
+# --- On a real SLURM -----------------------------------------------------------------------------
+
+
 def why_slurm_cannot_run():
     missing = [
         name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name)
@@ -157,6 +148,9 @@ def why_slurm_cannot_run():
         packages = "slurmctld slurmd slurm-client munge"
         return f"SLURM is not installed ({', '.join(missing)} missing): apt-get install {packages}"
     return "a SLURM of one's own needs root" if os.geteuid() else ""
+
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
 
 
 class Job:
@@ -177,16 +171,7 @@ class Job:
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
             found = self.tasks()
-            ended = {
-                "COMPLETED",
-                "FAILED",
-                "CANCELLED",
-                "TIMEOUT",
-                "NODE_FAIL",
-                "BOOT_FAIL",
-                "DEADLINE",
-            }
-            if len(found) == tasks and all(task["JobState"] in ended for task in found.values()):
+            if len(found) == tasks and all(task["JobState"] in ENDED for task in found.values()):
                 return found
             time.sleep(0.5)
         pytest.fail(
@@ -259,27 +244,28 @@ class Cluster:
 
 
 # SLURM looks at time limits every 30 s. The job that is to be hit by its limit gets a short one as
-# soon as it trains, and waits a little at every step until it is hit. Each start begins with a long
-# limit, so that the second one finishes.
+# soon as it trains, and its backward passes wait a little until it is hit. Each start begins with a
+# long limit, so that the second one finishes.
 LONG_LIMIT = 'scontrol update JobId="$SLURM_JOB_ID" TimeLimit=20\n'
 HIT_BY_THE_LIMIT = f"""
 import os, subprocess, sys, time
 started = time.monotonic() - 10
 sys.path.insert(0, {str(ROOT)!r})
+import torch
 import train_gpt
 
-take, calls = train_gpt.TrainStream.take, []
-def slowly(*arguments):
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-        if not calls:
-            minutes = int((time.monotonic() - started) / 60) + 2
-            job = "JobId=" + os.environ["SLURM_JOB_ID"]
-            subprocess.run(["scontrol", "update", job, f"TimeLimit={{minutes}}"])
-        calls.append(0)
-        time.sleep(0.2)
-    return take(*arguments)
+backward, calls = torch.Tensor.backward, []
+def slowly(*arguments, **options):
+    if not calls:
+        minutes = int((time.monotonic() - started) / 60) + 2
+        job = "JobId=" + os.environ["SLURM_JOB_ID"]
+        subprocess.run(["scontrol", "update", job, f"TimeLimit={{minutes}}"])
+    calls.append(0)
+    time.sleep(0.2)
+    return backward(*arguments, **options)
 
-train_gpt.TrainStream.take = slowly
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    torch.Tensor.backward = slowly
 train_gpt.main()
 """
 
@@ -322,12 +308,18 @@ def cluster(tmp_path_factory, tiny_data):
         cluster.stop()
 
 
+def only_task(job, state, restarts, code="0:0"):
+    """Wait for a job of one task and check how SLURM says that it ended."""
+    (task,) = job.wait().values()
+    found = task["JobState"], task["Restarts"], task["ExitCode"]
+    assert found == (state, str(restarts), code), job.output()
+
+
 def test_a_warned_run_saves_itself_and_the_requeued_job_goes_on(cluster):
     job = cluster.submit("train_seeds", "warned", SEEDS="7", iterations="30")
     job.wait_for_output("starts at 0")
     job.warn()
-    (task,) = job.wait().values()
-    assert (task["JobState"], task["Restarts"]) == ("COMPLETED", "1"), job.output()
+    only_task(job, "COMPLETED", 1)
     assert "stopped with everything saved: requeue 1 of at most 20" in job.output()
     first, second = map(int, re.findall(r"starts at (\d+)", job.output()))
     assert first == 0 < second < 30
@@ -335,15 +327,11 @@ def test_a_warned_run_saves_itself_and_the_requeued_job_goes_on(cluster):
 
 
 def test_a_job_requeues_itself_only_so_often(cluster):
-    job = cluster.submit(
-        "train_seeds", "bounded", SEEDS="7", iterations="300", GOLF_MAX_REQUEUES="0"
-    )
+    settings = dict(SEEDS="7", iterations="300", GOLF_MAX_REQUEUES="0")
+    job = cluster.submit("train_seeds", "bounded", **settings)
     job.wait_for_output("starts at 0")
     job.warn()
-    (task,) = job.wait().values()
-    assert (task["JobState"], task["Restarts"], task["ExitCode"]) == ("FAILED", "0", "75:0"), (
-        job.output()
-    )
+    only_task(job, "FAILED", 0, "75:0")
     assert f"submit again with GOLF_RUNS={job.runs}" in job.output()
 
 
@@ -358,10 +346,7 @@ def test_a_cancelled_run_saves_itself_and_is_not_requeued(cluster):
 
 def test_a_failed_run_fails_its_job_with_the_same_exit_code(cluster):
     job = cluster.submit("train_seeds", "failed", SEEDS="7", EXIT_WITH="3")
-    (task,) = job.wait().values()
-    assert (task["JobState"], task["Restarts"], task["ExitCode"]) == ("FAILED", "0", "3:0"), (
-        job.output()
-    )
+    only_task(job, "FAILED", 0, "3:0")
 
 
 @pytest.mark.slow
@@ -372,8 +357,7 @@ def test_nodes_meet_through_torchrun_and_a_warning_reaches_every_process(cluster
     for rank in (0, 1):
         job.wait_for_output(f"rank {rank} of 2 starts at 0")
     job.warn()
-    (task,) = job.wait().values()
-    assert (task["JobState"], task["Restarts"]) == ("COMPLETED", "1"), job.output()
+    only_task(job, "COMPLETED", 1)
     assert len(re.findall(r"rank \d of 2 starts at [1-9]", job.output())) == 2
     assert len(re.findall(r"rank \d of 2 finished with SEED 5", job.output())) == 2
 
@@ -383,52 +367,45 @@ def test_a_job_with_several_processes_per_node_is_warned_through_torchrun(cluste
     for rank in (0, 1):
         job.wait_for_output(f"rank {rank} of 2 starts at 0")
     job.warn()
-    (task,) = job.wait().values()
-    assert (task["JobState"], task["Restarts"]) == ("COMPLETED", "1"), job.output()
+    only_task(job, "COMPLETED", 1)
     assert len(re.findall(r"rank \d of 2 finished with SEED 5", job.output())) == 2
 
 
 def test_an_array_of_two_seeds_runs_to_the_end(cluster):
-    tasks = cluster.jobs["two_seeds"].wait(tasks=2)
-    assert {task["JobState"] for task in tasks.values()} == {"COMPLETED"}, cluster.jobs[
-        "two_seeds"
-    ].output()
-    results = [cluster.jobs["two_seeds"].scores(f"nfm_7k_seed{seed}") for seed in (1, 2)]
+    job = cluster.jobs["two_seeds"]
+    tasks = job.wait(tasks=2)
+    assert {task["JobState"] for task in tasks.values()} == {"COMPLETED"}, job.output()
+    results = [job.scores(f"nfm_7k_seed{seed}") for seed in (1, 2)]
     assert [result["finished"] for result in results] == [True, True]
     assert [result["seed"] for result in results] == [1, 2]
     assert results[0]["scores"]["legal_ttt"] != results[1]["scores"]["legal_ttt"]
 
 
 def test_an_evaluation_waits_for_the_runs_it_scores(cluster):
-    training = cluster.jobs["two_seeds"].wait(tasks=2)
-    tasks = cluster.jobs["evaluation"].wait(tasks=2)
-    assert {task["JobState"] for task in tasks.values()} == {"COMPLETED"}, cluster.jobs[
-        "evaluation"
-    ].output()
-    assert min(t["StartTime"] for t in tasks.values()) >= max(
-        t["EndTime"] for t in training.values()
-    )
+    training, evaluation = cluster.jobs["two_seeds"], cluster.jobs["evaluation"]
+    last_end = max(task["EndTime"] for task in training.wait(tasks=2).values())
+    tasks = evaluation.wait(tasks=2).values()
+    assert {task["JobState"] for task in tasks} == {"COMPLETED"}, evaluation.output()
+    assert min(task["StartTime"] for task in tasks) >= last_end
     for seed in (1, 2):
-        trained = cluster.jobs["two_seeds"].scores(f"nfm_7k_seed{seed}")["scores"]
-        scored = cluster.jobs["evaluation"].scores(f"eval_nfm_7k_seed{seed}")["scores"]
-        sliding = "final_int6_sliding_window"
+        trained = training.scores(f"nfm_7k_seed{seed}")["scores"]
+        scored = evaluation.scores(f"eval_nfm_7k_seed{seed}")["scores"]
+        sliding, ttt = "final_int6_sliding_window", "legal_ttt"
         assert scored[sliding]["val_bpb"] == trained[sliding]["val_bpb"]
-        assert (
-            scored["legal_ttt"]["val_bpb"] != trained["legal_ttt"]["val_bpb"]
-        )  # it was given more epochs
+        assert scored[ttt]["val_bpb"] != trained[ttt]["val_bpb"], "it was given more epochs"
 
 
 def test_a_job_hit_by_its_time_limit_finishes_with_the_uninterrupted_result(cluster):
-    (task,) = cluster.jobs["time_limit"].wait().values()
-    cluster.jobs["two_seeds"].wait(tasks=2)
-    output = cluster.jobs["time_limit"].output()
+    limited, two_seeds = cluster.jobs["time_limit"], cluster.jobs["two_seeds"]
+    (task,) = limited.wait().values()
+    two_seeds.wait(tasks=2)
+    output = limited.output()
     assert task["JobState"] == "COMPLETED" and int(task["Restarts"]) >= 1, output
     assert re.search(r"^resumed_from:\S+ step:[1-9]", output, re.M), output
-    interrupted = cluster.jobs["time_limit"].scores("nfm_7k_seed2")
-    whole = cluster.jobs["two_seeds"].scores("nfm_7k_seed2")
-    for label, score in whole["scores"].items():
-        assert interrupted["scores"][label]["val_loss"] == score["val_loss"], label
-        assert interrupted["scores"][label]["val_bpb"] == score["val_bpb"], label
+    interrupted = limited.scores("nfm_7k_seed2")["scores"]
+    for label, score in two_seeds.scores("nfm_7k_seed2")["scores"].items():
+        for name in ("val_loss", "val_bpb"):
+            assert interrupted[label][name] == score[name], (label, name)
 
 
 @pytest.mark.slow
@@ -439,9 +416,8 @@ def test_a_real_run_over_two_nodes_survives_a_warning(cluster):
     whole = cluster.submit_real("train_multinode", "whole_nodes", *options, **settings)
     job.wait_for_output("step:5/400")
     job.warn()
-    (task,) = job.wait().values()
+    only_task(job, "COMPLETED", 1)
     whole.wait()
-    assert (task["JobState"], task["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert read_json(job.runs / "nfm_7k_seed4" / "manifest.json")["world_size"] == 2
     interrupted = job.scores("nfm_7k_seed4")["scores"]
     for label, score in whole.scores("nfm_7k_seed4")["scores"].items():
