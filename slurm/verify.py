@@ -1236,7 +1236,13 @@ class Verifier:
         jobs = []
         for k, kind in zip(places, itertools.cycle(texts.OPENINGS)):
             jobs.append(dict(tokens=texts.twin(tokens, k, kind)))
-        self.judge_twins("twins", self.exam, places, self.run_all(jobs))
+        outcomes = []
+        while len(outcomes) < count:
+            at = len(outcomes)
+            outcomes += self.run_all(jobs[at : at + self.arguments.jobs])
+            if self.arguments.stop and any(self.twin_faults(self.exam, places, outcomes).values()):
+                break
+        self.judge_twins("twins", self.exam, places[: len(outcomes)], outcomes)
 
     def whole_text(self):
         """Twins of the whole given text: a script may know that by its size or hash."""
@@ -1250,28 +1256,32 @@ class Verifier:
         base, changed = self.run_all([dict(tokens=tokens), dict(tokens=twin)])
         self.judge_twins("whole text", base, [k], [changed])
 
-    def judge_twins(self, test, base, places, outcomes):
-        """Add the results of twins of the run `base`, one for each score."""
+    def twin_faults(self, base, places, outcomes):
+        """{label: sentences on twins of the run `base` whose scores up to their k differ}."""
+        faults = {}
         for label, nll in base.nll.items():
-            noise = self.noise.get(label, 0.0)
-            faults = []
-            missing = None
+            faults[label] = []
             for k, outcome in zip(places, outcomes):
                 twin = outcome.nll.get(label, ())
-                if len(twin) != len(nll):
-                    missing = outcome
-                    continue
-                gap = np.abs(twin[:k].astype(float) - nll[:k])
-                wrong = np.flatnonzero(~(gap <= 8 * noise))
-                if len(wrong):
-                    faults.append(f"k={k}: {len(wrong)} targets, by up to {gap.max():.2g} nats")
+                if len(twin) == len(nll):
+                    gap = np.abs(twin[:k].astype(float) - nll[:k])
+                    wrong = np.flatnonzero(~(gap <= 8 * self.noise.get(label, 0.0)))
+                    if len(wrong):
+                        where = f"k={k}: {len(wrong)} targets from {wrong[0]} on"
+                        faults[label].append(f"{where}, by up to {gap.max():.2g} nats")
+        return faults
+
+    def judge_twins(self, test, base, places, outcomes):
+        """Add the results of twins of the run `base`, one for each score."""
+        for label, faults in self.twin_faults(base, places, outcomes).items():
+            missing = [x for x in outcomes if len(x.nll.get(label, ())) != len(base.nll[label])]
             if missing:
                 self.crashed = True
-                detail = f"a twin has no such score (exit code {missing.code}): "
-                self.add(test, label, None, detail + missing.last_words())
+                detail = f"{len(missing)} twins have no such score (exit code {missing[0].code}): "
+                self.add(test, label, None, detail + missing[0].last_words())
             detail = (
                 f"{len(places)} places k from {min(places)} to {max(places)}: all scores up to k "
-                f"are the same{', but for the noise' if noise else ''}"
+                f"are the same{', but for the noise' if self.noise.get(label) else ''}"
             )
             self.add(test, label, not faults, "; ".join(faults[:3]) or detail)
 

@@ -15,12 +15,20 @@ from helpers import ROOT, TINY, launch, train_tokenizer
 sys.path.insert(0, str(ROOT / "slurm"))
 
 import verify  # noqa: E402
-from violations import VIOLATIONS, injected  # noqa: E402
+from violations import LAST_BLOCK, VIOLATIONS, injected  # noqa: E402
 
 import train_gpt  # noqa: E402
 
 LABELS = ("final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt")
 SOURCE = (ROOT / "train_gpt.py").read_text()
+# A script whose own checks find nothing: the verifier has to see for itself.
+DEAF = """
+def audit(*arguments):
+    return []
+
+def draw_rounds(*arguments):
+    return set()
+"""
 
 
 # ---- a small trained model and its data ----
@@ -84,7 +92,7 @@ SETTINGS = "--set TTT_ENABLED=1 --set EVAL_STRIDE=16 --set TTT_LR=0.05"
 
 @pytest.fixture
 def judge(data, submission, children, monkeypatch, tmp_path):
-    """call(violation, arguments) -> exit code, report, printed text.
+    """call(violation, arguments, deaf) -> exit code, report, printed text.
 
     Runs are forks of a process that has loaded torch, since loading is most of a short run.
     """
@@ -98,12 +106,15 @@ def judge(data, submission, children, monkeypatch, tmp_path):
 
     monkeypatch.setattr(verify.Sandbox, "finish", finish)
 
-    def call(violation, arguments):
+    def call(violation, arguments, deaf=True):
         folder = tmp_path / "candidate"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(submission, folder)
         if violation:
-            (folder / "train_gpt.py").write_text(injected(SOURCE, violation))
+            source = injected(SOURCE, violation)
+            if deaf:
+                source = source.replace(LAST_BLOCK, f"{DEAF}\n{LAST_BLOCK}")
+            (folder / "train_gpt.py").write_text(source)
             for name, value in violation.settings:
                 arguments += f" --set {name}={value}"
             if violation.condition != "training":
@@ -143,16 +154,23 @@ def by_name(name):
     [
         ("printed_digits_lowered", "recount"),
         ("better_unless_watched_or_checked", "repeat"),
-        ("bonus_late_in_the_text", "bet"),
+        ("bos_free", "bet"),
+        ("tail_sees_its_own_target", "model alone"),
         ("ahead_late_in_the_text", "twins"),
         ("tuned_before_packing", "training twin"),
-        ("bos_free", "own verdict"),
     ],
 )
 def test_a_violation_is_found_by_the_test_for_it(judge, name, test):
     code, report, printed = judge(by_name(name), "--twins 10")
     assert code == 6, printed
     assert test in {r["test"] for r in report["results"] if r["status"] == "FAIL"}
+
+
+@pytest.mark.slow
+def test_a_script_is_believed_that_calls_its_score_illegal(judge):
+    code, report, printed = judge(by_name("bos_free"), "--twins 1", deaf=False)
+    assert code == 6, printed
+    assert statuses(report)["own verdict", ""] == "FAIL"
 
 
 @pytest.mark.slow
