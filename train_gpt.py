@@ -22,7 +22,6 @@ command again).
 import ast
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -30,9 +29,9 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import io
-import itertools
 import json
 import lzma
 import math
@@ -44,10 +43,8 @@ import signal
 import struct
 import sys
 import sysconfig
-import threading
 import time
 import traceback
-import types
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -57,12 +54,16 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
-import torch.distributed.launcher.api as launcher
 import torch.nn.functional as F
 import zstandard
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 from torch.utils.checkpoint import checkpoint
 
 BOS = 1  # every document of the official shards starts with this token
@@ -71,10 +72,10 @@ CODE_PATH = Path(__file__).resolve()  # its size counts towards the budget
 
 
 def printable(text, limit=None, keep=""):
-    """Text of a stranger's file as a terminal may show it: one line, of `limit` characters at most.
+    """Return a stranger's text as a terminal may show it: one line of at most `limit` characters.
 
-    Control characters could clear the screen, rename the window or hide what an error says; they
-    are escaped, but for those in `keep`.
+    Control characters could clear the screen, rename the window or hide an error; they are escaped,
+    but for those in `keep`.
     """
     text = str(text)
     if limit is not None and len(text) > limit:
@@ -86,68 +87,55 @@ def printable(text, limit=None, keep=""):
 
 
 class GolfError(Exception):
-    """An error a user can act on; `code` is the process's exit code."""
+    """An error that a user can act on; `code` is the process's exit code."""
 
     code = 1
 
 
 class ConfigError(GolfError):
-    """A setting is wrong, or does not fit the others or the run in RUN_DIR."""
-
-    code = 2
+    code = 2  # a setting is wrong, or does not fit the others or the run in RUN_DIR
 
 
 class DataError(GolfError):
-    """Shards or tokenizer are missing, damaged, or do not belong together."""
-
-    code = 3
+    code = 3  # shards or tokenizer are missing, damaged, or do not belong together
 
 
 class ArtifactError(GolfError):
-    """A file of weights is over the budget or unreadable."""
-
-    code = 4
+    code = 4  # a file of weights is over the budget or unreadable
 
 
 class DivergedError(GolfError):
-    """The training loss is not finite."""
-
-    code = 5
+    code = 5  # the training loss is not finite
 
 
 class LegalityError(GolfError):
-    """A score would break one of the challenge's conditions."""
-
-    code = 6
+    code = 6  # a score would break one of the challenge's conditions
 
 
 class ResourceError(GolfError):
-    """Out of storage or memory."""
-
-    code = 7
+    code = 7  # out of storage or memory
 
 
 class Stopped(GolfError):
-    """Raised after everything was saved, at a signal or before a time limit."""
-
-    code = 75
+    code = 75  # everything is saved, at a signal or before a time limit
 
 
 # ==================================================================================================
 # Configuration
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
-# A field's kind says what it belongs to: "arch" and "eval" travel inside the artifact, "train"
-# fixes the weights, "run" changes where and how a run happens but not its result. The hash covers
-# all but "run", so that two runs with equal hashes are comparable.
+# A field's kind says what it belongs to: "train" fixes the float weights, "pack" the artifact made
+# of them, "arch" and "eval" travel inside the artifact, "run" changes where and how a run happens
+# but not its result. The hash covers all but "run", so that runs with equal hashes are comparable.
 # ==================================================================================================
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
-    """A Config field with what --help and the range checks need to know."""
+    """Return a Config field with what --help and the range checks need to know."""
     metadata = dict(kind=kind, text=text, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 arch_option = functools.partial(option, "arch")
 train_option = functools.partial(option, "train")
+pack_option = functools.partial(option, "pack")
 eval_option = functools.partial(option, "eval")
 run_option = functools.partial(option, "run")
 
@@ -165,9 +153,7 @@ class Config:
     model_dim: int = arch_option(512, "width of the residual stream", 16, 4096)
     num_heads: int = arch_option(8, "query heads", 1, 64)
     num_kv_heads: int = arch_option(4, "key/value heads", 1, 64)
-    mlp_mult: float = arch_option(
-        3.0, "MLP width / model_dim, rounded down to a multiple of 8", 0.25, 16
-    )
+    mlp_mult: float = arch_option(3.0, "MLP width / MODEL_DIM, down to a multiple of 8", 0.25, 16)
     rope_dims: int = arch_option(16, "rotated dimensions per head", 0, 512)
     rope_base: float = arch_option(10000.0, "base of the rotary frequencies", 1, 1e9)
     # tanh keeps the logits bounded, which also keeps low-bit embeddings harmless.
@@ -181,7 +167,7 @@ class Config:
     gated_attention: bool = arch_option(True, "per-head sigmoid gate on the attention output")
     value_residual: bool = arch_option(True, "mix layer 0's values into every layer")
 
-    # Architecture: what later records have instead or in addition.
+    # Architecture: parts of later records.
     embed_dim: int = arch_option(0, "width of the token embedding, 0 = MODEL_DIM", 0, 4096)
     smear_enabled: bool = arch_option(True, "mix each position with its predecessor")
     smear_inputs: int = arch_option(
@@ -195,11 +181,9 @@ class Config:
     loop_start: int = arch_option(3, "first of the looped layers", 0, 63)
     loop_end: int = arch_option(5, "last of the looped layers", 0, 63)
     skip_gates: bool = arch_option(False, "learned mean of stream and skip instead of a sum")
-    parallel_last_n: int = arch_option(
-        0, "last layers whose attention and MLP read the same state", 0, 64
-    )
+    parallel_last_n: int = arch_option(0, "last layers with attention and MLP in parallel", 0, 64)
 
-    # Architecture: the refiners between the trunk and the logits, each off or on by itself.
+    # Architecture: the refiners between the trunk and the logits.
     e2e_ttt_enabled: bool = arch_option(False, "TTT-Linear refiner, trained end to end")
     e2e_ttt_mini_batch: int = arch_option(16, "tokens per inner step of TTT-Linear", 1, 1024)
     e2e_ttt_base_lr: float = arch_option(1.0, "inner rate of TTT-Linear x head_dim", 0, 1e3)
@@ -218,20 +202,24 @@ class Config:
     warmdown_iters: int = train_option(2800, "last steps, over which the rate falls to 0", 0)
     warmdown_frac: float = train_option(
         0.0,
-        "share of the run (of the steps, or of the wallclock cap) that the warmdown takes, "
+        "share of the run (of its steps or its training time) that the warmdown takes, "
         "0 = WARMDOWN_ITERS",
         0,
         1,
     )
-    warmdown_shape: str = train_option("linear", "of the warmdown", choices=("linear", "cosine"))
+    warmdown_shape: str = train_option("linear", "warmdown's shape", choices=("linear", "cosine"))
     min_lr: float = train_option(0.0, "share of every rate below which the warmdown stays", 0, 1)
     max_wallclock_seconds: float = train_option(0.0, "training time cap, 0 = none", 0)
+    gptq_reserve_seconds: float = train_option(
+        12.0,
+        "QUANTIZER=gptq: seconds of MAX_WALLCLOCK_SECONDS that packing keeps, as published for "
+        "8xH100",
+        0,
+    )
 
     # Training: Muon for the blocks' matrices, AdamW for the rest.
     embed_lr: float = train_option(0.035, "AdamW rate of embeddings", 0)
-    scalar_lr: float = train_option(
-        0.025, "AdamW rate of what is neither embedding nor block matrix", 0
-    )
+    scalar_lr: float = train_option(0.025, "AdamW rate of all other parameters", 0)
     matrix_lr: float = train_option(0.025, "Muon rate of the blocks' matrices", 0)
     # Gradients of the first steps turn fast, so the momentum begins lower.
     muon_momentum: float = train_option(0.99, "Muon momentum after its warm-up", 0, 1)
@@ -241,9 +229,9 @@ class Config:
     muon_wd: float = train_option(0.04, "decoupled weight decay of Muon", 0)
     muon_row_norm: bool = train_option(False, "divide each row by its norm first: MuonEq-R")
     adam_wd: float = train_option(0.04, "decoupled weight decay of AdamW", 0)
-    # Large embeddings want their own.
-    embed_wd: float = train_option(-1.0, "that of the embeddings, -1 = ADAM_WD", -1)
-    scalar_wd: float = train_option(-1.0, "that of all else in AdamW, -1 = ADAM_WD", -1)
+    # Large embeddings want a decay of their own.
+    embed_wd: float = train_option(-1.0, "weight decay of embeddings, -1 = ADAM_WD", -1)
+    scalar_wd: float = train_option(-1.0, "weight decay beside SCALAR_LR, -1 = ADAM_WD", -1)
     beta1: float = train_option(0.9, "AdamW beta1", 0, 0.9999)
     beta2: float = train_option(0.95, "AdamW beta2", 0, 0.999999)
     adam_eps: float = train_option(1e-8, "AdamW epsilon", 1e-30)
@@ -251,43 +239,41 @@ class Config:
 
     # Training: initial values, and the weight of the second loss.
     qk_gain_init: float = train_option(1.5, "initial per-head query gain, not 0")
-    embed_init_std: float = train_option(0.005, "standard deviation of the first embedding", 0)
-    flow_init_scale: float = train_option(0.01, "scale of FlowRefiner's first up-projection", 0)
+    embed_init_std: float = train_option(0.005, "initial standard deviation of the embedding", 0)
+    flow_init_scale: float = train_option(0.01, "initial scale of FlowRefiner's up-projection", 0)
     nfm_loss_weight: float = train_option(0.1, "weight of the flow-matching loss", 0)
 
-    # Training: which average of the weights is exported, and whether they learn to be rounded.
+    # Training: the exported average of the weights, looped layers, rounding in training.
     ema_decay: float = train_option(
-        0.997, "decay of the weight average in a run of EMA_FULL_STEPS, 0 = off", 0, 0.999999
-    )
-    ema_full_steps: int = train_option(
-        5000, "steps from which EMA_DECAY holds; shorter runs forget sooner, 1 = always", 1
+        0.997, "decay of the weight average, lower in the first steps, 0 = off", 0, 0.999999
     )
     swa_enabled: bool = train_option(False, "export the mean of snapshots taken late in the run")
     swa_every: int = train_option(50, "steps between snapshots", 1)
-    swa_start_scale: float = train_option(0.2, "rate scale below which snapshots start", 0, 1)
     loop_at: float = train_option(0.35, "share of the run after which layers are looped", 0, 1)
     late_qat_threshold: float = train_option(
-        0.0, "learning-rate scale of rounding in training, 0 = off", 0, 1
+        0.0, "learning-rate scale below which training rounds the weights, 0 = off", 0, 1
     )
 
-    # Compression.
-    quantizer: str = train_option(
+    # Packing: what the artifact is made of, from the same float weights.
+    quantizer: str = pack_option(
         "lite",
         "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
         "make up for each other's errors, steps that fill BUDGET_BYTES",
         choices=("lite", "gptq"),
     )
-    calibration_tokens: int = train_option(
-        65536, "training tokens that QUANTIZER=gptq looks at", 1, 1 << 24
+    calibration_tokens: int = pack_option(
+        65536, "gptq: training tokens that calibrate it", 1, 1 << 24
     )
-    block_bits: int = train_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
-    embed_bits: int = train_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
-    compressor: str = train_option(
+    block_bits: int = pack_option(6, "lite: bits of the blocks' matrices", choices=(5, 6, 8))
+    embed_bits: int = pack_option(8, "lite: bits of the other large matrices", choices=(5, 6, 8))
+    compressor: str = pack_option(
         "zstd", "lite: compressor of the artifact; gptq takes zstd", choices=("zstd", "lzma")
     )
-    zstd_level: int = train_option(16, "lite: zstd level", 1, 22)
-    lzma_preset: int = train_option(6, "lite: lzma preset", 0, 9)
-    budget_bytes: int = train_option(16_000_000, "code + model must fit this", 1)
+    zstd_level: int = pack_option(16, "lite: zstd level", 1, 22)
+    budget_bytes: int = pack_option(16_000_000, "bytes that code and artifact may take", 1)
+    code_bytes: int = pack_option(
+        0, "bytes of code to leave room for, 0 = this file's (see slurm/package.py)", 0
+    )
 
     # Evaluation: windows and arithmetic.
     dtype: str = eval_option(
@@ -321,14 +307,8 @@ class Config:
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
     )
-    val_sha256: str = run_option(
-        "", "SHA-256 that the validation tokens must have; a canonical split is certain with it"
-    )
     run_id: str = run_option("", "name of the run; default {preset}_seed{seed} and the SLURM job")
     run_dir: str = run_option("", "directory of the run; default runs/$RUN_ID")
-    resume: str = run_option(
-        "auto", "continue RUN_DIR; never keeps the old run aside", choices=("auto", "never", "must")
-    )
     eval_only: str = run_option("", "score this artifact or float checkpoint, do not train")
     mode: str = run_option(
         "train",
@@ -339,10 +319,7 @@ class Config:
         False, "check the four legality conditions before scoring; on for EVAL_ONLY and the demo"
     )
     audit_seed: int = run_option(
-        0,
-        "seed of the audit's and the spot checks' places; 0 = from what is checked",
-        0,
-        2**31 - 1,
+        0, "seed of the places that audit and spot checks take, 0 = from the files", 0, 2**31 - 1
     )
     spot_checks: float = run_option(
         0.01, "share of scoring rounds repeated on other later tokens, which must agree", 0, 1
@@ -352,19 +329,8 @@ class Config:
         "write the nll of every target here (little-endian float32, nats, in order); {label} "
         "becomes the score's name, and without it the last score stays",
     )
-    ttt_cuda_graph: str = run_option(
-        "auto",
-        "replay test-time training as a CUDA graph; auto = with several ranks",
-        choices=("auto", "0", "1"),
-    )
-    nproc: int = run_option(
-        0, "processes to start on this machine, one per GPU; 0 = as torchrun starts them", 0, 1024
-    )
-    code_bytes: int = run_option(
-        0, "bytes of code to leave room for when packing, 0 = this file's (see slurm/package.py)", 0
-    )
 
-    # What MODE=sample writes.
+    # MODE=sample.
     prompt: str = run_option("The", "MODE=sample: the text to continue")
     sample_tokens: int = run_option(200, "MODE=sample: tokens to write at most", 1)
     temperature: float = run_option(0.8, "MODE=sample: flattens the distribution; 0 = likeliest", 0)
@@ -372,27 +338,18 @@ class Config:
 
     # How it runs there.
     device: str = run_option("auto", "auto, cpu, cuda or cuda:N")
-    compile: str = run_option(
-        "auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1")
-    )
+    compile: str = run_option("auto", "torch.compile; auto = on CUDA", choices=("auto", "0", "1"))
     micro_batch_tokens: int = run_option(98304, "tokens per forward pass and rank", 1)
-    warmup_steps: int = run_option(
-        20, "compile warm-up steps on synthetic tokens; weights are restored", 0
-    )
+    warmup_steps: int = run_option(20, "compile warm-up steps; weights are restored", 0)
 
-    # How often it reports, saves, and when it must end.
+    # How often it reports and saves, and when it must end.
     train_log_every: int = run_option(100, "steps between training log lines", 1)
-    val_loss_every: int = run_option(
-        1000, "steps between validations, 0 = only after the last step", 0
+    val_loss_every: int = run_option(1000, "steps between validations, 0 = only the last", 0)
+    checkpoint_every: int = run_option(1000, "training steps between checkpoints, 0 = off", 0)
+    checkpoint_seconds: float = run_option(
+        600.0, "seconds between checkpoints of training and of an evaluation, 0 = off", 0
     )
-    checkpoint_every: int = run_option(1000, "steps between checkpoints, 0 = off", 0)
-    checkpoint_seconds: float = run_option(600.0, "seconds between checkpoints, 0 = off", 0)
-    eval_checkpoint_seconds: float = run_option(
-        300.0, "seconds between states of an evaluation, 0 = off", 0
-    )
-    time_limit_seconds: float = run_option(
-        0.0, "save and stop within this time, 0 = SLURM's or none", 0
-    )
+    time_limit_seconds: float = run_option(0.0, "stop within this time, 0 = SLURM's or none", 0)
 
     def __post_init__(self):
         # Every way to a Config passes here, an artifact's header included.
@@ -410,443 +367,72 @@ class Config:
         return int(self.mlp_mult * self.model_dim) // 8 * 8
 
     @property
+    def training_seconds(self):
+        """Seconds that training may take, 0 for no cap."""
+        if self.max_wallclock_seconds and self.quantizer == "gptq":
+            return self.max_wallclock_seconds - self.gptq_reserve_seconds
+        return self.max_wallclock_seconds
+
+    @property
     def artifact_compressor(self):
         # The sorted codes of gptq are made for zstd, which takes a tenth of lzma's time for them.
         return "zstd" if self.quantizer == "gptq" else self.compressor
 
     @classmethod
-    def from_env(cls, environ, brought=None):
-        """The configuration of a run: explicit variable > `brought` > PRESET > default.
+    def from_env(cls, environ, from_artifact=None):
+        """Return a run's configuration: variable > `from_artifact` > PRESET > default.
 
-        `brought` holds what the artifact of EVAL_ONLY brings along: its architecture, its
-        evaluation settings and a default RUN_ID. Variables of the published scripts count as
-        explicit ones, see PUBLISHED. Raises ConfigError for a near miss of a name, a wrong value,
-        two variables that contradict each other, or an architecture variable that contradicts the
-        artifact.
+        `from_artifact` holds the settings of the file that EVAL_ONLY names: its architecture, its
+        evaluation and a default RUN_ID. Raises ConfigError for a variable that is misspelt, wrong
+        or refused, and for variables that contradict each other or the artifact's architecture.
         """
-        # An unknown preset is reported by check_fit, with the list of those there are.
-        preset = PRESETS.get(environ.get("PRESET"), {})
-        brought = brought or {}
-        explicit = read_variables(environ)
-        read_published(environ, {**preset, **brought}, explicit)
+        # The check of PRESET's own value comes last and lists the presets there are.
+        base = {**PRESETS.get(environ.get("PRESET"), {}), **(from_artifact or {})}
+        explicit = read_variables(environ, base)
         for name in cls.names("arch"):
-            if name in explicit and name in brought and explicit[name] != brought[name]:
+            if from_artifact and name in explicit and explicit[name] != from_artifact[name]:
                 raise ConfigError(
                     f"{name.upper()}={explicit[name]} contradicts the artifact, which has "
-                    f"{brought[name]}: unset {name.upper()} (an artifact brings its own "
+                    f"{from_artifact[name]}: unset {name.upper()} (an artifact brings its own "
                     "architecture)"
                 )
-        values = {"preset": "nfm_7k", **preset, **brought, **explicit}  # the last one wins
+        values = {"preset": "nfm_7k", **base, **explicit}  # the last one wins
         if not values.get("run_id"):
             values["run_id"] = f"{values['preset']}_seed{values.get('seed', cls.seed)}"
-        # Tasks of a job array share their variables, but must not share a directory.
         if "run_id" not in explicit:
-            values["run_id"] += slurm_suffix(environ)
+            # Tasks of a job array share their variables, but must not share a directory.
+            job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
+            task = environ.get("SLURM_ARRAY_TASK_ID")
+            values["run_id"] += "".join(f"_{part}" for part in (job, task) if part)
         if not values.get("run_dir"):
             values["run_dir"] = f"runs/{values['run_id']}"
         return cls(**values)
 
     @classmethod
     def names(cls, *kinds):
-        """Names of the fields of these kinds, in order; of all fields without an argument."""
+        """Return the names of the fields of these kinds, in order; of all without an argument."""
         fields = dataclasses.fields(cls)
         return [f.name for f in fields if not kinds or f.metadata["kind"] in kinds]
 
     def as_dict(self, *kinds):
-        """{name: value} of the fields of these kinds, or of all."""
+        """Return {name: value} of the fields of these kinds, or of all."""
         return {name: getattr(self, name) for name in self.names(*kinds)}
 
     def hash(self, *kinds):
-        """16 hex digits over the fields of these kinds; by default all that can change a result."""
-        text = json.dumps(self.as_dict(*(kinds or ("arch", "train", "eval"))), sort_keys=True)
+        """Return 16 hex digits over the fields of these kinds; by default of all but "run"."""
+        kinds = kinds or ("arch", "train", "pack", "eval")
+        text = json.dumps(self.as_dict(*kinds), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def idle(self):
-        """{field: what makes it so} of those that differ from the preset and have no effect."""
-        found = {}
-        for name, value, fields in IDLE:
-            if getattr(self, name) == value:
-                found.update(dict.fromkeys(fields.split(), f"{name.upper()}={value}"))
-        if self.quantizer == "gptq" and not self.late_qat_threshold:
-            found["block_bits"] = found["embed_bits"] = "QUANTIZER=gptq"
-        # A share of the run comes before a number of steps, and own decays before the common one.
-        if self.warmdown_frac > 0:
-            found["warmdown_iters"] = f"WARMDOWN_FRAC={self.warmdown_frac}"
-        if min(self.embed_wd, self.scalar_wd) >= 0:
-            found["adam_wd"] = f"EMBED_WD={self.embed_wd} and SCALAR_WD={self.scalar_wd}"
-        return {name: found[name] for name in self.differences() if name in found}
-
     def differences(self):
-        """Fields that differ from the preset (settings of place and pace included)."""
+        """Return {name: value} of the fields that differ from the preset; a run's name does not."""
         base = {field.name: field.default for field in dataclasses.fields(self)}
         base.update(PRESETS[self.preset])
-        # What a run is called is no difference.
         base.update(preset=self.preset, run_id=self.run_id, run_dir=self.run_dir)
         return {name: value for name, value in self.as_dict().items() if value != base[name]}
 
 
-# What a field's value leaves without effect: (field, value, fields that then do nothing).
-IDLE = (
-    ("quantizer", "gptq", "compressor zstd_level lzma_preset"),
-    ("quantizer", "lite", "calibration_tokens"),
-    ("num_loops", 0, "loop_start loop_end loop_at"),
-    ("smear_enabled", False, "smear_inputs"),
-    ("gated_attention", False, "gate_inputs"),
-    ("bigram_vocab_size", 0, "bigram_dim"),
-    ("ve_dim", 0, "ve_last_n"),
-    ("e2e_ttt_enabled", False, "e2e_ttt_mini_batch e2e_ttt_base_lr"),
-    ("flow_enabled", False, "flow_latent_dim flow_hidden_dim flow_init_scale"),
-    ("nfm_enabled", False, "nfm_hidden_dim nfm_loss_weight"),
-    ("ema_decay", 0.0, "ema_full_steps"),
-    ("swa_enabled", False, "swa_every swa_start_scale"),
-    ("slot", "off", "slot_lr slot_steps"),
-    (
-        "ttt_enabled",
-        False,
-        "ttt_lr ttt_momentum ttt_epochs ttt_chunk_tokens ttt_batch_seqs ttt_freeze_blocks "
-        "ttt_grad_clip",
-    ),
-)
-
-
-def read_variables(environ):
-    """{field name: value} of the variables that are set. Raises ConfigError for a near miss."""
-    # A variable is its field's name in capitals.
-    fields = {field.name.upper(): field for field in dataclasses.fields(Config)}
-    check_names(environ, {*fields, *PUBLISHED})  # a slip must not silently train another model
-    return {
-        field.name: parse_value(name, field.type, environ[name])
-        for name, field in fields.items()
-        if name in environ
-    }
-
-
-def check_names(environ, known):
-    """Raise ConfigError for a variable that is no setting but looks like one, such as ITERATONS."""
-    for name in sorted(environ.keys() - known):
-        # 0.86 lets one wrong letter in seven pass as a slip, but tells DATA_DIR from DATA_PATH.
-        near = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.86)
-        if near and len(name) > 3:
-            raise ConfigError(
-                f"environment variable {name}={environ[name]!r} is not a setting, but "
-                f"looks like {near[0]}: rename or unset it (see --help)"
-            )
-
-
-def slurm_suffix(environ):
-    """_JOB or _JOB_TASK under SLURM, so that tasks of an array do not share a RUN_DIR; else ""."""
-    job = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
-    task = environ.get("SLURM_ARRAY_TASK_ID")
-    return "".join(f"_{part}" for part in (job, task) if part)
-
-
-# What a shell may say for yes and no: bool("0") is True in Python, hence a table.
-BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
-
-
-def parse_value(variable, kind, text):
-    """The value of a variable's text as bool, int, float or str. Raises ConfigError."""
-    try:
-        return BOOLEANS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        expected = "0, 1, true or false" if kind is bool else kind.__name__
-        raise ConfigError(f"{variable}={text!r}: expected {expected}") from None
-
-
-# What a variable of the published scripts may mean here.
-class Renamed(typing.NamedTuple):
-    """Another name of a field."""
-
-    field: str
-
-
-class Switch(typing.NamedTuple):
-    """1 means any value of the field but `off`; `on`, if nothing else says which."""
-
-    field: str
-    off: object
-    on: object
-
-
-class BuiltIn(typing.NamedTuple):
-    """The one value that this code has."""
-
-    value: str
-    reason: str
-
-
-class Follows(typing.NamedTuple):
-    """Must be the value of a field."""
-
-    field: str
-    reason: str
-
-
-class LastLayers(typing.NamedTuple):
-    """Layer numbers, which must be the last ones of the model; the field is how many."""
-
-    field: str
-
-
-class FirstLayer(typing.NamedTuple):
-    """Number of the layer from which on all have something, negative for none; the field counts."""
-
-    field: str
-
-
-class Refused(typing.NamedTuple):
-    """Cannot be honoured, whatever its value."""
-
-    reason: str
-
-
-STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
-# The variables of the scripts of #1170, #1232, #1166, #1150 and of later records that are no
-# fields, so that their commands run unchanged. A variable that was silently ignored would train
-# another model than asked.
-PUBLISHED = {
-    "TIED_EMBED_LR": Renamed("embed_lr"),
-    "TIED_EMBED_INIT_STD": Renamed("embed_init_std"),
-    "MUON_BACKEND_STEPS": Renamed("muon_ns_steps"),
-    "NATIVE_FLOW_ENABLED": Renamed("nfm_enabled"),
-    "NATIVE_FLOW_HIDDEN_DIM": Renamed("nfm_hidden_dim"),
-    "NATIVE_FLOW_LOSS_WEIGHT": Renamed("nfm_loss_weight"),
-    # Of the records of April 2026 (#1493 and after).
-    "MUON_ROW_NORMALIZE": Renamed("muon_row_norm"),
-    "ENABLE_LOOPING_AT": Renamed("loop_at"),
-    "SKIP_GATES_ENABLED": Renamed("skip_gates"),
-    "EMBEDDING_DIM": Renamed("embed_dim"),
-    "PARALLEL_RESIDUAL_START": FirstLayer("parallel_last_n"),
-    "SLIDING_WINDOW_ENABLED": BuiltIn("1", "the sliding window is always scored"),
-    "ROPE_TRAIN_SEQ_LEN": Follows("train_seq_len", "angles are the same at every length"),
-    # They quantise by fixed steps, which QUANTIZER=gptq finds for each row and column instead.
-    "MATRIX_BITS": Refused("QUANTIZER=gptq takes what BUDGET_BYTES allows; for lite: BLOCK_BITS"),
-    "MATRIX_CLIP_SIGMAS": Refused(STEPS_FOUND),
-    "EMBED_CLIP_SIGMAS": Refused(STEPS_FOUND),
-    "GPTQ_CALIBRATION_BATCHES": Refused("set CALIBRATION_TOKENS"),
-    "GPTQ_RESERVE_SECONDS": Refused("the time to leave free is measured: see wallclock_reserve"),
-    # Of the records before and after them, which have other forms of the same parts.
-    "RECUR_LAYERS": Refused("set NUM_LOOPS, LOOP_START and LOOP_END"),
-    "RECUR_START_STEP": Refused("set LOOP_AT, a share of the run"),
-    "PARALLEL_START_LAYER": Refused("there are no two lanes: set PARALLEL_LAST_N for the one here"),
-    "SMEAR_GATE_ENABLED": Refused("set SMEAR_ENABLED, and SMEAR_INPUTS=12 for their form of it"),
-    "SPARSE_ATTN_GATE_ENABLED": Refused("set GATED_ATTENTION=1 and GATE_INPUTS=12"),
-    # #1170's second loss.
-    "NATIVE_FLOW_INIT_SCALE": BuiltIn("0.01", "the velocity field starts at zero"),
-    # Checkpoints of #1166.
-    "SAVE_EVERY": Renamed("checkpoint_every"),
-    "SAVE_DIR": Renamed("run_dir"),  # checkpoints lie below it
-    # Features that have a size here, of which 0 is off.
-    "EMA_ENABLED": Switch("ema_decay", 0.0, 0.997),
-    "VE_ENABLED": Switch("ve_dim", 0, 128),
-    "VE_LAYERS": LastLayers("ve_last_n"),
-    "LATE_QAT": Switch("late_qat_threshold", 0.0, 0.15),
-    # As published SLOT looks at what it scores; its legal form stands in unless SLOT=published.
-    "SLOT_ENABLED": Switch("slot", "off", "causal"),
-    # What is always so, or never.
-    "QAT_ENABLED": BuiltIn("0", "rounding in training begins late: see LATE_QAT_THRESHOLD"),
-    "INT5_MLP": BuiltIn("1", "MLPs drop to 5 bits as far as BUDGET_BYTES needs it"),
-    "LEGAL_TTT": BuiltIn("1", "nothing trains on text before it is scored: see TTT_ENABLED"),
-    "TTT_OPTIMIZER": BuiltIn("sgd", "test-time training has no other optimiser"),
-    "LEAKY_RELU": BuiltIn("1", "the MLP has no other activation"),
-    "LEAKY_SLOPE": BuiltIn("0.5", "the MLP has no other activation"),
-    "LN_SCALE": BuiltIn("1", "normalised inputs are scaled by 1/sqrt(layer + 1)"),
-    "TIE_EMBEDDINGS": BuiltIn("1", "the output layer is the embedding"),
-    "CANON_LAST_N": BuiltIn("0", "there are no Canon layers"),
-    "CTW_WEIGHT": BuiltIn("0", "there is no context tree"),
-    "E2E_TTT_NUM_HEADS": Follows("num_heads", "TTT-Linear has the heads of the attention"),
-    "WEIGHT_DECAY": Refused("set MUON_WD for the blocks' matrices and ADAM_WD for the rest"),
-}
-
-
-def read_published(environ, base, explicit):
-    """Add the fields that published variables set to `explicit`; `base` is what it goes on top of.
-
-    Raises ConfigError for a value that this code cannot honour, or that contradicts the field.
-    """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-
-    def current(name):
-        return {**base, **explicit}.get(name, fields[name].default)
-
-    def set_field(variable, name, value):
-        if explicit.get(name, value) != value:
-            raise ConfigError(
-                f"{variable}={environ[variable]} contradicts {name.upper()}={explicit[name]}: "
-                "unset one of them"
-            )
-        explicit[name] = value
-
-    for variable in [name for name in PUBLISHED if name in environ]:
-        text = environ[variable]
-        match PUBLISHED[variable]:
-            case Renamed(name):
-                set_field(variable, name, parse_value(variable, fields[name].type, text))
-            case Switch(name, off, on):
-                if not parse_value(variable, bool, text):
-                    set_field(variable, name, off)
-                elif current(name) == off:  # on already, if it is anything else
-                    set_field(variable, name, on)
-            case BuiltIn(value, reason):
-                require_text(variable, text, value, reason)
-            case Follows(name, reason):
-                require_text(variable, text, current(name), f"{name.upper()}: {reason}")
-            case LastLayers(name):
-                # The model can give value embeddings to its last layers only.
-                count = text.count(",") + 1
-                last = [str(layer) for layer in range(current("num_layers"))[-count:]]
-                require_text(variable, text.replace(" ", ""), ",".join(last), "the last layers")
-                set_field(variable, name, count)
-            case FirstLayer(name):
-                first = parse_value(variable, int, text)
-                set_field(variable, name, layers_from(first, current("num_layers")))
-            case Refused(reason):
-                raise ConfigError(f"{variable}={text} is not a setting: {reason}")
-
-
-def layers_from(first, num_layers):
-    """How many layers there are from number `first` on; none from a negative one."""
-    if first < 0:
-        return 0
-    return max(0, num_layers - first)
-
-
-def require_text(variable, text, expected, reason):
-    """Raise ConfigError unless a variable has the expected value; 1, 1.0 and true are one."""
-    expected = str(expected)
-    # As text first: expected may be a word, a number or a list.
-    same = text.lower() == expected
-    with contextlib.suppress(ValueError):
-        same = same or float(BOOLEANS.get(text.lower(), text)) == float(expected)
-    if not same:
-        raise ConfigError(f"{variable}={text!r} cannot be honoured: only {expected} ({reason})")
-
-
-def check_value(field, value):
-    """Type, range and choices of one field. Raises ConfigError."""
-    meta = field.metadata
-    name = field.name.upper()
-    is_number = field.type in (int, float)
-    # An integer may stand for a float, but True (an int to Python) may not stand for 1.
-    accepted = (int, float) if field.type is float else field.type
-    if not isinstance(value, accepted) or (is_number and isinstance(value, bool)):
-        raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
-    if is_number:
-        # `not <=` also refuses NaN; the bound refuses infinity and integers beyond every float.
-        if not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{name}={value}: expected a finite number")
-        # Bounds are inclusive; what has no upper bound says only the lower one.
-        if not meta["low"] <= value <= meta["high"]:
-            most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
-            raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
-    if meta["choices"] and value not in meta["choices"]:
-        choices = ", ".join(map(str, meta["choices"]))
-        raise ConfigError(f"{name}={value!r}: expected one of {choices}")
-
-
-MAX_PASSES = 1024
-MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
-
-
-def require(config, holds, names, expected):
-    """Raise ConfigError with the settings of these names unless `holds`."""
-    if not holds:
-        settings = [f"{name.upper()}={getattr(config, name)!r}" for name in names.split()]
-        raise ConfigError(f"{' and '.join(settings)}: {expected}")
-
-
-def require_multiple(config, first, second):
-    """Half of the rules are of this form."""
-    holds = getattr(config, first) % getattr(config, second) == 0
-    expected = "the first is no multiple of the second: change one of them"
-    require(config, holds, f"{first} {second}", expected)
-
-
-def check_fit(config):
-    """Settings that only make sense together. Raises ConfigError with their names and values."""
-    presets = ", ".join(PRESETS)
-    require(config, config.preset in PRESETS, "preset", f"expected one of {presets}")
-    is_digest = re.fullmatch(r"([0-9a-f]{64})?", config.val_sha256)
-    require(config, is_digest, "val_sha256", "expected 64 hexadecimal digits in lower case")
-    known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
-    require(config, known_device, "device", "expected auto, cpu, cuda or cuda:N")
-    check_model_fit(config)
-    check_batch_fit(config)
-    check_window_fit(config)
-    check_training_fit(config)
-
-
-def check_model_fit(config):
-    """Shapes of the model."""
-    require_multiple(config, "model_dim", "num_heads")
-    require_multiple(config, "num_heads", "num_kv_heads")
-    # Rotation turns pairs of dimensions.
-    fits = config.rope_dims % 2 == 0 and config.rope_dims <= config.head_dim
-    expected = f"use an even number up to MODEL_DIM/NUM_HEADS = {config.head_dim}"
-    require(config, fits, "rope_dims", expected)
-    require(config, config.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it")
-    fits = config.ttt_freeze_blocks <= config.num_layers
-    require(config, fits, "ttt_freeze_blocks num_layers", "lower the first")
-    for name in ("embed_dim", "smear_inputs", "gate_inputs"):
-        fits = getattr(config, name) <= config.model_dim
-        require(config, fits, f"{name} model_dim", "lower the first")
-    fits = config.parallel_last_n <= config.num_layers
-    require(config, fits, "parallel_last_n num_layers", "lower the first")
-    # What is off may have any size.
-    fits = config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers
-    expected = "use layers of the model, the first not after the last"
-    require(config, fits, "loop_start loop_end num_layers", expected)
-    require(config, config.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 or at least 2")
-    fits = config.ve_dim == 0 or config.ve_last_n <= config.num_layers
-    require(config, fits, "ve_last_n num_layers", "lower the first")
-
-
-def check_batch_fit(config):
-    """Batches are whole sequences, and small enough for a machine."""
-    require_multiple(config, "train_batch_tokens", "train_seq_len")
-    fits = config.micro_batch_tokens >= config.train_seq_len
-    expected = "not one sequence fits: raise the first"
-    require(config, fits, "micro_batch_tokens train_seq_len", expected)
-    # An artifact says what its windows are: it must not ask for any amount of memory.
-    windows = max(config.eval_batch_seqs, config.ttt_batch_seqs)
-    numbers = windows * config.eval_seq_len * config.model_dim
-    expected = f"a batch of windows has {numbers} activations, use at most {MAX_ACTIVATIONS}"
-    names = "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim"
-    require(config, numbers <= MAX_ACTIVATIONS, names, expected)
-
-
-def check_window_fit(config):
-    """Windows of an evaluation."""
-    fits = config.eval_stride <= config.eval_seq_len
-    expected = "targets between the windows would never be scored: lower the first"
-    require(config, fits, "eval_stride eval_seq_len", expected)
-    # Nor must an artifact ask for any amount of time.
-    passes = config.eval_seq_len / config.eval_stride  # of every token through the model
-    expected = f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}"
-    require(config, passes <= MAX_PASSES, "eval_seq_len eval_stride", expected)
-    require_multiple(config, "ttt_chunk_tokens", "eval_seq_len")
-    # SLOT is fitted on what earlier windows scored, so windows must overlap.
-    overlap = config.eval_stride < config.eval_seq_len
-    expected = "no window has a position that an earlier one scored: lower EVAL_STRIDE"
-    fits = config.slot == "off" or overlap
-    require(config, fits, "slot eval_stride eval_seq_len", expected)
-
-
-def check_training_fit(config):
-    """Settings of the optimisers and of what their schedules switch on."""
-    # A gain of 0 makes every query 0, and leaves their matrix without a gradient.
-    expected = "attention would see no difference between tokens: use 1.5 to 5.25, as published"
-    require(config, config.qk_gain_init != 0, "qk_gain_init", expected)
-    # Other negative numbers would act as -1 does.
-    for name in ("embed_wd", "scalar_wd"):
-        value = getattr(config, name)
-        fits = value == -1 or value >= 0
-        require(config, fits, name, "use 0 or more, or -1 for ADAM_WD")
-    # Rounding begins below its threshold, where a rate that stays above it never comes.
-    fits = config.late_qat_threshold == 0 or config.late_qat_threshold > config.min_lr
-    expected = "rounding would never begin: raise the first or lower the second"
-    require(config, fits, "late_qat_threshold min_lr", expected)
-
+# ---- presets ----
 
 # The trunk alone, which #1170 compares its NativeFlowMatcher with.
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
@@ -892,7 +478,6 @@ SP8192 = dict(
     scalar_lr=0.02,
     scalar_wd=0.02,
     muon_row_norm=True,
-    ema_full_steps=1,  # about 4,650 steps, averaged by the published decay as it is
     quantizer="gptq",
     data_path="./data/datasets/fineweb10B_sp8192",
     tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
@@ -919,7 +504,6 @@ FRONTIER = dict(
     smear_inputs=12,
     gated_attention=True,
     gate_inputs=12,
-    ema_full_steps=4000,  # the record takes 4,650; a shorter run must forget sooner
 )
 PRESETS = {
     "nfm_7k": {},  # the defaults themselves
@@ -991,7 +575,6 @@ PRESETS = {
         val_loss_every=60,
         checkpoint_every=0,
         checkpoint_seconds=60.0,
-        eval_checkpoint_seconds=30.0,
         eval_seq_len=256,
         # Measured on a model of 300 steps: sliding window 2.0532 bits per byte, with this 2.0255.
         # At five times the rate two thirds of the gain are gone.
@@ -1005,9 +588,419 @@ PRESETS = {
     ),
 }
 
+# ---- reading variables ----
+
+# What a shell may say for yes and no: bool("0") is True in Python, hence a table.
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+
+
+def parse_value(variable, kind, text):
+    """Return a variable's text as bool, int, float or str. Raises ConfigError."""
+    try:
+        return BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        expected = "0, 1, true or false" if kind is bool else kind.__name__
+        raise ConfigError(f"{variable}={text!r}: expected {expected}") from None
+
+
+def require_text(variable, text, expected, reason):
+    """Raise ConfigError unless a variable has the expected value; 1, 1.0 and true are one."""
+    expected = str(expected)
+    # As text first: expected may be a word, a number or a list.
+    same = text.lower() == expected
+    with contextlib.suppress(ValueError):
+        same = same or float(BOOLEANS.get(text.lower(), text)) == float(expected)
+    if not same:
+        raise ConfigError(f"{variable}={text!r} cannot be honoured: only {expected} ({reason})")
+
+
+def switch(field, off, on):
+    """Return an entry of RENAMED: 0 is `off`, 1 keeps a size that is set and else is `on`."""
+
+    def convert(variable, text, current):
+        if not parse_value(variable, bool, text):
+            return off
+        return on if current(field) == off else current(field)
+
+    return field, convert, f"0 is {off}; 1 is {on}, or the value that is set"
+
+
+def same_as(field, reason):
+    """Return an entry of RENAMED: the variable must have the field's value."""
+
+    def convert(variable, text, current):
+        require_text(variable, text, current(field), f"{field.upper()}: {reason}")
+        return current(field)
+
+    return field, convert, f"only this value: {reason}"
+
+
+def count_last_layers(variable, text, current):
+    """Return the number of listed layers, which must be the model's last ones."""
+    count = text.count(",") + 1
+    last = [str(layer) for layer in range(current("num_layers"))[-count:]]
+    require_text(variable, text.replace(" ", ""), ",".join(last), "the last layers")
+    return count
+
+
+def count_layers_from(variable, text, current):
+    """Return the number of layers from a first one on; a negative one stands for none."""
+    first = parse_value(variable, int, text)
+    return max(0, current("num_layers") - first) if first >= 0 else 0
+
+
+# The scripts of #1170, #1232, #1166, #1150 and of later records have variables that are no fields.
+# Their commands run unchanged: an ignored variable would train another model than asked.
+
+# Other names of fields: {variable: field} or {variable: (field, converter, text for --help)}. A
+# converter takes the variable, its text and current(name), the value of a field so far.
+RENAMED = {
+    "TIED_EMBED_LR": "embed_lr",
+    "TIED_EMBED_INIT_STD": "embed_init_std",
+    "MUON_BACKEND_STEPS": "muon_ns_steps",
+    "NATIVE_FLOW_ENABLED": "nfm_enabled",
+    "NATIVE_FLOW_HIDDEN_DIM": "nfm_hidden_dim",
+    "NATIVE_FLOW_LOSS_WEIGHT": "nfm_loss_weight",
+    "MUON_ROW_NORMALIZE": "muon_row_norm",
+    "ENABLE_LOOPING_AT": "loop_at",
+    "SKIP_GATES_ENABLED": "skip_gates",
+    "EMBEDDING_DIM": "embed_dim",
+    "SAVE_EVERY": "checkpoint_every",
+    "SAVE_DIR": "run_dir",  # checkpoints lie below it
+    "EMA_ENABLED": switch("ema_decay", off=0.0, on=0.997),
+    "VE_ENABLED": switch("ve_dim", off=0, on=128),
+    "LATE_QAT": switch("late_qat_threshold", off=0.0, on=0.15),
+    # As published SLOT looks at what it scores; its legal form stands in unless SLOT=published.
+    "SLOT_ENABLED": switch("slot", off="off", on="causal"),
+    "VE_LAYERS": ("ve_last_n", count_last_layers, "numbers of these layers, the last ones"),
+    "PARALLEL_RESIDUAL_START": (
+        "parallel_last_n",
+        count_layers_from,
+        "number of the first of these layers, -1 for none",
+    ),
+    "ROPE_TRAIN_SEQ_LEN": same_as("train_seq_len", "angles are the same at every length"),
+    "E2E_TTT_NUM_HEADS": same_as("num_heads", "TTT-Linear has the heads of the attention"),
+}
+# {variable: (the one value that this code has, why)}
+BUILT_IN = {
+    "SLIDING_WINDOW_ENABLED": ("1", "the sliding window is always scored"),
+    "NATIVE_FLOW_INIT_SCALE": ("0.01", "the velocity field starts at zero"),
+    "QAT_ENABLED": ("0", "rounding in training begins late: see LATE_QAT_THRESHOLD"),
+    "INT5_MLP": ("1", "MLPs drop to 5 bits as far as BUDGET_BYTES needs it"),
+    "LEGAL_TTT": ("1", "nothing trains on text before it is scored: see TTT_ENABLED"),
+    "TTT_OPTIMIZER": ("sgd", "test-time training has no other optimiser"),
+    "LEAKY_RELU": ("1", "the MLP has no other activation"),
+    "LEAKY_SLOPE": ("0.5", "the MLP has no other activation"),
+    "LN_SCALE": ("1", "normalised inputs are scaled by 1/sqrt(layer + 1)"),
+    "TIE_EMBEDDINGS": ("1", "the output layer is the embedding"),
+    "VAL_DOC_FRACTION": ("1.0", "the whole validation text is scored"),
+    "CANON_LAST_N": ("0", "there are no Canon layers"),
+    "CTW_WEIGHT": ("0", "there is no context tree"),
+}
+STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
+# {variable: what to do instead}, whatever its value
+REFUSED = {
+    "WEIGHT_DECAY": "set MUON_WD for the blocks' matrices and ADAM_WD for the rest",
+    "MUON_WEIGHT_DECAY": "set MUON_WD",
+    "ADAM_WEIGHT_DECAY": "set ADAM_WD",
+    "MLP_HIDDEN": "set MLP_MULT, the width divided by MODEL_DIM",
+    # Later records quantise by fixed steps; QUANTIZER=gptq finds one for each row and column.
+    "MATRIX_BITS": "QUANTIZER=gptq takes what BUDGET_BYTES allows; for lite: BLOCK_BITS",
+    "MATRIX_CLIP_SIGMAS": STEPS_FOUND,
+    "EMBED_CLIP_SIGMAS": STEPS_FOUND,
+    "MLP_CLIP_SIGMAS": STEPS_FOUND,
+    "ATTN_CLIP_SIGMAS": STEPS_FOUND,
+    "GPTQ_CALIBRATION_BATCHES": "set CALIBRATION_TOKENS",
+    # They have other forms of the same parts.
+    "RECUR_LAYERS": "set NUM_LOOPS, LOOP_START and LOOP_END",
+    "RECUR_START_STEP": "set LOOP_AT, a share of the run",
+    "PARALLEL_START_LAYER": "there are no two lanes: set PARALLEL_LAST_N for the one here",
+    "SMEAR_GATE_ENABLED": "set SMEAR_ENABLED, and SMEAR_INPUTS=12 for their form of it",
+    "SPARSE_ATTN_GATE_ENABLED": "set GATED_ATTENTION=1 and GATE_INPUTS=12",
+    # Settings that this script once had.
+    "NPROC": "start the ranks with torchrun --standalone --nproc_per_node=N",
+    "RESUME": "the same command resumes RUN_DIR: unset it, or set another RUN_ID to start anew",
+    "EMA_FULL_STEPS": "set a lower EMA_DECAY for a short run",
+    "SWA_START_SCALE": "snapshots start at a learning-rate scale of 0.2: unset it",
+    "LZMA_PRESET": "lzma packs with preset 6: unset it",
+    "EVAL_CHECKPOINT_SECONDS": "set CHECKPOINT_SECONDS, which evaluations follow too",
+    "TTT_CUDA_GRAPH": "test-time training is a CUDA graph with several ranks: unset it",
+    "VAL_SHA256": "the log's data_fingerprint has the SHA-256 of the validation tokens: unset it",
+}
+
+# Features of the challenge's other scripts: {feature: names of its variables}. A value that means
+# off is accepted, and so are a feature's other variables beside its own ..._ENABLED=0.
+LACKING = {
+    "case tokens": r"CASEOPS_\w+",
+    "low-rank error correction": r"LQER_\w+",
+    "AWQ scaling": r"AWQ_\w+",
+    "phased test-time training": r"(PHASED|GLOBAL)_TTT_\w+",
+    "LoRA test-time training": (
+        r"TTT_(LORA|SHORT|WARM_START|TRAIN|ENTROPY)_\w+|TTT_([KVQO]|MLP)_LORA|LORA_\w+|"
+        r"TTT_(BETA[12]|WEIGHT_DECAY|ADAMW_WD|CHUNK_SIZE|BATCH_SIZE|GRAD_STEPS\w*|EVAL_SEQ_LEN|"
+        r"LOCAL_LR_MULT|UPDATE_EVERY|DOC_LIMIT|MASK|NS_STEPS)"
+    ),
+    "n-gram model": r"NGRAM_\w+|CTW_\w+|TRIGRAM\w*|TOKEN_(BOOST|ORDER|THRESHOLD)|W(ORD|ITHIN)_\w+",
+    "attention gate of this form (see GATED_ATTENTION, GATE_INPUTS)": (
+        r"GATED_ATTN\w*|(SPARSE_)?ATTN_(OUT_)?GATE_\w+|GATE_(ATTN|MLP)_\w+|GATE_(WIDTH|WINDOW)"
+    ),
+    "smear gate of this form (see SMEAR_ENABLED, SMEAR_INPUTS)": r"(USE_)?SMEAR_?GATE\w*|SMEAR",
+    "two lanes (see PARALLEL_LAST_N)": r"PARALLEL_\w+",
+    "other recurrence (see NUM_LOOPS)": (
+        r"RECUR_\w+|LOOP_(PHASE2|LAYER)_\w+|\w+_DEPTH_RECURRENCE|UNTIE_\w+|REPEAT_UNTIE_\w+"
+    ),
+    "growing sequences or batches": (
+        r"(TRAIN_)?SEQ_(LEN_|SCHEDULE|CHANGE_)\w*|BATCH_(SCHEDULE|TOKENS)_\w+"
+    ),
+    "rotation that stretches with the length": r"ROPE_(YARN|TYPE)|YARN_\w+|EVAL_NTK_ALPHA",
+    "multi-token prediction": r"MTP_\w+",
+    "asymmetric softcap": r"ASYM\w*_LOGIT\w*|SOFTCAP_TYPE",
+    "Polar Express coefficients": r"(USE_)?POLAR_EXPRESS",
+    "weight-decay taper or cautious decay": r"WD_TAPER_\w+|CAUTIOUS_WD",
+    "lookahead average of weights": r"LAWA_\w+",
+    "differential or Gated Delta attention": r"DIFF_ATTN|GDN_\w+|DTG_\w+",
+    "hashed embedding beside the bigram table": r"HASH_EMBED_\w+|BIGRAM_(HASH|BUCKETS)\w*",
+    "rounding of this form (see QUANTIZER, LATE_QAT_THRESHOLD)": (
+        r"QAT(_\w+)?|SOFT_ROUND_QAT|INT[456]_\w+|MIXED_QUANT|QUANT_\w+|PRUNE_RATIO|USE_INT6|"
+        r"GPTQ_(ENABLED|DAMP|CALIB\w+|AR_\w+|BLOCK_SIZE|TEMPERATURE)|HESSIAN_CLIP_\w+|OPTROT_\w+"
+    ),
+    "evaluation of this form": r"ETLB_\w+|TEMP_SCALING|SLIDING_EVAL\w*|EVAL_INCLUDE_TAIL",
+    "block of this form": (
+        r"ATTN_(PROJ_TYPE|RES|VARIANT)|BLOCK_\w+|LEGENDRE_\w+|LATENT_KV_DIM|MLP_(GROUPS|RANK)|"
+        r"REFINER\w*|NUM_(LIGHT|UNIQUE|VIRTUAL)_\w+|(USE_)?WRAP\w*|CANON_\w+|LOGIT_HEAD_TYPE"
+    ),
+    "schedule of this form": (
+        r"(EMA|SWA)_(START_\w+|DECAY)|MATRIX_LR_(EARLY|LATE)|MUON_COOLDOWN_\w+|LR_START|"
+        r"QK_GAIN_INIT_SCHEDULE|MIDRUN_CAP_SCHEDULE|CLIP_MULT_\w+"
+    ),
+    "other training objective or optimiser": (
+        r"EGGROLL_\w+|JEPA_\w+|SIGREG_\w+|BITNET_\w+|XNOR_\w+|BINARIZE_\w+|TVERSKY_\w+|"
+        r"MUON_HUBER_\w+|MATRIX_OPTIMIZER|LR_SCHEDULE|LR_WARMUP_STEPS|NEGATIVE_SLOPE|ACTIVATION"
+    ),
+}
+OFF = {"", "0", "0.0", "-1", "false", "none", "off", "standard"}
+# {variable of other scripts: what to set here}; the run goes on without what they ask for.
+PLACES = {
+    "DATA_DIR": "DATA_PATH and TOKENIZER_PATH",
+    "DATASETS_DIR": "DATA_PATH",
+    "TRAIN_FILES": "DATA_PATH",
+    "VAL_FILES": "DATA_PATH",
+    "ARTIFACT_DIR": "RUN_DIR",
+    "CHECKPOINT_DIR": "RUN_DIR",
+    "OUT_DIR": "RUN_DIR",
+    "MODEL_SAVE_PATH": "RUN_DIR",
+    "EVAL_ONLY_PATH": "EVAL_ONLY",
+    "RESUME_FROM": "RUN_DIR: the same command resumes",
+    "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS",
+    "VAL_BATCH_TOKENS": "EVAL_BATCH_SEQS",
+    "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
+}
+
+
+def read_variables(environ, base):
+    """Return {field: value} of the variables that are set, published names included.
+
+    `base` holds the values below them, of preset and artifact. Raises ConfigError.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    check_names(environ, {*map(str.upper, fields), *RENAMED, *BUILT_IN, *REFUSED})
+    explicit = {}  # a variable is its field's name in capitals
+    for name, field in fields.items():
+        if name.upper() in environ:
+            explicit[name] = parse_value(name.upper(), field.type, environ[name.upper()])
+
+    def current(name):
+        return {**base, **explicit}.get(name, fields[name].default)
+
+    for variable in [name for name in RENAMED if name in environ]:
+        text = environ[variable]
+        if isinstance(RENAMED[variable], str):
+            name = RENAMED[variable]
+            value = parse_value(variable, fields[name].type, text)
+        else:
+            name, convert, _ = RENAMED[variable]
+            value = convert(variable, text, current)
+        if name in explicit and explicit[name] != value:
+            raise ConfigError(
+                f"{variable}={text} contradicts {name.upper()}={explicit[name]}: unset one of them"
+            )
+        explicit[name] = value
+    for variable in [name for name in BUILT_IN if name in environ]:
+        require_text(variable, environ[variable], *BUILT_IN[variable])
+    for variable in [name for name in REFUSED if name in environ]:
+        raise ConfigError(f"{variable}={environ[variable]} is not a setting: {REFUSED[variable]}")
+    return explicit
+
+
+def check_names(environ, known):
+    """Raise ConfigError for a slip such as ITERATONS and for a feature that this code lacks."""
+    for name, near in near_misses(environ, known):
+        if len(near) > SHORT_NAME or near == "PRESET":
+            raise ConfigError(
+                f"environment variable {name}={environ[name]!r} is not a setting, but "
+                f"looks like {near}: rename or unset it (see --help)"
+            )
+    for name in sorted(environ.keys() - known):
+        for feature, pattern in LACKING.items():
+            if not re.fullmatch(pattern, name) or environ[name].lower() in OFF:
+                continue
+            family = [n for n in environ if n.endswith("_ENABLED") and re.fullmatch(pattern, n)]
+            if not any(environ[switch].lower() in OFF for switch in family):
+                raise ConfigError(
+                    f"{name}={environ[name]}: this code has no {feature}: unset {name}"
+                )
+
+
+SHORT_NAME = 7  # letters: a machine may export MODEL, SEEDS or COMPILER for purposes of its own
+
+
+def near_misses(environ, known):
+    """Return [(variable, setting)] of variables that are no settings but look like one."""
+    found = []
+    for name in sorted(environ.keys() - known):
+        # 0.86 lets one wrong letter in seven pass as a slip, but tells DATA_DIR from DATA_PATH.
+        near = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.86)
+        if near and len(name) > 3 and name not in PLACES:
+            found.append((name, near[0]))
+    return found
+
+
+def name_warnings(environ):
+    """Return a warning for each variable that looks like a setting, or is one of other scripts."""
+    known = {*map(str.upper, Config.names()), *RENAMED, *BUILT_IN, *REFUSED}
+    warnings = [
+        f"warning: {name}={environ[name]} is no setting and does nothing; did you mean {near}?"
+        for name, near in near_misses(environ, known)
+    ]
+    for name, instead in PLACES.items():
+        if name in environ:
+            warnings.append(f"warning: {name}={environ[name]} does nothing here: set {instead}")
+    return warnings
+
+
+# ---- checking values ----
+
+
+def check_value(field, value):
+    """Raise ConfigError unless a field's value has its type, range and choices."""
+    meta = field.metadata
+    name = field.name.upper()
+    is_number = field.type in (int, float)
+    # An integer may stand for a float, but True (an int to Python) may not stand for 1.
+    accepted = (int, float) if field.type is float else field.type
+    if not isinstance(value, accepted) or (is_number and isinstance(value, bool)):
+        raise ConfigError(f"{name}={value!r}: expected {field.type.__name__}")
+    if is_number:
+        # `not <=` also refuses NaN; the bound refuses infinity and integers beyond every float.
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{name}={value}: expected a finite number")
+        # Bounds are inclusive; an error about a field without an upper one names the lower alone.
+        if not meta["low"] <= value <= meta["high"]:
+            most = f" and at most {meta['high']}" if meta["high"] < math.inf else ""
+            raise ConfigError(f"{name}={value}: expected at least {meta['low']}{most}")
+    if meta["choices"] and value not in meta["choices"]:
+        choices = ", ".join(map(str, meta["choices"]))
+        raise ConfigError(f"{name}={value!r}: expected one of {choices}")
+
+
+MAX_PASSES = 1024
+MAX_ACTIVATIONS = 1 << 29  # 2 GB in float32: 512 windows of 2048 at a width of 512
+
+
+def check_fit(c):
+    """Raise ConfigError for settings that do not fit together, with their names and values."""
+    uneven = "the first is no multiple of the second: change one of them"
+    too_large = "lower the first"
+    own_decay = "use 0 or more, or -1 for ADAM_WD"
+    # An artifact brings its windows, and must not ask for any amount of memory or time.
+    activations = max(c.eval_batch_seqs, c.ttt_batch_seqs) * c.eval_seq_len * c.model_dim
+    passes = c.eval_seq_len / c.eval_stride  # of every token through the model
+    # (what must hold, settings that the error quotes, what to do)
+    rules = [
+        (c.preset in PRESETS, "preset", f"expected one of {', '.join(PRESETS)}"),
+        (
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device),
+            "device",
+            "expected auto, cpu, cuda or cuda:N",
+        ),
+        # The model.
+        (c.model_dim % c.num_heads == 0, "model_dim num_heads", uneven),
+        (c.num_heads % c.num_kv_heads == 0, "num_heads num_kv_heads", uneven),
+        (
+            c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,  # rotation turns pairs
+            "rope_dims",
+            f"use an even number up to MODEL_DIM/NUM_HEADS = {c.head_dim}",
+        ),
+        (c.mlp_hidden >= 8, "mlp_mult", "no hidden unit is left: raise it"),
+        (c.ttt_freeze_blocks <= c.num_layers, "ttt_freeze_blocks num_layers", too_large),
+        (c.embed_dim <= c.model_dim, "embed_dim model_dim", too_large),
+        (c.smear_inputs <= c.model_dim, "smear_inputs model_dim", too_large),
+        (c.gate_inputs <= c.model_dim, "gate_inputs model_dim", too_large),
+        (c.parallel_last_n <= c.num_layers, "parallel_last_n num_layers", too_large),
+        (
+            c.num_loops == 0 or c.loop_start <= c.loop_end < c.num_layers,
+            "loop_start loop_end num_layers",
+            "use layers of the model, the first not after the last",
+        ),
+        (c.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 or at least 2"),
+        (c.ve_dim == 0 or c.ve_last_n <= c.num_layers, "ve_last_n num_layers", too_large),
+        # Batches and windows.
+        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens train_seq_len", uneven),
+        (
+            c.micro_batch_tokens >= c.train_seq_len,
+            "micro_batch_tokens train_seq_len",
+            "not one sequence fits: raise the first",
+        ),
+        (
+            activations <= MAX_ACTIVATIONS,
+            "eval_batch_seqs ttt_batch_seqs eval_seq_len model_dim",
+            f"a batch of windows has {activations} activations, use at most {MAX_ACTIVATIONS}",
+        ),
+        (
+            c.eval_stride <= c.eval_seq_len,
+            "eval_stride eval_seq_len",
+            "targets between the windows would never be scored: lower the first",
+        ),
+        (
+            passes <= MAX_PASSES,
+            "eval_seq_len eval_stride",
+            f"every token would pass the model {passes:g} times, use at most {MAX_PASSES}",
+        ),
+        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens eval_seq_len", uneven),
+        (
+            c.slot == "off" or c.eval_stride < c.eval_seq_len,
+            "slot eval_stride eval_seq_len",
+            "no window has a position that an earlier one scored: lower EVAL_STRIDE",
+        ),
+        # Training. A gain of 0 makes every query 0, and leaves their matrix without a gradient.
+        (
+            c.qk_gain_init != 0,
+            "qk_gain_init",
+            "attention would see no difference between tokens: use 1.5 to 5.25, as published",
+        ),
+        # Other negative numbers would act as -1 does.
+        (c.embed_wd == -1 or c.embed_wd >= 0, "embed_wd", own_decay),
+        (c.scalar_wd == -1 or c.scalar_wd >= 0, "scalar_wd", own_decay),
+        # A rate that stays above the threshold never reaches the rounding.
+        (
+            c.late_qat_threshold == 0 or c.late_qat_threshold > c.min_lr,
+            "late_qat_threshold min_lr",
+            "rounding would never begin: raise the first or lower the second",
+        ),
+        (
+            c.max_wallclock_seconds == 0 or c.training_seconds > 0,
+            "gptq_reserve_seconds max_wallclock_seconds",
+            "no time is left for training: lower the first or raise the second",
+        ),
+    ]
+    for holds, names, expected in rules:
+        if not holds:
+            settings = [f"{name.upper()}={getattr(c, name)!r}" for name in names.split()]
+            raise ConfigError(f"{' and '.join(settings)}: {expected}")
+
 
 def help_text():
-    """Every variable with its meaning, default and the presets that change it."""
+    """Return every variable with its meaning, default and the presets that change it."""
     lines = [__doc__, "Variables (default; [preset=value] where a preset differs):"]
     for field in dataclasses.fields(Config):
         name = field.name
@@ -1019,30 +1012,18 @@ def help_text():
         for preset, values in PRESETS.items():
             if name in values:
                 text += f" [{preset}={values[name]}]"
-        lines.append(f"  {name.upper()}={field.default}")
-        lines.append(f"      {text}")
-    lines += ["", "Published names, which set the same things:"]
-    lines += [f"  {name}\n      {published_text(meaning)}" for name, meaning in PUBLISHED.items()]
+        lines += [f"  {name.upper()}={field.default}", f"      {text}"]
+    lines += ["", "Published names, and names that are refused:"]
+    for name, meaning in RENAMED.items():
+        if isinstance(meaning, str):
+            lines += [f"  {name}", f"      {meaning.upper()}"]
+        else:
+            lines += [f"  {name}", f"      {meaning[0].upper()}: {meaning[2]}"]
+    for name, (value, reason) in BUILT_IN.items():
+        lines += [f"  {name}", f"      only {value}: {reason}"]
+    for name, instead in REFUSED.items():
+        lines += [f"  {name}", f"      no setting: {instead}"]
     return "\n".join(lines)
-
-
-def published_text(meaning):
-    """A line of --help for an entry of PUBLISHED."""
-    match meaning:
-        case Renamed(field):
-            return field.upper()
-        case Switch(field, off, on):
-            return f"0 is {field.upper()}={off}; 1 is {field.upper()}={on} or what that is set to"
-        case BuiltIn(value, reason):
-            return f"only {value}: {reason}"
-        case Follows(field, reason):
-            return f"only the value of {field.upper()}: {reason}"
-        case LastLayers(field):
-            return f"numbers of the last layers, {field.upper()} of them"
-        case FirstLayer(field):
-            return f"number of the first layer, {field.upper()} counts to the last; -1 for none"
-        case Refused(reason):
-            return f"no setting: {reason}"
 
 
 # ==================================================================================================
@@ -1055,16 +1036,14 @@ def published_text(meaning):
 
 
 def sha256_file(path):
-    """Hex digest of a file, read in blocks of 1 MiB so that its size does not matter."""
-    digest = hashlib.sha256()
+    """Hex digest of a file."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path, parts):
-    """Write byte strings to a temporary file and rename it: `path` is never half-written.
+@contextlib.contextmanager
+def atomic_file(path):
+    """A binary file that takes the name `path` once it is whole: `path` is never half-written.
 
     Raises ResourceError when the file system refuses; an older file at `path` is intact then.
     """
@@ -1072,7 +1051,7 @@ def write_atomic(path, parts):
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.writelines(parts)
+            yield file
             file.flush()
             # The bytes must be on the disk before the name is, or a power cut leaves an empty file.
             os.fsync(file.fileno())
@@ -1090,6 +1069,12 @@ def write_atomic(path, parts):
         ) from None
 
 
+def write_atomic(path, parts):
+    """Write byte strings as one file, whole or not at all; see atomic_file."""
+    with atomic_file(path) as file:
+        file.writelines(parts)
+
+
 def write_json(path, value):
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=1)
@@ -1097,34 +1082,36 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """What write_json wrote. Raises ConfigError for a damaged file."""
+    """The value that write_json wrote. Raises ConfigError for a damaged file."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(
-            f"{path} is damaged ({printable(error, 100)}): RESUME=never keeps this run aside and "
-            "starts anew"
+            f"{path} is damaged ({printable(error, 100)}): restore it, or set another RUN_ID to "
+            "start anew"
         ) from None
 
 
-CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
 
 
 def save_tensors(path, state):
-    """Write a tree of tensors and plain values with a trailing SHA-256; returns its bytes.
-
-    PyTorch's reader does not compare the checksums of its own archive.
-    """
-    buffer = io.BytesIO()  # in memory first, since the checksum covers the whole archive
-    torch.save(state, buffer)
-    archive = buffer.getbuffer()
-    write_atomic(path, [archive, hashlib.sha256(archive).digest()])
-    return len(archive) + CHECKSUM_BYTES
+    """Write a tree of tensors and plain values as a torch.save archive; returns its bytes."""
+    # An open file, not a path: where a disk is full to the last bytes, PyTorch's own file writer
+    # truncates the archive and raises nothing.
+    with atomic_file(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError:
+            # PyTorch's archive writer does not say why a write fell short: one more write does.
+            file.write(bytes(1 << 20))
+            file.flush()
+            raise
+    return os.path.getsize(path)
 
 
 def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
-    """What save_tensors wrote, on the CPU, without running its code.
+    """The tree that save_tensors wrote, on the CPU, mapped to memory; runs no code of the file.
 
     Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
     """
@@ -1135,38 +1122,25 @@ def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
                 f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
                 "name another file"
             )
-        blob = Path(path).read_bytes()
+        # torch.load accepts a flipped bit: it does not compare the checksums of the archive.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        # weights_only refuses pickled code: a checkpoint may come from a stranger.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except ArtifactError:
+        raise
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: copy it again, or name another file"
         ) from None
-    # A view: a copy of a large checkpoint would double the memory.
-    archive = memoryview(blob)[:-CHECKSUM_BYTES]
-    checksum = blob[-CHECKSUM_BYTES:]
-    if len(blob) < CHECKSUM_BYTES or hashlib.sha256(archive).digest() != checksum:
-        raise ArtifactError(
-            f"{path}: checksum does not match: truncated, damaged or not ours: copy it again, or "
-            "name another file"
-        )
-    try:
-        check_archive(archive)
-        # weights_only refuses pickled code: a checkpoint may come from a stranger.
-        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file may hold anything
         reason = printable(str(error).partition("\n")[0], 200)
-        raise ArtifactError(f"{path}: not a checkpoint of tensors ({reason})") from None
-
-
-def check_archive(archive):
-    """Raise ValueError unless a torch.save archive, a zip file, has its entries as they are.
-
-    Compressed or overlapping entries of a small file could fill any memory; torch.save makes none.
-    """
-    entries = zipfile.ZipFile(io.BytesIO(archive)).infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its entries are compressed")
-    if sum(entry.file_size for entry in entries) > len(archive):
-        raise ValueError("its entries are larger than the file")
+        raise ArtifactError(
+            f"{path}: truncated, damaged or not a checkpoint of tensors ({reason}): copy it again, "
+            "or name another file"
+        ) from None
 
 
 def private_copy(tree):
@@ -1181,15 +1155,11 @@ def private_copy(tree):
     return tree
 
 
-CHECKPOINT_THREAD = "checkpoint"  # how names of threads that write a state begin
-
-
 class Checkpointer:
     """Numbered states of one training run or evaluation, the last two of which are kept.
 
-    They are written on a background thread: the caller waits only for the copy of its state. A
-    write that failed is a warning, since the state before it is intact; `wait()` says whether it
-    did.
+    All ranks wait while rank 0 writes. A write that fails is a warning: the state before it is
+    intact.
     """
 
     KEPT = 2  # the newest may be damaged later, by a disk or a copy
@@ -1200,7 +1170,6 @@ class Checkpointer:
         self.name = name
         self.every_seconds = every_seconds  # 0: never due
         self.saved_at = time.monotonic()
-        self.writing = None  # future of the write that is under way
 
     def path(self, number):
         return self.folder / f"{self.name}_{number:08d}.pt"
@@ -1216,89 +1185,53 @@ class Checkpointer:
         """Whether `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
-    def save(self, number, state, saved=None):
-        """Copy `state` and begin to write it; saved(seconds, bytes) is called when it is there."""
-        if saved is None:
-            return self.save_now(number, state)
-        # One write at a time, so that states reach the disk in order.
-        self.wait()
-        self.saved_at = time.monotonic()
-        # A pool of one thread, because its future carries an error to wait().
-        executor = ThreadPoolExecutor(1, thread_name_prefix=CHECKPOINT_THREAD)
-        self.writing = executor.submit(self._write, number, private_copy(state), saved)
-        executor.shutdown(wait=False)  # the thread ends with this write
-        return None
+    def save(self, number, state):
+        """Write rank 0's `state`, which is None on the others; every rank must call this.
 
-    def save_now(self, number, state):
-        """Write rank 0's state; returns (seconds, bytes), or None after a warning, on all ranks."""
-        self.saved_at = time.monotonic()
+        Returns (seconds, bytes) on every rank, or None where the state could not be written.
+        """
+        begin = time.monotonic()
         size = 0
         if self.runtime.is_main:
             try:
                 size = save_tensors(self.path(number), state)
             except ResourceError as error:
                 self.runtime.log(f"warning: checkpoint not saved: {error}")
-            else:
+            else:  # only now: an older state goes when a newer one is safe
                 for old in self.numbers()[: -self.KEPT]:
                     self.path(old).unlink()
-        seconds = self.runtime.stop.save_seconds = time.monotonic() - self.saved_at
-        size = int(self.runtime.comm.from_main(size))
-        return (seconds, size) if size else None
-
-    def _write(self, number, state, saved):
-        begin = time.monotonic()
-        size = save_tensors(self.path(number), state)
-        seconds = time.monotonic() - begin
+        mine = (time.monotonic() - begin, size) if self.runtime.is_main else (0, 0)
+        # The others wait here: a rank that left now would have the launcher end rank 0's write.
+        seconds, size = self.runtime.comm.all_reduce_scalars(*mine)
+        self.saved_at = time.monotonic()
         # The next save will take about as long: a time limit must leave room for it.
         self.runtime.stop.save_seconds = seconds
-        saved(seconds, size)
-        # Only now: an older state goes when a newer one is safe.
-        for old in self.numbers()[: -self.KEPT]:
-            self.path(old).unlink()
-
-    def wait(self):
-        """Wait for the write under way; returns its error, which is logged, or None."""
-        if self.writing is None:
-            return None
-        error = self.writing.exception()
-        self.writing = None
-        if error is not None:
-            self.runtime.log(f"warning: checkpoint not saved: {error}")
-        return error
-
-    def wait_or_raise(self):
-        """For a state that is about to be needed: raises ResourceError if it was not written."""
-        error = self.wait()
-        if error is not None:
-            raise ResourceError(str(error))
+        return (seconds, int(size)) if size else None
 
     def last(self):
-        """Path of the last state that was written, or 'none'."""
-        self.wait()
+        """Path of the newest state, or 'none'."""
         numbers = self.numbers()
         return str(self.path(numbers[-1])) if numbers else "none"
 
-    def newest(self):
-        """(number, state) of the newest readable state, or (0, None)."""
-        for number in reversed(self.numbers()):
+    def load(self):
+        """(number, state) of the newest state that rank 0 can read, on every rank, or (0, None)."""
+        found, state = 0, None
+        for number in reversed(self.numbers()) if self.runtime.is_main else ():
             try:
-                return number, load_tensors(self.path(number))
+                state = load_tensors(self.path(number))
             except ArtifactError as error:
                 self.runtime.log(f"warning: {error}; using the checkpoint before it")
-        return 0, None
-
-    def load(self):
-        """newest() as rank 0 finds it, on every rank."""
-        comm = self.runtime.comm
-        number, state = self.newest() if comm.rank == 0 else (0, None)
+            else:
+                found = number
+                break
         # Ranks that chose for themselves could go on from different states.
-        number = int(comm.from_main(number))
-        if number and state is None:
-            state = load_tensors(self.path(number))
-        return number, state
+        found = int(self.runtime.comm.from_main(found))
+        if found and state is None:
+            state = load_tensors(self.path(found))
+        return found, state
 
     def clear(self):
-        """Delete all states of this name: they belong to something else."""
+        """Delete all states of this name: nothing will go on from them."""
         if self.runtime.is_main:
             for number in self.numbers():
                 self.path(number).unlink()
@@ -1353,7 +1286,7 @@ class Comm:
         summed = [part.view_as(grad) for part, grad in zip(parts, grads)]
         torch._foreach_copy_(grads, summed)
 
-    # What follows sends a few numbers through the host (gloo), without making the device wait.
+    # The rest sends a few numbers through the host (gloo), without making the device wait.
     def all_reduce_scalars(self, *values):
         """Element-wise sum of numbers over ranks, as floats."""
         total = torch.tensor(values, dtype=torch.float64)
@@ -1362,7 +1295,7 @@ class Comm:
         return total.tolist()
 
     def any_rank(self, condition):
-        """Whether `condition` holds on any rank."""
+        """True on every rank if `condition` holds on one."""
         (count,) = self.all_reduce_scalars(bool(condition))
         return count > 0
 
@@ -1384,11 +1317,11 @@ class Comm:
         self.all_reduce_scalars(0)
 
 
-class StopRequest:
-    """The wish to stop: a signal, or a time limit that comes near.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends one of these before it kills a job
 
-    `reason` is empty until there is one.
-    """
+
+class StopRequest:
+    """A signal to stop, or a time limit that comes near; `reason` is empty until there is one."""
 
     def __init__(self, time_limit_seconds):
         self.started = time.monotonic()
@@ -1398,8 +1331,8 @@ class StopRequest:
         self.save_seconds = 0.0  # what the last save took, hence what the next will need
 
     def watch_signals(self):
-        """SLURM sends one of these before it kills a job; Ctrl-C stays what it is."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Handle the signals of STOP_SIGNALS from here on."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
@@ -1421,7 +1354,7 @@ class StopRequest:
         return self.time_limit - margin - self.save_seconds - elapsed
 
     def wanted(self, next_seconds=0.0):
-        """Whether to stop now, given that the next piece of work takes `next_seconds`."""
+        """True if the run is to stop rather than begin what takes `next_seconds`."""
         if not self.reason and self.remaining() < next_seconds:
             self.reason = "TIME_LIMIT"
         return bool(self.reason)
@@ -1435,7 +1368,7 @@ class PeakMemory(typing.NamedTuple):
 
 
 class Runtime:
-    """The machine as one object: device, comm, log, clock and the wish to stop.
+    """The machine as one object: device, ranks, log, clock and the wish to stop.
 
     Reads the rank variables of torchrun and SLURM's end time from `environ`. Raises ConfigError for
     a RUN_DIR that cannot be written or that another process holds.
@@ -1447,15 +1380,21 @@ class Runtime:
         self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
-        self.dtype = getattr(torch, config.dtype)  # of autocast
         on_gpu = self.device.type == "cuda"
+        self.dtype = getattr(torch, config.dtype)  # of autocast
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
+        # With several ranks a step is so small that launching its kernels takes longer than
+        # running them, so test-time training is replayed as a CUDA graph.
+        self.cuda_graphs = self.compiling and on_gpu and self.comm.world > 1
         self.dir = Path(config.run_dir)
         self.log_file = None
         self.events = None
         self.lock = None
-        self.stop = StopRequest(time_limit(config, environ))
-        self.on_line = False  # whether the terminal's last line is progress, to be overwritten
+        self.on_line = False  # the terminal's last line is progress, to be overwritten
+        seconds_left = config.time_limit_seconds or math.inf
+        if "SLURM_JOB_END_TIME" in environ:
+            seconds_left = min(seconds_left, float(environ["SLURM_JOB_END_TIME"]) - time.time())
+        self.stop = StopRequest(seconds_left)
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -1464,20 +1403,17 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
-        else:
-            keep_large_blocks()
+        self.attention = pick_attention(self.device, self.dtype, self.compiling)
         if self.is_main:
-            self.open_dir(config.resume)
+            self.open_dir()
 
-    def open_dir(self, resume):
-        """Lock RUN_DIR and open its logs; with RESUME=never an earlier run is put aside."""
+    def open_dir(self):
+        """Lock RUN_DIR and open its logs."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if resume == "never" and (self.dir / "config.json").exists():
-                self.put_aside()
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
@@ -1495,19 +1431,8 @@ class Runtime:
                 "writable directory"
             ) from None
 
-    def put_aside(self):
-        """Move the run in RUN_DIR into RUN_DIR/old_N, the first of these names that is free."""
-        number = 1
-        while (self.dir / f"old_{number}").exists():
-            number += 1
-        aside = self.dir / f"old_{number}"
-        aside.mkdir()
-        for item in self.dir.iterdir():
-            if item.name != "lock" and not item.name.startswith("old_"):
-                item.rename(aside / item.name)
-
-    def stop_if_wanted(self, phase, seconds_needed):
-        """Before a phase that cannot be interrupted: stop if it would not end in time."""
+    def stop_if_wanted(self, phase, seconds_needed=0.0):
+        """Raise Stopped on every rank if one of them is to stop before `phase`."""
         # All ranks stop together: one that left alone would have the launcher end the others.
         if self.comm.any_rank(self.stop.wanted(seconds_needed)):
             raise Stopped(f"before {phase}")
@@ -1517,14 +1442,12 @@ class Runtime:
         if not self.is_main:
             return
         line = printable(line)  # it may quote a file's text
-        if self.on_line:
-            print(CLEAR_LINE, end="")
-        print(line, flush=True)
+        print(f"{CLEAR_LINE if self.on_line else ''}{line}", flush=True)
         self.on_line = False
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One line in one write, so that the saving thread's lines do not mix with the others."""
+        """One line in one write to a file of RUN_DIR, which only rank 0 has open."""
         if file is None:
             return
         try:
@@ -1545,21 +1468,6 @@ class Runtime:
         record = {"event": event, "time": round(time.time(), 3), **fields}
         self.append(self.events, json.dumps(record))
 
-    def user_key(self):
-        """A secret of this user on this system, made at its first use; "" where it cannot be kept.
-
-        It tells states that this user's runs saved from states that came with somebody's files.
-        """
-        try:
-            path = Path("~/.local/state/parameter_golf/key").expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError), open(path, "x") as file:
-                path.chmod(0o600)
-                file.write(os.urandom(32).hex())
-            return path.read_text()
-        except (OSError, RuntimeError):  # RuntimeError: a container's user without a home
-            return ""
-
     def autocast(self):
         """Matrix products in bfloat16 from float32 weights; does nothing with DTYPE=float32."""
         enabled = self.dtype == torch.bfloat16
@@ -1570,15 +1478,6 @@ class Runtime:
         if not self.compiling:
             return function
         return torch.compile(function, dynamic=False, fullgraph=True, options=options)
-
-    def cuda_graphs(self, wish):
-        """Whether to replay a compiled function as a CUDA graph; `wish` is auto, 0 or 1.
-
-        With several ranks a step is so small that launching its kernels takes longer than running
-        them.
-        """
-        possible = self.compiling and self.device.type == "cuda"
-        return possible and (wish == "1" or (wish == "auto" and self.comm.world > 1))
 
     def to_device(self, array):
         """An array of token ids or indices as an int64 tensor on the device."""
@@ -1609,20 +1508,12 @@ class Runtime:
 CLEAR_LINE = "\r\x1b[K"  # back to the first column, erase to the end
 
 
-def time_limit(config, environ):
-    """Seconds from now until this process must have ended; math.inf without a limit."""
-    limit = config.time_limit_seconds or math.inf
-    if "SLURM_JOB_END_TIME" in environ:
-        limit = min(limit, float(environ["SLURM_JOB_END_TIME"]) - time.time())
-    return limit
-
-
 @contextlib.contextmanager
 def deterministic_algorithms():
     """Inside, the same inputs give the same bits on a GPU too.
 
-    The gradients of embeddings and attention are otherwise sums that atomics add in any order. What
-    was set before is set again afterwards: training has no need of it.
+    The gradients of embeddings and attention are otherwise sums that atomics add in any order.
+    The settings before are restored afterwards: training has no need of it.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -1658,31 +1549,11 @@ def device_name(device):
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
 
 
-# Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
-M_ARENA_MAX = -8
-
-
-def keep_large_blocks():
-    """Let glibc keep freed blocks.
-
-    Training frees and takes the same hundreds of megabytes each step, and fresh pages from the
-    kernel cost more than the arithmetic on them.
-    """
-    # Another C library than glibc (macOS, musl) simply goes without.
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)  # no block straight from the kernel
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # give nothing back below 2 GB
-        libc.mallopt(M_ARENA_MAX, 1)  # one heap, which every thread reuses
-
-
 # ==================================================================================================
 # Data
-# The challenge's own shard format, read as it lies on the disk. The tokens of a step are the same
-# whatever the number of ranks, so a position is one integer; bytes are counted once for the whole
-# validation stream.
+# The challenge's own shard format, read as it lies on the disk. A training sequence is a function
+# of its number alone, so a run needs no position and any number of ranks reads the same tokens.
+# TokenBytes.count says how many bytes of text a token stands for: bits per byte rest on it.
 # ==================================================================================================
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -1746,7 +1617,7 @@ def find_shards(config, split):
 
 
 def check_ids(ids, vocab_size, where):
-    """The ids, if all of them are in the vocabulary; else DataError."""
+    """Return the ids if all of them are in the vocabulary, else raise DataError."""
     # Out of range, the embedding would read foreign memory on a GPU, or fail without a reason.
     if len(ids) and ids.max() >= vocab_size:
         raise DataError(
@@ -1757,77 +1628,74 @@ def check_ids(ids, vocab_size, where):
 
 
 class TrainStream:
-    """The training shards as one ring of tokens.
+    """The training sequences in the order of the shards, which form one ring of tokens.
 
-    `position` is the index of the next step's first token: all that a resumed run needs to go on.
+    Sequence n is the ring's tokens n T to n T + T: its last target is the next one's first input.
     """
 
-    def __init__(self, paths, vocab_size, position=0):
+    def __init__(self, paths, vocab_size, seq_len):
         self.paths = paths
         self.vocab_size = vocab_size
-        self.position = position
+        self.seq_len = seq_len
         self.sizes = [len(read_shard(path)) for path in paths]
-        self.ends = np.cumsum(self.sizes)  # index after each shard's last token
+        self.ends = np.cumsum(self.sizes)  # index in the ring after each shard's last token
+        self.num_tokens = int(self.ends[-1])
+        self.num_sequences = self.num_tokens // seq_len  # of one pass
 
-    def take(self, span, low, high):
-        """Tokens [low, high] of the next span (high - low + 1 of them, uint16), then advance.
+    def sequences(self, first, count):
+        """Sequences number `first` to `first + count - 1` of the run (count, T + 1), uint16.
 
-        A span's last token is the next one's first: it is a target here and an input there. Each
-        rank takes its own [low, high] of the same span. Raises DataError when a shard vanished,
-        shrank or holds a bad id.
+        A sequence has one token more than inputs: its last target. Raises DataError when a shard
+        vanished, changed its size or holds a bad id.
         """
-        at = (self.position + low) % int(self.ends[-1])
-        missing = high - low + 1
+        at = first * self.seq_len % self.num_tokens
+        missing = count * self.seq_len + 1
         parts = []
         while missing:
-            # A span may reach over the end of a shard, and of the last one into the first.
-            part = self.read(at, missing)
-            parts.append(part)
-            missing -= len(part)
-            at = (at + len(part)) % int(self.ends[-1])
-        self.position += span
-        return np.concatenate(parts)
+            # Sequences may reach over the end of a shard, and of the last one into the first.
+            shard = int(np.searchsorted(self.ends, at, side="right"))
+            left = int(self.ends[shard]) - at
+            length = min(missing, left)
+            parts.append(self.read(shard, [self.sizes[shard] - left], length)[0])
+            missing -= length
+            at = (at + length) % self.num_tokens
+        windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(parts), self.seq_len + 1)
+        return windows[:: self.seq_len]
 
-    def rows(self, span, low, high, seq_len):
-        """The same as sequences (n, T + 1) that overlap by one token; n = (high - low) / T."""
-        tokens = self.take(span, low, high)
-        windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
-        return windows[::seq_len]
-
-    def read(self, at, most):
-        """Up to `most` tokens from index `at` of the ring on, as far as one shard has them."""
-        index = int(np.searchsorted(self.ends, at, side="right"))
-        path = self.paths[index]
-        size = self.sizes[index]
-        # Mapped anew each time: reading an older map of a file that shrank would be SIGBUS.
-        tokens = read_shard(path)
-        if len(tokens) != size:
+    def read(self, shard, starts, length):
+        """Tokens (n, length) from these places of a shard on; reads their bytes and no more."""
+        path = self.paths[shard]
+        size = 2 * length
+        try:
+            # Not mapped: a map over a file that shrinks would be SIGBUS.
+            with open(path, "rb", buffering=0) as file:
+                number = file.fileno()
+                found = os.fstat(number).st_size
+                # The system would read ahead 128 KiB for each sequence of 4.
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+                parts = [os.pread(number, size, HEADER_BYTES + 2 * int(i)) for i in starts]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}: restore the shard") from None
+        expected = HEADER_BYTES + 2 * self.sizes[shard]
+        if found != expected or any(len(part) != size for part in parts):
             raise DataError(
-                f"{path}: {len(tokens)} tokens instead of {size} in mid-run: restore the shard"
+                f"{path}: {found} bytes instead of {expected} in mid-run: restore the shard"
             )
-        start = at - (int(self.ends[index]) - size)
-        return check_ids(tokens[start : start + most], self.vocab_size, path)
-
-
-class Place(typing.NamedTuple):
-    """Where a training sequence begins."""
-
-    shard: int  # its number
-    start: int  # token in the shard
+        tokens = np.frombuffer(b"".join(parts), "<u2")
+        return check_ids(tokens, self.vocab_size, path).reshape(len(starts), length)
 
 
 class ShuffledStream(TrainStream):
-    """The sequences of the training shards in random order, each of them once per pass (#1493).
+    """The training sequences in random order, each of them once per pass (#1493).
 
     In every pass each shard is cut into sequences from a random phase on, and all sequences of all
     shards are visited in one random order, which is the same as to draw shards in proportion to
-    what they have left. The order is a function of (seed, sequence number): `position`, still in
-    tokens, says all that a resumed run needs.
+    what they have left. The order is a function of (seed, sequence number).
     """
 
     def __init__(self, paths, vocab_size, seq_len, seed):
-        super().__init__(paths, vocab_size)
-        self.seq_len = seq_len
+        super().__init__(paths, vocab_size, seq_len)
         self.seed = seed
         if max(self.sizes) <= seq_len:
             raise DataError(
@@ -1835,6 +1703,7 @@ class ShuffledStream(TrainStream):
                 "lower it, or use SHUFFLE=0"
             )
         self.begin_pass(0, first=0)
+        self.num_sequences = len(self.order)  # of the first pass; others differ by their phases
 
     def begin_pass(self, number, first):
         """Lay out pass `number`, whose first sequence has the number `first` in the run."""
@@ -1844,56 +1713,33 @@ class ShuffledStream(TrainStream):
         self.phases = random.integers(0, np.clip(sizes - self.seq_len, 1, self.seq_len))
         counts = np.maximum(0, (sizes - 1 - self.phases) // self.seq_len)
         self.counted = np.cumsum(counts)  # sequences up to and with each shard
+        self.before = self.counted - counts  # and without it
         self.order = random.permutation(int(self.counted[-1]))
         self.pass_number = number
         self.first = first
 
-    def place(self, number):
-        """Place of sequence `number` of the run."""
-        if number < self.first:  # a resumed run that goes back; passes differ in length
-            self.begin_pass(0, first=0)
-        while number >= self.first + len(self.order):
-            self.begin_pass(self.pass_number + 1, self.first + len(self.order))
-        index = int(self.order[number - self.first])
-        shard = int(np.searchsorted(self.counted, index, side="right"))
-        if shard > 0:
-            index -= int(self.counted[shard - 1])  # now its index in the shard
-        return Place(shard, int(self.phases[shard]) + index * self.seq_len)
-
-    def rows(self, span, low, high, seq_len):
-        """Sequences (n, T + 1) of tokens [low, high) of the next span, then advance by `span`."""
-        first = (self.position + low) // seq_len
-        places = [self.place(first + i) for i in range((high - low) // seq_len)]
-        rows = np.empty((len(places), seq_len + 1), np.uint16)
-        # Shard by shard and from front to back: a network file system is slow at jumping about.
-        in_order = sorted(range(len(places)), key=places.__getitem__)
-        for shard, group in itertools.groupby(in_order, lambda i: places[i].shard):
-            numbers = list(group)
-            rows[numbers] = self.read_sequences(shard, [places[i].start for i in numbers])
-        self.position += span
+    def sequences(self, first, count):
+        """The same as TrainStream.sequences, in this stream's order."""
+        rows = np.empty((count, self.seq_len + 1), np.uint16)
+        done = 0
+        while done < count:
+            # One pass after the other is laid out: they differ in length.
+            if first + done < self.first:
+                self.begin_pass(0, first=0)
+            while first + done >= self.first + len(self.order):
+                self.begin_pass(self.pass_number + 1, self.first + len(self.order))
+            at = first + done - self.first
+            picks = self.order[at : at + count - done]
+            shards = np.searchsorted(self.counted, picks, side="right")
+            starts = self.phases[shards] + (picks - self.before[shards]) * self.seq_len
+            # Shard by shard and from front to back: a network file system is slow at jumping about.
+            for shard in np.unique(shards):
+                rows_of_it = np.flatnonzero(shards == shard)
+                rows_of_it = rows_of_it[starts[rows_of_it].argsort()]
+                tokens = self.read(shard, starts[rows_of_it], self.seq_len + 1)
+                rows[done + rows_of_it] = tokens
+            done += len(picks)
         return rows
-
-    def read_sequences(self, shard, starts):
-        """Tokens (n, T + 1) from these places of a shard on; reads their bytes and no more."""
-        path = self.paths[shard]
-        size = 2 * (self.seq_len + 1)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                number = file.fileno()
-                found = os.fstat(number).st_size
-                # Mapped memory would be read ahead: 128 KiB for each sequence of 4.
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
-                parts = [os.pread(number, size, HEADER_BYTES + 2 * start) for start in starts]
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: restore the shard") from None
-        expected = HEADER_BYTES + 2 * self.sizes[shard]
-        if found != expected or any(len(part) != size for part in parts):
-            raise DataError(
-                f"{path}: {found} bytes instead of {expected} in mid-run: restore the shard"
-            )
-        tokens = np.frombuffer(b"".join(parts), "<u2")
-        return check_ids(tokens, self.vocab_size, path).reshape(len(starts), -1)
 
 
 def open_train_stream(config):
@@ -1901,7 +1747,7 @@ def open_train_stream(config):
     paths = find_shards(config, "train")
     if config.shuffle:
         return ShuffledStream(paths, config.vocab_size, config.train_seq_len, config.seed)
-    return TrainStream(paths, config.vocab_size)
+    return TrainStream(paths, config.vocab_size, config.train_seq_len)
 
 
 class TokenBytes:
@@ -1913,16 +1759,16 @@ class TokenBytes:
 
     def __init__(self, tokenizer_path):
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+            model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(
                 f"TOKENIZER_PATH={tokenizer_path}: cannot be read as a SentencePiece model "
                 f"({reason}): see README, section Training"
             ) from None
-        model = self.model
+        self.model = model
         self.vocab_size = model.vocab_size()
-        # Three tables over the vocabulary, so that counting is indexing.
+        # Tables over the vocabulary, so that counting is indexing.
         self.is_boundary = np.zeros(self.vocab_size, bool)  # (V,) pieces without text
         self.is_byte = np.zeros(self.vocab_size, bool)  # (V,)
         self.spaced = np.zeros(self.vocab_size, bool)  # (V,) pieces that begin with a space
@@ -1930,19 +1776,16 @@ class TokenBytes:
         for i in range(self.vocab_size):
             self.is_boundary[i] = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
             self.is_byte[i] = model.is_byte(i)
-            if self.is_boundary[i]:
-                continue
             if self.is_byte[i]:
                 self.base[i] = 1
-                continue
-            # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
-            piece = model.id_to_piece(i)
-            self.spaced[i] = piece.startswith("▁")
-            text = piece.removeprefix("▁").replace("▁", " ")
-            self.base[i] = len(text.encode())
+            elif not self.is_boundary[i]:
+                # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
+                piece = model.id_to_piece(i)
+                self.spaced[i] = piece.startswith("▁")
+                self.base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())
 
     def count(self, prev_ids, target_ids):
-        """Bytes (same shape, uint16) of targets given the tokens before them."""
+        """Bytes of text (same shape, uint16) of the target tokens, given the tokens before them."""
         prev_ids = np.asarray(prev_ids)
         target_ids = np.asarray(target_ids)
         # A document's first space is dropped when it is decoded, so it does not count.
@@ -1957,59 +1800,36 @@ class TokenBytes:
         if len(whole) == 0:
             return
         ids = ids[whole[0] : whole[-1] + 1]
+        # SentencePiece drops spaces at the start of a text: decode behind a piece without any.
+        plain = ~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0)
+        anchor = int(np.argmax(plain)) if plain.any() else self.model.piece_to_id("<0x41>")
+        start = len(self.model.decode([anchor]))
         # Cut before every piece without text: these start documents, or stand for unknown text.
         for document in np.split(ids, np.flatnonzero(self.is_boundary[ids])):
-            if len(document) > 1:
-                self.check_document(document)
-
-    def check_document(self, document):
-        """The same for one document (n + 1,), whose first token is only the context of the rest."""
-        before, first = document[0], document[1]
-        counted = int(self.count(document[:-1], document[1:]).sum())
-        # SentencePiece drops spaces at the start of a text: decode behind a piece without any.
-        anchor = self.anchor()
-        start = len(self.model.decode(anchor))
-        decoded = self.model.decode(anchor + document[1:].tolist())[start:].replace("▁", " ")
-        length = len(decoded.encode())
-        if self.spaced[first] and self.is_boundary[before]:
-            length -= 1  # the first space, see count
-        if length != counted:
-            raise DataError(
-                f"bytes per token are wrong for {decoded[:60]!r}: counted {counted}, decoded "
-                f"{length}: use the tokenizer that made these shards, with a piece for a space"
-            )
-
-    def foreign(self, ids):
-        """How many of the pieces `ids` do not return when their text is encoded again.
-
-        None where this tokenizer made them, but for an end that is cut inside a word. Where
-        another of English text did, it was 2 to 20 % (measured, 1,024 to 8,192 pieces): each
-        piece still decodes, only to other text.
-        """
-        ids = np.asarray(ids, np.int64)
-        lost = 0
-        for document in np.split(ids, np.flatnonzero(self.is_boundary[ids])):
-            pieces = document[~self.is_boundary[document]].tolist()
-            again = self.model.encode(self.model.decode(pieces))
-            # Order aside: one piece that is cut otherwise would move all that follow it.
-            lost += (collections.Counter(pieces) - collections.Counter(again)).total()
-        return lost
-
-    def anchor(self):
-        """[id] of a piece of text without spaces."""
-        plain = ~self.is_boundary & ~self.spaced & ~self.is_byte & (self.base > 0)
-        if plain.any():
-            return [int(np.argmax(plain))]
-        return [self.model.piece_to_id("<0x41>")]  # the letter A, as a byte
+            if len(document) < 2:
+                continue
+            # The first token is only the context of the others.
+            counted = int(self.count(document[:-1], document[1:]).sum())
+            text = self.model.decode([anchor, *document[1:].tolist()])[start:].replace("▁", " ")
+            length = len(text.encode())
+            if self.spaced[document[1]] and self.is_boundary[document[0]]:
+                length -= 1  # the first space, see count
+            if length != counted:
+                raise DataError(
+                    f"bytes per token are wrong for {text[:60]!r}: counted {counted}, decoded "
+                    f"{length}: use the tokenizer that made these shards, with a piece for a space"
+                )
 
 
 class ValidationSet:
     """Validation tokens (n + 1,), bytes (n,) of the n targets, and the fingerprint of the split.
 
-    Raises DataError if `expected_sha256` is given and not that of the tokens.
+    Scores on a split of scope "canonical-by-counts" compare with published ones; other text can be
+    made to have the same counts, so the scope is no proof. Scores on a "proxy" compare with others
+    on the same data.
     """
 
-    def __init__(self, tokens, token_bytes, expected_sha256=""):
+    def __init__(self, tokens, token_bytes):
         self.tokens = tokens  # (n + 1,) uint16
         self.num_targets = len(tokens) - 1
         self.token_bytes = token_bytes
@@ -2020,31 +1840,18 @@ class ValidationSet:
             blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
-        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-        if expected_sha256 and sha256 != expected_sha256:
-            raise DataError(
-                f"the validation tokens have SHA-256 {sha256}, expected VAL_SHA256="
-                f"{expected_sha256}: restore the split, or unset VAL_SHA256"
-            )
-        self.scope = self.scope_of(total, is_certain=bool(expected_sha256))
+        low, high = CANONICAL_BYTES
+        has_the_targets = self.num_targets == CANONICAL_TARGETS.get(token_bytes.vocab_size)
+        self.scope = "canonical-by-counts" if has_the_targets and low <= total <= high else "proxy"
         self.fingerprint = dict(
             val_tokens=len(tokens),
             val_targets=self.num_targets,
             val_bytes=total,
             val_documents=int((tokens == BOS).sum()),
             bytes_per_token=total / self.num_targets,
-            val_sha256=sha256,
+            val_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
             scope=self.scope,
         )
-
-    def scope_of(self, total_bytes, is_certain):
-        """What scores on this split compare with: published ones, or others on the same data."""
-        targets = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
-        low, high = CANONICAL_BYTES
-        if self.num_targets != targets or not low <= total_bytes <= high:
-            return "proxy"
-        # Other text can be made to have the same counts.
-        return "canonical" if is_certain else "canonical-by-counts"
 
     @classmethod
     def load(cls, config, token_bytes):
@@ -2063,13 +1870,25 @@ class ValidationSet:
             )
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
-        scored = tokens[: windows * config.eval_seq_len + 1]
-        return cls(scored, token_bytes, config.val_sha256)
+        return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
 
-    def is_foreign(self):
-        """Whether another tokenizer seems to have made these tokens."""
-        sample = self.tokens[:20_000]
-        return self.token_bytes.foreign(sample) > max(20, len(sample) // 100)
+    def retokenisation_mismatch(self):
+        """Whether another tokenizer seems to have made these tokens: text, encoded again, differs.
+
+        Each piece still decodes and counts, only to other text. Where another tokenizer of English
+        made them, 2 to 20 % of the pieces do not return (measured, 1,024 to 8,192 pieces); else
+        none but those of an end that is cut inside a word.
+        """
+        sample = self.tokens[:20_000].astype(np.int64)
+        is_boundary = self.token_bytes.is_boundary
+        model = self.token_bytes.model
+        lost = 0
+        for document in np.split(sample, np.flatnonzero(is_boundary[sample])):
+            pieces = document[~is_boundary[document]].tolist()
+            again = model.encode(model.decode(pieces))
+            # Order aside: one piece that is cut otherwise would move all that follow it.
+            lost += (collections.Counter(pieces) - collections.Counter(again)).total()
+        return lost > max(20, len(sample) // 100)
 
     def replaced(self, tokens):
         """The same stream with other tokens (the audit's twin runs)."""
@@ -2109,44 +1928,31 @@ def english_of(path):
         return []
     paragraphs = []
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-            continue
-        text = node.value
+        text = node.value if isinstance(node, ast.Constant) else None
         # Prose has a space at least every twelve characters; tables and data have not.
-        if len(text) > 160 and text.count(" ") > len(text) / 12:
+        if isinstance(text, str) and len(text) > 160 and text.count(" ") > len(text) / 12:
             paragraphs += re.split(r"\n\s*\n", inspect.cleandoc(text))
     return paragraphs
 
 
 def demo_modules():
-    """{name: path} of the installed Python libraries' modules, in a fixed order."""
+    """Yield (name, path) of the installed Python libraries' modules, in a fixed order."""
     site = Path(torch.__file__).parent.parent
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    roots += [site / package for package in DEMO_PACKAGES]
-    modules = {}
-    for root in roots:
+    for root in (Path(sysconfig.get_paths()["stdlib"]), *(site / name for name in DEMO_PACKAGES)):
         for folder, subfolders, files in os.walk(root):
             # os.walk follows this list: sorted, so that every file system gives the same order.
             subfolders[:] = sorted(set(subfolders) - DEMO_SKIPPED_FOLDERS)
             for name in sorted(files):
                 if name.endswith(".py"):
                     path = Path(folder, name)
-                    modules[f"{root.name}/{path.relative_to(root)}"] = path
-    return modules
+                    yield f"{root.name}/{path.relative_to(root)}", path
 
 
-class DemoTexts(typing.NamedTuple):
-    """Lists of documents, one per module."""
-
-    train: list
-    val: list
-
-
-def demo_texts():
-    """DemoTexts of the installed libraries: no paragraph is in it twice; always the same."""
+def demo_documents():
+    """{"train": documents, "val": documents}: one per module, no paragraph twice."""
     seen = set()
     documents = []  # (digest of the module's name, its text)
-    for module, path in demo_modules().items():
+    for module, path in demo_modules():
         fresh = []
         for paragraph in english_of(path):
             key = " ".join(paragraph.split())
@@ -2159,34 +1965,10 @@ def demo_texts():
     # In the order of digests, which is random but fixed: modules that stand side by side are
     # alike, and a stream in their order would make the loss jump from package to package.
     documents.sort()
-    texts = DemoTexts([], [])
+    parts = {"train": [], "val": []}
     for digest, text in documents:
-        is_val = digest[0] < 9  # about 3.5 % of the modules
-        (texts.val if is_val else texts.train).append(text)
-    return texts
-
-
-def train_demo_tokenizer(documents, vocab_size):
-    """A SentencePiece model (bytes) with the options of the challenge's tokenizers."""
-    lines = (line for text in documents for line in text.split("\n") if line.strip())
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False,
-        character_coverage=0.999,
-        pad_id=0,
-        bos_id=BOS,
-        eos_id=EOS,
-        unk_id=3,
-        minloglevel=2,
-    )
-    return model.getvalue()
+        parts["val" if digest[0] < 9 else "train"].append(text)  # val: about 3.5 % of the modules
+    return parts
 
 
 def build_demo_data(config, log):
@@ -2210,12 +1992,31 @@ def build_demo_data(config, log):
             return
         begin = time.monotonic()
         log("demo_data: reading the English of the installed Python libraries (once, a minute)")
-        texts = demo_texts()
-        # On the training part alone: a tokenizer that saw the validation text would fit it.
-        model = train_demo_tokenizer(texts.train, config.vocab_size)
-        write_atomic(tokenizer, [model])
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        for split, documents in texts._asdict().items():
+        parts = demo_documents()
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            # The training part alone: a tokenizer that saw the validation text would fit it.
+            sentence_iterator=(
+                line for text in parts["train"] for line in text.split("\n") if line.strip()
+            ),
+            model_writer=model,
+            # The options of the challenge's tokenizers.
+            vocab_size=config.vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            character_coverage=0.999,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=3,
+            minloglevel=2,
+        )
+        write_atomic(tokenizer, [model.getvalue()])
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        for split, documents in parts.items():
             ids = processor.encode(documents, num_threads=2)
             tokens = np.concatenate([np.array([BOS, *document]) for document in ids])
             write_shard(data / f"fineweb_{split}_000000.bin", tokens)
@@ -2230,8 +2031,9 @@ def build_demo_data(config, log):
 # Model
 # The trunk of #1170/#1232, then the refiners in a fixed order: TTT-Linear, FlowRefiner,
 # NativeFlowMatcher. `forward` is the loss of `logits(hidden(ids))`; there is no second copy of the
-# trunk. What changes during a run is a 0-d tensor, so that one compiled graph serves all of it; but
-# the order of looped layers, which changes once, has a graph for each of its two values.
+# trunk. Values that change during a run or from layer to layer are 0-d tensors, so that one
+# compiled graph serves them all; only the order of looped layers, which changes once, has two.
+# Late QAT touches a weight in one place: Quantizable.effective_weight.
 # ==================================================================================================
 def sdpa_attention(q, k, v):
     """Causal attention by PyTorch. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
@@ -2243,142 +2045,19 @@ def sdpa_attention(q, k, v):
     return y.transpose(1, 2)
 
 
-def tail_attention(q, k, v):
-    """Causal attention of the last n queries only, for scoring.
+def flash_first_attention(q, k, v):
+    """The same with flash before cuDNN: FlashAttention-3, once it is activated, stands for flash.
 
-    q (B, n, H, d), k and v (B, T, K, d) -> (B, n, H, d).
+    Shah et al. 2024, arXiv 2407.08608.
     """
-    q = q.transpose(1, 2)  # (B, H, n, d)
-    groups = q.size(1) // k.size(2)
-    # The kernels that take a mask know no grouped heads.
-    k = k.transpose(1, 2).repeat_interleave(groups, 1)  # (B, H, T, d)
-    v = v.transpose(1, 2).repeat_interleave(groups, 1)
-    n = q.size(2)
-    length = k.size(2)
-    # Query i is position T - n + i; is_causal would take it for position i.
-    every = torch.ones(n, length, dtype=torch.bool, device=q.device)
-    seen = every.tril(length - n)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return y.transpose(1, 2)
-
-
-# What a block of the backward below needs at once must fit a CPU core's cache.
-ATTENTION_ROWS = 256  # queries
-ATTENTION_SEQUENCES = 4
-
-
-class BlockedAttention(torch.autograd.Function):
-    """Causal grouped-query attention for CPUs: PyTorch's fused forward with a faster backward.
-
-    The backward goes through blocks of queries and sequences and recomputes the probabilities, as
-    FlashAttention does (Dao et al. 2022, arXiv 2205.14135), so memory is linear in T.
-    At 512 tokens it saves 5 to 8 % of a training step against PyTorch's own backward, which is as
-    fast from 1,024 tokens on (`tests/bench.py functions`).
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)."""
-        ctx.save_for_backward(q, k, v)
-        groups = q.size(1) // k.size(1)
-        if groups > 1:
-            k = k.repeat_interleave(groups, 1)
-            v = v.repeat_interleave(groups, 1)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, 0.0, True)[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        scale = q.size(-1) ** -0.5
-        dq = torch.empty_like(q)
-        dk = torch.zeros_like(k)
-        dv = torch.zeros_like(v)
-        # The query heads of a group share their keys, so they become rows of one product.
-        by_group = (k.size(1), -1)
-        q = (q * scale).unflatten(1, by_group)  # (B, K, H/K, T, d)
-        grad = grad.unflatten(1, by_group)
-        dq_grouped = dq.unflatten(1, by_group)
-        for high in range(q.size(3), 0, -ATTENTION_ROWS):
-            rows = slice(max(0, high - ATTENTION_ROWS), high)
-            for first in range(0, q.size(0), ATTENTION_SEQUENCES):
-                batch = slice(first, first + ATTENTION_SEQUENCES)
-                # These queries see the keys before `high`, and no others.
-                parts = BlockedAttention.block_backward(
-                    q[batch, :, :, rows],
-                    k[batch, :, :high],
-                    v[batch, :, :high],
-                    grad[batch, :, :, rows],
-                )
-                dq_grouped[batch, :, :, rows] = parts[0].mul_(scale)
-                dk[batch, :, :high] += parts[1]
-                dv[batch, :, :high] += parts[2]
-        return dq, dk, dv
-
-    @staticmethod
-    def block_backward(q, k, v, grad):
-        """Gradients for queries q (b, K, H/K, n, d), the last n positions of k, v (b, K, s, d)."""
-        n = q.size(3)
-        q = q.flatten(2, 3)  # (b, K, H/K * n, d)
-        grad = grad.flatten(2, 3)
-        scores = q @ k.mT  # (b, K, H/K * n, s)
-        # Only the last n keys can lie in a query's future.
-        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        by_head = scores.unflatten(2, (-1, n))  # (b, K, H/K, n, s), the same memory
-        by_head[..., -n:].masked_fill_(future, -torch.inf)
-        p = scores.softmax(-1)
-        ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
-        dq = (ds @ k).unflatten(2, (-1, n))
-        dk = ds.mT @ q
-        dv = p.mT @ grad
-        return dq, dk, dv
-
-
-def cpu_attention(q, k, v):
-    """Causal attention on the CPU. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    q = q.transpose(1, 2)
-    k = k.transpose(1, 2)
-    v = v.transpose(1, 2)
-    return BlockedAttention.apply(q, k, v).transpose(1, 2)
-
-
-def flash_attention_3(q, k, v):
-    """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), shapes as above; needs its package."""
-    from flash_attn_interface import flash_attn_func
-
-    # Its backward adds in any order unless asked not to; test-time training must repeat its digits.
-    repeatable = torch.are_deterministic_algorithms_enabled()
-    out = flash_attn_func(q, k, v, causal=True, deterministic=repeatable)
-    return out[0] if isinstance(out, tuple) else out  # some releases add the log-sum-exp
-
-
-def attention_order(capability):
-    """[(backend, why it stands here)] for a GPU of compute capability (major, minor).
-
-    On Hopper and later cuDNN trains about twice as fast as FlashAttention-2 and about as fast as
-    FlashAttention-3; on Ampere it is the slower one (HF transformers #48163, PyTorch #142132).
-    """
-    hopper = capability[0] == 9
-    newer = capability[0] >= 9
-    order = []
-    if hopper:
-        order.append(("flash_attention_3", "made for Hopper"))
-    if newer:
-        order.append(("cudnn", "faster than flash from Hopper on"))
-    order.append(("flash", "FlashAttention-2, the fastest before Hopper"))
-    if not newer:
-        order.append(("cudnn", "slower than flash before Hopper"))
-    order.append(("mem_efficient", "where flash does not run"))
-    order.append(("math", "runs everywhere, memory quadratic in T"))
-    return order
-
-
-SDPA_BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+    order = [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(order, set_priority=True):
+        return sdpa_attention(q, k, v)
 
 
 class AttentionChoice(typing.NamedTuple):
@@ -2388,58 +2067,38 @@ class AttentionChoice(typing.NamedTuple):
 
 @functools.cache
 def pick_attention(device, dtype, compiling=False):
-    """AttentionChoice: the first backend that runs forward and backward here, tried once.
+    """AttentionChoice: FlashAttention-3 where its package is, else PyTorch's own order of backends.
 
-    Published runs failed after hours in the queue because a fixed backend did not exist on their
-    GPU. With `compiling` the trial is compiled too, as the model will be.
+    The choice has run forward and backward once, compiled if the model will be: published runs
+    failed after hours in the queue because a fixed backend did not exist on their GPU.
     """
-    if device.type == "cpu":
-        return AttentionChoice(
-            cpu_attention, "cpu_blocked: PyTorch's CPU forward, blocked backward"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    failures = []
-    for backend, why in attention_order(capability):
-        try:
-            try_attention(attention_backend(backend), device, dtype, compiling)
-            attend = attention_backend(backend, fallback=True)
-        except Exception as error:
-            failures.append(f"{backend} ({type(error).__name__})")
-            continue
-        architecture = f"sm{capability[0]}{capability[1]}"
-        not_usable = ", ".join(failures) or "none"
-        reason = f"{backend}: {why} ({architecture}); tried before and not usable: {not_usable}"
-        return AttentionChoice(attend, reason)
-    raise ConfigError(
-        f"no attention backend runs forward and backward on {device}: tried {', '.join(failures)}: "
-        "use DEVICE=cpu or another PyTorch build"
-    )
-
-
-def attention_backend(backend, fallback=False):
-    """attend(q, k, v) of one backend by name; with `fallback`, flash stands behind cuDNN."""
-    if backend == "flash_attention_3":
-        return flash_attention_3
-    # cuDNN refuses to run where deterministic algorithms are wanted.
-    order = [SDPA_BACKENDS[backend]]
-    if backend == "cudnn" and fallback:
-        order.append(SDPBackend.FLASH_ATTENTION)
-
-    def attend(q, k, v):
-        with sdpa_kernel(order, set_priority=True):
-            return sdpa_attention(q, k, v)
-
-    return attend
-
-
-def try_attention(attend, device, dtype, compiling):
-    """One small forward and backward; raises whatever the backend raises."""
-    if compiling:
-        attend = torch.compile(attend, dynamic=False, fullgraph=True)
     options = dict(device=device, dtype=dtype, requires_grad=True)
     q = torch.zeros(1, 64, 2, 64, **options)  # (B, T, H, d)
     k = torch.zeros(1, 64, 1, 64, **options)  # (B, T, K, d)
-    attend(q, k, k).float().sum().backward()
+    by_head = [x.transpose(1, 2) for x in (q, k, k)]
+    first = SDPBackend(torch._fused_sdp_choice(*by_head, is_causal=True, enable_gqa=True))
+    choices = [AttentionChoice(sdpa_attention, f"{first.name.lower()}: PyTorch's own order")]
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if is_hopper and importlib.util.find_spec("flash_attn_interface"):
+        reason = "flash_attention_3: made for Hopper, and flash_attn_interface is installed"
+        choices.insert(0, AttentionChoice(flash_first_attention, reason))
+    failures = []
+    for attend, reason in choices:
+        try:
+            if attend is flash_first_attention:
+                activate_flash_attention_impl("FA3")
+            trial = torch.compile(attend, dynamic=False, fullgraph=True) if compiling else attend
+            trial(q, k, k).float().sum().backward()
+            return AttentionChoice(attend, "; not usable: ".join([reason, *failures]))
+        except Exception as error:
+            line = str(error).partition("\n")[0]
+            failures.append(f"{reason} ({type(error).__name__}: {line})")
+            if current_flash_attention_impl():
+                restore_flash_attention_impl()
+    raise ConfigError(
+        f"no attention backend runs forward and backward on {device} in {dtype}: tried "
+        f"{'; '.join(failures)}: use DEVICE=cpu or another PyTorch build"
+    )
 
 
 NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
@@ -2458,52 +2117,32 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain=None, cos=None, sin=None):
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = torch.empty_like(x)
-        inverse = x.new_empty(*x.shape[:-1], 1, dtype=wide)  # 1 / rms
-        for part in batch_parts(x):
-            value = x[part].to(wide, copy=True)
-            norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
-            mean_square = norm.square() / x.size(-1)
-            scale = torch.rsqrt(mean_square + NORM_EPS)
-            inverse[part] = scale
-            if gain is not None:
-                scale = scale * gain
-            value.mul_(scale)
-            if cos is not None:
-                rotate_(value, cos, sin)
-            y[part] = value
+        y = x.to(wide, copy=True)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        inverse = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS)  # (B, ..., 1): 1 / rms
+        y.mul_(inverse if gain is None else inverse * gain)
+        if cos is not None:
+            rotate_(y, cos, sin)
         ctx.save_for_backward(x, inverse, gain, cos, sin)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, inverse, gain, cos, sin = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        dgain = None if gain is None else torch.zeros_like(gain)
-        for part in batch_parts(x):
-            value = x[part].to(inverse.dtype)
-            slope = grad[part].to(inverse.dtype, copy=True)
-            if cos is not None:
-                rotate_(slope, cos, -sin)  # the transposed rotation
-            dot = (slope * value).sum(-1, keepdim=True)  # (b, ..., 1)
-            scale = inverse[part]
-            if gain is not None:
-                dgain += (dot * scale).sum((0, 1))
-                scale = scale * gain
-            # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
-            along = dot * scale * inverse[part].square()
-            slope.mul_(scale)
-            slope.addcmul_(value, along, value=-1 / x.size(-1))
-            dx[part] = slope
-        return dx, dgain, None, None
-
-
-def batch_parts(x):
-    """Slices of the batch: one sequence at a time on a CPU, whose cache then holds its float32
-    copies; all of it on a GPU, or where the compiler fuses the passes anyway."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(None)]
-    return [slice(i, i + 1) for i in range(x.size(0))]
+        value = x.to(inverse.dtype)
+        dx = grad.to(inverse.dtype, copy=True)
+        if cos is not None:
+            rotate_(dx, cos, -sin)  # the transposed rotation
+        dot = (dx * value).sum(-1, keepdim=True)  # (B, ..., 1)
+        scale = inverse
+        dgain = None
+        if gain is not None:
+            dgain = (dot * inverse).sum((0, 1))
+            scale = inverse * gain
+        # y = scale * x with scale ~ 1/|x|: the part of the gradient along x is taken out.
+        along = dot * scale * inverse.square()
+        dx.mul_(scale).addcmul_(value, along, value=-1 / x.size(-1))
+        return dx.to(x.dtype), dgain, None, None
 
 
 def rms_norm(x):
@@ -2538,7 +2177,6 @@ def rotate_(x, cos, sin):
     a_new = a * cos - b * sin
     x[..., half : 2 * half] = a * sin + b * cos
     x[..., :half] = a_new
-    return x
 
 
 def exclusive_attention(y, v):
@@ -2593,7 +2231,7 @@ class Linear(Quantizable, nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x, scale=None):
-        """`scale`, a number or (outputs, 1), multiplies the weight: cheaper than every output."""
+        """`scale`, 0-d or (outputs, 1), multiplies the weight: cheaper than every output."""
         weight = self.effective_weight()
         if scale is not None:
             weight = weight * scale
@@ -2616,7 +2254,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer, attend):
         super().__init__()
-        self.config = config
+        self.head_dim = config.head_dim
         self.attend = attend
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         dim = config.model_dim
@@ -2636,64 +2274,47 @@ class Attention(nn.Module):
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x, scale, out_scale, angles, v0, ve, last=None):
+    def forward(self, x, scale, out_scale, angles, v_first, v_emb):
         """Output y (B, T, D) and this layer's own values (B, T, K, d).
 
-        x (B, T, D) is normalised and still without the layer's `scale` (a number); `out_scale` (D,)
-        multiplies the output; `angles` are cos and sin; v0 (B, T, K, d) are layer 0's values, or
-        None in layer 0; ve (B, T, K*d) is the value embedding, or None. With `last` = n only the
-        last n positions ask, and y is (B, n, D).
+        x (B, T, D) is normalised and still without the layer's `scale` (0-d); `out_scale` (D,)
+        multiplies the output; `angles` are cos and sin; v_first (B, T, K, d) are layer 0's values,
+        or None in layer 0; v_emb (B, T, K*d) is the value embedding, or None.
         """
-        q, k, own, gate = self.project(x, scale, last)  # (B, T, ...) or (B, n, ...) each
-        if ve is not None:
-            own = own + ve.to(own.dtype)
-        q = self.heads(q)  # (B, T, H, d)
-        k = self.heads(k)  # (B, T, K, d)
-        own = self.heads(own)  # (B, T, K, d)
-        v = self.mixed_values(own, v0)
+        q, k, v, gate = self.project(x, scale)
+        if v_emb is not None:
+            v = v + v_emb.to(v.dtype)
+        q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, d)
+        k = k.unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
+        v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
+        mixed = v
+        if self.vr_lambda is not None:
+            # Value residual (Zhou et al. 2024, arXiv 2410.17897): layer 0's values stay within
+            # reach. Layer 0 mixes its values with themselves.
+            mix = self.vr_lambda.to(v.dtype)
+            mixed = mix[0] * (v if v_first is None else v_first) + mix[1] * v
         # q/k norm (Henry et al. 2020, arXiv 2010.04245), gain and rotation in one pass.
         cos, sin = angles
-        n = q.size(1)  # the positions that ask are the last ones
-        gain = self.q_gain[:, None]  # (H, 1)
-        q = RMSNorm.apply(q, gain, cos[-n:], sin[-n:])
+        q = RMSNorm.apply(q, self.q_gain[:, None], cos, sin)
         k = RMSNorm.apply(k, None, cos, sin)
-        attend = self.attend if last is None else tail_attention
-        y = attend(q, k, v)  # (B, T, H, d)
+        y = self.attend(q, k, mixed)  # (B, T, H, d)
         if self.xsa:
-            y = exclusive_attention(y, v[:, -n:])
+            y = exclusive_attention(y, mixed)
         if gate is not None:
             y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
-        return y, own
+        return y, v
 
-    def project(self, x, scale, last=None):
+    def project(self, x, scale):
         """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
-
-        With `last` = n, q and the gates' logits are those of the last n positions.
 
         Four small products would each read x and leave the device half idle: the weights are put
         together and one product does it. They stay separate parameters, since the optimiser and the
         artifact treat each matrix on its own.
         """
-        asking = [self.c_q]
+        layers = [self.c_q, self.c_k, self.c_v]
         if self.attn_gate is not None:
-            asking.append(self.attn_gate)
-        answering = [self.c_k, self.c_v]
-        if last is None:
-            outputs = self.product(x, scale, asking + answering)
-        else:
-            outputs = self.product(x[:, -last:], scale, asking)
-            outputs += self.product(x, scale, answering)
-        if self.attn_gate is None:
-            q, k, v = outputs
-            return q, k, v, None
-        q, gate, k, v = outputs
-        if self.attn_gate.bias is not None:
-            gate = gate + self.attn_gate.bias.to(gate.dtype)
-        return q, k, v, gate
-
-    def product(self, x, scale, layers):
-        """(outputs of x without bias, one per layer) by one product."""
+            layers.append(self.attn_gate)
         weights = []
         for layer in layers:
             # A gate of the leading channels gives no weight to the others.
@@ -2701,28 +2322,15 @@ class Attention(nn.Module):
             weight = layer.effective_weight()
             weights.append(F.pad(weight, (0, missing)) if missing else weight)
         outputs = F.linear(x, torch.cat(weights) * scale)
-        return outputs.split([layer.out_features for layer in layers], -1)
-
-    def heads(self, x):
-        """(B, T, n*d) -> (B, T, n, d)."""
-        return x.unflatten(-1, (-1, self.config.head_dim))
-
-    def mixed_values(self, own, v0):
-        """Value residual: layer 0's values stay within reach (Zhou et al. 2024, 2410.17897)."""
-        if self.vr_lambda is None:
-            return own
-        first = own if v0 is None else v0  # layer 0 mixes its values with themselves
-        mix = self.vr_lambda.to(own.dtype)
-        return mix[0] * first + mix[1] * own
-
-
-def leaky_square(x):
-    """leaky_relu(x, 0.5)^2: ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549."""
-    return F.leaky_relu(x, 0.5).square()
+        q, k, v, *gates = outputs.split([layer.out_features for layer in layers], -1)
+        gate = gates[0] if gates else None
+        if gates and self.attn_gate.bias is not None:
+            gate = gate + self.attn_gate.bias.to(gate.dtype)
+        return q, k, v, gate
 
 
 class MLP(nn.Module):
-    """W2 f(W1 x), f the squared leaky ReLU."""
+    """W2 f(W1 x), f the square of a leaky ReLU."""
 
     def __init__(self, config):
         super().__init__()
@@ -2731,14 +2339,9 @@ class MLP(nn.Module):
 
     def forward(self, x, scale, out_scale):
         """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
-        hidden = leaky_square(self.fc(x, scale))  # (B, T, hidden)
+        # ReLU^2 (Primer, So et al. 2021, arXiv 2109.08668), leaky as in #549.
+        hidden = F.leaky_relu(self.fc(x, scale), 0.5).square()  # (B, T, hidden)
         return self.proj(hidden, out_scale[:, None])
-
-
-def residual_mix(x, x0, mix):
-    """mix[0] * x + mix[1] * x0 per channel: the first stream (B, T, D) stays within reach."""
-    mix = mix.to(x.dtype)  # (2, D)
-    return torch.addcmul(x * mix[0], x0, mix[1])
 
 
 class Block(nn.Module):
@@ -2755,29 +2358,24 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(mix)
         self.parallel = layer >= config.num_layers - config.parallel_last_n
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
-        self.norm_scale = (layer + 1) ** -0.5
+        # As a tensor it leaves all layers one code, which a compiler need see only once.
+        self.register_buffer("norm_scale", torch.tensor((layer + 1) ** -0.5), persistent=False)
 
-    def forward(self, x, x0, angles, v0, ve, last=None):
+    def forward(self, x, x0, angles, v_first, v_emb):
         """The stream x (B, T, D) after this block, and the attention's own values.
 
-        x0 (B, T, D) is the stream before the first block, mixed back in per channel. With `last` =
-        n the stream (B, n, D) of the last n positions is all that is computed.
+        x0 (B, T, D) is the stream before the first block, mixed back in per channel; the others as
+        in Attention.forward.
         """
-        x = residual_mix(x, x0, self.resid_mix)
-        scale = self.norm_scale
+        mix = self.resid_mix.to(x.dtype)  # (2, D)
+        x = torch.addcmul(x * mix[0], x0, mix[1])
         normed = rms_norm(x)
-        y, own = self.attn(normed, scale, self.attn_scale, angles, v0, ve, last)
-        n = y.size(1)
-        x = x[:, -n:] + y
+        y, v = self.attn(normed, self.norm_scale, self.attn_scale, angles, v_first, v_emb)
+        x = x + y
         # A parallel MLP does not see what attention has just added (as in GPT-J).
-        mlp_input = normed[:, -n:] if self.parallel else rms_norm(x)
-        x = x + self.mlp(mlp_input, scale, self.mlp_scale)
-        return x, own
-
-
-def opening(gate, x):
-    """sigmoid(gate) in the type of x: how far a learned gate, stored in float32, is open."""
-    return torch.sigmoid(gate).to(x.dtype)
+        mlp_input = normed if self.parallel else rms_norm(x)
+        x = x + self.mlp(mlp_input, self.norm_scale, self.mlp_scale)
+        return x, v
 
 
 class BigramHash(nn.Module):
@@ -2796,9 +2394,7 @@ class BigramHash(nn.Module):
         """
         last = self.embed.num_embeddings - 1
         t = ids.int()
-        own = 36313 * t[:, 1:]
-        previous = 27191 * t[:, :-1]
-        pair = torch.bitwise_xor(own, previous) % last  # (B, T - 1)
+        pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last  # (B, T - 1)
         return F.pad(pair, (1, 0), value=last)
 
     def forward(self, ids):
@@ -2825,8 +2421,7 @@ class SmearGate(nn.Module):
 
     def forward(self, x, ids):
         """x (B, T, D) and its tokens (B, T) -> (1 - g) * x_i + g * x_{i-1}."""
-        before = predecessors(x, ids)
-        return x + opening(self.gate, x) * (before - x)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * (predecessors(x, ids) - x)
 
 
 class InputSmearGate(nn.Module):
@@ -2884,14 +2479,11 @@ class FlowRefiner(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         z = self.down(x)  # (B, T, latent)
         z = z + self.proj(F.gelu(self.fc(z)))
-        return x + opening(self.gate, x) * self.up(z)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * self.up(z)
 
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 divided by it: steps that cover the integers evenly
 GOLDEN_INVERSE = pow(GOLDEN_RATIO, -1, 2**64)  # their product is 1 modulo 2^64
-# SplitMix64's finaliser (Steele, Lea and Flood 2014) with the constants of Stafford's variant 13.
-MIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-MIX_LAST_SHIFT = 31
 
 
 def as_int64(number):
@@ -2901,15 +2493,18 @@ def as_int64(number):
 
 
 def mix64(x):
-    """Hash of int64 tensors: each bit of the input turns over half of the output's."""
+    """Hash of int64 tensors: each bit of the input turns over half of the output's.
+
+    SplitMix64's finaliser (Steele, Lea and Flood 2014), the constants of Stafford's variant 13.
+    """
 
     def shifted(value, bits):
         # PyTorch's shift repeats the sign; a hash needs zeros.
         return (value >> bits) & (2 ** (64 - bits) - 1)
 
-    for bits, factor in MIX_ROUNDS:
-        x = (x ^ shifted(x, bits)) * as_int64(factor)
-    return x ^ shifted(x, MIX_LAST_SHIFT)
+    x = (x ^ shifted(x, 30)) * as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * as_int64(0x94D049BB133111EB)
+    return x ^ shifted(x, 31)
 
 
 def draw_noise(keys, length, width):
@@ -2921,8 +2516,8 @@ def draw_noise(keys, length, width):
     batch = keys.size(0)
     pairs = -(-length * width // 2)  # a hash of 64 bits gives two normal numbers
     counter = torch.arange(pairs + length, device=keys.device)
-    # keys + counter * GOLDEN_RATIO, with the product last: a product of positions alone is an index
-    # to the compiler, which computes it without wrapping at 64 bits and fails.
+    # keys + counter * GOLDEN_RATIO, multiplied last: the compiler takes a product of positions
+    # alone for an index, computes it without wrapping at 64 bits, and fails.
     steps = keys[:, None] * as_int64(GOLDEN_INVERSE) + counter
     hashes = mix64(steps * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
 
@@ -2938,6 +2533,21 @@ def draw_noise(keys, length, width):
     share = both[:, : length * width]  # of the normal distribution that lies below z
     z = math.sqrt(2) * torch.erfinv(2 * share - 1)
     return z.view(batch, length, width), t
+
+
+def flow_noise_keys(config, step, first, count, device):
+    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
+
+    A function of seed, step and sequence alone, hence the same at any number of ranks and after a
+    resume. None where no loss would use it.
+    """
+    if not config.nfm_enabled or config.nfm_loss_weight == 0:
+        return None
+    place = f"{config.seed}/{step}"
+    digest = hashlib.sha256(place.encode()).digest()
+    start = as_int64(int.from_bytes(digest[:8], "little"))
+    sequences = torch.arange(first, first + count, device=device)
+    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 class NativeFlowMatcher(nn.Module):
@@ -2956,25 +2566,23 @@ class NativeFlowMatcher(nn.Module):
         self.out = Linear(hidden, dim)
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
-    def tau(self, t):
-        """Time embedding (..., hidden) of t (...) in [0, 1], by sinusoids as for positions."""
+    def velocity(self, x, t):
+        """Velocity (B, T, D) at states x (B, T, D) and times t (B, T) or 0-d, in [0, 1]."""
+        # Time is embedded by sinusoids, as positions are.
         half = self.inp.in_features // 2
         place = torch.arange(half, device=t.device, dtype=t.dtype)
         frequency = torch.exp(-math.log(10000.0) / half * place)  # (D/2,)
         angle = t[..., None] * frequency  # (..., D/2)
         sinusoids = torch.cat([angle.cos(), angle.sin()], -1)  # (..., D)
-        return F.gelu(self.time(sinusoids))
-
-    def velocity(self, x, t):
-        """Velocity (B, T, D) at states x (B, T, D) and times t (B, T) or 0-d."""
-        hidden = F.gelu(self.inp(x) + self.tau(t))  # (B, T, hidden)
+        tau = F.gelu(self.time(sinusoids))  # (..., hidden)
+        hidden = F.gelu(self.inp(x) + tau)  # (B, T, hidden)
         return self.out(hidden)
 
     def forward(self, x):
         """One Euler step: (B, T, D) -> (B, T, D)."""
-        # A 0-d time makes tau one row for all tokens.
+        # A 0-d time makes its embedding one row for all tokens.
         one = torch.ones((), device=x.device, dtype=self.gate.dtype)
-        return x + opening(self.gate, x) * self.velocity(x, one)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * self.velocity(x, one)
 
     def flow_loss(self, x, keys):
         """Mean squared error of the velocity at random times, 0-d.
@@ -3005,7 +2613,6 @@ class TTTLinear(nn.Module):
         dim = config.model_dim
         heads = config.num_heads
         width = config.head_dim
-        self.heads = heads
         self.mini_batch = config.e2e_ttt_mini_batch
         self.rate = config.e2e_ttt_base_lr / width
         self.c_q = Linear(dim, dim)
@@ -3030,11 +2637,11 @@ class TTTLinear(nn.Module):
             z = self.inner(q, k, v)  # (B, H, T, d)
         z = z.transpose(1, 2).flatten(2)  # (B, T, D)
         y = self.norm(z).to(x.dtype)
-        return x + opening(self.gate, x) * self.proj(y)
+        return x + torch.sigmoid(self.gate).to(x.dtype) * self.proj(y)
 
     def split(self, x):
         """(B, T, D) -> (B, H, T, d) in the type of the inner model."""
-        x = x.unflatten(-1, (self.heads, -1))  # (B, T, H, d)
+        x = x.unflatten(-1, (self.w.size(0), -1))  # (B, T, H, d)
         return x.transpose(1, 2).to(self.w.dtype)
 
     def inner(self, q, k, v):
@@ -3114,7 +2721,7 @@ class GPT(nn.Module):
             self.smear = InputSmearGate(config) if config.smear_inputs else SmearGate(config)
         layers = range(config.num_layers)
         self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in layers)
-        # Whether layers are looped now: training begins without, everything else is with it.
+        # Training begins without loops; every evaluation has them.
         self.looped = config.num_loops > 0
         num_skips = len(layer_order(config, self.looped)) // 2
         self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
@@ -3166,7 +2773,7 @@ class GPT(nn.Module):
         if self.embed_in is not None:
             nn.init.orthogonal_(self.embed_in.weight)
             nn.init.orthogonal_(self.embed_out.weight)
-        if self.config.smear_enabled and self.config.smear_inputs:
+        if isinstance(self.smear, InputSmearGate):
             nn.init.zeros_(self.smear.proj.weight)
 
     def quantizable(self):
@@ -3182,7 +2789,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_qat(self, blend):
-        """Blend of straight-through rounding (0 or 1) and the scales of the present weights.
+        """Set the blend of straight-through rounding (0 or 1) and the present weights' scales.
 
         It runs before every step, so it launches nothing while rounding stays off, and treats all
         matrices of one width as the rows of a single one while it is on.
@@ -3219,24 +2826,20 @@ class GPT(nn.Module):
         return x if self.smear is None else self.smear(x, ids)
 
     def add_skip(self, x, skip, index):
-        """The stream x (B, T, D) and what an encoder left, as the index-th decoder joins them."""
+        """The stream x (B, T, D) of the index-th decoder, joined by its encoder's output."""
         weight = self.skip_weights[index].to(x.dtype)
         if self.skip_gates is None:
             return torch.addcmul(x, weight, skip)
-        return torch.lerp(weight * skip, x, opening(self.skip_gates[index], x))
+        return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def trunk(self, ids, last=None):
-        """Normalised states (B, T, D) of ids (B, T), before the refiners.
-
-        With `last` = n, the states (B, n, D) of the last n positions, which spares the last block
-        its part of all others: it still needs their keys and values, but asks nothing for them.
-        """
+    def trunk(self, ids):
+        """Normalised states (B, T, D) of ids (B, T), before the refiners."""
         x = x0 = self.embed(ids)
         length = ids.size(1)
         assert length <= len(self.rotary_cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
-        value_embeddings = self.ve(ids) if self.ve is not None else {}
-        v0 = None  # layer 0's values
+        v_emb = self.ve(ids) if self.ve is not None else {}  # by layer
+        v_first = None  # layer 0's values
         skips = []
         # U-Net: the first half of the visits (rounded down) are encoders, the rest decoders.
         order = layer_order(self.config, self.looped)
@@ -3245,27 +2848,17 @@ class GPT(nn.Module):
             # A decoder first adds what its mirror image among the encoders left.
             if visit >= num_encoders and skips:
                 x = self.add_skip(x, skips.pop(), visit - num_encoders)
-            asked = last if visit == len(order) - 1 else None
-            block = self.blocks[layer]
-            x, own = block(x, x0, angles, v0, value_embeddings.get(layer), asked)
-            if v0 is None:
-                v0 = own
+            x, v = self.blocks[layer](x, x0, angles, v_first, v_emb.get(layer))
+            if v_first is None:
+                v_first = v
             if visit < num_encoders:
                 skips.append(x)
         return rms_norm(x)
 
-    def hidden(self, ids, last=None):
-        """Final states (B, T, D) of ids (B, T), or of the `last` ones only: what the head sees."""
-        # TTT-Linear learns along the sequence and needs all of it.
-        x = self.trunk(ids, last if self.ttt is None else None)
-        return self.refine(x, last)[0]
-
-    def refine(self, x, last=None):
+    def refine(self, x):
         """States (B, T, D) after all refiners, and NativeFlowMatcher's input, for its loss."""
         if self.ttt is not None:
             x = self.ttt(x)
-        if last is not None:
-            x = x[:, -last:]
         if self.flow is not None:
             x = self.flow(x)
         flow_input = x
@@ -3273,13 +2866,17 @@ class GPT(nn.Module):
             x = self.nfm(x)
         return x, flow_input
 
-    def head_input(self, hidden):
-        """What the tied embedding multiplies: states (..., D), or narrower as EMBED_DIM says."""
-        return hidden if self.embed_out is None else self.embed_out(hidden)
+    def hidden(self, ids):
+        """Final states (B, T, D) of ids (B, T): what the head sees."""
+        return self.refine(self.trunk(ids))[0]
 
     def logits(self, hidden):
         """float32 logits (..., V) of final states (..., D)."""
         return self.head(self.head_input(hidden))
+
+    def head_input(self, hidden):
+        """The states that the tied embedding multiplies: (..., D), or narrower by EMBED_DIM."""
+        return hidden if self.embed_out is None else self.embed_out(hidden)
 
     def head(self, x):
         """Logits (..., V) of head_input's output, softly capped (Gemma 2, arXiv 2408.00118)."""
@@ -3333,21 +2930,6 @@ def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
     attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
     return GPT(config, attend).to(runtime.device)
-
-
-def flow_noise_keys(config, step, first, count, device):
-    """Keys (count,) of draw_noise for the step's sequences [first, first + count), or None.
-
-    A function of seed, step and sequence alone, hence the same at any number of ranks and after a
-    resume. None where no loss would use it.
-    """
-    if not config.nfm_enabled or config.nfm_loss_weight == 0:
-        return None
-    place = f"{config.seed}/{step}"
-    digest = hashlib.sha256(place.encode()).digest()
-    start = as_int64(int.from_bytes(digest[:8], "little"))
-    sequences = torch.arange(first, first + count, device=device)
-    return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
 
 # ==================================================================================================
@@ -3573,8 +3155,9 @@ class Muon:
 def parameter_groups(model):
     """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
 
-    "embed" are lookup tables, whose rows see few tokens a step; "scalar" is the rest: gains, gates,
-    mixes, biases and the refiners.
+    "muon" are the six matrices of every block: c_q, c_k, c_v, attn.proj, mlp.fc, mlp.proj. "embed"
+    are lookup tables, whose rows see few tokens a step. "scalar" is the rest: gains, gates, mixes,
+    biases and the refiners.
     """
     groups = {"muon": {}, "embed": {}, "scalar": {}}
     embeddings = set()
@@ -3593,13 +3176,8 @@ def parameter_groups(model):
     return groups
 
 
-def either(own, common):
-    """A setting of its own, or the common one where it is negative."""
-    return common if own < 0 else own
-
-
 def build_optimizers(model, config, comm=None):
-    """(Muon, AdamW) over all parameters of `model`; asserts that each is in exactly one group."""
+    """(Muon, AdamW), which together hold every parameter of `model` once."""
     groups = parameter_groups(model)
     muon = Muon(
         groups["muon"].values(),
@@ -3617,12 +3195,12 @@ def build_optimizers(model, config, comm=None):
             dict(
                 params=list(groups["embed"].values()),
                 base_lr=config.embed_lr,
-                weight_decay=either(config.embed_wd, config.adam_wd),
+                weight_decay=config.embed_wd if config.embed_wd >= 0 else config.adam_wd,
             ),
             dict(
                 params=list(groups["scalar"].values()),
                 base_lr=config.scalar_lr,
-                weight_decay=either(config.scalar_wd, config.adam_wd),
+                weight_decay=config.scalar_wd if config.scalar_wd >= 0 else config.adam_wd,
             ),
         ],
         lr=config.scalar_lr,
@@ -3630,24 +3208,12 @@ def build_optimizers(model, config, comm=None):
         eps=config.adam_eps,
         fused=True,
     )
-    check_groups(model, muon, adamw)
+    held = collections.Counter()
+    for params in [*muon.stacks, *(group["params"] for group in adamw.param_groups)]:
+        held.update(map(id, params))
+    wrong = [name for name, param in model.named_parameters() if held[id(param)] != 1]
+    assert not wrong, f"not in exactly one optimiser group: {wrong}"
     return muon, adamw
-
-
-def adamw_params(adamw):
-    return [param for group in adamw.param_groups for param in group["params"]]
-
-
-def check_groups(model, muon, adamw):
-    """Assert that every parameter is trained, and by one optimiser only."""
-    held = []
-    for stack in muon.stacks:
-        held += stack
-    held += adamw_params(adamw)
-    ids = [id(param) for param in held]
-    wrong = [name for name, param in model.named_parameters() if ids.count(id(param)) != 1]
-    foreign = len(held) - len(list(model.parameters()))
-    assert not wrong and not foreign, f"not in exactly one optimiser group: {wrong}"
 
 
 def reduce_clip_step(muon, adamw, comm, clip):
@@ -3657,7 +3223,7 @@ def reduce_clip_step(muon, adamw, comm, clip):
     would depend on the number of ranks.
     """
     muon.launch()
-    params = adamw_params(adamw)
+    params = [param for group in adamw.param_groups for param in group["params"]]
     for param in params:
         if param.grad is None:  # every rank must bring the same list
             param.grad = torch.zeros_like(param)
@@ -3675,58 +3241,33 @@ def reduce_clip_step(muon, adamw, comm, clip):
     muon.step(scale, meanwhile=adamw.step)
 
 
-def training_cap(config, step, seconds):
-    """Seconds that the steps may take, 0 for no cap: the time of `calibrate` is left free."""
-    cap = config.max_wallclock_seconds
-    if not cap or config.quantizer != "gptq" or not step:  # nothing measured yet
-        return cap
-    return max(1e-9, cap - calibration_seconds(config, seconds / step))
-
-
-def without_reserve(config, reserve):
-    """The Config whose wallclock cap leaves `reserve` seconds for what follows training."""
-    if not config.max_wallclock_seconds:
-        return config
-    cap = max(1e-9, config.max_wallclock_seconds - reserve)
-    return dataclasses.replace(config, max_wallclock_seconds=cap)
-
-
 def run_fraction(config, step, seconds=0.0):
     """Share in [0, 1] of the run that is over: of its steps, or of its time if that ends sooner."""
     fraction = step / max(1, config.iterations)
-    cap = training_cap(config, step, seconds)
-    if cap:
-        fraction = max(fraction, seconds / cap)
+    if config.training_seconds:
+        fraction = max(fraction, seconds / config.training_seconds)
     return min(1.0, fraction)
 
 
-def expected_steps(config, step, seconds=0.0):
-    """Steps that the whole run will have, by the pace so far where a wallclock cap ends it."""
-    if not config.max_wallclock_seconds or not step or not seconds:
-        return config.iterations
-    step_seconds = seconds / step
-    return min(config.iterations, training_cap(config, step, seconds) / step_seconds)
-
-
 def warmdowns_left(config, step, seconds):
-    """What is left of the run, in lengths of the warmdown: below 1 it has begun."""
+    """Steps left, in units of the warmdown; the rate falls once this is below 1."""
     if config.warmdown_frac:
         return (1 - run_fraction(config, step, seconds)) / config.warmdown_frac
     warmdown = max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
-    left = (config.iterations - step) / warmdown
-    if config.max_wallclock_seconds and step and seconds:
+    steps_left = config.iterations - step
+    if config.training_seconds and step and seconds:
         step_seconds = seconds / step
-        seconds_left = training_cap(config, step, seconds) - seconds
-        left = min(left, seconds_left / (warmdown * step_seconds))
-    return left
+        steps_left = min(steps_left, (config.training_seconds - seconds) / step_seconds)
+    return steps_left / warmdown
 
 
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
-    1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a wallclock cap the
-    last WARMDOWN_ITERS times the measured step time, whichever begins first. With WARMDOWN_FRAC it
-    is that share of the whole run instead. It ends at 0, or stays at MIN_LR once it is there.
+    The factor is 1 until the warmdown, which covers the last WARMDOWN_ITERS steps, or with a
+    wallclock cap the last WARMDOWN_ITERS times the measured step time, whichever begins first. With
+    WARMDOWN_FRAC the warmdown is that share of the whole run instead. The factor falls to 0, or to
+    MIN_LR.
     """
     left = min(1.0, max(0.0, warmdowns_left(config, step, seconds)))
     if config.warmdown_shape == "cosine":
@@ -3742,25 +3283,7 @@ def momentum_at(config, step):
     return (1 - done) * config.muon_momentum_warmup_start + done * config.muon_momentum
 
 
-MIN_EMA_HORIZON = 8  # steps: a shorter average removes next to no noise and only lags
-
-
-def ema_decay_at(config, step, seconds=0.0):
-    """Decay of the weight average at `step` (from 0): EMA_DECAY in runs of EMA_FULL_STEPS or more.
-
-    An average over a horizon of 1 / (1 - decay) steps removes noise, but lags behind weights that
-    still improve. Published runs of 5,000 to 7,200 steps gain 0.001 bpb at a horizon of 333. Runs
-    of 300 and of 1,000 steps (3 layers of 96, demo text) lose 0.006 bpb at the same share of the
-    run, and 0.001 at a quarter of it. Hence a horizon that grows with the cube of the run's length,
-    and 0 (which is the raw weights) where it would be under MIN_EMA_HORIZON.
-    """
-    decay = config.ema_decay
-    length = expected_steps(config, step, seconds) / config.ema_full_steps
-    if length < 1:
-        horizon = length**3 / (1 - decay)
-        decay = 0.0 if horizon < MIN_EMA_HORIZON else 1 - 1 / horizon
-    # The initial weights must not stay in an average that is younger than its horizon.
-    return min(decay, (1 + step) / (10 + step))
+SWA_START_SCALE = 0.2  # snapshots at higher learning rates would be far from the end
 
 
 class WeightAverage:
@@ -3774,7 +3297,6 @@ class WeightAverage:
         self.params = list(params)
         self.config = config
         self.snapshots = 0  # taken so far
-        self.decay = 0.0  # of the last update
         self.ema = []
         self.swa = []  # the snapshots' sum
         if config.ema_decay:
@@ -3786,37 +3308,31 @@ class WeightAverage:
         return [param.detach() for param in self.params]
 
     @torch.no_grad()
-    def update(self, step, scale, seconds=0.0):
-        """After step `step` (from 0) at learning-rate scale `scale`, `seconds` after the start."""
-        config = self.config
+    def update(self, step, scale):
+        """Take in the weights after step `step` (from 0), made at learning-rate scale `scale`."""
         if self.ema:
-            self.decay = ema_decay_at(config, step, seconds)
-            torch._foreach_lerp_(self.ema, self.raw(), 1 - self.decay)
-        # Snapshots of the time at high learning rates would be far from the end.
-        late = scale < config.swa_start_scale
-        if self.swa and late and (step + 1) % config.swa_every == 0:
+            # The initial weights must not stay in an average that is younger than its horizon.
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)
+        if self.swa and scale < SWA_START_SCALE and (step + 1) % self.config.swa_every == 0:
             torch._foreach_add_(self.swa, self.ema or self.raw())
             self.snapshots += 1
 
     def exported(self):
-        """(what it is, tensors): snapshots' mean, else the EMA, else the raw weights."""
-        kind = "raw weights"
-        if self.decay:
-            kind = f"EMA weights (decay {self.decay:.4f}: {1 / (1 - self.decay):.0f} steps)"
-        elif self.ema:
-            kind = "raw weights (a short run: see EMA_FULL_STEPS)"
+        """(kind, tensors): the snapshots' mean, else the EMA, else the raw weights."""
+        kind = f"EMA weights (decay {self.config.ema_decay})" if self.ema else "raw weights"
         if self.snapshots:
             kind = f"mean of {self.snapshots} snapshots of the {kind}"
             return kind, [total / self.snapshots for total in self.swa]
         if self.swa:
             kind += (
-                f"; warning: SWA took no snapshot (SWA_EVERY={self.config.swa_every}, "
-                f"SWA_START_SCALE={self.config.swa_start_scale})"
+                f"; warning: SWA took no snapshot: no step at under {SWA_START_SCALE} of the "
+                f"learning rate is a multiple of SWA_EVERY={self.config.swa_every}"
             )
         return kind, self.ema or self.raw()
 
     def state_dict(self):
-        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots, decay=self.decay)
+        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -3824,45 +3340,15 @@ class WeightAverage:
             for target, value in zip(mine, saved, strict=True):
                 target.copy_(value)
         self.snapshots = state["snapshots"]
-        self.decay = state["decay"]
 
 
 # ==================================================================================================
 # Training
-# Steps, checkpoints, resume. Nothing random is drawn from hidden state: noise is a function of
-# (seed, step, sequence) and tokens of the step, so a checkpoint holds no generator and a resumed
-# run is the uninterrupted one bit for bit.
+# Steps, checkpoints, resume. Nothing random is drawn from hidden state: a step's tokens and noise
+# are functions of its number (and of SEED), so a checkpoint holds neither position nor generator,
+# and a resumed run is the uninterrupted one bit for bit. A signal in the middle of a step only sets
+# a flag: the step ends, all ranks agree to stop, save a checkpoint and leave with exit code 75.
 # ==================================================================================================
-class HostCopy:
-    """A 0-d tensor on its way to the host, so that its value can be awaited late and alone.
-
-    float(tensor) would wait for everything that the device was given so far. This copy is queued
-    behind what exists now, and `read` waits for nothing that is launched later. On a CPU both are
-    immediate.
-    """
-
-    def __init__(self, tensor):
-        self.value = tensor.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
-        self.arrived = None
-        if tensor.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self):
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return float(self.value)
-
-
-class StepFacts(typing.NamedTuple):
-    """What all ranks agree on in every step."""
-
-    loss: float  # mean over the step's tokens
-    stop: bool  # some rank was told to stop
-    save: bool  # a checkpoint is due by the clock
-    seconds: float  # since the last step, by rank 0's clock
-
-
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets. The first name found in the device's own counts.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -3904,89 +3390,42 @@ def flops_per_token(model):
             multiplied -= module.weight.numel()
     order = layer_order(config, model.looped)
     for layer, block in enumerate(model.blocks):
-        # What a looped layer has is multiplied at each of its visits.
         further_visits = order.count(layer) - 1
         multiplied += further_visits * sum(param.numel() for param in block.parameters())
     attention = len(order) * config.model_dim * config.train_seq_len
     return 6 * multiplied + 12 * attention
 
 
-class StepTimer:
-    """Where training's time goes, by this rank's own clock; part of the checkpoint.
-
-    It never waits for the device. On a CPU each part is what it says. On CUDA the host runs ahead
-    and waits once a step, for the loss: "forward_backward" then holds whatever the device still had
-    to do, the optimisers' kernels of the step before included, while "data" and "optimiser" are
-    what the host itself needs to prepare and to launch. Their growth is what starves the device.
-    """
-
-    PARTS = ("data", "forward_backward", "optimiser", "validation")
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(self.PARTS, 0.0)
-        self.steps = []  # seconds of every step, as all ranks agreed on
-        self.flops = 0.0  # floating-point operations of all steps and ranks
-
-    @contextlib.contextmanager
-    def part(self, name):
-        begin = time.monotonic()
-        yield
-        self.seconds[name] += time.monotonic() - begin
-
-    def recent(self, count):
-        """Mean seconds of the last `count` steps."""
-        last = self.steps[-count:]
-        return sum(last) / len(last)
-
-    def pace(self, count):
-        """Median seconds of the last `count` steps, 0 without any: no single pause moves it."""
-        return float(np.median(self.steps[-count:])) if self.steps else 0.0
-
-    def milliseconds(self, percentile):
-        """Of one step. The median is the pace; the 95th percentile shows what interrupts it."""
-        return 1000 * float(np.percentile(self.steps, percentile))
-
-    def state_dict(self):
-        # A tensor, since thousands of Python floats are slow to write.
-        steps = torch.tensor(self.steps, dtype=torch.float64)
-        return dict(seconds=dict(self.seconds), steps=steps, flops=self.flops)
-
-    def load_state_dict(self, state):
-        self.seconds = dict(state["seconds"])
-        self.steps = state["steps"].tolist()
-        self.flops = state["flops"]
-
-
 class Trainer:
-    """Model, optimisers, averages, data position and clock of one training run."""
+    """Model, optimisers, averages and clock of one training run.
+
+    `identity` holds the names and values that a checkpoint must agree on to be continued.
+    """
 
     PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
 
-    def __init__(self, config, runtime, val, reserve=0.0):
+    def __init__(self, config, runtime, val, identity=None):
         self.config = config
-        self.timed = without_reserve(config, reserve)  # for all that depends on the clock
         self.runtime = runtime
         self.val = val
+        self.identity = identity or {}
         self.comm = runtime.comm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = build_model(config, runtime)
         self.muon, self.adamw = build_optimizers(self.model, config, self.comm)
-        self.average = WeightAverage(self.model.parameters(), self.timed)
+        self.average = WeightAverage(self.model.parameters(), config)
         self.stream = open_train_stream(config)
         self.loss = runtime.compiled(self.model)
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
         self.step = 0  # steps done
-        self.seconds = 0.0  # of training: without start, warm-up and validation
+        self.seconds = 0.0  # of training: without start, warm-up, validations and checkpoints
         self.step_started = time.monotonic()  # moved forward by whatever is no training
-        self.timer = StepTimer()
+        self.step_seconds = []  # of every step, as all ranks agreed on
+        self.flops = 0.0  # floating-point operations of all steps and ranks
         self.logged_step = 0  # of the last log line in this process
         self.logged_order = []  # of the layers, in this process's log
         self.stopped_early = False  # by the wallclock cap
-        self.saved_step = 0  # of the last checkpoint
         self.plan_micro_batches()
-        # A checkpoint of other settings or other data must not be continued.
-        last_token = int(self.stream.ends[-1])
-        self.identity = dict(hash=config.hash(), data=[last_token, val.fingerprint["val_sha256"]])
 
     def plan_micro_batches(self):
         """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
@@ -3995,9 +3434,8 @@ class Trainer:
         sequences = config.train_batch_tokens // config.train_seq_len
         if sequences % world:
             raise ConfigError(
-                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, "
-                f"which {world} ranks cannot share evenly: change the batch or the number of "
-                "ranks"
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, which "
+                f"{world} ranks cannot share evenly: change the batch or the number of ranks"
             )
         self.seqs_per_rank = sequences // world
         most = min(self.seqs_per_rank, config.micro_batch_tokens // config.train_seq_len)
@@ -4007,24 +3445,13 @@ class Trainer:
         self.accumulation_steps = self.seqs_per_rank // self.micro_batch_seqs
 
     def announce(self):
-        """Lines that the challenge's tools parse, in its own format."""
+        """Log the lines that the challenge's tools parse, in its own format, and warnings."""
+        config = self.config
         log = self.runtime.log
-        data_set = Path(self.config.data_path).name
+        data_set = Path(config.data_path).name
         log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
         log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
         log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
-        self.warn_of_settings()
-
-    def warn_of_settings(self):
-        """Lines on settings that do other than whoever chose them may expect."""
-        config = self.config
-        log = self.runtime.log
-        rounded = any(module.bits for _, module in self.model.quantizable())
-        if config.late_qat_threshold and not rounded:
-            log(
-                "warning: LATE_QAT_THRESHOLD has no effect: no matrix of this model is stored in "
-                "integers"
-            )
         if config.late_qat_threshold and config.quantizer == "gptq":
             log(
                 "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
@@ -4038,28 +3465,15 @@ class Trainer:
             )
 
     def run(self):
-        """Train to the last step, the wallclock cap or a wish to stop; validate and save."""
+        """Train to the last step, the wallclock cap or a wish to stop."""
         self.load()
         self.warm_up()
         # The clock starts here: compiling and reading a checkpoint are not training.
         self.step_started = time.monotonic()
-        self.checkpoints.saved_at = self.step_started
-        try:
-            self.run_steps()
-        # Whatever ends the run early, the user learns what is safe.
-        except Stopped:
-            if self.saved_step != self.step:  # stopped in a validation
-                self.save(wait=True)
-            raise
-        except DataError as error:
-            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
-        self.checkpoints.wait()
-
-    def run_steps(self):
         every = self.config.val_loss_every
         done = False
         while not done:
-            self.set_order()
+            self.set_layer_order()
             # Asked before the validation, so that the last one is of the final weights.
             done = self.step >= self.config.iterations or self.out_of_time()
             if done or (every and self.step and self.step % every == 0):
@@ -4069,12 +3483,14 @@ class Trainer:
 
     def out_of_time(self):
         """Whether the next step is predicted to pass the wallclock cap."""
-        cap = training_cap(self.timed, self.step, self.seconds)
+        cap = self.config.training_seconds
         if not cap or not self.step:  # nothing measured yet
             return False
-        # Steps of looped layers take longer than the mean of the whole run.
-        step_seconds = max(self.seconds / self.step, self.timer.pace(20))
-        if self.seconds + step_seconds > cap:
+        # Steps of looped layers take longer than the mean of the whole run; no single pause moves
+        # the median.
+        mean = self.seconds / self.step
+        median = float(np.median(self.step_seconds[-20:]))
+        if self.seconds + max(mean, median) > cap:
             self.runtime.log(
                 f"stopping_early: wallclock_cap train_time:{1000 * self.seconds:.0f}ms "
                 f"step:{self.step}/{self.config.iterations}"
@@ -4085,50 +3501,55 @@ class Trainer:
     def one_step(self):
         """One optimiser step, its log line, and a checkpoint where one is due."""
         config = self.config
-        scale = lr_scale(self.timed, self.step, self.seconds)
-        self.set_lrs(scale)
-        facts = self.agree(self.accumulate(self.step, self.stream))
+        scale = lr_scale(config, self.step, self.seconds)
+        self.set_schedules(scale)
+        # The number of the step is all that decides which sequences it reads.
+        first = (self.step * self.comm.world + self.comm.rank) * self.seqs_per_rank
+        try:
+            rows = self.stream.sequences(first, self.seqs_per_rank)  # (n, T + 1)
+        except DataError as error:
+            raise DataError(f"{error} (last checkpoint: {self.checkpoints.last()})") from None
+        loss, stop, save, seconds = self.agree(self.accumulate(self.step, rows))
         # Before the optimisers: a loss that is not finite must not reach the weights.
-        if not math.isfinite(facts.loss):
-            self.diverged(facts.loss)
-        with self.timer.part("optimiser"):
-            reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
-            self.average.update(self.step, scale, self.seconds)
+        if not math.isfinite(loss):
+            self.diverged(loss)
+        reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
+        self.average.update(self.step, scale)
         self.step += 1
-        self.seconds += facts.seconds
-        self.timer.steps.append(facts.seconds)
+        self.seconds += seconds
+        self.step_seconds.append(seconds)
         # Counted step by step, because looped layers are switched on in mid-run.
-        self.timer.flops += flops_per_token(self.model) * config.train_batch_tokens
-        self.report(facts.loss, scale)
-        if facts.stop and self.step < config.iterations:  # after the last one, packing comes next
-            self.save(wait=True)
+        self.flops += flops_per_token(self.model) * config.train_batch_tokens
+        self.report(loss, scale)
+        if stop and self.step < config.iterations:  # after the last one, packing comes next
+            self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
-        if facts.save or (every and self.step % every == 0):
+        if save or (every and self.step % every == 0):
             self.save()
 
     def agree(self, loss):
-        """StepFacts of this step, of which `loss` is this rank's share; the one exchange of hosts.
+        """(mean loss, stop, save, seconds) of this step, the same on every rank.
 
-        Each rank has its own clock and hears its own signals. Whatever steers the run is therefore
-        decided together, or one rank would wait for ever in a collective that no other enters.
+        `loss` is this rank's share. Each rank has its own clock and hears its own signals, so
+        whatever steers the run is decided in one exchange: else one rank would wait for ever in a
+        collective that no other enters. `seconds` are those since the last step.
         """
-        now = time.monotonic()
-        step_seconds = self.seconds / max(1, self.step)
-        # The stop is seen one step late, so there must be time for two.
-        stop = self.runtime.stop.wanted(2 * step_seconds)
+        # A signal is seen one step late, so there must be time for two.
+        stop = self.runtime.stop.wanted(2 * self.seconds / max(1, self.step))
         save = self.checkpoints.due()
-        elapsed = now - self.step_started
+        now = time.monotonic()
+        seconds = now - self.step_started
         self.step_started = now
         if not self.runtime.is_main:  # rank 0's clock decides
             save = False
-            elapsed = 0.0
-        loss, stop, save, elapsed = self.comm.all_reduce_scalars(loss, stop, save, elapsed)
-        return StepFacts(loss, stop > 0, save > 0, elapsed)
+            seconds = 0.0
+        loss, stop, save, seconds = self.comm.all_reduce_scalars(loss, stop, save, seconds)
+        return loss, stop > 0, save > 0, seconds
 
-    def set_order(self):
+    def set_layer_order(self):
         """Loop layers from LOOP_AT on: before that a step costs less and learns as much."""
-        fraction = run_fraction(self.timed, self.step, self.seconds)
+        fraction = run_fraction(self.config, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
         order = layer_order(self.config, self.model.looped)
         # Where it changes, loss and step time do: whoever reads the log must see why.
@@ -4137,7 +3558,7 @@ class Trainer:
             self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
             self.logged_order = order
 
-    def set_lrs(self, scale):
+    def set_schedules(self, scale):
         """Bring every schedule to this step: rates, Muon's momentum, late rounding of weights."""
         config = self.config
         self.muon.lr = config.matrix_lr * scale
@@ -4147,58 +3568,47 @@ class Trainer:
         if config.late_qat_threshold:
             self.model.set_qat(float(scale < config.late_qat_threshold))
 
-    def accumulate(self, step, stream):
-        """Gradients of this rank's share of the step's span; returns its share of the mean loss."""
+    def accumulate(self, step, rows):
+        """Add up the gradients of `rows` (n, T + 1), this rank's sequences of step number `step`.
+
+        Returns their share of the step's mean loss, as a float.
+        """
         config = self.config
-        length = config.train_seq_len
-        first = self.comm.rank * self.seqs_per_rank  # this rank's first sequence in the step
-        last = first + self.seqs_per_rank
-        with self.timer.part("data"):
-            # (n, T + 1): one token more than there are inputs, the last target.
-            rows = stream.rows(config.train_batch_tokens, first * length, last * length, length)
+        first = self.comm.rank * self.seqs_per_rank  # number of rows[0] in the step
         self.model.zero_grad()
         self.model.train()  # a validation may have left it in evaluation mode
         total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
-        for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
-            high = low + self.micro_batch_seqs
-            with self.timer.part("data"):
-                tokens = self.runtime.to_device(rows[low:high])
+        try:
+            for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):
+                high = low + self.micro_batch_seqs
+                tokens = self.runtime.to_device(rows[low:high])  # (B, T + 1)
+                # A function of (SEED, step, sequence): a resumed run draws the same noise.
                 noise = flow_noise_keys(
                     config, step, first + low, self.micro_batch_seqs, self.runtime.device
                 )
-            with self.timer.part("forward_backward"), self.naming_a_smaller_batch():
-                loss = self.micro_batch_loss(tokens, noise)
+                with self.runtime.autocast():
+                    # Each token's target is its successor. Divided here, so that sums over
+                    # micro-batches and ranks are means.
+                    loss = self.loss(tokens[:, :-1], tokens[:, 1:], noise)
+                    loss = loss / (self.accumulation_steps * self.comm.world)
                 total = total + loss.detach()
                 if high == self.seqs_per_rank:
-                    # Ahead of the last backward, for which it then need not wait.
-                    on_host = HostCopy(total)
+                    # Queued ahead of the last backward, for which the host then need not wait.
+                    on_host = total.to("cpu", non_blocking=True)
+                    copied = torch.cuda.current_stream().record_event() if total.is_cuda else None
                 loss.backward()
-        with self.timer.part("forward_backward"):
-            # The step's one synchronisation. On CUDA the last backward is still running behind it,
-            # long enough to hide the agreement of the ranks and the optimisers' launches.
-            return on_host.read()
-
-    def micro_batch_loss(self, tokens, noise):
-        """Share of the step's mean loss (0-d) of `tokens` (B, T + 1)."""
-        ids = tokens[:, :-1]  # (B, T)
-        targets = tokens[:, 1:]  # (B, T): each token's successor
-        with self.runtime.autocast():
-            # Divided here, so that sums over micro-batches and ranks are means.
-            return self.loss(ids, targets, noise) / (self.accumulation_steps * self.comm.world)
-
-    @contextlib.contextmanager
-    def naming_a_smaller_batch(self):
-        """Out of memory becomes a ResourceError that names the setting to change."""
-        try:
-            yield
         except OUT_OF_MEMORY:
-            length = self.config.train_seq_len
+            length = config.train_seq_len
             smaller = max(self.micro_batch_seqs * length // 2, length)
             raise ResourceError(
-                "out of memory in training with MICRO_BATCH_TOKENS="
-                f"{self.config.micro_batch_tokens}: run the same command with "
-                f"MICRO_BATCH_TOKENS={smaller}"
+                f"out of memory in training with MICRO_BATCH_TOKENS={config.micro_batch_tokens}: "
+                f"run the same command with MICRO_BATCH_TOKENS={smaller}"
             ) from None
+        # The step's one synchronisation. On CUDA the last backward is still running behind it, long
+        # enough to hide the agreement of the ranks and the optimisers' launches.
+        if copied is not None:
+            copied.synchronize()
+        return float(on_host)
 
     def clock(self):
         milliseconds = 1000 * self.seconds
@@ -4210,12 +3620,12 @@ class Trainer:
         config = self.config
         step = self.step
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
-        # The first steps show whether a run is sound at all.
-        logged = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
         # The pace since the last line, where a node that slows down shows at once.
-        seconds = max(1e-9, self.timer.recent(step - self.logged_step))
-        pace = f"tokens_per_s:{config.train_batch_tokens / seconds:.0f}"
-        if logged:
+        recent = self.step_seconds[self.logged_step - step :]
+        tokens = config.train_batch_tokens * len(recent)
+        pace = f"tokens_per_s:{tokens / max(1e-9, sum(recent)):.0f}"
+        # The first steps show whether a run is sound at all.
+        if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
             self.runtime.log(f"{text} {self.clock()} {pace}")
             self.logged_step = step
         # Every step's, so that the curve that is drawn of them can be smoothed.
@@ -4231,35 +3641,31 @@ class Trainer:
         self.runtime.progress(f"{text} {pace} eta:{eta:.0f}s")
 
     def report_throughput(self):
-        """Two lines at the end: the pace and its share of the device's peak, where time went."""
-        timer = self.timer
-        if not timer.steps:
+        """Log tokens per second, milliseconds per step and the share of the devices' peak."""
+        if not self.step_seconds:
             return
-        median = timer.milliseconds(50)
-        tokens = self.config.train_batch_tokens * len(timer.steps)
-        tokens_per_second = tokens / max(1e-9, self.seconds)
+        seconds = max(1e-9, self.seconds)
+        tokens_per_second = self.config.train_batch_tokens * self.step / seconds
+        # The median is the pace; the 95th percentile shows what interrupts it.
+        median, p95 = (1000 * float(np.percentile(self.step_seconds, p)) for p in (50, 95))
         device = device_name(self.runtime.device)
         peak = peak_flops(device)
         share = None
         described = f"unknown (no bfloat16 peak is listed for {device})"
         if peak is not None:
-            flops_per_second = timer.flops / max(1e-9, self.seconds)
-            share = flops_per_second / (peak * self.comm.world)
+            share = self.flops / seconds / (peak * self.comm.world)
             described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
         self.runtime.log(
             f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
-            f"step_p95:{timer.milliseconds(95):.2f}ms peak_share:{described}"
+            f"step_p95:{p95:.2f}ms peak_share:{described}"
         )
-        parts = " ".join(f"{name}:{seconds:.1f}s" for name, seconds in timer.seconds.items())
-        self.runtime.log(f"time_in {parts} all_steps:{self.seconds:.1f}s")
         self.runtime.event(
             "throughput",
             tokens_per_s=tokens_per_second,
             step_median_ms=median,
-            step_p95_ms=timer.milliseconds(95),
+            step_p95_ms=p95,
             peak_share=share,
-            flops=timer.flops,
-            seconds_in=timer.seconds,
+            flops=self.flops,
         )
 
     def validate(self):
@@ -4267,8 +3673,10 @@ class Trainer:
         config = self.config
         begin = time.monotonic()
         try:
-            with self.timer.part("validation"):
-                score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+            score = evaluate(self.model, self.val, config, self.runtime, config.eval_seq_len)
+        except Stopped:
+            self.save(needed=True)
+            raise
         except ArtifactError:  # what the evaluation says to weights whose loss is not finite
             self.diverged(math.nan)
         self.runtime.log(
@@ -4294,58 +3702,60 @@ class Trainer:
         if not self.runtime.compiling or not config.warmup_steps or finished:
             return
         before = private_copy(self.training_state())  # on the host: the device may be full
-        timing = self.timer.state_dict()
-        generator = np.random.default_rng(0)
         shape = (self.seqs_per_rank, config.train_seq_len + 1)
-        tokens = generator.integers(0, config.vocab_size, shape)
-        # A stand-in for TrainStream: the real position must not move.
-        synthetic = types.SimpleNamespace(rows=lambda *span: tokens)
+        rows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
         # Both orders of the layers, so that no graph is compiled in the middle of the run.
         for looped in (False, True) if config.num_loops else (False,):
             self.model.looped = looped
             for i in range(config.warmup_steps):
-                self.accumulate(-1 - i, synthetic)  # steps that no run has: noise of their own
+                self.accumulate(-1 - i, rows)  # steps that no run has: noise of their own
                 reduce_clip_step(self.muon, self.adamw, self.comm, config.grad_clip_norm)
         self.restore(before)
-        self.timer.load_state_dict(timing)
         self.runtime.log(
             f"warmup_steps:{config.warmup_steps} done, weights and optimisers restored"
         )
 
     def training_state(self):
-        """Everything the next step depends on; every rank must call it."""
+        """Everything the next step depends on but its number; every rank must call it."""
         return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def restore(self, state):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
 
-    def save(self, wait=False):
-        """Copy the state and write it in the background.
+    def save(self, needed=False):
+        """Write a checkpoint while the clock stands still; every rank must call it.
 
-        With `wait`, raises ResourceError if it cannot be written. Weights that are not finite are
+        With `needed`, raises ResourceError if it cannot be written. Weights that are not finite are
         never saved: the checkpoints before them are the ones to keep.
         """
-        finite = [bool(torch.isfinite(param).all()) for param in self.model.parameters()]
-        if not all(finite):
+        begin = time.monotonic()
+        if not all(bool(torch.isfinite(param).all()) for param in self.model.parameters()):
             self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
             return
         state = self.training_state()  # a collective: momentum is gathered from all ranks
-        self.saved_step = self.step
-        if self.runtime.is_main:
-            state.update(self.identity)
-            state.update(step=self.step, seconds=self.seconds, position=self.stream.position)
-            state.update(timing=self.timer.state_dict())
-            self.checkpoints.save(self.step, state, functools.partial(self.report_saved, self.step))
-        self.checkpoints.saved_at = time.monotonic()
-        if wait:
-            self.checkpoints.wait_or_raise()
-            # A rank that left now would have the launcher end the one that still writes.
-            self.comm.barrier()
-
-    def report_saved(self, step, seconds, size):
-        self.runtime.log(f"checkpoint_saved step:{step} seconds:{seconds:.2f} bytes:{size}")
-        self.runtime.event("checkpoint", step=step, seconds=round(seconds, 3), bytes=size)
+        # A tensor, since thousands of Python floats are slow to write.
+        steps = torch.tensor(self.step_seconds, dtype=torch.float64)
+        state.update(
+            identity=self.identity,
+            step=self.step,
+            seconds=self.seconds,
+            timing=dict(steps=steps, flops=self.flops),
+        )
+        written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
+        if self.runtime.is_main and written:
+            seconds, size = written
+            self.runtime.log(
+                f"checkpoint_saved step:{self.step} seconds:{seconds:.2f} bytes:{size}"
+            )
+            self.runtime.event("checkpoint", step=self.step, seconds=round(seconds, 3), bytes=size)
+        if needed and self.comm.any_rank(self.runtime.is_main and not written):
+            raise ResourceError(
+                f"the checkpoint of step {self.step} could not be written to "
+                f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "
+                f"{self.checkpoints.last()}"
+            )
+        self.step_started += time.monotonic() - begin
 
     def load(self):
         """Go on from the newest readable checkpoint; all ranks read the one that rank 0 found."""
@@ -4353,22 +3763,29 @@ class Trainer:
         if not step:
             return
         path = self.checkpoints.path(step)
-        if any(state[name] != value for name, value in self.identity.items()):
+        saved = state["identity"]
+        differences = [
+            f"{name}: {saved.get(name)!r} -> {self.identity.get(name)!r}"
+            for name in {**saved, **self.identity}
+            if saved.get(name) != self.identity.get(name)
+        ]
+        if differences:
             raise ConfigError(
-                f"{path} belongs to other settings or data: set another RUN_ID or RESUME=never"
+                f"{path} belongs to other settings or data: {'; '.join(differences)}: use the same "
+                "to resume it, or set another RUN_ID"
             )
         self.restore(state)
-        # With step, clock and position the next step is the one that would have come.
+        # With its number and the clock, the next step is the one that would have come.
         self.step = step
         self.seconds = state["seconds"]
-        self.timer.load_state_dict(state["timing"])
+        self.step_seconds = state["timing"]["steps"].tolist()
+        self.flops = state["timing"]["flops"]
         self.logged_step = step
-        self.stream.position = state["position"]
         self.runtime.log(f"resumed_from:{path} step:{step}")
 
     def diverged(self, loss):
         """Save the weights that met the bad loss if they are finite themselves, and stop."""
-        self.save(wait=True)
+        self.save()
         raise DivergedError(
             f"loss is {loss} at step {self.step + 1}: lower the learning rates; last good "
             f"weights: {self.checkpoints.last()}"
@@ -4394,13 +3811,13 @@ class Trainer:
         )
 
 
-def train(config, runtime, val, path, reserve=0.0):
-    """Train (or go on training), write the exported float weights to `path`.
+def train(config, runtime, val, path, identity=None):
+    """Train (or go on training) and write the exported float weights to `path`.
 
-    A wallclock cap leaves `reserve` seconds free, the same number on every rank.
-    Raises Stopped, DivergedError, DataError, ResourceError or ConfigError (see their exit codes).
+    A checkpoint is continued only where its `identity` is this one. Raises Stopped, DivergedError,
+    DataError, ResourceError or ConfigError (see their exit codes).
     """
-    trainer = Trainer(config, runtime, val, reserve)
+    trainer = Trainer(config, runtime, val, identity)
     trainer.announce()
     trainer.run()
     trainer.report_throughput()
@@ -4855,7 +4272,7 @@ class Evaluation:
         self.hidden = compiled(self.model.hidden, DETERMINISTIC)
         self.loss = compiled(self.model, DETERMINISTIC)
         self.step_loss = self.loss  # of a whole test-time training step
-        if self.runtime.cuda_graphs("auto"):
+        if self.runtime.cuda_graphs:
             graph = {**DETERMINISTIC, "triton.cudagraphs": True}
             self.step_loss = compiled(self.model, graph)
 
@@ -4894,10 +4311,16 @@ class Evaluation:
         wanted = more and self.runtime.stop.wanted()
         # One collective for both, so that all ranks save or stop after the same item.
         stop, save = self.comm.all_reduce_scalars(wanted, due)
+        place = f"{self.label or 'validation'} at item {self.cursor}/{len(self.work)}"
         if (stop or save) and self.checkpoints is not None:
-            self.save(needed=bool(stop))
+            saved = self.save()
+            if stop and not saved:
+                raise ResourceError(
+                    f"stopped in {place}, but its state could not be saved (see the warning "
+                    "above): free space or change RUN_DIR; what was saved before is intact"
+                )
         if stop:
-            raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
+            raise Stopped(f"in {place}")
 
     def show_progress(self):
         """The running score: on a terminal every second, in the log every LOG_SECONDS."""
@@ -5124,11 +4547,8 @@ class Evaluation:
             dist.all_reduce(total)
         return total.numpy()
 
-    def save(self, needed):
-        """Write the state; every rank must call it.
-
-        With `needed`, raises ResourceError if it cannot be written.
-        """
+    def save(self):
+        """Write the state; every rank must call it. Returns whether the state was written."""
         rows = torch.from_numpy(self.comm.gather_rows(self.meter.row()))  # each rank has its own
         coverage = torch.from_numpy(np.packbits(self.all_coverage()))
         state = None
@@ -5145,13 +4565,10 @@ class Evaluation:
             if self.ttt:
                 # What the chunks so far have taught.
                 state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
-        if self.checkpoints.save(self.cursor, state):
+        saved = self.checkpoints.save(self.cursor, state) is not None
+        if saved:
             self.runtime.log(f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}")
-        elif needed:
-            raise ResourceError(
-                f"the state of {self.label} could not be written to {self.checkpoints.folder}: "
-                "free space or change RUN_DIR"
-            )
+        return saved
 
     def load(self):
         """Go on from a saved state of the same evaluation, if there is one."""
@@ -5426,8 +4843,10 @@ def audit(model, stream, config, runtime):
 
 # ==================================================================================================
 # Quantisation
-# How a matrix becomes small integers, and which tensors do. It stands before the model because
-# rounding during training (late QAT) and packing must agree on the grid to the last bit.
+# From float weights to the artifact's bytes and back. QUANTIZER=lite rounds each row by itself and
+# lowers MLPs to int5, the middle layers first, until the file fits. QUANTIZER=gptq measures what an
+# error costs (calibrate), lets roundings make up for each other, and has one dial for the file's
+# size: the `step` that multiplies the steps of all matrices.
 # ==================================================================================================
 # ---- the grid ----
 
@@ -5435,27 +4854,18 @@ def audit(model, stream, config, runtime):
 class Scheme(typing.NamedTuple):
     """One way in which the artifact stores a tensor."""
 
-    name: str  # as the artifact's header spells it
     dtype: type  # numpy type of the stored values
-    bits: int  # of symmetric integer codes with a scale per row; 0 for floating point
-
-    @property
-    def top(self):
-        """Largest value that may be stored."""
-        return largest_code(self.bits) if self.bits else math.inf
+    bits: int  # of symmetric integer codes with a scale per row; 0 for all others
 
 
 # In the order in which the artifact groups them: like beside like compresses best.
 SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("grid", np.int16, 0),  # integers whose steps differ by row and column, see Grid
-        Scheme("int5", np.int8, 5),
-        Scheme("int6", np.int8, 6),
-        Scheme("int8", np.int8, 8),
-        Scheme("fp16", np.float16, 0),
-        Scheme("fp32", np.float32, 0),
-    )
+    "grid": Scheme(np.int16, 0),  # integers whose steps differ by row and column, see Grid
+    "int5": Scheme(np.int8, 5),
+    "int6": Scheme(np.int8, 6),
+    "int8": Scheme(np.int8, 8),
+    "fp16": Scheme(np.float16, 0),
+    "fp32": Scheme(np.float32, 0),
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
 CONTROL = (
@@ -5476,9 +4886,9 @@ CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def scheme_of(name, shape, config, int5_layers=()):
-    """Name of the scheme by which the artifact stores a tensor.
+    """Name of the scheme by which QUANTIZER=lite stores a tensor.
 
-    The MLPs of `int5_layers` take 5 bits (see fit_budget). Anything of one dimension, or more than
+    The MLPs of `int5_layers` take 5 bits (see fit_lite). Anything of one dimension, or more than
     two, is never rounded to integers: a row has no meaning there.
     """
     if len(shape) < 2 or name.split(".")[-1] in CONTROL:
@@ -5493,6 +4903,15 @@ def scheme_of(name, shape, config, int5_layers=()):
     return f"int{bits}"
 
 
+def gptq_scheme_of(name, shape):
+    """Name of the scheme under QUANTIZER=gptq: matrices on the grid, the rest in half precision.
+
+    Half precision of the control scalars loses nothing that could be measured.
+    """
+    is_matrix = len(shape) == 2 and name.endswith(".weight")
+    return "grid" if is_matrix else "fp16"
+
+
 def largest_code(bits):
     """The grid is symmetric: codes lie in [-largest_code, largest_code]."""
     return 2 ** (bits - 1) - 1
@@ -5502,6 +4921,42 @@ def round_to_grid(weight, scale, bits):
     """Codes, still floating point, of the grid points scale * code that are nearest to `weight`."""
     top = largest_code(bits)
     return (weight / scale).round().clamp(-top, top)
+
+
+# The grid of QUANTIZER=gptq: entry (i, j) of a matrix is stored as an integer times
+# step * 2^(row[i] / 2) * 2^(column[j] / 2). Exponents of a finer spacing than half octaves cost
+# more bytes than they save.
+MAX_EXPONENT = 64
+MAX_CODE = 127 * 256 + 127  # codes travel as two signed bytes
+
+
+class Grid(typing.NamedTuple):
+    """Two numbers of half octaves (int8) whose sum belongs to each entry of a matrix (R, C)."""
+
+    row: np.ndarray  # (R,)
+    column: np.ndarray  # (C,)
+
+
+def exact_power(exponents):
+    """2^(n / 2) as float32 of integers n; a table and ldexp give the same bits on every machine."""
+    n = np.asarray(exponents).astype(np.int32)
+    roots = np.array([1.0, 1.4142135623730951])
+    return np.ldexp(roots[n & 1], n >> 1).astype(np.float32)
+
+
+def grid_steps(grid, step):
+    """Steps of the rows (R, 1), times the dial `step`, and of the columns (1, C)."""
+    rows = exact_power(grid.row) * np.float32(step)
+    return rows[:, None], exact_power(grid.column)[None, :]
+
+
+def to_exponents(steps):
+    """Nearest half octaves (int8) of positive steps, a float64 tensor."""
+    exponents = (2 * steps.log2()).round()
+    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8).numpy()
+
+
+# ---- lite ----
 
 
 def clip_candidates(rows):
@@ -5525,7 +4980,7 @@ def clip_candidates(rows):
 
 @torch.no_grad()
 def row_scales(rows, bits):
-    """float16 step (R, 1) of each row of `rows` (R, C), by GPTQ-lite.
+    """float16 step (R, 1) of each row of `rows` (R, C), by GPTQ-lite; late QAT rounds by it too.
 
     The largest weight decides how coarse a row's grid is; clipping a few outliers makes it finer
     for all others. Each row takes the candidate that leaves the least squared error.
@@ -5549,115 +5004,54 @@ def quantize_rows(weight, bits):
     return codes.to(torch.int8), scales
 
 
-# The grid of QUANTIZER=gptq: entry (i, j) of a matrix is stored as an integer times
-# unit * 2^(row[i] / 2) * 2^(column[j] / 2). `unit` is the dial that sets the file's size.
-STEPS_PER_OCTAVE = 2  # a finer choice of steps costs more bytes than it saves
-UNIT_LIMITS = (2.0**-60, 2.0**10)  # with these no stored step overflows or vanishes
-MAX_EXPONENT = 64  # of a row or a column, in half octaves
-MAX_CODE = 127 * 256 + 127  # codes travel as two signed bytes
+def int5_order(num_layers):
+    """Layers in the order in which #1170 lowers their MLPs to int5: from the middle outward
+    (5, 6, 4, 7, … of 11), because first and last layers are the most sensitive."""
+    middle = (num_layers - 1) / 2
+    return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
 
 
-class Grid(typing.NamedTuple):
-    """Exponents of a matrix's steps, in half octaves, int8."""
+def fit_lite(
+    config,
+    state_dict,
+    code_bytes,
+    tokenizer_sha256="",
+    log=lambda line: None,
+    check_stop=lambda: None,
+):
+    """(artifact, int5 layers): as few MLPs in int5 as code + model need to fit BUDGET_BYTES.
 
-    row: np.ndarray  # (R,)
-    column: np.ndarray  # (C,)
-
-
-def gptq_scheme_of(name, shape):
-    """Name of the scheme under QUANTIZER=gptq: matrices on the grid, the rest in half precision.
-
-    Half precision of the control scalars loses nothing that could be measured.
+    `check_stop` is called before each trial and may raise. Raises ArtifactError when the model does
+    not fit with every MLP in int5.
     """
-    is_matrix = len(shape) == 2 and name.endswith(".weight")
-    return "grid" if is_matrix else "fp16"
-
-
-def exact_power(exponents):
-    """2^(n / 2) as float32 of integers n; a table and ldexp give the same bits on every machine."""
-    n = np.asarray(exponents).astype(np.int32)
-    roots = np.array([1.0, 1.4142135623730951])
-    return np.ldexp(roots[n & 1], n >> 1).astype(np.float32)
-
-
-def grid_steps(grid, units):
-    """Steps of the rows (R, 1), times `units` (R,) or a number, and of the columns (1, C)."""
-    rows = exact_power(grid.row) * np.float32(units)
-    return rows[:, None], exact_power(grid.column)[None, :]
-
-
-def to_exponents(steps):
-    """Nearest half octaves (int8) of positive steps, a float64 tensor."""
-    exponents = (STEPS_PER_OCTAVE * steps.log2()).round()
-    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8).numpy()
+    order = int5_order(config.num_layers)
+    cache = {}
+    for count in range(len(order) + 1):
+        check_stop()
+        layers = order[:count]
+        # Only packing tells the size: how far integers compress depends on their distribution.
+        blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
+        over = len(blob) + code_bytes - config.budget_bytes
+        if over <= 0:
+            return blob, layers
+        if count < len(order):
+            log(f"budget: {over} bytes over, MLP of layer {order[count]} to int5")
+    raise ArtifactError(
+        f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
+        f"int5 and {code_bytes} bytes of code: run the same command with CODE_BYTES at the size of "
+        "the packed script (slurm/package.py), or train a smaller model (MLP_MULT, NUM_LAYERS)"
+    )
 
 
 # ---- calibration ----
 # What the loss does when a matrix changes, to second order: an error E in a weight (R, C) costs
 # 1/2 sum_i d_i (E H E^T)_ii nats per token. H is the second moment of the matrix's input (OBS,
-# Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the sensitivity of output i: its gradient's
-# second moment on labels drawn from the model itself, which is the Fisher information (K-FAC,
-# arXiv 1503.05671). Only training text is read.
+# Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the Fisher information of output i: its
+# gradient's second moment on labels drawn from the model itself (K-FAC, arXiv 1503.05671). Only
+# training text is read.
 
-UNIT_TOKENS = 8192  # tokens of one forward and backward pass, the atom that ranks share out
+BATCH_TOKENS = 8192  # of one forward and backward pass; ranks share the passes out
 UNSEEN_COUNT = 2.0  # readings that each row of an embedding is credited with
-SUM_BITS = 36  # precision of the largest entry of a first term; float32 itself has 24
-# Seconds of a calibration token in seconds of a training token: 1.4 on a CPU, and a margin.
-CALIBRATION_COST = 2.0
-
-
-class Sensitivity(typing.NamedTuple):
-    """Second-order knowledge of one matrix (R, C)."""
-
-    hessian: str  # name of its H
-    row_weight: torch.Tensor  # d (R,), nats per token
-
-
-class Knowledge(typing.NamedTuple):
-    """What calibration found, in float64 on the CPU."""
-
-    hessians: dict  # H (C, C) by name
-    sensitivities: dict  # Sensitivity by parameter name
-
-
-class ExactSum:
-    """Sums by name that do not depend on the order of their terms, hence not on the world size.
-
-    Floating-point sums round differently in every order. Here a term is rounded to multiples of a
-    power of two, whose sum is exact. The first term under a name chooses it: all ranks must start
-    with the same one.
-    """
-
-    def __init__(self):
-        self.totals = {}
-        self.resolution = {}
-
-    def add(self, name, value):
-        """Add a tensor to the sum of this name."""
-        value = value.detach().double()
-        if name not in self.totals:
-            # A first term of zeros says nothing about size: 1e-30 stands for it.
-            exponent = math.frexp(max(float(value.abs().max()), 1e-30))[1]
-            self.resolution[name] = 2.0 ** (exponent - SUM_BITS)
-            self.totals[name] = torch.zeros_like(value, dtype=torch.int64)
-        # Saturation keeps a wild term from overflowing; 2^12 terms of this size still fit.
-        steps = (value / self.resolution[name]).round().clamp(-(2.0**50), 2.0**50)
-        self.totals[name] += steps.long()
-
-    def forget(self):
-        """Keep the resolutions, drop the terms."""
-        for total in self.totals.values():
-            total.zero_()
-
-    def result(self, comm):
-        """{name: float64 sum over all ranks}, on the CPU."""
-        sums = {}
-        for name in sorted(self.totals):  # ranks must meet in the same order
-            total = self.totals[name]
-            if comm.world > 1:
-                comm.all_reduce(total).wait()
-            sums[name] = total.cpu().double() * self.resolution[name]
-        return sums
 
 
 def hessian_name(module_name):
@@ -5684,25 +5078,32 @@ def gram(x):
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-class CalibrationHooks:
-    """Adds to `sums` what passes through the real forward and backward while the context is open.
+@contextlib.contextmanager
+def calibration_hooks(model, add):
+    """Call add(name, tensor) for what passes through the real forward and backward.
 
     A Linear contributes the Gram matrix of its inputs. An embedding's input is a one-hot vector:
     its H is diagonal over rows, and what couples its columns is the gradient of its output. A layer
     that is visited more than once adds up all its visits.
     """
 
-    def __init__(self, model, sums):
-        self.model = model
-        self.sums = sums
-        self.handles = []
+    def before_linear(source):
+        return lambda module, args: add(f"hessian/{source}", gram(args[0]))
 
-    def __enter__(self):
-        tapped = set()
-        for name, module in self.model.named_modules():
+    def after_embedding(name):
+        def hook(module, args, output):
+            rows = torch.bincount(args[0].flatten().long(), minlength=module.num_embeddings)
+            add(f"count/{name}", rows)
+            output.register_hook(lambda grad: add(f"hessian/{name}", gram(grad)))
+
+        return hook
+
+    handles = []
+    tapped = set()
+    try:
+        for name, module in model.named_modules():
             if isinstance(module, Embedding):
-                hook = module.register_forward_hook(self.embedding_hook(name))
-                self.handles.append(hook)
+                handles.append(module.register_forward_hook(after_embedding(name)))
             if not isinstance(module, (Attention, Linear)):
                 continue
             # Attention multiplies by the weights of its projections itself, in one product. It
@@ -5711,41 +5112,27 @@ class CalibrationHooks:
             source = f"{name}.c_q" if is_attention else hessian_name(name)
             if source not in tapped:
                 tapped.add(source)
-                self.handles.append(module.register_forward_pre_hook(self.input_hook(source)))
-
-    def __exit__(self, *_):
-        for handle in self.handles:
+                handles.append(module.register_forward_pre_hook(before_linear(source)))
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
-    def input_hook(self, source):
-        def before_forward(module, args):
-            self.sums.add(f"hessian/{source}", gram(args[0]))
 
-        return before_forward
-
-    def embedding_hook(self, name):
-        def after_forward(module, args, output):
-            rows = torch.bincount(args[0].flatten().long(), minlength=module.num_embeddings)
-            self.sums.add(f"count/{name}", rows)
-            output.register_hook(lambda grad: self.sums.add(f"hessian/{name}", gram(grad)))
-
-        return after_forward
-
-
-def drawn_labels(logps, unit, seed):
-    """One label per position (n,) drawn from logps (n, V): a function of seed and unit alone.
+def drawn_labels(logps, batch, seed):
+    """One label per position (n,) drawn from logps (n, V): a function of seed and batch alone.
 
     The Fisher information needs the model's own labels; with the data's, errors that the model
     makes anyway would count as sensitivity.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + unit)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
     height = torch.rand(len(logps), 1, generator=generator).to(logps.device)
     below = logps.exp().cumsum(-1) < height  # (n, V)
     return below.sum(-1).clamp(max=logps.size(-1) - 1)
 
 
-def calibrate_unit(model, ids, unit, runtime, sums):
-    """Add what one batch of training tokens `ids` (B, T) says to `sums`."""
+def calibrate_batch(model, ids, batch, runtime, add):
+    """Call add(name, tensor) for what batch number `batch`, token ids (B, T), says."""
     # The same weights must give the same artifact on a GPU too.
     with deterministic_algorithms(), runtime.autocast():
         hidden = model.hidden(ids)  # (B, T, D)
@@ -5753,10 +5140,10 @@ def calibrate_unit(model, ids, unit, runtime, sums):
         logits = model.head(head_input).flatten(0, 1)  # (B * T, V)
     logps = logits.detach().float().log_softmax(-1)
     probs = logps.exp()
-    sums.add("hessian/head", gram(head_input))
+    add("hessian/head", gram(head_input))
     # p (1 - p) is the variance of a drawn label, so the second derivative of the loss in its logit.
-    sums.add("label_variance", (probs * (1 - probs)).sum(0))
-    labels = drawn_labels(logps, unit, model.config.seed)
+    add("label_variance", (probs * (1 - probs)).sum(0))
+    labels = drawn_labels(logps, batch, model.config.seed)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     model.zero_grad()
     with deterministic_algorithms():
@@ -5765,118 +5152,86 @@ def calibrate_unit(model, ids, unit, runtime, sums):
         # The labels of different tokens are independent: the square of the sum is, on average, the
         # sum of the squares.
         if isinstance(module, Linear):
-            sums.add(f"gradient/{name}", module.weight.grad.float().square().sum(1))
+            add(f"gradient/{name}", module.weight.grad.float().square().sum(1))
     model.zero_grad()
 
 
-class CalibrationText:
-    """CALIBRATION_TOKENS training tokens in sequences spread evenly over the training shards."""
-
-    def __init__(self, config):
-        self.length = config.train_seq_len
-        self.stream = open_train_stream(config)
-        self.sequences = max(1, config.calibration_tokens // self.length)
-        self.per_unit = max(1, UNIT_TOKENS // self.length)
-        self.units = math.ceil(self.sequences / self.per_unit)
-
-    def read(self, unit):
-        """Token ids (B, T) of a unit, uint16."""
-        first = unit * self.per_unit
-        last = min(first + self.per_unit, self.sequences)
-        total = int(self.stream.ends[-1])
-        rows = []
-        for number in range(first, last):
-            self.stream.position = number * total // self.sequences
-            rows.append(self.stream.rows(0, 0, self.length, self.length)[:, :-1])  # (1, T)
-        return np.concatenate(rows)
-
-
 def calibrate(model, config, runtime):
-    """Knowledge of every matrix of `model` from training tokens; all ranks must call it.
+    """(hessians, fisher) of all matrices of `model` from training tokens; all ranks must call it.
 
-    Ranks share the units out. Sums are exact, so any world size finds the same bits.
+    hessians: {parameter: H (C, C)}, one tensor for all that read the same input. fisher:
+    {parameter: d (R,)}, nats per token. Both are float64 on the CPU: the same bits each time at one
+    number of ranks, the same up to the order of sums at others.
     """
-    text = CalibrationText(config)
     comm = runtime.comm
-    sums = ExactSum()
+    length = config.train_seq_len
+    stream = open_train_stream(config)
+    # At least one sequence and one batch per rank: every rank must bring the same sums.
+    wanted = max(comm.world, config.calibration_tokens // length)
+    batch_size = max(1, min(BATCH_TOKENS // length, wanted // comm.world))
+    sums = {}
+
+    def add(name, value):
+        value = value.detach().double()
+        sums[name] = sums[name] + value if name in sums else value
+
     model.eval()
-    with CalibrationHooks(model, sums):
-        # Every rank starts with unit 0, which sets the resolutions; only rank 0 counts it.
-        calibrate_unit(model, runtime.to_device(text.read(0)), 0, runtime, sums)
-        if comm.rank != 0:
-            sums.forget()
-        for unit in range(comm.rank, text.units, comm.world):
-            if unit > 0:
-                calibrate_unit(model, runtime.to_device(text.read(unit)), unit, runtime, sums)
-    return knowledge_from(model, sums.result(comm), text.sequences * text.length)
+    with calibration_hooks(model, add):
+        for batch in range(comm.rank, math.ceil(wanted / batch_size), comm.world):
+            first = batch * batch_size
+            numbers = range(first, min(first + batch_size, wanted))
+            # Spread evenly over the training shards.
+            rows = [stream.sequences(i * stream.num_sequences // wanted, 1) for i in numbers]
+            ids = np.concatenate(rows)[:, :-1]  # (B, T)
+            calibrate_batch(model, runtime.to_device(ids), batch, runtime, add)
+    for name in sorted(sums):  # ranks must meet in the same order
+        if comm.world > 1:
+            comm.all_reduce(sums[name]).wait()
+        sums[name] = sums[name].cpu() / (wanted * length)  # per token
+    return per_matrix(model, sums, wanted * length)
 
 
-def knowledge_from(model, sums, tokens):
-    """Turn sums over `tokens` tokens into Hessians and sensitivities per token."""
+def per_matrix(model, sums, tokens):
+    """(hessians, fisher) as calibrate returns them, from means over `tokens` tokens."""
     hessians = {}
-    for key, total in sums.items():
-        kind, _, name = key.partition("/")
-        if kind == "hessian":
-            hessians[name] = total / tokens
-    sensitivities = {}
+    fisher = {}
     for name, module in model.named_modules():
         if isinstance(module, Embedding):
+            hessians[f"{name}.weight"] = sums[f"hessian/{name}"]
             # A row's share of the loss is how often it is read.
-            weight = (sums[f"count/{name}"] + UNSEEN_COUNT) / tokens
-            sensitivities[f"{name}.weight"] = Sensitivity(name, weight)
+            fisher[f"{name}.weight"] = sums[f"count/{name}"] + UNSEEN_COUNT / tokens
         elif isinstance(module, Linear):
-            # E |dW_i|^2 = d_i tr(H): the Kronecker factors' traces agree with the gradient's.
-            source = hessian_name(name)
+            hessian = sums[f"hessian/{hessian_name(name)}"]
             columns = module.in_features
-            if columns < hessians[source].size(0):  # a gate that reads the leading channels
-                hessians[name] = hessians[source][:columns, :columns]
-                source = name
-            weight = sums[f"gradient/{name}"] / tokens
-            weight = weight / hessians[source].trace().clamp(min=1e-30)
-            sensitivities[f"{name}.weight"] = Sensitivity(source, weight)
+            if columns < len(hessian):  # a gate that reads the leading channels
+                hessian = hessian[:columns, :columns]
+            hessians[f"{name}.weight"] = hessian
+            # E |dW_i|^2 = d_i tr(H): the Kronecker factors' traces agree with the gradient's.
+            fisher[f"{name}.weight"] = sums[f"gradient/{name}"] / hessian.trace().clamp(min=1e-30)
     # The tied embedding is read as input and multiplied as output; token frequencies weigh both.
-    variance = sums["label_variance"] / tokens
-    hessians["tok_emb"] = hessians["tok_emb"] + variance.sum() * hessians.pop("head")
-    sensitivities["tok_emb.weight"] = Sensitivity("tok_emb", variance / variance.sum())
-    return Knowledge(hessians, sensitivities)
-
-
-@functools.lru_cache(maxsize=8)
-def parameter_count(config):
-    """Parameters of the architecture, without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
-
-
-def calibration_seconds(config, step_seconds):
-    """Predicted seconds of `calibrate`, from those of a training step."""
-    token_seconds = step_seconds / config.train_batch_tokens
-    return CALIBRATION_COST * token_seconds * config.calibration_tokens
+    variance = sums["label_variance"]
+    hessians["tok_emb.weight"] = sums["hessian/tok_emb"] + variance.sum() * sums["hessian/head"]
+    fisher["tok_emb.weight"] = variance / variance.sum()
+    return hessians, fisher
 
 
 # ---- gptq ----
-# QUANTIZER=gptq, from knowledge to bytes: steps that equalise the predicted loss, integers by GPTQ,
-# codes sorted by size. Only their coding is known to the reader; how codes were chosen is not.
+# From hessians and fisher to codes: steps that equalise the predicted loss, integers by GPTQ, and
+# the search for the `step` that fills the budget. How codes were chosen is nothing to the reader.
 
 DAMPING = 0.03  # of the mean diagonal, added to it
-ROW_TEMPER = 0.7  # exponent of the rows' sensitivities
+ROW_TEMPER = 0.7  # exponent of the rows' Fisher information
+BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
 # Nats per token, far below what could be measured: predictions for a model that was hardly trained
 # are too low, and the budget is there to be used.
 FINEST_LOSS = 1e-9
-BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
-
-
-class Factor(typing.NamedTuple):
-    """H^-1 = U^T U of the damped Hessian, its columns in `order`."""
-
-    order: torch.Tensor  # (C,)
-    upper: torch.Tensor  # (C, C), float64
 
 
 def factorise(hessian, name, warn):
-    """Factor of a Hessian (C, C), float64. A matrix that has none gets that of its diagonal.
+    """(order (C,), U (C, C)): H^-1 = U^T U of the damped H (C, C), float64, columns in `order`.
 
-    With a diagonal Hessian GPTQ is plain rounding; `warn` then gets a line that names the matrix.
+    A matrix that has none gets that of its diagonal, for which GPTQ is plain rounding; `warn` then
+    gets a line that names the matrix.
     """
     diagonal = hessian.diagonal().clone()
     damped = hessian.clone()
@@ -5889,24 +5244,26 @@ def factorise(hessian, name, warn):
         warn(f"warning: the Hessian of {name} has no Cholesky factor: plain rounding instead")
         known = diagonal.nan_to_num(0, 0, 0).clamp(min=1e-12)
         order = known.argsort(descending=True, stable=True)
-        return Factor(order, known[order].rsqrt().diag())
+        return order, known[order].rsqrt().diag()
     identity = torch.eye(len(damped), dtype=damped.dtype)
-    return Factor(order, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
+    return order, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 
-def equalising_grid(sensitivity, factor):
+def equalising_grid(weight, factor):
     """The Grid at which every entry's rounding error costs the same expected loss.
 
     Rounded with step s, entry (i, j) adds 1/2 d_i (s / U_jj)^2 / 12 to the loss, and s costs
     -log2(s) bits: at the least loss for a given size all s^2 d_i / U_jj^2 are equal (reverse
-    water-filling, Cover and Thomas 10.3.3). So one unit serves all matrices: it is the multiplier.
+    water-filling, Cover and Thomas 10.3.3). So one dial serves all matrices: it is the multiplier.
+    `weight` is d (R,), `factor` that of factorise.
     """
-    diagonal = factor.upper.diagonal()
+    order, upper = factor
+    diagonal = upper.diagonal()
     reach = torch.empty_like(diagonal)  # (C,), U_jj in the matrix's own order
-    reach[factor.order] = diagonal
-    weight = sensitivity.row_weight.double()
+    reach[order] = diagonal
+    weight = weight.double()
     mean = weight.mean().clamp(min=1e-20)
-    # Rows differ a little less than their sensitivities, which are estimates: measured, as is the
+    # Rows differ a little less than their Fisher information, an estimate: measured, as is the
     # floor under rows that calibration never saw move.
     weight = mean * (weight / mean).clamp(min=2.0**-20) ** ROW_TEMPER
     level = reach.log().mean().exp()
@@ -5919,8 +5276,8 @@ def gptq(weight, factor, row_steps, column_steps):
     Columns are rounded one after another, and each one's error is moved into the columns still to
     come, where the input's correlations let them make up for it (GPTQ, arXiv 2210.17323).
     """
-    order = factor.order
-    upper = factor.upper.to(weight.dtype)
+    order, upper = factor
+    upper = upper.to(weight.dtype)
     left = (weight / row_steps)[:, order]  # (R, C), in units of the rows' steps
     steps = column_steps[0, order]
     codes = torch.empty_like(left)
@@ -5939,67 +5296,54 @@ def gptq(weight, factor, row_steps, column_steps):
     return torch.empty_like(codes).index_copy_(1, order, codes)
 
 
-def row_losses(error, hessian, row_weight):
-    """Predicted loss (R,) in nats per token of an error (R, C)."""
+def row_losses(error, hessian, weight):
+    """Predicted loss (R,) in nats per token of an error (R, C), from H (C, C) and d (R,)."""
     error = error.to(hessian.dtype)
-    return 0.5 * row_weight * ((error @ hessian) * error).sum(1)
+    return 0.5 * weight * ((error @ hessian) * error).sum(1)
 
 
-class Solved(typing.NamedTuple):
+def widen_overflowing_rows(weight, grid, step):
+    """The Grid with larger steps for the rows of weight (R, C) whose codes would not fit."""
+    rows, columns = grid_steps(grid, step)
+    largest = np.abs(weight.numpy() / columns / rows).max(1)  # (R,) codes
+    # Half of the range is left free: GPTQ moves weights before it rounds them.
+    excess = 2 * np.log2(np.maximum(1.0, largest / (MAX_CODE / 2)))
+    row = np.minimum(grid.row + np.ceil(excess), MAX_EXPONENT).astype(np.int8)
+    return Grid(row, grid.column)
+
+
+class Quantised(typing.NamedTuple):
     """A matrix on its grid."""
 
     codes: np.ndarray  # (R, C), int16
-    row: np.ndarray  # (R,), int8: exponents of the rows' steps
+    grid: Grid
     losses: np.ndarray  # (R,), predicted, nats per token
 
 
-def roomy_rows(weight, grid, unit):
-    """Exponents (R,) of the rows' steps, larger than the Grid's where codes would not fit."""
-    rows, columns = grid_steps(grid, unit)
-    largest = np.abs(weight.numpy() / columns / rows).max(1)  # (R,) codes
-    # Half of the range is left free: GPTQ moves weights before it rounds them.
-    excess = STEPS_PER_OCTAVE * np.log2(np.maximum(1.0, largest / (MAX_CODE / 2)))
-    return np.minimum(grid.row + np.ceil(excess), MAX_EXPONENT).astype(np.int8)
-
-
-def solve(weight, sensitivity, hessian, factor, grid, unit):
-    """Solved of weight (R, C): GPTQ's row where it beats plain rounding, else that."""
-    grid = Grid(roomy_rows(weight, grid, unit), grid.column)
-    rows, columns = (torch.from_numpy(side) for side in grid_steps(grid, unit))
-    steps = rows * columns
-    rounded = (weight / steps).round().clamp(-MAX_CODE, MAX_CODE)
-    moved = gptq(weight, factor, rows, columns)
-    hessian = hessian.to(weight.dtype)
-    plain = row_losses(weight - rounded * steps, hessian, sensitivity.row_weight)
-    losses = row_losses(weight - moved * steps, hessian, sensitivity.row_weight)
-    better = losses <= plain
-    codes = torch.where(better[:, None], moved, rounded).to(torch.int16)
-    return Solved(codes.numpy(), grid.row, torch.minimum(losses, plain).numpy())
-
-
 class Quantiser:
-    """All matrices of a model and what is known of them; `solve(unit)` is the model at one size.
+    """All matrices of a model and what their errors cost; quantise(step) is the model at one size.
 
     The result depends neither on the number of threads nor on the device.
     """
 
-    def __init__(self, state_dict, knowledge, warn):
-        self.knowledge = knowledge
-        sensitivities = knowledge.sensitivities
+    def __init__(self, state_dict, hessians, fisher, warn):
+        self.hessians = hessians
+        self.fisher = fisher
         # In the order of the model, which is the artifact's.
         self.weights = {
             name: tensor.detach().float().cpu()
             for name, tensor in state_dict.items()
-            if name in sensitivities
+            if name in fisher
         }
         self.parameters = sum(weight.numel() for weight in self.weights.values())
-        names = list(knowledge.hessians)
-        factors = self.map(lambda name: factorise(knowledge.hessians[name], name, warn), names)
-        self.factors = dict(zip(names, factors))
-        self.grids = {}
-        for name in self.weights:
-            factor = self.factors[sensitivities[name].hessian]
-            self.grids[name] = equalising_grid(sensitivities[name], factor)
+        # Matrices that read the same input share one H, which is factorised once.
+        names = list({id(hessians[name]): name for name in self.weights}.values())
+        factors = self.map(lambda name: factorise(hessians[name], name, warn), names)
+        found = {id(hessians[name]): factor for name, factor in zip(names, factors)}
+        self.factors = {name: found[id(hessians[name])] for name in self.weights}
+        self.grids = {
+            name: equalising_grid(fisher[name], self.factors[name]) for name in self.weights
+        }
 
     def map(self, function, items):
         """[function(item) ...] on all cores: each item on one thread, whose sums have one order."""
@@ -6011,63 +5355,140 @@ class Quantiser:
         finally:
             torch.set_num_threads(threads)
 
-    def solve(self, unit):
-        """{name: Solved} with all steps times `unit`."""
+    def quantise(self, step):
+        """{name: Quantised} with all steps times `step`."""
+        return dict(
+            zip(self.weights, self.map(lambda name: self.quantise_matrix(name, step), self.weights))
+        )
 
-        def solve_one(name):
-            sensitivity = self.knowledge.sensitivities[name]
-            hessian = self.knowledge.hessians[sensitivity.hessian]
-            factor = self.factors[sensitivity.hessian]
-            grid = self.grids[name]
-            return solve(self.weights[name], sensitivity, hessian, factor, grid, unit)
+    def quantise_matrix(self, name, step):
+        """Quantised of one matrix: of each row GPTQ's codes where they beat plain rounding's."""
+        weight = self.weights[name]  # (R, C)
+        grid = widen_overflowing_rows(weight, self.grids[name], step)
+        rows, columns = (torch.from_numpy(side) for side in grid_steps(grid, step))
+        steps = rows * columns
+        rounded = (weight / steps).round().clamp(-MAX_CODE, MAX_CODE)
+        moved = gptq(weight, self.factors[name], rows, columns)
+        hessian = self.hessians[name].to(weight.dtype)
+        plain = row_losses(weight - rounded * steps, hessian, self.fisher[name])
+        losses = row_losses(weight - moved * steps, hessian, self.fisher[name])
+        better = losses <= plain
+        codes = torch.where(better[:, None], moved, rounded).to(torch.int16)
+        return Quantised(codes.numpy(), grid, torch.minimum(losses, plain).numpy())
 
-        return dict(zip(self.weights, self.map(solve_one, self.weights)))
-
-    def finest_unit(self):
-        """The unit below which steps buy nothing: every code adds unit^2 / 24 to the loss."""
+    def finest_step(self):
+        """The step below which bytes buy nothing: every code adds step^2 / 24 to the loss."""
         return math.sqrt(24 * FINEST_LOSS / self.parameters)
 
-    def guessed_unit(self, budget):
-        """A first unit by bisection: plain rounding of some rows, with Gaussian entropies."""
-        low = -30.0  # log2 of a unit whose file is too large
-        high = 10.0  # of one whose file fits
-        for _ in range(12):
-            middle = (low + high) / 2
-            if self.estimated_bits(2.0**middle) / 8 > budget:
-                low = middle
-            else:
-                high = middle
-        return 2.0**high
-
-    def estimated_bits(self, unit):
-        """Bits of all matrices at a unit, about."""
-        bits = 0.0
+    def first_step(self, budget):
+        """The step of about `budget` bytes if codes were Gaussian: log2(sqrt(2 pi e) rms) bits."""
+        finest = self.finest_step()
+        bits = -8.0 * max(0, budget)
         for name, weight in self.weights.items():
-            rows, columns = grid_steps(self.grids[name], unit)
+            rows, columns = grid_steps(self.grids[name], finest)
             part = slice(None, None, 8 if len(weight) >= 64 else 1)  # an eighth says enough
-            codes = (weight[part].numpy() / (rows[part] * columns)).round()
-            row, column = code_classes(codes)
-            octaves = (row[:, None] + column.astype(np.float32)) / CLASSES_PER_OCTAVE
-            # log2 of sqrt(2 pi e) sigma, which falls to 0 as the codes become zeros.
-            entropy = 0.5 * np.log2(1 + 2 * math.pi * math.e * 4**octaves)
-            bits += weight.numel() * float(entropy.mean())
-        return bits
+            row, column = code_classes(weight[part].numpy() / (rows[part] * columns))
+            octaves = float(row.mean() + column.mean()) / 2
+            bits += weight.numel() * (octaves + 0.5 * math.log2(2 * math.pi * math.e))
+        return finest * 2 ** (bits / self.parameters)
 
 
-# ---- coding ----
-# zstd counts symbols over blocks of 128 KiB. Each row and column of codes has a class, the size of
-# its entries; codes are stored in the order of their classes' sum, whatever matrix they are from,
-# so that a block holds codes of one distribution and its table fits them all.
-
-CLASSES_PER_OCTAVE = 2
+MAX_TRIALS = 12
+BUDGET_SLACK = 0.0008  # share of the budget that may stay unused
 
 
-class GridTensor(typing.NamedTuple):
-    """A stored matrix."""
+def search_step(pack, budget, first, finest, slope, log, check_stop):
+    """(blob, quantised, trials): the largest artifact within `budget` bytes.
 
-    codes: np.ndarray  # (R, C), int16
-    grid: Grid
-    classes: Grid  # of its rows and columns
+    pack(step) gives (blob, quantised). The size is close to linear in log2(step), the octave, at
+    about `slope` bytes per octave: a secant through the two trials that enclose the budget, or the
+    last two while none do. No step is below `finest`, so that a model too small for the budget
+    leaves some of it unused. Raises ArtifactError when MAX_TRIALS do not fit.
+    """
+    target = budget * (1 - BUDGET_SLACK / 2)
+    lowest = math.log2(finest)
+    octave = max(lowest, math.log2(first))
+    best = None  # the largest that fits
+    over = None  # (octave, size) of the coarsest trial that does not fit
+    under = None  # of the finest trial that fits
+    before = None  # of the last trial
+    for trial in range(1, MAX_TRIALS + 1):
+        check_stop()
+        blob, quantised = pack(2.0**octave)
+        size = len(blob)
+        log(f"packing:{trial} step:{2.0**octave:.4e} bytes:{size} of {budget}")
+        if size <= budget:
+            under = (octave, size)
+            if best is None or size > len(best[0]):
+                best = (blob, quantised)
+            if octave == lowest or size >= budget * (1 - BUDGET_SLACK):
+                break
+        else:
+            over = (octave, size)
+        if over and under:
+            share = (over[1] - target) / max(1, over[1] - under[1])
+            octave = over[0] + min(0.9, max(0.1, share)) * (under[0] - over[0])
+            continue
+        if before and before[0] != octave:
+            measured = (size - before[1]) / (octave - before[0])
+            slope = max(2 * slope, min(slope / 4, measured))  # noise must not turn it around
+        before = (octave, size)
+        octave = max(lowest, octave + min(4, (target - size) / slope))
+    if best is None:
+        raise ArtifactError(
+            f"the artifact is {size - budget} bytes over the {budget} that BUDGET_BYTES leaves "
+            f"after {trial} packings with ever larger steps: train a smaller model (MLP_MULT, "
+            "NUM_LAYERS)"
+        )
+    return *best, trial
+
+
+def fit_gptq(
+    config,
+    state_dict,
+    hessians,
+    fisher,
+    code_bytes,
+    tokenizer_sha256="",
+    log=lambda line: None,
+    check_stop=lambda: None,
+):
+    """(artifact, size breakdown, trials) of the finest steps that fit BUDGET_BYTES beside the code.
+
+    Deterministic: the same weights, hessians and fisher give the same bytes. `check_stop` is called
+    before each trial and may raise. Raises ArtifactError when nothing fits.
+    """
+    quantiser = Quantiser(state_dict, hessians, fisher, log)
+    budget = config.budget_bytes - code_bytes
+
+    def pack(step):
+        quantised = quantiser.quantise(step)
+        return pack_grid(config, state_dict, quantised, step, tokenizer_sha256), quantised
+
+    first, finest = quantiser.first_step(budget), quantiser.finest_step()
+    slope = -quantiser.parameters / 8  # while codes are not mostly zeros
+    blob, quantised, trials = search_step(pack, budget, first, finest, slope, log, check_stop)
+    breakdown = size_breakdown(state_dict, quantised, len(blob))
+    log_size_breakdown(breakdown, log)
+    return blob, breakdown, trials
+
+
+# ---- packing ----
+# Plain data behind a head with a checksum: a JSON header, then the tensors' bytes, all in one
+# compressed payload. zstd counts symbols over blocks of 128 KiB, so gptq sorts its codes: each row
+# and column has a class, the size of its entries, and codes lie in the order of their classes' sum,
+# whatever matrix they are from. A block then holds codes of one distribution.
+
+ARTIFACT_NAME = "final_model.int6.ptz"
+FLOAT_NAME = "final_model.pt"
+# Like PNG's, the magic bytes show a transfer that changed line ends.
+ARTIFACT_MAGIC = b"PGolf\r\n\x1a"
+ARTIFACT_VERSION = 1
+# magic, version, compressor, two zero bytes, raw bytes, compressed bytes, sha256 of the payload
+ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
+COMPRESSORS = ("zstd", "lzma")
+MAX_RAW_BYTES = 96 << 20  # six times the budget: no artifact of the challenge comes near
+MAX_HEADER_BYTES = 1 << 20
 
 
 def code_classes(codes):
@@ -6080,7 +5501,7 @@ def code_classes(codes):
     for _ in range(2):
         rows = (square / columns).mean(1)
         columns = (square / rows[:, None]).mean(0)
-    halves = [CLASSES_PER_OCTAVE / 2 * np.log2(part) for part in (rows, columns)]
+    halves = [np.log2(part) for part in (rows, columns)]
     return Grid(*(half.round().clip(-120, 120).astype(np.int8) for half in halves))
 
 
@@ -6093,201 +5514,106 @@ def coding_keys(classes):
     return np.concatenate(parts)
 
 
-def grid_sections(tensors):
-    """The bytes of GridTensors: exponents, classes, then the codes' low and high planes, sorted."""
-    codes = np.concatenate([tensor.codes.ravel() for tensor in tensors])
-    order = coding_keys([tensor.classes for tensor in tensors]).argsort(kind="stable")
-    codes = codes[order].astype(np.int32)
+def grid_sections(matrices):
+    """The bytes of Quantised matrices: exponents, classes, codes' low and high planes, sorted."""
+    codes = np.concatenate([matrix.codes.ravel() for matrix in matrices])
+    classes = [code_classes(matrix.codes) for matrix in matrices]
+    codes = codes[coding_keys(classes).argsort(kind="stable")].astype(np.int32)
     low = codes.astype(np.int8)  # wraps: the signed low byte
     high = ((codes - low) >> 8).astype(np.int8)  # nearly all zeros
     sides = [
-        *(tensor.grid.row for tensor in tensors),
-        *(tensor.grid.column for tensor in tensors),
-        *(tensor.classes.row for tensor in tensors),
-        *(tensor.classes.column for tensor in tensors),
+        *(matrix.grid.row for matrix in matrices),
+        *(matrix.grid.column for matrix in matrices),
+        *(grid.row for grid in classes),
+        *(grid.column for grid in classes),
     ]
     return b"".join(part.tobytes() for part in [*sides, low, high])
 
 
-def grid_bytes(shape):
-    """Bytes of one matrix (R, C) in the sections above."""
-    rows, columns = shape
-    return 2 * (rows + columns) + 2 * rows * columns
-
-
-class GridUnits(typing.NamedTuple):
-    """The units of a model's rows, counted through all its matrices.
-
-    The first `fine_rows` rows take `fine`, the others `coarse`, a neighbour of it: where the border
-    lies sets the file's size more exactly than a unit can.
-    """
-
-    fine: float
-    coarse: float
-    fine_rows: int
-
-    def of_rows(self, rows):
-        """[(R,) float32 units] of matrices with these numbers of rows."""
-        units = np.full(sum(rows), self.coarse, np.float32)
-        units[: self.fine_rows] = self.fine
-        return np.split(units, np.cumsum(rows)[:-1])
-
-    def check(self, rows):
-        """Raise ArtifactError unless the steps of a model with `rows` rows are sound numbers."""
-        least, most = UNIT_LIMITS
-        for unit in (self.fine, self.coarse):
-            if type(unit) is not float or not least <= unit <= most:
-                raise ArtifactError(f"artifact: unit {ascii(unit)} is outside {least}…{most}")
-        if type(self.fine_rows) is not int or not 0 <= self.fine_rows <= rows:
-            raise ArtifactError(f"artifact: fine_rows {ascii(self.fine_rows)} is outside 0…{rows}")
-
-
-def read_grid_sections(raw, shapes, units):
-    """Float32 matrices of `shapes` from the bytes that grid_sections wrote.
-
-    `raw` holds exactly the bytes of the shapes: the table's check has made sure. Raises
-    ArtifactError for a step or a code that no writer stores; all others give finite weights.
-    """
-    heights = [rows for rows, _ in shapes]
-    widths = [columns for _, columns in shapes]
-    at = 0
-    sides = []
-    for lengths in (heights, widths, heights, widths):
-        flat = np.frombuffer(raw, np.int8, sum(lengths), at)
-        sides.append(np.split(flat, np.cumsum(lengths)[:-1]))
-        at += len(flat)
-    grids = [Grid(*pair) for pair in zip(sides[0], sides[1])]
-    classes = [Grid(*pair) for pair in zip(sides[2], sides[3])]
-    exponents = np.frombuffer(raw, np.int8, sum(heights) + sum(widths))
-    # As integers of 16 bits: the absolute value of -128 is no int8.
-    if np.abs(exponents.astype(np.int16)).max(initial=0) > MAX_EXPONENT:
-        raise ArtifactError(f"artifact: a step's exponent is outside ±{MAX_EXPONENT}")
-    total = sum(rows * columns for rows, columns in shapes)
-    low, high = np.frombuffer(raw, np.int8, 2 * total, at).reshape(2, total)
-    codes = np.empty(total, np.float32)
-    codes[coding_keys(classes).argsort(kind="stable")] = low + 256 * high.astype(np.float32)
-    if np.abs(codes).max(initial=0) > MAX_CODE:
-        raise ArtifactError(f"artifact: a code is outside ±{MAX_CODE}")
-    matrices = []
-    at = 0
-    for shape, grid, row_units in zip(shapes, grids, units.of_rows(heights)):
-        rows, columns = grid_steps(grid, row_units)
-        size = math.prod(shape)
-        matrices.append(codes[at : at + size].reshape(shape) * rows * columns)
-        at += size
-    return matrices
-
-
-def code_bits(codes, keys):
-    """Bits (n,) of each code by the entropy of its class; zstd comes within a few percent."""
-    bits = np.empty(len(codes), np.float32)
-    for key in np.unique(keys):
-        mine = np.flatnonzero(keys == key)
-        _, inverse, counts = np.unique(codes[mine], return_inverse=True, return_counts=True)
-        bits[mine] = (np.log2(len(mine)) - np.log2(counts))[inverse]
-    return bits
-
-
-# ---- the artifact ----
-# Integers row by row, then a general compressor. The container is plain data with a checksum: its
-# reader believes nothing that it has not compared with what the architecture must contain, and
-# allocates nothing of a size that the architecture does not have.
-
-ARTIFACT_NAME = "final_model.int6.ptz"
-FLOAT_NAME = "final_model.pt"
-# Like PNG's, the magic bytes show a transfer that changed line ends.
-ARTIFACT_MAGIC = b"PGolf\r\n\x1a"
-ARTIFACT_VERSION = 1
-# magic, version, compressor, two zero bytes, raw bytes, compressed bytes, sha256 of the payload
-ARTIFACT_HEAD = struct.Struct("<8sBB2xQQ32s")
-COMPRESSORS = ("zstd", "lzma")
-MAX_RAW_BYTES = 96 << 20  # six times the budget: no artifact of the challenge comes near
-MAX_HEADER_BYTES = 1 << 20
-MAX_PARAMETERS = MAX_RAW_BYTES  # at one byte each
-
-
-class TensorEntry(typing.NamedTuple):
-    """One line of the artifact's table of tensors."""
-
-    name: str
-    shape: tuple
-    scheme: str
-
-    def rows(self):
-        """Rows that share a scale each; 0 for floats."""
-        return math.prod(self.shape[:-1]) if SCHEMES[self.scheme].bits else 0
-
-    def value_bytes(self):
-        return math.prod(self.shape) * np.dtype(SCHEMES[self.scheme].dtype).itemsize
-
-    def scale_bytes(self):
-        if self.scheme == "grid":  # exponents and classes of rows and columns
-            return grid_bytes(self.shape) - self.value_bytes()
-        return self.rows() * np.dtype(np.float16).itemsize
-
-
-class EncodedTensor(typing.NamedTuple):
-    """A tensor as the artifact stores it."""
-
-    values: bytes  # integers or floats, row-major
-    scales: bytes  # float16, one per row; empty for floats
+def stored_bytes(shape, scheme):
+    """(bytes of the values, of the scales) of a tensor; on the grid, of exponents and classes."""
+    values = math.prod(shape) * np.dtype(SCHEMES[scheme].dtype).itemsize
+    if scheme == "grid":
+        return values, 2 * sum(shape)
+    rows = math.prod(shape[:-1]) if SCHEMES[scheme].bits else 0
+    return values, rows * np.dtype(np.float16).itemsize
 
 
 def encode_tensor(tensor, scheme):
-    """EncodedTensor of a tensor under the scheme of that name."""
+    """(bytes of the values, row-major; bytes of the float16 scales, one per row of integers)."""
     if SCHEMES[scheme].bits:
         codes, scales = quantize_rows(tensor, SCHEMES[scheme].bits)
-        return EncodedTensor(codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes())
+        return codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes()
     values = tensor.detach().float().cpu().numpy().astype(SCHEMES[scheme].dtype)
-    return EncodedTensor(values.tobytes(), b"")
+    return values.tobytes(), b""
+
+
+def tensor_table(schemes, state_dict):
+    """[(name, shape, scheme)] of a state in the artifact's order, from {name: scheme}."""
+    table = [(name, tuple(tensor.shape), schemes[name]) for name, tensor in state_dict.items()]
+    # A stable sort: within a scheme the tensors keep the order of the model.
+    order = list(SCHEMES)
+    return sorted(table, key=lambda row: order.index(row[2]))
 
 
 def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache=None):
-    """The artifact's bytes: a fixed head, then one compressed payload.
+    """The artifact's bytes under QUANTIZER=lite; the MLPs of `int5_layers` are stored in 5 bits.
 
-    The payload is a JSON header (settings, tokenizer, table of tensors), then the tensors' values
-    grouped by scheme, then their scales in the same order: like bytes next to like compress best.
-    The MLPs of `int5_layers` are stored in 5 bits; `cache` (a dict) keeps encoded tensors between
-    calls.
+    All values grouped by scheme, then all scales in the same order: like bytes next to like
+    compress best. `cache` (a dict) keeps encoded tensors between calls.
     """
     cache = {} if cache is None else cache
-    table = []
-    for name, tensor in state_dict.items():
-        # One rung of the ladder changes one layer's scheme: the other tensors are encoded already.
-        scheme = scheme_of(name, tensor.shape, config, int5_layers)
+    schemes = {
+        name: scheme_of(name, tensor.shape, config, int5_layers)
+        for name, tensor in state_dict.items()
+    }
+    table = tensor_table(schemes, state_dict)
+    for name, _, scheme in table:
         if (name, scheme) not in cache:
-            cache[name, scheme] = encode_tensor(tensor, scheme)
-        table.append(TensorEntry(name, tuple(tensor.shape), scheme))
-    order = list(SCHEMES)
-    # A stable sort: within a scheme the tensors keep the order of the model.
-    table.sort(key=lambda entry: order.index(entry.scheme))
-    header = framed_header(artifact_header(config, tokenizer_sha256, table))
-    encoded = [cache[entry.name, entry.scheme] for entry in table]
-    values = [tensor.values for tensor in encoded]
-    scales = [tensor.scales for tensor in encoded]
-    return seal_payload(config, b"".join([header, *values, *scales]))
+            cache[name, scheme] = encode_tensor(state_dict[name], scheme)
+    encoded = [cache[name, scheme] for name, _, scheme in table]
+    values = [values for values, _ in encoded]
+    scales = [scales for _, scales in encoded]
+    return seal(config, table, [*values, *scales], tokenizer_sha256)
 
 
-def artifact_header(config, tokenizer_sha256, table):
-    """What the artifact says of itself."""
-    return dict(
-        config=config.as_dict("arch", "eval"), tokenizer_sha256=tokenizer_sha256, tensors=table
+def pack_grid(config, state_dict, quantised, step, tokenizer_sha256=""):
+    """The artifact's bytes under QUANTIZER=gptq, of {name: Quantised} and the state's other
+    tensors."""
+    schemes = {name: gptq_scheme_of(name, tensor.shape) for name, tensor in state_dict.items()}
+    table = tensor_table(schemes, state_dict)
+    on_grid = [quantised[name] for name, _, scheme in table if scheme == "grid"]
+    others = [
+        encode_tensor(state_dict[name], scheme)[0] for name, _, scheme in table if scheme != "grid"
+    ]
+    data = [grid_sections(on_grid), *others]
+    return seal(config, table, data, tokenizer_sha256, step=step)
+
+
+def seal(config, table, data, tokenizer_sha256, **entries):
+    """Head, then the compressed payload: JSON header with `entries`, and `data`, byte strings."""
+    header = dict(
+        config=config.as_dict("arch", "eval"),
+        tokenizer_sha256=tokenizer_sha256,
+        tensors=table,
+        **entries,
     )
-
-
-def framed_header(header):
-    """The header as JSON behind its length."""
     text = json.dumps(header).encode()
-    return struct.pack("<I", len(text)) + text
-
-
-def seal_payload(config, raw):
-    """Head and compressed payload of the raw bytes."""
+    raw = b"".join([struct.pack("<I", len(text)), text, *data])
     if len(raw) > MAX_RAW_BYTES:
         raise ArtifactError(
             f"the model is {len(raw)} bytes before compression, no reader takes more than "
             f"{MAX_RAW_BYTES}: train a smaller model (MLP_MULT, NUM_LAYERS)"
         )
+    body = compress(config, raw)
+    compressor = COMPRESSORS.index(config.artifact_compressor)
+    digest = hashlib.sha256(body).digest()
+    head = (ARTIFACT_MAGIC, ARTIFACT_VERSION, compressor, len(raw), len(body), digest)
+    return ARTIFACT_HEAD.pack(*head) + body
+
+
+def compress(config, raw):
+    """The bytes, compressed as QUANTIZER and COMPRESSOR say."""
     if config.quantizer == "gptq":
         # Codes hardly ever repeat, so the search for matches is kept as small as zstd allows: a
         # tenth of the time. What counts is level 22's choice of where blocks, and with them symbol
@@ -6300,232 +5626,24 @@ def seal_payload(config, raw):
             hash_log=6,
             chain_log=6,
         )
-        body = zstandard.ZstdCompressor(compression_params=parameters).compress(raw)
-    elif config.compressor == "zstd":
-        body = zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
-    else:
-        body = lzma.compress(raw, preset=config.lzma_preset)
-    compressor = COMPRESSORS.index(config.artifact_compressor)
-    digest = hashlib.sha256(body).digest()
-    head = ARTIFACT_HEAD.pack(
-        ARTIFACT_MAGIC, ARTIFACT_VERSION, compressor, len(raw), len(body), digest
-    )
-    return head + body
+        return zstandard.ZstdCompressor(compression_params=parameters).compress(raw)
+    if config.compressor == "zstd":
+        return zstandard.ZstdCompressor(level=config.zstd_level).compress(raw)
+    return lzma.compress(raw, preset=6)
 
 
-def int5_order(num_layers):
-    """Layers from the middle outward (5, 6, 4, 7, … of 11), the order in which #1170's ladder
-    lowers MLPs to int5: first and last layers are the most sensitive."""
-    middle = (num_layers - 1) / 2
-    return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
-
-
-def fit_budget(config, state_dict, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """(artifact, int5 layers): the first rung of the ladder on which code + model fit BUDGET_BYTES.
-
-    The ladder starts with every MLP at BLOCK_BITS and lowers one more to int5 at each rung. Raises
-    ArtifactError when even the last rung does not fit.
-    """
-    order = int5_order(config.num_layers)
-    cache = {}
-    for rung in range(len(order) + 1):
-        layers = order[:rung]
-        # Only packing tells the size: how far integers compress depends on their distribution.
-        blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
-        over = len(blob) + code_bytes - config.budget_bytes
-        if over <= 0:
-            return blob, layers
-        if rung < len(order):
-            log(f"budget: {over} bytes over, MLP of layer {order[rung]} to int5")
-    raise ArtifactError(
-        f"the artifact is {over} bytes over BUDGET_BYTES={config.budget_bytes} with every MLP in "
-        f"int5 and {code_bytes} bytes of code: run the same command with CODE_BYTES at the size of "
-        "the packed script (slurm/package.py), or train a smaller model (MLP_MULT, NUM_LAYERS)"
-    )
-
-
-# ---- QUANTIZER=gptq: the size ----
-# The unit's logarithm is moved by the secant through the last packings until one file fits and the
-# next is over. Between these two it is a matter of how many rows take the finer unit.
-
-MAX_PACKINGS = 12
-BUDGET_SLACK = 0.0005  # of the budget may stay unused
-BRACKET = 0.1  # of the budget: files that differ by less can be mixed
-
-
-class Packing(typing.NamedTuple):
-    """One trial of the rate control."""
-
-    units: GridUnits
-    solved: dict  # Solved by name
-    blob: bytes  # the artifact
-
-
-class RateControl:
-    """Finds the units whose artifact lies just below `budget` bytes, in MAX_PACKINGS trials.
-
-    `solve(unit)` gives {name: Solved}, `encode(solved, units)` an artifact's bytes; no unit is
-    below `finest`, so that a model too small for the budget leaves some of it unused.
-    """
-
-    def __init__(self, solve, encode, budget, parameters, finest, log=lambda line: None):
-        self.solve = solve
-        self.encode = encode
-        self.budget = budget
-        self.log = log
-        self.packings = 0
-        self.finest = math.log2(finest)
-        self.slope = -parameters / 8  # bytes per octave while codes are not mostly zeros
-        self.least_slope = -parameters / 256
-        self.fits = None  # the largest Packing that fits
-        self.over = None  # the smallest that does not
-
-    def run(self, guess):
-        """The Packing to keep. Raises ArtifactError when none fits."""
-        position = max(self.finest, math.log2(guess))
-        before = None  # position and size of the trial before
-        while self.packings < MAX_PACKINGS and not self.is_done() and not self.is_bracketed():
-            unit = 2.0**position
-            size = self.try_solution(GridUnits(unit, unit, 0), self.solve(unit))
-            if before is not None and before[0] != position:
-                measured = (size - before[1]) / (position - before[0])
-                # A slope of noise or of a file of zeros would throw the next try far away.
-                self.slope = min(measured, self.least_slope)
-            if size <= self.budget and position == self.finest:
-                break  # a small model: finer steps would be bytes for nothing
-            before = (position, size)
-            position = max(self.finest, position + (self.aim(size) - size) / self.slope)
-        self.mix()
-        if self.fits is None:
-            over = len(self.over.blob) - self.budget
-            raise ArtifactError(
-                f"the artifact is {over} bytes over the {self.budget} that BUDGET_BYTES leaves "
-                f"after {self.packings} packings with ever larger steps: train a smaller model "
-                "(MLP_MULT, NUM_LAYERS)"
-            )
-        return self.fits
-
-    def is_done(self):
-        """Whether a packing is within BUDGET_SLACK below the budget."""
-        return self.fits is not None and len(self.fits.blob) >= self.budget * (1 - BUDGET_SLACK)
-
-    def is_bracketed(self):
-        """Whether two packings enclose the budget closely enough to be mixed."""
-        if self.fits is None or self.over is None:
-            return False
-        return len(self.over.blob) - len(self.fits.blob) <= BRACKET * self.budget
-
-    def aim(self, size):
-        """Bytes that the trial after one of `size` should have, so that both enclose the budget."""
-        beyond = 0.05 * BRACKET * self.budget
-        return self.budget + beyond if size <= self.budget else self.budget - beyond
-
-    def try_solution(self, units, solved):
-        """Encode, keep it if it is the closest on its side, return its size."""
-        blob = self.encode(solved, units)
-        self.packings += 1
-        size = len(blob)
-        packing = Packing(units, solved, blob)
-        if size <= self.budget:
-            if self.fits is None or size > len(self.fits.blob):
-                self.fits = packing
-        elif self.over is None or size < len(self.over.blob):
-            self.over = packing
-        self.log(f"packing:{self.packings} unit:{units.fine:.4e} bytes:{size} of {self.budget}")
-        return size
-
-    def mix(self):
-        """Between the two packings that enclose the budget: the number of rows with finer steps."""
-        if self.is_done() or not self.is_bracketed():
-            return
-        coarse = self.fits
-        fine = self.over
-        rows = [len(solved.codes) for solved in coarse.solved.values()]
-        low = (0, len(coarse.blob))  # rows that are fine, and bytes
-        high = (sum(rows), len(fine.blob))
-        target = self.budget * (1 - BUDGET_SLACK / 2)
-        while self.packings < MAX_PACKINGS and not self.is_done() and high[0] - low[0] > 1:
-            share = (target - low[1]) / max(1, high[1] - low[1])
-            middle = low[0] + round(min(0.95, max(0.05, share)) * (high[0] - low[0]))
-            middle = min(max(middle, low[0] + 1), high[0] - 1)
-            units = GridUnits(fine.units.fine, coarse.units.fine, middle)
-            size = self.try_solution(units, mixed_rows(fine.solved, coarse.solved, middle))
-            if size <= target:
-                low = (middle, size)
-            else:
-                high = (middle, size)
-
-
-def mixed_rows(fine, coarse, fine_rows):
-    """{name: Solved} with the first `fine_rows` rows of `fine` and the others of `coarse`."""
-    mixed = {}
-    left = fine_rows
-    for name, second in coarse.items():
-        first = fine[name]
-        count = min(left, len(first.codes))
-        left -= count
-        codes = np.concatenate([first.codes[:count], second.codes[count:]])
-        row = np.concatenate([first.row[:count], second.row[count:]])
-        losses = np.concatenate([first.losses[:count], second.losses[count:]])
-        mixed[name] = Solved(codes, row, losses)
-    return mixed
-
-
-class GridEncoder:
-    """Turns solved matrices into an artifact's bytes; what never changes is encoded once."""
-
-    def __init__(self, config, state_dict, grids, tokenizer_sha256):
-        self.config = config
-        self.grids = grids
-        self.tokenizer_sha256 = tokenizer_sha256
-        self.table = []
-        floats = []
-        for name, tensor in state_dict.items():
-            scheme = gptq_scheme_of(name, tensor.shape)
-            self.table.append(TensorEntry(name, tuple(tensor.shape), scheme))
-            if scheme != "grid":
-                floats.append(encode_tensor(tensor, scheme).values)
-        self.floats = b"".join(floats)
-        # A stable sort: within a scheme the tensors keep the order of the model.
-        order = list(SCHEMES)
-        self.table.sort(key=lambda entry: order.index(entry.scheme))
-
-    def header(self, units):
-        """Length and text of the JSON header."""
-        header = artifact_header(self.config, self.tokenizer_sha256, self.table)
-        header["grid"] = units._asdict()
-        return framed_header(header)
-
-    def tensors(self, solved):
-        """GridTensors of {name: Solved}, in the order of the table."""
-        tensors = []
-        for name in [entry.name for entry in self.table if entry.scheme == "grid"]:
-            codes, row, _ = solved[name]
-            grid = Grid(row, self.grids[name].column)
-            tensors.append(GridTensor(codes, grid, code_classes(codes)))
-        return tensors
-
-    def encode(self, solved, units):
-        """The artifact."""
-        sections = grid_sections(self.tensors(solved))
-        return seal_payload(self.config, b"".join([self.header(units), sections, self.floats]))
-
-    def bytes_without_matrices(self, units):
-        """Size of an artifact of all the rest, for the account."""
-        return len(seal_payload(self.config, self.header(units) + self.floats))
-
-
-class GroupSize(typing.NamedTuple):
-    """One line of the account of an artifact."""
-
-    group: str
-    parameters: int
-    bytes: float
-    loss: float  # predicted, nats per token
+def code_bits(codes, keys):
+    """Bits (n,) of each code by the entropy of its class; zstd comes within a few percent."""
+    bits = np.empty(len(codes), np.float32)
+    for key in np.unique(keys):
+        mine = np.flatnonzero(keys == key)
+        _, inverse, counts = np.unique(codes[mine], return_inverse=True, return_counts=True)
+        bits[mine] = (np.log2(len(mine)) - np.log2(counts))[inverse]
+    return bits
 
 
 def tensor_group(name):
-    """What a line of the account calls a matrix."""
+    """The matrices that the size breakdown counts together, by name."""
     parts = name.split(".")
     if parts[0] != "blocks":
         return parts[0]
@@ -6535,123 +5653,60 @@ def tensor_group(name):
     return f"blocks {parts[2]} {'out' if leaf == 'proj' else 'in'}"
 
 
-def account(encoder, packing):
-    """[GroupSize] of an artifact: where its bytes went, and its predicted loss.
+def size_breakdown(state_dict, quantised, artifact_bytes):
+    """[dict(group, parameters, bytes, loss)]: where an artifact's bytes went, its predicted loss.
 
     zstd codes all matrices together: each gets its share of their bytes by the entropy of its
-    codes. The bytes of all lines add up to the artifact's.
+    codes. The bytes of all groups add up to the artifact's.
     """
-    tensors = encoder.tensors(packing.solved)
-    codes = np.concatenate([tensor.codes.ravel() for tensor in tensors])
-    bits = code_bits(codes, coding_keys([tensor.classes for tensor in tensors]))
-    rest = encoder.bytes_without_matrices(packing.units)
-    scale = (len(packing.blob) - rest) / max(1.0, float(bits.sum(dtype=np.float64)))
+    matrices = list(quantised.values())
+    codes = np.concatenate([matrix.codes.ravel() for matrix in matrices])
+    bits = code_bits(codes, coding_keys([code_classes(matrix.codes) for matrix in matrices]))
+    others = {name: tensor for name, tensor in state_dict.items() if name not in quantised}
+    halves = b"".join(encode_tensor(tensor, "fp16")[0] for tensor in others.values())
+    rest = dict(
+        group="half precision",
+        parameters=sum(tensor.numel() for tensor in others.values()),
+        bytes=len(zstandard.ZstdCompressor().compress(halves)),
+        loss=0.0,
+    )
+    scale = (artifact_bytes - rest["bytes"]) / max(1.0, float(bits.sum(dtype=np.float64)))
     groups = {}
     at = 0
-    for entry in encoder.table:
-        if entry.scheme != "grid":
-            continue
-        size = math.prod(entry.shape)
-        share = scale * float(bits[at : at + size].sum(dtype=np.float64))
-        loss = float(packing.solved[entry.name].losses.sum())
-        group = tensor_group(entry.name)
-        before = groups.get(group, GroupSize(group, 0, 0.0, 0.0))
-        groups[group] = GroupSize(
-            group, before.parameters + size, before.bytes + share, before.loss + loss
-        )
+    for name, matrix in quantised.items():
+        label = tensor_group(name)
+        group = groups.setdefault(label, dict(group=label, parameters=0, bytes=0.0, loss=0.0))
+        size = matrix.codes.size
+        group["parameters"] += size
+        group["bytes"] += scale * float(bits[at : at + size].sum(dtype=np.float64))
+        group["loss"] += float(matrix.losses.sum())
         at += size
-    others = [entry for entry in encoder.table if entry.scheme != "grid"]
-    others_size = sum(math.prod(entry.shape) for entry in others)
-    return [*groups.values(), GroupSize("half precision, header", others_size, rest, 0.0)]
+    return [*groups.values(), rest]
 
 
-def log_account(groups, log):
-    """The account as a table, its lines aligned."""
-    total_bytes = max(1.0, sum(group.bytes for group in groups))
-    total_loss = max(1e-30, sum(group.loss for group in groups))
+def log_size_breakdown(groups, log):
+    """The size breakdown as a table, its lines aligned."""
+    total_bytes = max(1.0, sum(group["bytes"] for group in groups))
+    total_loss = max(1e-30, sum(group["loss"] for group in groups))
+    parameters = sum(group["parameters"] for group in groups)
     log(
-        f"account {'group':24} {'parameters':>11} {'bits each':>9} {'bytes':>10} {'loss share':>10}"
+        f"size_breakdown {'group':24} {'parameters':>11} {'bits each':>9} {'bytes':>10} "
+        f"{'loss share':>10}"
     )
-    for group in groups:
-        bits = 8 * group.bytes / max(1, group.parameters)
+    every = dict(group="all", parameters=parameters, bytes=total_bytes, loss=total_loss)
+    for group in [*groups, every]:
+        bits = 8 * group["bytes"] / max(1, group["parameters"])
         log(
-            f"account {group.group:24} {group.parameters:11d} {bits:9.3f} {group.bytes:10.0f} "
-            f"{group.loss / total_loss:10.1%}"
+            f"size_breakdown {group['group']:24} {group['parameters']:11d} {bits:9.3f} "
+            f"{group['bytes']:10.0f} {group['loss'] / total_loss:10.1%}"
         )
-    parameters = sum(group.parameters for group in groups)
-    bits = 8 * total_bytes / parameters
-    log(f"account {'all':24} {parameters:11d} {bits:9.3f} {total_bytes:10.0f} {1:10.1%}")
     log(f"predicted_loss:{total_loss:.3g} nats per token from quantisation")
 
 
-class Packed(typing.NamedTuple):
-    """An artifact that fits, and how it came about."""
-
-    blob: bytes
-    packings: int
-    groups: list  # of GroupSize
-
-
-def fit_gptq(config, state_dict, knowledge, code_bytes, tokenizer_sha256="", log=lambda line: None):
-    """Packed of the finest steps with which code + model fit BUDGET_BYTES.
-
-    Deterministic: the same weights and knowledge give the same bytes. Raises ArtifactError when
-    nothing fits.
-    """
-    quantiser = Quantiser(state_dict, knowledge, log)
-    encoder = GridEncoder(config, state_dict, quantiser.grids, tokenizer_sha256)
-    budget = config.budget_bytes - code_bytes
-    control = RateControl(
-        quantiser.solve,
-        encoder.encode,
-        budget,
-        quantiser.parameters,
-        quantiser.finest_unit(),
-        log,
-    )
-    packing = control.run(quantiser.guessed_unit(budget))
-    groups = account(encoder, packing)
-    log_account(groups, log)
-    return Packed(packing.blob, control.packings, groups)
-
-
-TRIAL_SIZE = 512  # rows and columns of the matrix that is solved and packed to time this machine
-# RateControl usually needs 2 solutions and 4 to 6 packings; the rest is margin.
-RESERVED_SOLUTIONS = 4
-RESERVED_PACKINGS = 12
-SOLVING_WORKERS = 2  # cores that solutions keep busy: their loops over columns share Python's lock
-
-
-def trial_seconds(config):
-    """Seconds of one solution and of one packing of a single matrix, with the real functions."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2 * TRIAL_SIZE, TRIAL_SIZE, generator=generator).double()
-    weight = torch.randn(TRIAL_SIZE, TRIAL_SIZE, generator=generator)
-    sensitivity = Sensitivity("inputs", torch.ones(TRIAL_SIZE))
-    knowledge = Knowledge({"inputs": inputs.T @ inputs}, {"trial": sensitivity})
-    begin = time.monotonic()
-    quantiser = Quantiser({"trial": weight}, knowledge, print)
-    unit = quantiser.guessed_unit(weight.numel() / 2)  # about 4 bits each
-    solved = quantiser.solve(unit)["trial"]
-    solving = time.monotonic() - begin
-    begin = time.monotonic()
-    grid = Grid(solved.row, quantiser.grids["trial"].column)
-    tensor = GridTensor(solved.codes, grid, code_classes(solved.codes))
-    seal_payload(config, grid_sections([tensor]))
-    return solving, time.monotonic() - begin
-
-
-def solving_seconds(config):
-    """Predicted seconds of all solutions and packings on this machine, from trials scaled up."""
-    trials = [trial_seconds(config) for _ in range(3)]
-    # The fastest: the first one loads code, and any may be interrupted.
-    solving, packing = (min(seconds) for seconds in zip(*trials))
-    workers = min(SOLVING_WORKERS, os.cpu_count() or 1)
-    each = RESERVED_SOLUTIONS * solving / workers + RESERVED_PACKINGS * packing
-    return each * parameter_count(config) / TRIAL_SIZE**2
-
-
 # ---- reading ----
+# Refused: a wrong head, length or checksum; a frame whose size is not the head's promise, or above
+# MAX_RAW_BYTES; a header whose settings, tensor names or shapes are not exactly the architecture's;
+# data of another length than these need. Nothing is unpickled, no code of the file runs.
 
 
 def decompress(body, compressor, size):
@@ -6675,17 +5730,6 @@ def decompress(body, compressor, size):
     return raw
 
 
-class Payload(typing.NamedTuple):
-    """A payload whose header has been checked, its tensors not yet."""
-
-    config: Config
-    tokenizer_sha256: str
-    table: list  # of TensorEntry
-    units: GridUnits | None  # of the matrices on the grid; None in an artifact of QUANTIZER=lite
-    raw: bytes
-    values_at: int  # offset of the first tensor
-
-
 def open_payload(blob):
     """The decompressed payload of an artifact's bytes, after every check of its head."""
     if len(blob) < ARTIFACT_HEAD.size:
@@ -6703,7 +5747,7 @@ def open_payload(blob):
         (version == ARTIFACT_VERSION, f"version {version} is not {ARTIFACT_VERSION}"),
         (compressor < len(COMPRESSORS), f"compressor {compressor} is unknown"),
         (blob[10:12] == b"\0\0", "reserved bytes are not zero"),
-        (size == len(body), wrong_size),
+        (size == len(body) <= MAX_RAW_BYTES, wrong_size),
         (4 <= raw_size <= MAX_RAW_BYTES, f"raw size {raw_size} is outside 4…{MAX_RAW_BYTES}"),
         (hashlib.sha256(body).digest() == digest, "checksum does not match: damaged"),
     ]:
@@ -6712,164 +5756,124 @@ def open_payload(blob):
     return decompress(body, COMPRESSORS[compressor], raw_size)
 
 
-def read_header(blob):
-    """Payload of an artifact's bytes: settings and table are valid and belong together."""
-    raw = open_payload(blob)
-    header_bytes = struct.unpack_from("<I", raw)[0]
-    end = 4 + header_bytes
-    if end > min(MAX_HEADER_BYTES, len(raw)):
-        raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
-    try:
-        header = json.loads(raw[4:end])
-        config = Config(**header["config"])  # checks types, ranges and combinations
-        if header["config"].keys() != config.as_dict("arch", "eval").keys():
-            raise ConfigError("settings are missing or foreign")
-        if header.keys() - {"grid"} != {"config", "tokenizer_sha256", "tensors"}:
-            raise ConfigError("entries are missing or foreign")
-        tokenizer_sha256 = header["tokenizer_sha256"]
-        if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
-            raise ConfigError("tokenizer_sha256 is neither 64 hexadecimal digits nor empty")
-        table = [
-            TensorEntry(name, tuple(shape), scheme) for name, shape, scheme in header["tensors"]
-        ]
-        # Only QUANTIZER=gptq writes this entry.
-        units = GridUnits(**header["grid"]) if "grid" in header else None
-        check_table(config, table, len(raw) - end, units)
-    except ArtifactError:
-        raise
-    except Exception as error:  # a stranger's JSON may hold anything, escape sequences included
-        what = f"{type(error).__name__}: {printable(error, 200)}"
-        raise ArtifactError(f"artifact: its header is not valid ({what})") from None
-    return Payload(config, tokenizer_sha256, table, units, raw, end)
-
-
-def expected_shapes(config):
-    """{name: shape} of the tensors that the architecture must have; allocates none of them."""
-    with torch.device("meta"):
-        state = GPT(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def config_from_file(settings):
+    """The Config of a file's {name: value}: all of "arch" and "eval", and nothing else."""
+    names = Config.names("arch", "eval")
+    # DTYPE belongs to the machine: a file may have it or not.
+    foreign = (set(settings) ^ set(names)) - {"dtype"}
+    if foreign:
+        raise ConfigError(f"settings are missing or foreign: {sorted(foreign)[:5]}")
+    return Config(**{name: settings[name] for name in names if name in settings})
 
 
 def check_shapes(config, found):
-    """Raise ArtifactError unless {name: shape} `found` is the architecture's."""
-    expected = expected_shapes(config)
-    parameters = sum(math.prod(shape) for shape in expected.values())
-    if parameters > MAX_PARAMETERS:
-        raise ArtifactError(f"{parameters} parameters are more than {MAX_PARAMETERS}")
+    """{name: shape} of the architecture. Raises ArtifactError unless `found` is the same."""
+    with torch.device("meta"):  # allocates none of them
+        state = GPT(config).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != expected:
         wrong = sorted(map(ascii, set(found.items()) ^ set(expected.items())))[:3]
-        raise ArtifactError(f"tensors differ from the architecture's: {'; '.join(wrong)}")
+        raise ArtifactError(f"artifact: tensors differ from the architecture's: {'; '.join(wrong)}")
+    return expected
 
 
-def schemes_fit(config, table, is_gptq):
-    """Whether the schemes are those of a QUANTIZER, BLOCK_BITS, EMBED_BITS and rung."""
-    schemes = [entry.scheme for entry in table]
-    if is_gptq:
-        return schemes == [gptq_scheme_of(entry.name, entry.shape) for entry in table]
-    # The ladder lowers the MLPs of some layers to int5: of which, the table itself says.
-    int5_layers = {
-        int(entry.name.split(".")[1])
-        for entry in table
-        if entry.scheme == "int5" and re.match(r"blocks\.\d+\.mlp\.", entry.name)
-    }
-    for block_bits, embed_bits in itertools.product((5, 6, 8), repeat=2):
-        setting = dataclasses.replace(config, block_bits=block_bits, embed_bits=embed_bits)
-        if schemes == [scheme_of(entry.name, entry.shape, setting, int5_layers) for entry in table]:
-            return True
-    return False
+def read_grid_sections(raw, shapes, step):
+    """Float32 matrices of `shapes` from the bytes that grid_sections wrote."""
+    heights = [rows for rows, _ in shapes]
+    widths = [columns for _, columns in shapes]
+    at = 0
+    sides = []
+    for lengths in (heights, widths, heights, widths):
+        flat = np.frombuffer(raw, np.int8, sum(lengths), at)
+        sides.append(np.split(flat, np.cumsum(lengths)[:-1]))
+        at += len(flat)
+    grids = [Grid(*pair) for pair in zip(sides[0], sides[1])]
+    classes = [Grid(*pair) for pair in zip(sides[2], sides[3])]
+    total = sum(rows * columns for rows, columns in shapes)
+    low, high = np.frombuffer(raw, np.int8, 2 * total, at).reshape(2, total)
+    codes = np.empty(total, np.float32)
+    codes[coding_keys(classes).argsort(kind="stable")] = low + 256 * high.astype(np.float32)
+    matrices = []
+    at = 0
+    for shape, grid in zip(shapes, grids):
+        rows, columns = grid_steps(grid, step)
+        size = math.prod(shape)
+        matrices.append(codes[at : at + size].reshape(shape) * rows * columns)
+        at += size
+    return matrices
 
 
-def check_table(config, table, data_bytes, units=None):
-    """Raise ArtifactError unless names, shapes, schemes and sizes are the architecture's.
-
-    `units` are the GridUnits of an artifact of QUANTIZER=gptq.
-    """
-    names = {entry.name for entry in table}
-    if len(names) != len(table):
+def read_payload(raw):
+    """What read_artifact returns, of a decompressed payload; a wrong one may raise anything."""
+    (header_bytes,) = struct.unpack_from("<I", raw)
+    start = 4 + header_bytes
+    if start > min(MAX_HEADER_BYTES, len(raw)):
+        raise ArtifactError(f"artifact: header of {header_bytes} bytes does not fit")
+    header = json.loads(raw[4:start])
+    config = config_from_file(header["config"])
+    schemes = {name: scheme for name, _, scheme in header["tensors"]}
+    on_grid = [name for name in schemes if schemes[name] == "grid"]
+    dial = {"step"} if on_grid else set()  # only QUANTIZER=gptq writes this entry
+    if header.keys() != {"config", "tokenizer_sha256", "tensors"} | dial:
+        raise ConfigError("entries are missing or foreign")
+    tokenizer_sha256 = header["tokenizer_sha256"]
+    if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
+        raise ConfigError("tokenizer_sha256 is neither 64 hexadecimal digits nor empty")
+    found = {name: tuple(shape) for name, shape, _ in header["tensors"]}
+    if len(found) != len(header["tensors"]):
         raise ArtifactError("artifact: a tensor appears twice")
-    # 16.0 and True equal integers, but are no sizes of an array.
-    if any(type(size) is not int for entry in table for size in entry.shape):
-        raise ArtifactError("artifact: a shape holds something else than integers")
-    try:
-        check_shapes(config, {entry.name: entry.shape for entry in table})
-    except ArtifactError as error:
-        raise ArtifactError(f"artifact: {error}") from None
-    for entry in table:
-        scheme = SCHEMES.get(entry.scheme)
-        if scheme is None or (scheme.bits and len(entry.shape) < 2):
-            wrong = f"scheme {ascii(entry.scheme)} is unknown or does not fit"
-            raise ArtifactError(f"artifact: {entry.name}: {wrong}")
-    if not schemes_fit(config, table, units is not None):
-        raise ArtifactError("artifact: the tensors' schemes are of no setting of QUANTIZER")
-    if units is not None:
-        units.check(sum(entry.shape[0] for entry in table if entry.scheme == "grid"))
+    # The shapes' own integers from here on: 16.0 and True equal integers, too.
+    shapes = check_shapes(config, found)
+    sizes = {name: stored_bytes(shapes[name], schemes[name]) for name in schemes}
     # Exactly: a payload with room to spare could hide something else.
-    needed = sum(entry.value_bytes() + entry.scale_bytes() for entry in table)
-    if needed != data_bytes:
-        raise ArtifactError(f"artifact: tensors need {needed} bytes, {data_bytes} are there")
-
-
-def decode_tensor(entry, values, scales):
-    """float32 tensor of what the artifact stores. Raises ArtifactError for values off the grid."""
-    top = SCHEMES[entry.scheme].top
-    finite = np.isfinite(values).all() and np.isfinite(scales).all()
-    inside = values.max(initial=0) <= top and values.min(initial=0) >= -top
-    if not (finite and inside and (scales > 0).all()):
-        raise ArtifactError(
-            f"artifact: {entry.name}: codes, scales or values are outside {entry.scheme}"
-        )
-    tensor = values.astype(np.float32)
-    if len(scales):
-        tensor = tensor.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
-    return torch.from_numpy(tensor.reshape(entry.shape))
-
-
-class Artifact(typing.NamedTuple):
-    """What an artifact holds."""
-
-    config: Config  # architecture and evaluation settings; the rest are defaults
-    state_dict: dict  # float32 tensors by name
-    tokenizer_sha256: str  # "" if it does not say
-
-
-def read_matrices(payload, entries):
-    """{name: float32 matrix} of the table's `entries` on the grid, which come first."""
-    if not entries:
-        return {}
-    shapes = [entry.shape for entry in entries]
-    size = sum(map(grid_bytes, shapes))
-    raw = memoryview(payload.raw)[payload.values_at : payload.values_at + size]
-    matrices = read_grid_sections(raw, shapes, payload.units)
-    return {entry.name: torch.from_numpy(matrix) for entry, matrix in zip(entries, matrices)}
+    needed = sum(values + scales for values, scales in sizes.values())
+    if needed != len(raw) - start:
+        raise ArtifactError(f"artifact: tensors need {needed} bytes, {len(raw) - start} are there")
+    state = {}
+    data = memoryview(raw)[start:]
+    if on_grid:
+        step = float(header["step"])
+        matrices = read_grid_sections(data, [shapes[name] for name in on_grid], step)
+        state = {name: torch.from_numpy(matrix) for name, matrix in zip(on_grid, matrices)}
+    values_at = sum(sum(sizes[name]) for name in on_grid)
+    others = [name for name in schemes if schemes[name] != "grid"]
+    scales_at = values_at + sum(sizes[name][0] for name in others)
+    for name in others:
+        value_bytes, scale_bytes = sizes[name]
+        values = np.frombuffer(data[values_at:][:value_bytes], SCHEMES[schemes[name]].dtype)
+        tensor = values.astype(np.float32)
+        if scale_bytes:
+            scales = np.frombuffer(data[scales_at:][:scale_bytes], np.float16)
+            tensor = tensor.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
+        state[name] = torch.from_numpy(tensor.reshape(shapes[name]))
+        values_at += value_bytes
+        scales_at += scale_bytes
+    return config, state, tokenizer_sha256
 
 
 def read_artifact(blob):
-    """Artifact of its bytes. Runs no code of the file; raises ArtifactError for any damage."""
-    payload = read_header(blob)
-    on_grid = [entry for entry in payload.table if entry.scheme == "grid"]
-    state = read_matrices(payload, on_grid)
-    others = [entry for entry in payload.table if entry.scheme != "grid"]
-    values_at = payload.values_at + sum(grid_bytes(entry.shape) for entry in on_grid)
-    scales_at = values_at + sum(entry.value_bytes() for entry in others)
-    for entry in others:
-        # Views into the payload, no copies; check_table has made sure that they lie inside it.
-        dtype = SCHEMES[entry.scheme].dtype
-        values = np.frombuffer(payload.raw, dtype, math.prod(entry.shape), values_at)
-        scales = np.frombuffer(payload.raw, np.float16, entry.rows(), scales_at)
-        values_at += values.nbytes
-        scales_at += scales.nbytes
-        state[entry.name] = decode_tensor(entry, values, scales)
-    return Artifact(payload.config, state, payload.tokenizer_sha256)
+    """(Config, float32 state_dict, tokenizer's SHA-256 or "") of an artifact's bytes.
+
+    The Config has the architecture and evaluation settings; the rest are defaults. Raises
+    ArtifactError for anything that is wrong. Weights that are not finite are found by their score.
+    """
+    raw = open_payload(blob)
+    try:
+        return read_payload(raw)
+    except ArtifactError:
+        raise
+    except Exception as error:  # a stranger's file may hold anything, escape sequences included
+        what = f"{type(error).__name__}: {printable(error, 200)}"
+        raise ArtifactError(f"artifact: its header is not valid ({what})") from None
 
 
 def unpack_artifact(blob):
     """(Config, float32 state_dict) of an artifact's bytes. Raises ArtifactError."""
-    artifact = read_artifact(blob)
-    return artifact.config, artifact.state_dict
+    return read_artifact(blob)[:2]
 
 
 class LoadedWeights(typing.NamedTuple):
-    """What a file of final weights holds; read once per run."""
+    """A file of final weights; read once per run."""
 
     config: Config  # architecture and evaluation settings; the rest are defaults
     state_dict: dict  # float32 tensors by name
@@ -6877,33 +5881,30 @@ class LoadedWeights(typing.NamedTuple):
     info: dict  # what training measured (float checkpoints only)
     sha256: str  # of the file
 
-    def brought(self):
-        """Settings that the file brings into a run that only evaluates it, the audit included."""
+    def from_artifact(self):
+        """Settings that the file gives a run that only evaluates it, the audit included."""
         settings = self.config.as_dict("arch", "eval")
         return {**settings, "run_id": f"eval_{self.sha256[:8]}", "audit": True}
 
 
 def load_weights(path):
     """LoadedWeights of an artifact (*.ptz) or a float checkpoint (*.pt). Raises ArtifactError."""
-    most = ARTIFACT_HEAD.size + MAX_RAW_BYTES
     try:
         with open(path, "rb") as file:
-            head = file.read(len(ARTIFACT_MAGIC))
-        size = os.path.getsize(path)
+            blob = file.read(len(ARTIFACT_MAGIC))
+            if blob == ARTIFACT_MAGIC:
+                # No more than an artifact may have: a sparse file may claim any size.
+                blob += file.read(ARTIFACT_HEAD.size + MAX_RAW_BYTES)
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: name a readable artifact (*.ptz) or float checkpoint (*.pt)"
         ) from None
-    if head != ARTIFACT_MAGIC:
+    if not blob.startswith(ARTIFACT_MAGIC):
         return load_float_weights(path)
-    if size > most:  # looked at before reading: a sparse file may claim any size
-        raise ArtifactError(f"{path}: {size} bytes are more than any artifact has ({most})")
-    blob = Path(path).read_bytes()
     try:
-        artifact = read_artifact(blob)
+        return LoadedWeights(*read_artifact(blob), {}, hashlib.sha256(blob).hexdigest())
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}: copy it again, or name another file") from None
-    return LoadedWeights(*artifact, {}, hashlib.sha256(blob).hexdigest())
 
 
 def load_float_weights(path):
@@ -6913,16 +5914,12 @@ def load_float_weights(path):
             f"{path}: does not start like an artifact: damaged, or of another submission: "
             "copy it again, or name another file"
         )
-    # float32 weights, and what is said about them.
-    saved = load_tensors(path, 4 * MAX_PARAMETERS + MAX_HEADER_BYTES)
+    saved = load_tensors(path)
     try:
-        if not isinstance(saved, dict):  # a bare tensor would answer to indices, too
-            raise TypeError(f"a {type(saved).__name__} instead of a dictionary")
-        config = Config(**saved["config"])
+        config = config_from_file(saved["config"])
         state = saved["state_dict"]
-        for name, tensor in state.items():
-            if tensor.layout != torch.strided or tensor.dtype != torch.float32:
-                raise TypeError(f"{ascii(name)} is not a dense float32 tensor")
+        if any(tensor.dtype != torch.float32 for tensor in state.values()):
+            raise TypeError("a tensor is not float32")
         check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
         return LoadedWeights(config, state, "", dict(saved["info"]), sha256_file(path))
     except Exception as error:  # a stranger's file may hold anything, escape sequences included
@@ -6937,23 +5934,6 @@ def load_float_weights(path):
 # A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
 # it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
 # ==================================================================================================
-def check_places(config):
-    """Refuse, before anything is moved, to set aside the very file that is to be read."""
-    if config.resume != "never" or (config.mode == "train" and not config.eval_only):
-        return
-    if not config.eval_only:
-        raise ConfigError(
-            f"MODE={config.mode} reads the run in RUN_DIR={config.run_dir}, which RESUME=never "
-            "would set aside: leave RESUME at auto"
-        )
-    artifact = Path(config.eval_only).resolve()
-    if artifact.is_relative_to(Path(config.run_dir).resolve()):
-        raise ConfigError(
-            f"EVAL_ONLY={config.eval_only} lies in RUN_DIR={config.run_dir}, which RESUME=never "
-            "would set aside: set another RUN_DIR, or leave RESUME at auto"
-        )
-
-
 class Run:
     """The phases of one run in RUN_DIR."""
 
@@ -6968,54 +5948,9 @@ class Run:
         self.files = {}
         if loaded is not None:
             self.files[self.artifact_path] = loaded
-        self.code_sha256 = sha256_file(CODE_PATH)
         self.model = None
         self.audited = False
         self.results = {"scores": {}}
-
-    def load(self, path):
-        """LoadedWeights of a file."""
-        if path not in self.files:
-            self.files[path] = load_weights(path)
-        return self.files[path]
-
-    def on_main(self, test):
-        """What test() says on rank 0, the one that is sure to see what it wrote."""
-        return self.runtime.comm.from_main(self.runtime.is_main and test()) > 0
-
-    def already_done(self, phase, test):
-        """Whether a phase has left its result already, by test() on rank 0."""
-        done = self.on_main(test)
-        if done:
-            self.log(f"phase_done:{phase} found in {self.path}")
-        return done
-
-    # ---- before the first phase ----
-
-    def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
-        config = self.config
-        if config.resume == "must" and not self.on_main((self.path / "config.json").exists):
-            raise ConfigError(
-                f"RESUME=must, but {self.path} holds no run: check RUN_ID, or use RESUME=auto"
-            )
-        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
-            if self.runtime.is_main:
-                build_demo_data(config, self.log)
-            self.runtime.comm.barrier()
-        # An artifact names its tokenizer: with another one its token ids would mean other text.
-        tokenizer_sha256 = ""
-        if config.eval_only:
-            tokenizer_sha256 = self.load(self.artifact_path).tokenizer_sha256
-        else:
-            find_shards(config, "train")  # fails now rather than after the validation text is read
-        self.val = ValidationSet.load(config, load_token_bytes(config, tokenizer_sha256))
-        if self.runtime.is_main:
-            self.take_over_record()
-        self.write_manifest()
-        self.announce()
-        if config.eval_only:
-            self.check_budget()
 
     def run(self):
         """All phases that are configured and missing."""
@@ -7029,44 +5964,102 @@ class Run:
         if config.mode == "train":
             self.score()
 
-    def identity(self):
-        """What two runs must agree on to share a RUN_DIR: settings, text, code and scored file.
+    def load(self, path):
+        """LoadedWeights of a file."""
+        if path not in self.files:
+            self.files[path] = load_weights(path)
+        return self.files[path]
 
-        An evaluation does not use the settings of training, so it does not compare them.
+    def model_of(self, path):
+        """The model with the weights of a file; one object for all scores: compiled once."""
+        if self.model is None:
+            # Rounding in training has no place here: the weights are what they are.
+            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
+            self.model = build_model(settings, self.runtime)
+        self.model.load_state_dict(self.load(path).state_dict)
+        return self.model
+
+    def on_main(self, condition):
+        """Rank 0's `condition` on every rank: only rank 0 is sure to see files it wrote."""
+        return self.runtime.comm.from_main(bool(condition)) > 0
+
+    def already_done(self, phase, condition):
+        """Rank 0's `condition`, that a phase has left its result, which is then logged."""
+        done = self.on_main(condition)
+        if done:
+            self.log(f"phase_done:{phase} found in {self.path}")
+        return done
+
+    # ---- before the first phase ----
+
+    def prepare(self):
+        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        config = self.config
+        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
+            if self.runtime.is_main:
+                build_demo_data(config, self.log)
+            self.runtime.comm.barrier()
+        # An artifact names its tokenizer: with another one its token ids would mean other text.
+        expected_sha256 = ""
+        if config.eval_only:
+            expected_sha256 = self.load(self.artifact_path).tokenizer_sha256
+        else:
+            find_shards(config, "train")  # fails now rather than after the validation text is read
+        token_bytes = load_token_bytes(config, expected_sha256)
+        self.tokenizer_sha256 = sha256_file(config.tokenizer_path)
+        self.val = ValidationSet.load(config, token_bytes)
+        self.identity = self.identify()
+        if self.runtime.is_main:
+            self.claim_directory()
+        self.write_manifest()
+        self.announce()
+        if config.eval_only:
+            self.check_budget()
+
+    def identify(self):
+        """{"training", "packing", "evaluation": {name: value}} that a RUN_DIR belongs to.
+
+        A phase depends on its own part and on those before it. The evaluation of a given file knows
+        nothing of the file's training and packing but the digest of the file.
         """
         config = self.config
-        kinds = ("arch", "eval") if config.eval_only else ("arch", "train", "eval")
-        identity = config.as_dict(*kinds)
-        identity["validation text"] = self.val.fingerprint["val_sha256"]
-        identity["train_gpt.py"] = self.code_sha256  # other code may score otherwise
-        identity["file that is scored"] = "the run's own"
+        training = {"train_gpt.py": sha256_file(CODE_PATH)}  # other code may do otherwise
+        packing = {"tokenizer": self.tokenizer_sha256}
+        evaluation = config.as_dict("eval")
+        evaluation["validation text"] = self.val.fingerprint["val_sha256"]
+        evaluation["file that is scored"] = "the run's own"
         if config.eval_only:
-            identity["file that is scored"] = self.load(self.artifact_path).sha256
-        return identity
+            evaluation["file that is scored"] = self.load(self.artifact_path).sha256
+        else:
+            training.update(config.as_dict("arch", "train"), dtype=config.dtype)
+            training["training tokens"] = open_train_stream(config).num_tokens
+            packing.update(config.as_dict("pack"))
+            if config.late_qat_threshold:  # training then rounds to these bits
+                for name in ("block_bits", "embed_bits"):
+                    training[name] = packing.pop(name)
+        return dict(training=training, packing=packing, evaluation=evaluation)
 
-    def origin(self):
-        """Shows that this user's runs made something, without giving the key away."""
-        key = self.runtime.user_key()
-        return hashlib.sha256(f"{key}/{self.code_sha256}".encode()).hexdigest() if key else ""
+    def claim_directory(self):
+        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one.
 
-    def take_over_record(self):
-        """Write config.json; go on with the scores of the run in RUN_DIR, if it is this one."""
+        Other settings of packing alone pack the run's float weights again. Raises ConfigError when
+        RUN_DIR holds another run.
+        """
+        config = self.config
         path = self.path / "config.json"
         old = read_json(path) if path.exists() else None
-        # The evaluation of a given file is a check of it: what an earlier one found is not taken
-        # up, so it may be another one's. A training run in RUN_DIR is never overwritten.
-        earlier_check = self.config.eval_only and old and old["config"].get("eval_only")
+        # The evaluation of a given file is a check of the file and takes up no earlier score, so
+        # the earlier check may be of another file. A training run is never overwritten.
+        earlier_check = config.eval_only and old and old["config"].get("eval_only")
         if old is not None and not earlier_check:
-            self.check_same_run(old)
+            self.compare_with(old)
             with contextlib.suppress(FileNotFoundError):
                 self.results = read_json(self.path / "scores.json")
-        config = self.config
         kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
             preset=config.preset,
             hash=config.hash(),
-            origin=self.origin(),
-            identity=self.identity(),
+            identity=self.identity,
             config=config.as_dict(),
             kinds=kinds,
             differs=config.differences(),
@@ -7074,25 +6067,40 @@ class Run:
         write_json(path, record)
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
-    def check_same_run(self, old):
-        """Raise ConfigError when RUN_DIR holds a run of other settings, data or code."""
-        before = old.get("identity", {})
-        differences = []
-        for name, value in self.identity().items():
-            if before.get(name) != value:
-                shown = name.upper() if name in old.get("config", {}) else name
-                differences.append(f"{shown}: {before.get(name)!r} -> {value!r}")
-        if differences:
+    def compare_with(self, old):
+        """Raise ConfigError if `old`, a config.json, is another run's; delete what is repacked."""
+        config = self.config
+        changed = {}  # by part of the identity: {name: "NAME: old -> new"}
+        for part, values in self.identity.items():
+            before = old.get("identity", {}).get(part, {})
+            changed[part] = {
+                name: f"{name.upper() if hasattr(config, name) else name}: "
+                f"{before.get(name)!r} -> {value!r}"
+                for name, value in values.items()
+                if before.get(name) != value
+            }
+        differences = {name: text for part in changed.values() for name, text in part.items()}
+        if not differences:
+            return
+        repacks = changed["packing"] and not changed["training"]
+        repacks = repacks and config.mode == "train" and not config.eval_only
+        if config.max_wallclock_seconds and not self.float_path.exists():
+            # What gptq takes from the cap changes the training that is still to be done.
+            repacks = repacks and "quantizer" not in changed["packing"]
+        if not repacks:
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences)}: use the same to resume it, set another RUN_ID, or "
-                "RESUME=never to keep it aside"
+                f"{'; '.join(differences.values())}: use the same to resume it, or set another "
+                "RUN_ID"
             )
-        if old.get("origin") != self.origin():
-            self.log(
-                f"warning: {self.path} was begun elsewhere (another user, machine or container): "
-                "phases that it calls done are taken on trust; RESUME=never starts anew"
-            )
+        # Scores go first: a kill must not leave them beside another artifact.
+        stale = [self.path / name for name in ("scores.json", "audit.json", ARTIFACT_NAME)]
+        for path in [*stale, *(self.path / "checkpoint").glob("eval_*.pt")]:
+            path.unlink(missing_ok=True)
+        self.log(
+            f"packing_changed {'; '.join(differences.values())}: artifact, audit and scores are "
+            "made anew, from the same float weights"
+        )
 
     def announce(self):
         """Log the configuration and the data in the lines that other tools parse (REFERENCE, 9)."""
@@ -7104,15 +6112,10 @@ class Run:
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
-        if not config.eval_only:  # an artifact brings what others set
-            for name, reason in config.idle().items():
-                log(f"warning: {name.upper()}={getattr(config, name)} has no effect with {reason}")
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
-        machine = self.runtime
-        attention = pick_attention(machine.device, machine.dtype, machine.compiling)
-        log(f"attention:{attention.reason}")
+        log(f"attention:{self.runtime.attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         split = self.val.fingerprint
         pattern = f"{config.data_path}/fineweb_val_*.bin"
@@ -7123,7 +6126,7 @@ class Run:
             f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
             f"score_scope:{split['scope']}"
         )
-        if self.val.is_foreign():
+        if self.val.retokenisation_mismatch():
             log(
                 f"warning: TOKENIZER_PATH={config.tokenizer_path} does not seem to have made these "
                 "shards: it encodes their text otherwise. Bytes per token, and so bits per byte, "
@@ -7156,11 +6159,11 @@ class Run:
             world_size=self.runtime.comm.world,
             torch_threads=torch.get_num_threads(),
             config_hash=config.hash(),
-            code_sha256=self.code_sha256,
+            code_sha256=self.identity["training"]["train_gpt.py"],
             code_bytes=CODE_PATH.stat().st_size,
             artifact_sha256=artifact_sha256,
             artifact_bytes=artifact_bytes,
-            tokenizer_sha256=sha256_file(config.tokenizer_path),
+            tokenizer_sha256=self.tokenizer_sha256,
             data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
         self.log(f"manifest:{json.dumps(manifest)}")
@@ -7170,83 +6173,83 @@ class Run:
 
     def train(self):
         """Write the float weights, unless they are there."""
-        if not self.already_done("train", self.float_path.exists):
-            train(self.config, self.runtime, self.val, self.float_path, self.packing_reserve())
-
-    def packing_reserve(self):
-        """Seconds of a wallclock cap that solving and packing will need, as rank 0 finds them."""
         config = self.config
-        if config.quantizer != "gptq" or not config.max_wallclock_seconds:
-            return 0.0
-        seconds = solving_seconds(config) if self.runtime.is_main else 0.0
-        seconds = self.runtime.comm.from_main(seconds)
-        self.log(f"wallclock_reserve: {seconds:.4f}s for solving and packing")
-        return seconds
+        if self.already_done("train", self.float_path.exists()):
+            return
+        if config.quantizer == "gptq" and config.max_wallclock_seconds:
+            self.log(
+                f"gptq_reserve: {config.gptq_reserve_seconds:g}s of MAX_WALLCLOCK_SECONDS="
+                f"{config.max_wallclock_seconds:g} stay free for calibration and packing; 12 s is "
+                "the published value on 8xH100"
+            )
+        train(config, self.runtime, self.val, self.float_path, self.identity["training"])
 
     def pack(self):
         """Quantise, fit the budget, write the artifact, log the sizes."""
-        if self.already_done("pack", self.artifact_path.exists):
+        if self.already_done("pack", self.artifact_path.exists()):
             return
-        weights = self.load(self.float_path)
-        self.runtime.stop_if_wanted("packing", self.packing_seconds(weights))
-        if self.config.quantizer == "gptq":
-            self.pack_gptq(weights)
-        elif self.runtime.is_main:
-            # Deterministic, and it takes seconds: one rank packs, the others read the file.
-            self.pack_lite(weights.state_dict)
-        self.runtime.comm.barrier()
+        self.runtime.stop_if_wanted("packing")
+        begin = time.monotonic()
+        statistics = None
+        if self.config.quantizer == "gptq":  # all ranks calibrate
+            model = self.model_of(self.float_path)
+            statistics = calibrate(model, self.config, self.runtime)
+        stopped = False
+        if self.runtime.is_main:
+            try:
+                self.pack_on_main(statistics, begin)
+            except Stopped:
+                stopped = True
+        # The others wait here, and stop with rank 0.
+        if self.on_main(stopped):
+            raise Stopped("in packing")
         self.write_manifest()
 
-    def packing_seconds(self, weights):
-        """Predicted seconds of packing LoadedWeights, calibration included."""
-        if self.config.quantizer == "gptq":
-            step_seconds = weights.info.get("step_avg_ms", 0.0) / 1000
-            calibrating = calibration_seconds(self.config, step_seconds)
-            return 3 + calibrating + solving_seconds(self.config)
-        # Measured: a few microseconds a parameter on one core, most of them in the compressor.
-        return 3 + 2e-6 * sum(tensor.numel() for tensor in weights.state_dict.values())
+    def pack_on_main(self, statistics, begin):
+        """Write the artifact; packing is deterministic, so one rank does it for all.
 
-    def pack_lite(self, state_dict):
-        """Artifact of rounded rows, on rank 0."""
-        tokenizer_sha256 = sha256_file(self.config.tokenizer_path)
-        code_bytes = self.code_bytes()
-        blob, layers = fit_budget(self.config, state_dict, code_bytes, tokenizer_sha256, self.log)
-        self.write_artifact(blob, int5_layers=layers)
-
-    def pack_gptq(self, weights):
-        """Calibrate on all ranks, then solve and pack on rank 0; all of it counts as training."""
-        begin = time.monotonic()
+        `statistics` are the hessians and the Fisher information of QUANTIZER=gptq, None for lite;
+        `begin` is when their calibration began. Raises Stopped between two trials.
+        """
         config = self.config
-        knowledge = calibrate(self.model_of(self.float_path), config, self.runtime)
-        calibrated = time.monotonic() - begin
-        self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
-        if self.runtime.is_main:
-            tokenizer_sha256 = sha256_file(config.tokenizer_path)
-            packed = fit_gptq(
-                config, weights.state_dict, knowledge, self.code_bytes(), tokenizer_sha256, self.log
+        weights = self.load(self.float_path)
+        code_bytes = self.code_bytes()
+
+        def check_stop():
+            if self.runtime.stop.wanted():
+                raise Stopped("in packing")
+
+        options = dict(tokenizer_sha256=self.tokenizer_sha256, log=self.log, check_stop=check_stop)
+        if config.quantizer == "lite":
+            blob, layers = fit_lite(config, weights.state_dict, code_bytes, **options)
+            facts = dict(int5_layers=layers)
+        else:
+            calibrated = time.monotonic() - begin
+            self.log(f"calibrated tokens:{config.calibration_tokens} seconds:{calibrated:.1f}")
+            blob, breakdown, trials = fit_gptq(
+                config, weights.state_dict, *statistics, code_bytes, **options
             )
             seconds = time.monotonic() - begin
-            total = weights.info.get("train_time_s", 0.0) + seconds
+            total = weights.info.get("train_time_s", 0.0) + seconds  # all of it counts as training
             self.log(
-                f"quantised packings:{packed.packings} seconds:{seconds:.1f} "
-                f"with_training:{total:.1f}s"
+                f"quantised packings:{trials} seconds:{seconds:.1f} with_training:{total:.1f}s"
             )
-            self.write_artifact(
-                packed.blob,
-                packings=packed.packings,
+            if 0 < config.max_wallclock_seconds < total:
+                self.log(
+                    f"warning: training and packing took {total:.1f} s, more than "
+                    f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: raise "
+                    f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}"
+                )
+            facts = dict(
+                packings=trials,
                 calibration_seconds=calibrated,
                 quantiser_seconds=seconds,
                 with_training_seconds=total,
-                account=[group._asdict() for group in packed.groups],
+                size_breakdown=breakdown,
             )
-
-    def write_artifact(self, blob, **facts):
-        """The file, the lines of its sizes and the event."""
         write_atomic(self.artifact_path, [blob])
-        self.log_sizes(len(blob), self.code_bytes(), self.config.artifact_compressor)
-        self.runtime.event(
-            "packed", artifact_bytes=len(blob), code_bytes=self.code_bytes(), **facts
-        )
+        self.log_sizes(len(blob), code_bytes, config.artifact_compressor)
+        self.runtime.event("packed", artifact_bytes=len(blob), code_bytes=code_bytes, **facts)
 
     def code_bytes(self):
         """Bytes of code that the artifact must share BUDGET_BYTES with."""
@@ -7254,13 +6257,12 @@ class Run:
 
     def log_sizes(self, artifact_bytes, code_bytes, compressor):
         """The three lines of the challenge's logs, and what is left of the budget."""
-        log = self.log
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
-        log(f"Code size: {code_bytes} bytes")
-        log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
-        log(f"Total submission size int6+{compressor}: {total} bytes")
-        log(f"headroom: {self.config.budget_bytes - total} bytes")
+        self.log(f"Code size: {code_bytes} bytes")
+        self.log(f"Serialized model int6+{compressor}: {artifact_bytes} bytes")
+        self.log(f"Total submission size int6+{compressor}: {total} bytes")
+        self.log(f"headroom: {self.config.budget_bytes - total} bytes")
 
     def check_budget(self):
         """The file that is scored and this very script must fit. Raises ArtifactError."""
@@ -7272,8 +6274,7 @@ class Run:
         # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
         # How it was packed is no setting of an evaluation: the file's head says it.
-        compressor = COMPRESSORS[head[2]]
-        self.log_sizes(artifact_bytes, code_bytes, compressor)
+        self.log_sizes(artifact_bytes, code_bytes, COMPRESSORS[head[2]])
         over = artifact_bytes + code_bytes - self.config.budget_bytes
         if over > 0:
             raise ArtifactError(
@@ -7282,33 +6283,26 @@ class Run:
                 "script it was submitted with, or raise BUDGET_BYTES to look at it all the same"
             )
 
-    def model_of(self, path):
-        """The model with the weights of a file; one object for all scores: compiled once."""
-        if self.model is None:
-            # Rounding in training has no place here: the weights are what they are.
-            settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
-            self.model = build_model(settings, self.runtime)
-        self.model.load_state_dict(self.load(path).state_dict)
-        return self.model
+    def evaluation_key(self, path):
+        """The digest that an audit or a cut-off evaluation of a file must agree on to be used."""
+        text = json.dumps([self.load(path).sha256, self.identity], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def audit(self):
         """Write audit.json; raises LegalityError when a check fails."""
         config = self.config
         path = self.path / "audit.json"
         begin = time.monotonic()
-        if not self.on_main(self.artifact_path.exists):
+        if not self.on_main(self.artifact_path.exists()):
             raise ConfigError(
                 f"MODE=audit: {self.artifact_path} does not exist: set EVAL_ONLY=path"
             )
-        audit_key = self.evaluation_key(self.artifact_path)
-
-        def passed_before():
-            # A given file is audited anew each time; so is all when the audit is what was asked.
-            if config.eval_only or config.mode == "audit" or not path.exists():
-                return False
+        key = self.evaluation_key(self.artifact_path)
+        passed_before = False
+        # A given file is audited anew each time; so is all when the audit is what was asked.
+        if path.exists() and config.mode == "train" and not config.eval_only:
             old = read_json(path)
-            return old.get("audit_key") == audit_key and old["passed"]
-
+            passed_before = old.get("key") == key and old["passed"]
         self.audited = True  # below, a failure raises
         # Scores of an earlier start of this run are of the same file, script and settings.
         for label, score in self.results["scores"].items():
@@ -7321,44 +6315,24 @@ class Run:
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
         if self.runtime.is_main:
-            record = dict(passed=not failed, audit_key=audit_key, seconds=seconds, checks=checks)
-            write_json(path, record)
+            write_json(path, dict(passed=not failed, key=key, seconds=seconds, checks=checks))
         self.runtime.event("audit", passed=not failed)
         verdict = "FAIL" if failed else "pass"
         self.log(f"audit {verdict} {len(checks)} checks in {seconds:.1f} s")
         if failed:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
-    def evaluation_key(self, path):
-        """A score or an audit belongs to one file of weights, one script and its settings."""
-        settings = self.config.hash("arch", "eval")
-        return f"{self.load(path).sha256}/{self.code_sha256}/{settings}"
-
-    def state_key(self, path):
-        """What a cut-off evaluation of a file must agree on to be continued.
-
-        A given file is checked, so only states of this user's own runs are believed. A training
-        run's phases are taken on trust anyway: its job may go on where the user's key is not.
-        """
-        key = self.evaluation_key(path)
-        return f"{key}/{self.origin()}" if self.config.eval_only else key
-
     def score(self):
         """Every score that is configured and missing, from the files that were written."""
         config = self.config
         for job in self.jobs():
-            scored = self.already_done(
-                job.label, lambda job=job: job.label in self.results["scores"]
-            )
+            scored = self.already_done(job.label, job.label in self.results["scores"])
             if scored and not config.scores_file:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
-            name = f"eval_{job.label}"
-            checkpoints = Checkpointer(self.runtime, name, config.checkpoint_seconds)
+            checkpoints = Checkpointer(self.runtime, f"eval_{job.label}", config.checkpoint_seconds)
             scores_file = None
             if config.scores_file:
-                # It needs every target of one pass, so no earlier part of one is taken up.
-                checkpoints = None
                 scores_file = ScoresFile(self.val.num_targets)
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
@@ -7371,11 +6345,13 @@ class Run:
                 slot=job.slot,
                 label=job.label,
                 observer=scores_file,
-                checkpoints=checkpoints,
-                identity=self.state_key(path),
+                # The file needs every target of one pass, so no earlier part of one is taken up.
+                checkpoints=None if scores_file else checkpoints,
+                identity=self.evaluation_key(path),
                 spot_checks=config.spot_checks,
             )
             self.record(score, job)
+            checkpoints.clear()
             if scores_file is not None:
                 scores_file.write(config.scores_file.replace("{label}", job.label), self.runtime)
         if self.runtime.is_main:
@@ -7396,17 +6372,15 @@ class Run:
 
     def record(self, score, job):
         """Log a score and add it to scores.json."""
-        log = self.log
         name = score.label
         mark = "" if score.legal else " legality:illegal"
         stride = f" stride:{job.stride}" if name.endswith("sliding_window") else ""
-        milliseconds = 1000 * score.seconds
-        log(
+        self.log(
             f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{stride} "
-            f"eval_time:{milliseconds:.0f}ms{mark}"
+            f"eval_time:{1000 * score.seconds:.0f}ms{mark}"
         )
-        log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
-        log(f"score_scope:{self.val.scope}")
+        self.log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{mark}")
+        self.log(f"score_scope:{self.val.scope}")
         entry = dict(
             val_loss=score.val_loss,
             val_bpb=score.val_bpb,
@@ -7468,7 +6442,8 @@ class Run:
         return "1" if score["audited"] else "unaudited"
 
     def summarise(self):
-        """What happened and what to try next, in plain words."""
+        """Log the results, and the command to try next, in plain words."""
+        config = self.config
         log = self.log
         results = self.results
         for label, score in results["scores"].items():
@@ -7477,46 +6452,35 @@ class Run:
                 f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope}"
             )
-        if self.config.preset == "demo":
-            self.log_baselines()
+        if config.preset == "demo":  # what general compressors make of the text that was scored
+            ids = self.val.tokens.astype(int).tolist()
+            text = self.val.token_bytes.model.decode(ids).encode()
+            for name, blob in [("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))]:
+                bpb = 8 * len(blob) / len(text)
+                log(f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text")
         headline = self.headline()
         if headline is not None:
-            bpb = results["scores"][headline]["val_bpb"]
-            seconds = results["scores"][headline]["eval_time_s"]
-            legal = self.legality_of(headline)
+            score = results["scores"][headline]
             log(
-                f"summary: score  {bpb:.4f} bits per byte ({headline}, legal:{legal}, "
-                f"score_scope:{self.val.scope})"
+                f"summary: score  {score['val_bpb']:.4f} bits per byte ({headline}, "
+                f"legal:{self.legality_of(headline)}, score_scope:{self.val.scope})"
             )
-            log(f"summary: scored {self.val.num_targets:,} targets in {seconds:,.0f} s")
-        total = results["total_bytes"]
+            log(
+                f"summary: scored {self.val.num_targets:,} targets in {score['eval_time_s']:,.0f} s"
+            )
         log(
             f"summary: size   {results['artifact_bytes']:,} + {results['code_bytes']:,} of code = "
-            f"{total:,} of {self.config.budget_bytes:,} bytes"
+            f"{results['total_bytes']:,} of {config.budget_bytes:,} bytes"
         )
-        if not self.config.eval_only:
+        if not config.eval_only:
             log(f"summary: steps  {results['steps']:,} in {results['train_time_s']:,.0f} s")
         log(f"summary: files  {self.path}")
-        log(f"next: {self.next_command()}")
-
-    def log_baselines(self):
-        """What general compressors make of the text that the demo was scored on."""
-        ids = self.val.tokens.astype(int).tolist()
-        text = self.val.token_bytes.model.decode(ids).encode()
-        packed = {"gzip -9": gzip.compress(text, 9), "xz -6": lzma.compress(text)}
-        for name, blob in packed.items():
-            bpb = 8 * len(blob) / len(text)
-            log_line = f"baseline {name} bpb:{bpb:.4f} on the same {len(text)} bytes of text"
-            self.log(log_line)
-
-    def next_command(self):
-        """The one command to try next."""
-        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={self.config.tokenizer_path}"
-        if self.config.eval_only:
-            return f'{where} MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
-        return (
-            f"{where} DATA_PATH={self.config.data_path} python train_gpt.py  # verify the artifact"
-        )
+        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={config.tokenizer_path}"
+        if config.eval_only:
+            command = 'MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
+        else:
+            command = f"DATA_PATH={config.data_path} python train_gpt.py  # verify the artifact"
+        log(f"next: {where} {command}")
 
 
 # ---- MODE=sample ----
@@ -7576,85 +6540,36 @@ def sample(config, runtime, loaded):
 @contextlib.contextmanager
 def reported_errors(runtime):
     """Log what stops a run, once and with the rank, and end the process with its exit code."""
-    rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
     try:
         yield
+        return
     except Stopped as stop:
-        report_stop(runtime, stop)
-        leave(runtime, stop.code)
-    except GolfError as error:
-        report_error(runtime, error.code, str(error), f"error: {printable(error)}", rank)
-        leave(runtime, error.code)
+        code = stop.code
+        if runtime.is_main:
+            with contextlib.suppress(OSError):  # a job script requeues where this file lies
+                (runtime.dir / "STOPPED").write_text(f"{stop}\n")
+        reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
+        runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
+        runtime.event("stopped", signal=reason, phase=str(stop))
+        with contextlib.suppress(RuntimeError):
+            runtime.comm.barrier()  # all ranks leave together
     except BaseException as error:
+        code = 1
         message = f"{type(error).__name__}: {error}"
-        report_error(runtime, 1, message, traceback.format_exc(), rank)
-        leave(runtime, 1)
-
-
-def report_stop(runtime, stop):
-    """One line, one event, and the file STOPPED that tells a job script to requeue."""
-    if runtime.is_main:
-        with contextlib.suppress(OSError):
-            (runtime.dir / "STOPPED").write_text(f"{stop}\n")
-    reason = runtime.stop.reason or "another_rank"  # rank 0 need not have heard it itself
-    runtime.log(f"stopped signal:{reason} phase:{stop}; run the same command again to go on")
-    runtime.event("stopped", signal=reason, phase=str(stop))
-    with contextlib.suppress(RuntimeError):
-        runtime.comm.barrier()  # all ranks leave together
-
-
-def report_error(runtime, code, message, shown, rank):
-    """`message` to the log and the events, `shown` with its rank to the terminal."""
-    runtime.event("error", code=code, message=message)
-    runtime.append(runtime.log_file, f"error: {message}")
-    lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
-    print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def leave(runtime, code):
-    """Exit now: tearing down a process group whose peers may be gone can hang."""
-    # A checkpoint that is being written must be whole before the process goes. Other threads are
-    # not waited for: those of the compiler's pools do not end by themselves.
-    for thread in threading.enumerate():
-        if thread.name.startswith(CHECKPOINT_THREAD):
-            thread.join()
+        shown = traceback.format_exc()
+        if isinstance(error, GolfError):  # its text says what to do
+            code = error.code
+            message = str(error)
+            shown = f"error: {message}"
+        runtime.event("error", code=code, message=message)
+        runtime.append(runtime.log_file, f"error: {message}")
+        rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
+        lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
+        print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
     if runtime.comm.world > 1:
-        os._exit(code)
+        os._exit(code)  # tearing down a process group whose peers may be gone can hang
     sys.exit(code)
-
-
-def launch_ranks(config):
-    """Start NPROC processes of this command on this machine; returns the exit code of the job.
-
-    It is what `torchrun --standalone` does, but for the end: torchrun exits with 1 whatever its
-    workers say, and a job script could not tell a failed audit from a full disk.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-    launch_config = launcher.LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.nproc,
-        run_id=f"train_gpt_{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,  # a stopped run goes on when its command is run again
-        monitor_interval=0.1,
-        shutdown_timeout=110,  # seconds that a rank has to save before it is killed
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    )
-    begin = time.time()
-    try:
-        launcher.elastic_launch(launch_config, sys.executable)("-u", str(CODE_PATH))
-    except launcher.ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode
-    except SignalException:
-        # The workers got the signal too; the file tells whether they saved everything in time.
-        stopped = Path(config.run_dir) / "STOPPED"
-        saved = stopped.exists() and stopped.stat().st_mtime >= begin
-        return Stopped.code if saved else 1
-    return 0
 
 
 def load_given(environ):
@@ -7678,13 +6593,10 @@ def main():
         )
     # The file comes first: its architecture and evaluation settings belong to the configuration.
     loaded = load_given(os.environ)
-    config = Config.from_env(os.environ, loaded.brought() if loaded else None)
+    config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
     if arguments:
         print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
         return
-    check_places(config)
-    if config.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(launch_ranks(config))
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with reported_errors(runtime):
