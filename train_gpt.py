@@ -4311,16 +4311,10 @@ class Evaluation:
         wanted = more and self.runtime.stop.wanted()
         # One collective for both, so that all ranks save or stop after the same item.
         stop, save = self.comm.all_reduce_scalars(wanted, due)
-        place = f"{self.label or 'validation'} at item {self.cursor}/{len(self.work)}"
         if (stop or save) and self.checkpoints is not None:
-            saved = self.save()
-            if stop and not saved:
-                raise ResourceError(
-                    f"stopped in {place}, but its state could not be saved (see the warning "
-                    "above): free space or change RUN_DIR; what was saved before is intact"
-                )
+            self.save(needed=bool(stop))
         if stop:
-            raise Stopped(f"in {place}")
+            raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
 
     def show_progress(self):
         """The running score: on a terminal every second, in the log every LOG_SECONDS."""
@@ -4547,8 +4541,11 @@ class Evaluation:
             dist.all_reduce(total)
         return total.numpy()
 
-    def save(self):
-        """Write the state; every rank must call it. Returns whether the state was written."""
+    def save(self, needed):
+        """Write the state; every rank must call it.
+
+        With `needed`, raises ResourceError if it cannot be written.
+        """
         rows = torch.from_numpy(self.comm.gather_rows(self.meter.row()))  # each rank has its own
         coverage = torch.from_numpy(np.packbits(self.all_coverage()))
         state = None
@@ -4565,10 +4562,13 @@ class Evaluation:
             if self.ttt:
                 # What the chunks so far have taught.
                 state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
-        saved = self.checkpoints.save(self.cursor, state) is not None
-        if saved:
+        if self.checkpoints.save(self.cursor, state):
             self.runtime.log(f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}")
-        return saved
+        elif needed:
+            raise ResourceError(
+                f"the state of {self.label} could not be written to {self.checkpoints.folder}: "
+                "free space or change RUN_DIR"
+            )
 
     def load(self):
         """Go on from a saved state of the same evaluation, if there is one."""
