@@ -25,7 +25,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import fcntl
+import errno
 import functools
 import gzip
 import hashlib
@@ -39,6 +39,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import signal
 import struct
 import sys
@@ -65,6 +66,11 @@ from torch.nn.attention import (
     sdpa_kernel,
 )
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("train_gpt.py locks files with fcntl, which Windows lacks: use Linux, macOS or WSL")
 
 BOS = 1  # every document of the official shards starts with this token
 EOS = 2  # the tokenizers have it, the shards do not use it
@@ -194,7 +200,7 @@ class Config:
     nfm_hidden_dim: int = arch_option(256, "hidden width of NativeFlowMatcher", 1, 4096)
 
     # Training: length and schedule.
-    seed: int = train_option(42, "seed of weights and noise", 0, 2**31 - 1)
+    seed: int = train_option(42, "seed of weights and noise", 0, 2**63 - 1)
     iterations: int = train_option(7000, "optimiser steps", 0)
     train_batch_tokens: int = train_option(786432, "tokens per optimiser step, all ranks", 1)
     train_seq_len: int = train_option(2048, "training sequence length", 2)
@@ -276,9 +282,6 @@ class Config:
     )
 
     # Evaluation: windows and arithmetic.
-    dtype: str = eval_option(
-        "bfloat16", "autocast type; float32 = none", choices=("bfloat16", "float32")
-    )
     # A smaller stride gives targets more context, at a cost in proportion.
     eval_seq_len: int = eval_option(1024, "window of every evaluation", 2, 1 << 17)
     eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
@@ -338,6 +341,13 @@ class Config:
 
     # How it runs there.
     device: str = run_option("auto", "auto, cpu, cuda or cuda:N")
+    # A property of the machine: a laptop scores at its best speed what eight H100 trained.
+    dtype: str = run_option(
+        "auto",
+        "of matrix products; auto = bfloat16 on CUDA from capability 8.0 and on CPUs with AMX, "
+        "else float32",
+        choices=("auto", "bfloat16", "float32"),
+    )
     compile: str = run_option("auto", "torch.compile; auto = on CUDA", choices=("auto", "0", "1"))
     micro_batch_tokens: int = run_option(98304, "tokens per forward pass and rank", 1)
     warmup_steps: int = run_option(20, "compile warm-up steps; weights are restored", 0)
@@ -1001,7 +1011,7 @@ def check_fit(c):
 
 def help_text():
     """Return every variable with its meaning, default and the presets that change it."""
-    lines = [__doc__, "Variables (default; [preset=value] where a preset differs):"]
+    lines = [__doc__ or "", "Variables (default; [preset=value] where a preset differs):"]
     for field in dataclasses.fields(Config):
         name = field.name
         text = field.metadata["text"]
@@ -1317,7 +1327,8 @@ class Comm:
         self.all_reduce_scalars(0)
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends one of these before it kills a job
+# SLURM sends one of the first two before it kills a job; a terminal sends the others.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -1333,7 +1344,8 @@ class StopRequest:
     def watch_signals(self):
         """Handle the signals of STOP_SIGNALS from here on."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self.on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         """Note the first signal; a second one means now."""
@@ -1377,11 +1389,12 @@ class Runtime:
     def __init__(self, config, environ):
         # Before CUDA starts: with it cuBLAS gives the same bits every time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
+        rank = read_number(environ, "RANK", int, 0)
+        self.comm = Comm(rank, read_number(environ, "WORLD_SIZE", int, 1))
         self.is_main = self.comm.rank == 0
-        self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
+        self.device = pick_device(config.device, read_number(environ, "LOCAL_RANK", int, 0))
         on_gpu = self.device.type == "cuda"
-        self.dtype = getattr(torch, config.dtype)  # of autocast
+        self.dtype, self.dtype_reason = pick_dtype(config.dtype, self.device)  # of autocast
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
         # With several ranks a step is so small that launching its kernels takes longer than
         # running them, so test-time training is replayed as a CUDA graph.
@@ -1392,8 +1405,8 @@ class Runtime:
         self.lock = None
         self.on_line = False  # the terminal's last line is progress, to be overwritten
         seconds_left = config.time_limit_seconds or math.inf
-        if "SLURM_JOB_END_TIME" in environ:
-            seconds_left = min(seconds_left, float(environ["SLURM_JOB_END_TIME"]) - time.time())
+        job_end = read_number(environ, "SLURM_JOB_END_TIME", float, math.inf)
+        seconds_left = min(seconds_left, job_end - time.time())
         self.stop = StopRequest(seconds_left)
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
@@ -1404,22 +1417,27 @@ class Runtime:
             # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         self.attention = pick_attention(self.device, self.dtype, self.compiling)
-        if self.is_main:
-            self.open_dir()
+        if self.is_main and not self.open_dir():
+            self.log(
+                f"warning: no locks on the file system of {self.dir}: start one run in it only"
+            )
+        if self.comm.world > 1:
+            self.check_dir_is_shared()
 
     def open_dir(self):
-        """Lock RUN_DIR and open its logs."""
+        """Lock RUN_DIR and open its logs; returns False where the file system has no locks."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock_file(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
                 unfinished.unlink()
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
+            return locked
         except BlockingIOError:
             raise ConfigError(
                 f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another "
@@ -1430,6 +1448,25 @@ class Runtime:
                 f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
                 "writable directory"
             ) from None
+
+    def check_dir_is_shared(self):
+        """Raise ConfigError unless every rank sees the file that rank 0 makes in RUN_DIR."""
+        number = int(self.comm.from_main(time.time_ns() % 2**40))
+        probe = self.dir / f"shared_{number}"
+        if self.is_main:
+            probe.touch()
+        self.comm.barrier()
+        deadline = time.monotonic() + 10  # network file systems show a new file late
+        while not probe.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        missing = self.comm.any_rank(not probe.exists())
+        if self.is_main:
+            probe.unlink()
+        if missing:
+            raise ConfigError(
+                f"RUN_DIR={self.dir} is not the same directory on all nodes: set RUN_DIR to a "
+                "directory on a shared file system"
+            )
 
     def stop_if_wanted(self, phase, seconds_needed=0.0):
         """Raise Stopped on every rank if one of them is to stop before `phase`."""
@@ -1442,7 +1479,7 @@ class Runtime:
         if not self.is_main:
             return
         line = printable(line)  # it may quote a file's text
-        print(f"{CLEAR_LINE if self.on_line else ''}{line}", flush=True)
+        say(f"{CLEAR_LINE if self.on_line else ''}{line}\n")
         self.on_line = False
         self.append(self.log_file, line)
 
@@ -1454,13 +1491,12 @@ class Runtime:
             file.write(f"{printable(line)}\n".encode())
         except OSError as error:
             # A full disk costs the line, not the run.
-            warning = f"warning: {file.name} cannot be written ({error.strerror})"
-            print(warning, file=sys.stderr, flush=True)
+            say(f"warning: {file.name} cannot be written ({error.strerror})\n", sys.stderr)
 
     def progress(self, text):
         """Rewrite the terminal's current line; nothing where the output is a file."""
         if self.is_main and sys.stdout.isatty():
-            print(f"{CLEAR_LINE}{text}", end="", flush=True)
+            say(f"{CLEAR_LINE}{text}")
             self.on_line = True
 
     def event(self, event, **fields):
@@ -1528,14 +1564,84 @@ def deterministic_algorithms():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def read_number(environ, name, kind, default):
+    """The number in a variable that torchrun or SLURM sets. Raises ConfigError for another text."""
+    try:
+        return kind(environ.get(name, default))
+    except ValueError:
+        raise ConfigError(f"{name}={environ[name]!r}: expected a number: unset {name}") from None
+
+
+def lock_file(file, flags):
+    """Lock an open file; returns False where its file system has no locks."""
+    try:
+        fcntl.flock(file, flags)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
+def say(text, stream=None):
+    """Write to the terminal; a closed pipe or a full disk behind it costs text, never the run."""
+    stream = stream or sys.stdout
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError:
+        # The text that is still buffered would raise again at exit.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def prepare_terminal():
+    """Stand in for a missing output (`>&-`), and escape characters that the terminal lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def pick_dtype(wish, device):
+    """(torch dtype of matrix products on a device, reason); DTYPE=auto takes the faster one.
+
+    Without AMX a CPU multiplies bfloat16 up to a hundred times slower than float32.
+    """
+    if wish != "auto":
+        return getattr(torch, wish), f"DTYPE={wish}"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        fast = major >= 8
+        reason = f"auto: CUDA capability {major}.{minor}"
+    else:
+        # oneDNN does the products, and can be told to do without AMX.
+        isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+        allowed = isa in ("ALL", "DEFAULT") or "AMX" in isa
+        fast = allowed and torch.cpu.get_capabilities().get("amx_bf16", False)
+        reason = f"auto: this CPU has {'' if fast else 'no '}AMX"
+    return (torch.bfloat16 if fast else torch.float32), reason
+
+
 def pick_device(wish, local_rank):
     """The torch device of this rank. Raises ConfigError for a GPU that is not there."""
     available = torch.cuda.is_available()
+    if wish == "auto" and available:
+        try:  # a GPU that this build of PyTorch has no kernels for fails at the first one
+            torch.ones(1, device="cuda").add_(1).item()
+        except RuntimeError:
+            available = False
     if wish.startswith("cuda") and not available:
         raise ConfigError(f"DEVICE={wish}: no CUDA device here: unset DEVICE or use DEVICE=cpu")
     if wish == "cpu" or not available:
         return torch.device("cpu")
     if ":" not in wish:
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ConfigError(
+                f"LOCAL_RANK={local_rank}, but this machine has {count} GPUs: start torchrun with "
+                f"--nproc_per_node={count}"
+            )
         return torch.device(f"cuda:{local_rank}")
     if local_rank > 0:
         raise ConfigError(f"DEVICE={wish} is one GPU for several ranks: use DEVICE=cuda")
@@ -3185,7 +3291,7 @@ def build_optimizers(model, config, comm=None):
         config.muon_momentum,
         config.muon_wd,
         config.muon_ns_steps,
-        getattr(torch, config.dtype),
+        pick_dtype(config.dtype, next(model.parameters()).device)[0],
         comm,
         config.muon_row_norm,
     )
@@ -6025,13 +6131,14 @@ class Run:
         config = self.config
         training = {"train_gpt.py": sha256_file(CODE_PATH)}  # other code may do otherwise
         packing = {"tokenizer": self.tokenizer_sha256}
-        evaluation = config.as_dict("eval")
+        self.dtype = str(self.runtime.dtype).removeprefix("torch.")
+        evaluation = dict(config.as_dict("eval"), dtype=self.dtype)
         evaluation["validation text"] = self.val.fingerprint["val_sha256"]
         evaluation["file that is scored"] = "the run's own"
         if config.eval_only:
             evaluation["file that is scored"] = self.load(self.artifact_path).sha256
         else:
-            training.update(config.as_dict("arch", "train"), dtype=config.dtype)
+            training.update(config.as_dict("arch", "train"), dtype=self.dtype)
             training["training tokens"] = open_train_stream(config).num_tokens
             packing.update(config.as_dict("pack"))
             if config.late_qat_threshold:  # training then rounds to these bits
@@ -6088,10 +6195,11 @@ class Run:
             # What gptq takes from the cap changes the training that is still to be done.
             repacks = repacks and "quantizer" not in changed["packing"]
         if not repacks:
+            before = old.get("identity", {}).get("evaluation", {}).get("dtype")
+            same = f"set DTYPE={before}" if "dtype" in differences else "use the same"
             raise ConfigError(
                 f"{self.path} holds a run of other settings, data or code: "
-                f"{'; '.join(differences.values())}: use the same to resume it, or set another "
-                "RUN_ID"
+                f"{'; '.join(differences.values())}: {same} to resume it, or set another RUN_ID"
             )
         # Scores go first: a kill must not leave them beside another artifact.
         stale = [self.path / name for name in ("scores.json", "audit.json", ARTIFACT_NAME)]
@@ -6115,6 +6223,7 @@ class Run:
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
         log(f"evaluation_hash:{config.hash('arch', 'eval')}")
+        log(f"dtype:{self.dtype} ({self.runtime.dtype_reason})")
         log(f"attention:{self.runtime.attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
         split = self.val.fingerprint
@@ -6389,6 +6498,7 @@ class Run:
             eval_time_s=score.seconds,
             legal=score.legal,
             spot_checks=score.spot_checks,
+            dtype=self.dtype,
             audited=self.audited and self.is_submission(name),
         )
         self.runtime.event("score", label=name, scope=self.val.scope, **entry)
@@ -6450,7 +6560,7 @@ class Run:
             log(
                 f"result {label} val_bpb:{score['val_bpb']:.8f} "
                 f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
-                f"score_scope:{self.val.scope}"
+                f"score_scope:{self.val.scope} dtype:{score['dtype']}"
             )
         if config.preset == "demo":  # what general compressors make of the text that was scored
             ids = self.val.tokens.astype(int).tolist()
@@ -6475,12 +6585,20 @@ class Run:
         if not config.eval_only:
             log(f"summary: steps  {results['steps']:,} in {results['train_time_s']:,.0f} s")
         log(f"summary: files  {self.path}")
-        where = f"EVAL_ONLY={self.artifact_path} TOKENIZER_PATH={config.tokenizer_path}"
+        settings = [f"EVAL_ONLY={self.artifact_path}", f"TOKENIZER_PATH={config.tokenizer_path}"]
         if config.eval_only:
-            command = 'MODE=sample PROMPT="The" python train_gpt.py  # read what it writes'
+            settings += ["MODE=sample", "PROMPT=The"]
+            purpose = "read what it writes"
         else:
-            command = f"DATA_PATH={config.data_path} python train_gpt.py  # verify the artifact"
-        log(f"next: {where} {command}")
+            settings.append(f"DATA_PATH={config.data_path}")
+            purpose = "verify the artifact"
+        log(f"next: {' '.join(map(shlex.quote, settings))} python train_gpt.py  # {purpose}")
+        if headline is not None:
+            log(f"official_form: {headline}, under the name in the logs of the challenge's script")
+            log(
+                f"final_int8_zlib_roundtrip_exact val_loss:{score['val_loss']:.8f} "
+                f"val_bpb:{score['val_bpb']:.8f}"
+            )
 
 
 # ---- MODE=sample ----
@@ -6528,10 +6646,10 @@ def sample(config, runtime, loaded):
         text = tokenizer.decode(text_ids)
         # A character of several bytes is a replacement mark until its last byte is there.
         if runtime.is_main and not text.endswith("\ufffd"):
-            print(printable(text[len(shown) :], keep="\n\t"), end="", flush=True)
+            say(printable(text[len(shown) :], keep="\n\t"))
             shown = text
     if runtime.is_main:
-        print()
+        say("\n")
 
 
 # ---- the end of a process ----
@@ -6564,9 +6682,8 @@ def reported_errors(runtime):
         runtime.event("error", code=code, message=message)
         runtime.append(runtime.log_file, f"error: {message}")
         rank = f"[rank {runtime.comm.rank}] " if runtime.comm.world > 1 else ""
-        lines = [f"{rank}{printable(line)}" for line in shown.splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
-    sys.stdout.flush()
+        lines = [f"{rank}{printable(line)}\n" for line in shown.splitlines()]
+        say("".join(lines), sys.stderr)
     if runtime.comm.world > 1:
         os._exit(code)  # tearing down a process group whose peers may be gone can hang
     sys.exit(code)
@@ -6583,9 +6700,10 @@ def load_given(environ):
 
 def main():
     """Read the configuration, build the runtime, train or load, pack, audit, score."""
+    prepare_terminal()
     arguments = set(sys.argv[1:])
     if arguments & {"--help", "-h"}:
-        print(help_text())
+        say(f"{help_text()}\n")
         return
     if arguments - {"--print-config"}:
         raise ConfigError(
@@ -6595,10 +6713,12 @@ def main():
     loaded = load_given(os.environ)
     config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
     if arguments:
-        print("\n".join(f"{name.upper()}={value}" for name, value in config.as_dict().items()))
+        say("".join(f"{name.upper()}={value}\n" for name, value in config.as_dict().items()))
         return
     runtime = Runtime(config, os.environ)
     runtime.stop.watch_signals()
+    for warning in name_warnings(os.environ):
+        runtime.log(warning)
     with reported_errors(runtime):
         if config.mode == "sample":
             sample(config, runtime, loaded)
@@ -6611,5 +6731,5 @@ if __name__ == "__main__":
     try:
         main()
     except GolfError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        say(f"error: {printable(error)}\n", sys.stderr)
         sys.exit(error.code)
