@@ -1707,18 +1707,48 @@ def write_shard(path, tokens):
     write_atomic(path, [header.tobytes(), tokens.astype("<u2").tobytes()])
 
 
+SHARD_NAME = re.compile(r"fineweb_(train|val)_\d+\.bin")
+
+
+def list_data(config):
+    """Sorted names of the files in DATA_PATH that begin with fineweb_. Raises DataError."""
+    try:
+        return sorted(name for name in os.listdir(config.data_path) if name.startswith("fineweb_"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(
+            f"DATA_PATH={config.data_path} cannot be read ({error.strerror}): change its "
+            "permissions, or set DATA_PATH"
+        ) from None
+
+
 def find_shards(config, split):
-    """Sorted paths of the "train" or "val" shards in DATA_PATH. Raises DataError without any."""
-    pattern = f"fineweb_{split}_*.bin"
+    """Sorted paths of the "train" or "val" shards in DATA_PATH. Raises DataError without any.
+
+    Only fineweb_{split}_{digits}.bin are shards: data sets of case tokens have files of bytes
+    beside them, fineweb_val_bytes_*.bin, in the same format.
+    """
     folder = Path(config.data_path)
-    paths = sorted(folder.glob(pattern))
+    names = [name for name in list_data(config) if SHARD_NAME.fullmatch(name)]
+    paths = [folder / name for name in names if name.startswith(f"fineweb_{split}_")]
     if not paths:
         there = "no such file in it" if folder.is_dir() else "no such directory"
         raise DataError(
-            f"no shard matches {config.data_path}/{pattern} ({there}): get the official shards "
-            "(README, section Training) and set DATA_PATH and TOKENIZER_PATH, or try the whole "
-            "path on data built here: PRESET=demo python train_gpt.py"
+            f"no shard matches {config.data_path}/fineweb_{split}_*.bin ({there}): get the "
+            "official shards (README, section Training) and set DATA_PATH and TOKENIZER_PATH, or "
+            "try the whole path on data built here: PRESET=demo python train_gpt.py"
         )
+    seen = {}  # path by size and both ends of the file
+    for path in paths:
+        tokens = read_shard(path)
+        key = len(tokens), tokens[:4096].tobytes(), tokens[-4096:].tobytes()
+        if key in seen:
+            raise DataError(
+                f"{path} holds the same tokens as {seen[key]}: remove one of them, or download "
+                "the right shard"
+            )
+        seen[key] = path
     return paths
 
 
@@ -1887,6 +1917,12 @@ class TokenBytes:
             elif not self.is_boundary[i]:
                 # SentencePiece writes a space as "▁" (three bytes in UTF-8, one in the text).
                 piece = model.id_to_piece(i)
+                if any("\ue000" <= char <= "\uf8ff" for char in piece):
+                    raise DataError(
+                        f"TOKENIZER_PATH={tokenizer_path}: piece {i}, {ascii(piece)}, stands for "
+                        "an operator on the text (case tokens), whose bytes cannot be counted by "
+                        "pieces: use a tokenizer without private-use characters"
+                    )
                 self.spaced[i] = piece.startswith("▁")
                 self.base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())
 
@@ -1920,6 +1956,11 @@ class TokenBytes:
             length = len(text.encode())
             if self.spaced[document[1]] and self.is_boundary[document[0]]:
                 length -= 1  # the first space, see count
+            if length != counted and "\ufffd" in text:
+                raise DataError(
+                    f"the document {text[:60]!r} is cut inside a character, its bytes are no "
+                    "UTF-8: restore the shard, or cut documents between characters"
+                )
             if length != counted:
                 raise DataError(
                     f"bytes per token are wrong for {text[:60]!r}: counted {counted}, decoded "
@@ -1946,6 +1987,11 @@ class ValidationSet:
             blocks.append(token_bytes.count(tokens[low:high], tokens[low + 1 : high + 1]))
         self.bytes = np.concatenate(blocks)  # (n,) uint16
         total = int(self.bytes.sum(dtype=np.int64))
+        if total == 0:
+            raise DataError(
+                "the validation tokens stand for no text (0 bytes): use the tokenizer that made "
+                "these shards"
+            )
         low, high = CANONICAL_BYTES
         has_the_targets = self.num_targets == CANONICAL_TARGETS.get(token_bytes.vocab_size)
         self.scope = "canonical-by-counts" if has_the_targets and low <= total <= high else "proxy"
@@ -1977,6 +2023,29 @@ class ValidationSet:
         # The beginning shows whether tokenizer and shards belong together.
         token_bytes.check(tokens[:100_000])
         return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
+
+    def warnings(self, config):
+        """Lines on a text that is not what the challenge scores."""
+        lines = []
+        if self.fingerprint["val_documents"] == 0:
+            lines.append(
+                f"warning: no document starts in the validation text (token {BOS}): states cross "
+                "from each document into the next one"
+            )
+        expected = CANONICAL_TARGETS.get(self.token_bytes.vocab_size)
+        if expected and self.num_targets != expected and config.preset != "demo":
+            lines.append(
+                f"warning: {self.num_targets} validation targets, the challenge's split has "
+                f"{expected} at {self.token_bytes.vocab_size} pieces: scores compare only with "
+                "others on this text"
+            )
+        if self.retokenisation_mismatch():
+            lines.append(
+                f"warning: TOKENIZER_PATH={config.tokenizer_path} does not seem to have made "
+                "these shards: it encodes their text otherwise. Bytes per token, and so bits per "
+                "byte, would be wrong: use the tokenizer that came with them"
+            )
+        return lines
 
     def retokenisation_mismatch(self):
         """Whether another tokenizer seems to have made these tokens: text, encoded again, differs.
@@ -3558,6 +3627,12 @@ class Trainer:
         log(f"model_params:{sum(param.numel() for param in self.model.parameters())}")
         log(f"world_size:{self.comm.world} grad_accum_steps:{self.accumulation_steps}")
         log(f"train_loader:dataset:{data_set} train_shards:{len(self.stream.paths)}")
+        passes = config.iterations * config.train_batch_tokens / self.stream.num_tokens
+        if passes > 1:
+            log(
+                f"warning: ITERATIONS={config.iterations} read the {self.stream.num_tokens} "
+                f"training tokens {passes:.1f} times, unless MAX_WALLCLOCK_SECONDS ends it sooner"
+            )
         if config.late_qat_threshold and config.quantizer == "gptq":
             log(
                 "warning: LATE_QAT_THRESHOLD: training rounds to the steps of QUANTIZER=lite; gptq "
@@ -3627,12 +3702,28 @@ class Trainer:
         # Counted step by step, because looped layers are switched on in mid-run.
         self.flops += flops_per_token(self.model) * config.train_batch_tokens
         self.report(loss, scale)
+        if self.step == 2:  # the pace is known: the first step still warms up
+            self.warn_of_warmdown(seconds)
         if stop and self.step < config.iterations:  # after the last one, packing comes next
             self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
         if save or (every and self.step % every == 0):
             self.save()
+
+    def warn_of_warmdown(self, step_seconds):
+        """Log a warning if the wallclock cap ends the run inside its warmdown."""
+        config = self.config
+        steps = config.training_seconds / step_seconds
+        inside = steps < min(config.warmdown_iters, config.iterations)
+        if config.training_seconds and inside and not config.warmdown_frac:
+            peak = lr_scale(config, 1, step_seconds)
+            frac = min(1.0, config.warmdown_iters / config.iterations)
+            self.runtime.log(
+                f"warning: MAX_WALLCLOCK_SECONDS ends this run after about {steps:.0f} steps, but "
+                f"WARMDOWN_ITERS={config.warmdown_iters}: the learning rate never exceeds "
+                f"{peak:.3f} of its peak; WARMDOWN_FRAC={frac:.2f} keeps the warmdown's share"
+            )
 
     def agree(self, loss):
         """(mean loss, stop, save, seconds) of this step, the same on every rank.
@@ -6101,6 +6192,8 @@ class Run:
     def prepare(self):
         """Load the data, compare with the run in RUN_DIR, write down what this run is."""
         config = self.config
+        if config.mode == "train" and not config.eval_only:
+            self.warn_of_slow_device()
         if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
             if self.runtime.is_main:
                 build_demo_data(config, self.log)
@@ -6121,6 +6214,28 @@ class Run:
         self.announce()
         if config.eval_only:
             self.check_budget()
+
+    def warn_of_slow_device(self):
+        """Log a warning if this CPU would train for more than a day."""
+        config = self.config
+        if self.runtime.device.type != "cpu":
+            return
+        with torch.device("meta"):
+            flops = flops_per_token(GPT(config)) * config.train_batch_tokens * config.iterations
+        matrix = torch.ones(1024, 1024)
+        begin = time.monotonic()
+        for _ in range(3):
+            matrix @ matrix
+        rate = 3 * 2 * 1024**3 / (time.monotonic() - begin) * self.runtime.comm.world
+        days = flops / (0.3 * rate) / 86400  # a step reaches about a third of a product's rate
+        if days > 1:
+            found = "DEVICE=cpu" if config.device == "cpu" else "no GPU found"
+            if config.device != "cpu" and Path("/dev/nvidia0").exists():
+                found = f"PyTorch {torch.__version__} cannot use the GPU"
+            self.log(
+                f"warning: {found}: {config.preset} on this CPU would take about {days:.0f} days; "
+                "PRESET=demo runs here"
+            )
 
     def identify(self):
         """{"training", "packing", "evaluation": {name: value}} that a RUN_DIR belongs to.
@@ -6235,12 +6350,11 @@ class Run:
             f"documents:{split['val_documents']} sha256:{split['val_sha256']} "
             f"score_scope:{split['scope']}"
         )
-        if self.val.retokenisation_mismatch():
-            log(
-                f"warning: TOKENIZER_PATH={config.tokenizer_path} does not seem to have made these "
-                "shards: it encodes their text otherwise. Bytes per token, and so bits per byte, "
-                "would be wrong: use the tokenizer that came with them"
-            )
+        stray = [name for name in list_data(config) if not SHARD_NAME.fullmatch(name)]
+        if stray:
+            log(f"warning: not shards, not read: {', '.join(stray)} in {config.data_path}")
+        for warning in self.val.warnings(config):
+            log(warning)
         log(f"seed:{config.seed}")
         steps = Checkpointer(self.runtime, "step", 0).numbers()
         self.runtime.event("start", resumed_step=max(steps, default=0))
