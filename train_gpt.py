@@ -322,7 +322,7 @@ class Config:
         False, "check the four legality conditions before scoring; on for EVAL_ONLY and the demo"
     )
     audit_seed: int = run_option(
-        0, "seed of the places that audit and spot checks take, 0 = from the files", 0, 2**31 - 1
+        0, "seed of the places that audit and spot checks take, 0 = from the files", 0, 2**63 - 1
     )
     spot_checks: float = run_option(
         0.01, "share of scoring rounds repeated on other later tokens, which must agree", 0, 1
@@ -2682,6 +2682,12 @@ def mix64(x):
     return x ^ shifted(x, 31)
 
 
+def hash64(*parts):
+    """64 bits that follow from `parts`; their upper 63 are a seed that no other parts share."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def draw_noise(keys, length, width):
     """Standard normal z (B, T, D) and uniform t (B, T) in (0, 1), float32, of keys (B,) int64.
 
@@ -2718,9 +2724,7 @@ def flow_noise_keys(config, step, first, count, device):
     """
     if not config.nfm_enabled or config.nfm_loss_weight == 0:
         return None
-    place = f"{config.seed}/{step}"
-    digest = hashlib.sha256(place.encode()).digest()
-    start = as_int64(int.from_bytes(digest[:8], "little"))
+    start = as_int64(hash64(config.seed, step))
     sequences = torch.arange(first, first + count, device=device)
     return mix64(start + sequences * as_int64(GOLDEN_RATIO))
 
@@ -4393,9 +4397,7 @@ def draw_rounds(work, share, seed):
 
 def check_seed(config, text):
     """AUDIT_SEED, or a seed that follows from what is checked: nobody can choose it beforehand."""
-    if config.audit_seed:
-        return config.audit_seed
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+    return config.audit_seed or hash64(text) >> 1
 
 
 class Evaluation:
@@ -5182,9 +5184,10 @@ def row_scales(rows, bits):
     The largest weight decides how coarse a row's grid is; clipping a few outliers makes it finer
     for all others. Each row takes the candidate that leaves the least squared error.
     """
-    # The floor is float16's smallest number: an epsilon, so that rows of zeros stay zeros.
-    steps = clip_candidates(rows) / largest_code(bits)  # (Q, R, 1)
-    scales = steps.clamp(min=2.0**-24, max=65504.0).half()
+    top = largest_code(bits)
+    # The published scripts take no step below 1/top. Where weights are small this is coarse, and
+    # what makes 11 layers of 6 bits fit 16 MB.
+    scales = (clip_candidates(rows) / top).clamp(min=1 / top, max=65504.0).half()  # (Q, R, 1)
     steps = scales.float()  # rounded to float16, as the artifact stores them
     rounded = round_to_grid(rows, steps, bits) * steps  # (Q, R, C)
     errors = (rounded - rows).square().sum(-1, keepdim=True)  # (Q, R, 1)
@@ -5322,7 +5325,7 @@ def drawn_labels(logps, batch, seed):
     The Fisher information needs the model's own labels; with the data's, errors that the model
     makes anyway would count as sensitivity.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
+    generator = torch.Generator().manual_seed(hash64(seed, "labels", batch) >> 1)
     height = torch.rand(len(logps), 1, generator=generator).to(logps.device)
     below = logps.exp().cumsum(-1) < height  # (n, V)
     return below.sum(-1).clamp(max=logps.size(-1) - 1)
