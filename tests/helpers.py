@@ -83,6 +83,11 @@ def tiny_config(**changes):
     return train_gpt.Config(**{**TINY, "dtype": "float32", **changes})
 
 
+def environ_of(command, **more):
+    """{name: text} of a command's assignments."""
+    return {**dict(word.split("=", 1) for word in command.split()), **more}
+
+
 def preset_config(name, **changes):
     """A preset with `changes`, as its variables would give it."""
     text = {key.upper(): str(value) for key, value in changes.items()}

@@ -1,5 +1,4 @@
-"""Every setting acts: each field of Config has a flip that shows in what is computed, written or
-said."""
+"""Every setting acts: a flip of each field of Config shows in what is computed, written or said."""
 
 import dataclasses
 import hashlib
@@ -16,8 +15,7 @@ from train_gpt import Config
 
 @dataclasses.dataclass(frozen=True)
 class Flip:
-    """`look` sees another thing when a field becomes `to`, with the settings `given` on both
-    sides."""
+    """`look` differs when a field becomes `to`, with the settings `given` on both sides."""
 
     says: str
     look: object
@@ -30,19 +28,13 @@ def flip(says, look, to, **given):
 
 
 class Lab:
-    """Tiny data, settings and weights that all looks share; what was seen without a flip is
-    kept."""
+    """Tiny data, settings and weights that all looks share; looks without a flip are kept."""
 
     def __init__(self, data, folder):
         self.folder, self.folders, self.seen, self.finished = folder, 0, {}, {}
         paths = dict(data_path=str(data.data_path), tokenizer_path=str(data.tokenizer_path))
-        self.base = {
-            **data.settings,
-            **paths,
-            "dtype": "float32",
-            "ttt_enabled": False,
-            "eval_stride": 32,
-        }
+        changes = dict(dtype="float32", ttt_enabled=False, eval_stride=32)
+        self.base = {**data.settings, **paths, **changes}
         self.artifact = ""
 
     def fresh_folder(self):
@@ -61,8 +53,7 @@ class Lab:
         return self.seen[key]
 
     def run(self, settings):
-        """A whole run with torch.compile replaced by nothing; one for all looks with the same
-        settings."""
+        """A whole run without torch.compile; one for all looks with the same settings."""
         key = str(settings)
         if key not in self.finished:
             with mock.patch.object(torch, "compile", side_effect=lambda function, **_: function):
@@ -86,9 +77,7 @@ def lab(tiny_data, tmp_path_factory):
 # Looks: each takes the lab and all settings and returns something that can be compared
 # --------------------------------------------------------------------------------------------------
 def digest(state):
-    return {
-        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items()
-    }
+    return {name: hashlib.sha256(value.numpy()).hexdigest() for name, value in state.items()}
 
 
 def open_run(lab, settings):
@@ -98,12 +87,7 @@ def open_run(lab, settings):
 
 
 def defaults(lab, settings):
-    resolved = Config.from_env({"PRESET": settings.get("preset", "nfm_7k")}).as_dict()
-    return {
-        name: value
-        for name, value in resolved.items()
-        if name not in ("preset", "run_id", "run_dir")
-    }
+    return Config.from_env({"PRESET": settings.get("preset", "nfm_7k")}).as_dict("arch", "eval")
 
 
 def parameters(lab, settings):
@@ -131,9 +115,8 @@ def trained(lab, settings):
 def packed(lab, settings):
     """The artifact's bytes, of weights that are large enough to be quantised."""
     config = Config(**settings)
-    return hashlib.sha256(
-        train_gpt.pack_artifact(config, random_model(config, spread=0.3).state_dict())
-    ).hexdigest()
+    blob = train_gpt.pack_artifact(config, random_model(config, spread=0.3).state_dict())
+    return hashlib.sha256(blob).hexdigest()
 
 
 def run_artifact(lab, settings):
@@ -184,18 +167,10 @@ def batches(lab, settings):
     return sizes
 
 
-def cuda_graphs(lab, settings):
-    """Whether one rank on a GPU would replay its test-time training as a graph."""
-    config, runtime, _ = open_run(lab, {**settings, "compile": "1"})
-    with mock.patch.object(runtime, "device", torch.device("cuda")):
-        return runtime.cuda_graphs(config.ttt_cuda_graph)
-
-
 def compilations(lab, settings):
     """Calls of torch.compile during an evaluation."""
-    with mock.patch.object(
-        torch, "compile", side_effect=lambda function, **_: function
-    ) as compiler:
+    replaced = mock.patch.object(torch, "compile", side_effect=lambda function, **_: function)
+    with replaced as compiler:
         score(lab, settings)
     return compiler.call_count > 0
 
@@ -228,27 +203,12 @@ def files(lab, settings):
     return {str(path.relative_to(result.dir)) for path in result.dir.rglob("*")}
 
 
-def run_again(lab, settings):
-    """What lies in the run's directory after the same command ran twice."""
-    folder = lab.fresh_folder() / "run"
-    runs = [run_main(folder, **changed) for changed in ({**settings, "resume": "auto"}, settings)]
-    assert [run.code for run in runs] == [0, 0], runs
-    return {path.name for path in folder.iterdir()}
-
-
 def directory(lab, settings):
     """Where a run leaves its log, relative to where it was started."""
     folder = lab.fresh_folder()
     result = run_main(cwd=folder, **{"run_dir": "", **settings})
     assert result.code == 0, result.err
     return [str(path.relative_to(folder)) for path in folder.rglob("train.log")]
-
-
-def ranks(lab, settings):
-    """How many processes the program would start."""
-    with mock.patch.object(train_gpt.launcher, "elastic_launch") as launch:
-        assert run_main(lab.fresh_folder() / "run", **settings).code == 0
-    return [call.args[0].max_nodes * call.args[0].nproc_per_node for call in launch.call_args_list]
 
 
 def sampled(lab, settings):
@@ -273,7 +233,7 @@ STEPS = lines(r"step:\d+/\d+ train_loss")
 VALIDATIONS = lines(r"step:\d+/\d+ val_loss")
 CHECKPOINTS = lines(r"checkpoint_saved step:\d+")
 WIDE = dict(model_dim=176, num_layers=1)  # its matrices are large enough for intN
-SWA = dict(swa_enabled=True, swa_every=1, swa_start_scale=1.0, warmdown_iters=6)
+SWA = dict(swa_enabled=True, swa_every=1, iterations=12, warmdown_iters=12)
 TTT_LINEAR = dict(e2e_ttt_enabled=True)
 LOOPS = dict(num_loops=1, loop_start=1, loop_end=1)
 ARTIFACT = dict(eval_only=lambda lab: lab.artifact, audit=False)
@@ -326,6 +286,9 @@ FLIPS = dict(
     min_lr=flip("the rates of the last steps", trained, 0.5),
     warmdown_shape=flip("the rates of the last steps", trained, "cosine"),
     max_wallclock_seconds=flip("training ends early", trained, 1e-6),
+    gptq_reserve_seconds=flip(
+        "training ends earlier", trained, 999.999999, max_wallclock_seconds=1000.0, quantizer="gptq"
+    ),
     embed_lr=flip("the steps of embeddings", trained, 0.01),
     scalar_lr=flip("the steps of gains and gates", trained, 0.01),
     matrix_lr=flip("the steps of matrices", trained, 0.01),
@@ -352,24 +315,22 @@ FLIPS = dict(
         "the initial up-projection", trained, 1.0, iterations=0, flow_enabled=True
     ),
     nfm_loss_weight=flip("the weight of the flow-matching gradient", trained, 0.0),
-    ema_decay=flip("the exported average", trained, 0.2, ema_full_steps=1),
-    ema_full_steps=flip("which runs are averaged", trained, 1),
+    ema_decay=flip("the exported average", trained, 0.2),
     swa_enabled=flip("the exported average", trained, True, **{**SWA, "swa_enabled": False}),
     swa_every=flip("which steps are in it", trained, 2, **SWA),
-    swa_start_scale=flip("when it begins", trained, 0.4, **SWA),
     loop_at=flip("the step at which layers are looped", trained, 0.9, **LOOPS),
     late_qat_threshold=flip(
         "the rounding under the last gradients", trained, 0.9, warmdown_iters=6, **WIDE
     ),
-    # compression
+    # packing
     quantizer=flip("the artifact", run_artifact, "gptq"),
     calibration_tokens=flip("the artifact", run_artifact, 256, quantizer="gptq"),
     block_bits=flip("the grid of block matrices", packed, 5, **WIDE),
     embed_bits=flip("the grid of the embedding", packed, 6, model_dim=256, num_layers=1),
     compressor=flip("the payload", packed, "lzma"),
     zstd_level=flip("how far zstd goes", packed, 1, **WIDE),
-    lzma_preset=flip("how far lzma goes", packed, 0, compressor="lzma", **WIDE),
     budget_bytes=flip("MLPs drop to int5", dropped_to_int5, 160_000, **WIDE),
+    code_bytes=flip("the bytes that are left for the model", lines("Code size: .*"), 123_456),
     # evaluation
     dtype=flip("the arithmetic", scored, "bfloat16"),
     eval_seq_len=flip("the context of a target", scored, 32),
@@ -389,19 +350,14 @@ FLIPS = dict(
     # place and pace
     data_path=flip("an error that names it", ended, "no/such/folder"),
     tokenizer_path=flip("an error that names it", ended, "no/such/file"),
-    val_sha256=flip("an error that names it", ended, "0" * 64),
     run_id=flip("the default directory", directory, "mine", run_dir="", **ARTIFACT),
     run_dir=flip("the directory", directory, "there/run", **ARTIFACT),
-    resume=flip("the earlier run moves aside", run_again, "never", **ARTIFACT),
     eval_only=flip("nothing is trained", labels, ARTIFACT["eval_only"], iterations=1, audit=False),
     mode=flip("audit.json instead of scores.json", files, "audit", **ARTIFACT),
     audit=flip("audit.json beside scores.json", files, True, **ARTIFACT),
     audit_seed=flip("the seed that is logged", lines("spot_checks .*"), 7, **ARTIFACT),
     spot_checks=flip("the number of checked rounds", lines("spot_checks .*"), 0.5, **ARTIFACT),
     scores_file=flip("the file", files, "run/{label}.f32", **ARTIFACT),
-    ttt_cuda_graph=flip("a single rank's graph", cuda_graphs, "1"),
-    nproc=flip("the processes", ranks, 2, **ARTIFACT),
-    code_bytes=flip("the bytes that are left for the model", lines("Code size: .*"), 123_456),
     prompt=flip("the text that is continued", sampled, "A list", **SAMPLE),
     sample_tokens=flip("how long the text becomes", sampled, 4, **SAMPLE),
     temperature=flip("which tokens are drawn", sampled, 0.0, **SAMPLE),
@@ -414,9 +370,6 @@ FLIPS = dict(
     val_loss_every=flip("the validations in the log", VALIDATIONS, 2),
     checkpoint_every=flip("the checkpoints", CHECKPOINTS, 2),
     checkpoint_seconds=flip("the checkpoints", CHECKPOINTS, 1e-6),
-    eval_checkpoint_seconds=flip(
-        "the saved evaluations", lines("evaluation_saved .*"), 1e-6, **ARTIFACT
-    ),
     time_limit_seconds=flip("exit code 75", ended, 1e-3),
 )
 
@@ -446,56 +399,3 @@ def test_without_a_flip_nothing_changes(look, lab):
     before = lab.before(row.look, row.given)
     lab.forget()
     assert row.look(lab, lab.settings(**row.given)) == before
-
-
-# The log warns of a setting that another one leaves without effect.
-IDLE = [(name, value, field) for name, value, fields in train_gpt.IDLE for field in fields.split()]
-IDLE += [("warmdown_frac", 0.5, "warmdown_iters")]
-IDLE += [("quantizer", "gptq", "block_bits"), ("quantizer", "gptq", "embed_bits")]
-
-
-def test_no_setting_that_does_something_is_called_idle(lab):
-    for name, row in FLIPS.items():
-        given = {"ttt_enabled": True, **row.given}
-        config = Config(**{**lab.settings(**given), name: lab.settings(to=row.to)["to"]})
-        assert name not in config.idle()
-
-
-@pytest.mark.parametrize("name,value,field", IDLE)
-def test_a_setting_that_is_called_idle_does_nothing(name, value, field, lab):
-    row = FLIPS[field]
-    given = {name: value}
-    after = lab.settings(**given, **{field: row.to})
-    assert Config(**after).idle()[field] == f"{name.upper()}={value}"
-    # Looks at test-time training and SLOT call these themselves; only whole runs leave them out.
-    look = run_artifact if name == "quantizer" else row.look
-    if name not in ("ttt_enabled", "slot"):
-        assert look(lab, after) == lab.before(look, given)
-
-
-def test_a_common_decay_is_idle_where_all_have_their_own(lab):
-    given = dict(ttt_enabled=True, embed_wd=0.1, scalar_wd=0.1)
-    after = lab.settings(adam_wd=0.0, **given)
-    assert Config(**after).idle() == {"adam_wd": "EMBED_WD=0.1 and SCALAR_WD=0.1"}
-    assert trained(lab, after) == lab.before(trained, given)
-    assert Config(**{**after, "scalar_wd": -1.0}).idle() == {}
-
-
-def test_the_log_warns_of_a_setting_without_effect(lab):
-    changes = dict(iterations=1, num_loops=0, loop_at=0.75)
-    warnings = lines("warning: .*")(lab, lab.settings(**changes))
-    assert "warning: LOOP_AT=0.75 has no effect with NUM_LOOPS=0" in warnings
-    assert lines("warning: .*")(lab, lab.settings(**ARTIFACT)) == []
-
-
-def test_what_is_off_refuses_nothing(lab):
-    Config(
-        **{
-            **lab.base,
-            "num_layers": 1,
-            "ve_dim": 0,
-            "ve_last_n": 2,
-            "slot": "off",
-            "eval_stride": 64,
-        }
-    )
