@@ -1475,7 +1475,7 @@ class Runtime:
             raise Stopped(f"before {phase}")
 
     def log(self, line):
-        """One line on rank 0's terminal and in train.log."""
+        """Write one line to rank 0's terminal and to train.log."""
         if not self.is_main:
             return
         line = printable(line)  # it may quote a file's text
@@ -1484,7 +1484,7 @@ class Runtime:
         self.append(self.log_file, line)
 
     def append(self, file, line):
-        """One line in one write to a file of RUN_DIR, which only rank 0 has open."""
+        """Write one line to a file of RUN_DIR, which only rank 0 has open."""
         if file is None:
             return
         try:
@@ -1500,12 +1500,12 @@ class Runtime:
             self.on_line = True
 
     def event(self, event, **fields):
-        """One JSON object in metrics.jsonl, for tools; the log is for people."""
+        """Write one JSON object to metrics.jsonl, for tools; the log is for people."""
         record = {"event": event, "time": round(time.time(), 3), **fields}
         self.append(self.events, json.dumps(record))
 
     def autocast(self):
-        """Matrix products in bfloat16 from float32 weights; does nothing with DTYPE=float32."""
+        """A context of matrix products in bfloat16; it does nothing with DTYPE=float32."""
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
@@ -1649,7 +1649,7 @@ def pick_device(wish, local_rank):
 
 
 def device_name(device):
-    """What a person calls the device, for the manifest."""
+    """The device's name as a person knows it, for the manifest."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
@@ -6153,7 +6153,7 @@ class Run:
         self.results = {"scores": {}}
 
     def run(self):
-        """All phases that are configured and missing."""
+        """Run all phases that are configured and missing."""
         config = self.config
         self.prepare()
         if not config.eval_only and config.mode == "train":
@@ -6363,7 +6363,7 @@ class Run:
         self.runtime.event("start", resumed_step=max(steps, default=0))
 
     def write_manifest(self):
-        """manifest.json: versions, machine and hashes, to trace a score to its files."""
+        """Write manifest.json: versions, machine and hashes, to trace a score to its files."""
         if not self.runtime.is_main:
             return
         config = self.config
@@ -6482,7 +6482,7 @@ class Run:
         return self.config.code_bytes or CODE_PATH.stat().st_size
 
     def log_sizes(self, artifact_bytes, code_bytes, compressor):
-        """The three lines of the challenge's logs, and what is left of the budget."""
+        """Log the three lines of the challenge's logs, and what is left of the budget."""
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
         self.log(f"Code size: {code_bytes} bytes")
@@ -6491,7 +6491,7 @@ class Run:
         self.log(f"headroom: {self.config.budget_bytes - total} bytes")
 
     def check_budget(self):
-        """The file that is scored and this very script must fit. Raises ArtifactError."""
+        """Log the sizes; raise ArtifactError unless the scored file and this very script fit."""
         if self.artifact_path.suffix == ".pt":
             return  # float weights are no submission
         with open(self.artifact_path, "rb") as file:
@@ -6549,7 +6549,7 @@ class Run:
             raise LegalityError(f"the audit failed: {', '.join(failed)}: the score is not legal")
 
     def score(self):
-        """Every score that is configured and missing, from the files that were written."""
+        """Compute every score that is configured and missing, from the files that were written."""
         config = self.config
         for job in self.jobs():
             scored = self.already_done(job.label, job.label in self.results["scores"])
@@ -6624,7 +6624,7 @@ class Run:
             self.write_results(finished=False)
 
     def write_results(self, finished):
-        """scores.json: what training and scoring measured; manifest.json has the rest."""
+        """Write scores.json: what training and scoring measured; manifest.json has the rest."""
         code_bytes = self.code_bytes()
         artifact_bytes = self.artifact_path.stat().st_size
         if not self.config.eval_only:  # what training measured travels with its weights
@@ -6643,7 +6643,7 @@ class Run:
     # ---- what a person reads ----
 
     def is_submission(self, label):
-        """Float weights do not fit the budget, and the roundtrip only shows what packing cost."""
+        """False for float weights, which do not fit, and for the roundtrip, the cost of packing."""
         return not label.startswith(("pre_quant", "float")) and not label.endswith("_roundtrip")
 
     def headline(self):
