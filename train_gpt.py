@@ -3948,7 +3948,7 @@ class Trainer:
         # Counted step by step, because looped layers are switched on in mid-run.
         self.flops += flops_per_token(self.model) * config.train_batch_tokens
         self.report(loss, scale)
-        if stop and self.step < config.iterations:  # after the last one, packing comes next
+        if stop:
             self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every
