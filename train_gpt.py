@@ -3708,7 +3708,7 @@ class Trainer:
         self.report(loss, scale)
         if self.step == 2:  # the pace is known: the first step still warms up
             self.warn_of_warmdown(seconds)
-        if stop and self.step < config.iterations:  # after the last one, packing comes next
+        if stop:
             self.save(needed=True)
             raise Stopped(f"in training after step {self.step}/{config.iterations}")
         every = config.checkpoint_every

@@ -16,7 +16,7 @@ import train_gpt
 
 LAB = (
     f"""
-import dataclasses, os, sys
+import dataclasses, os, sys, time
 sys.path[:0] = [{str(ROOT)!r}]
 import torch, train_gpt
 """
@@ -32,7 +32,9 @@ runtime = train_gpt.Runtime(config, os.environ)
 val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
 trainer = train_gpt.Trainer(config, runtime, val)
 trainer.announce()
+begin = time.monotonic()
 trainer.run()
+left["seconds"] = [trainer.seconds, time.monotonic() - begin]
 sums = [float(p.detach().double().sum()) for p in trainer.model.parameters()]
 left["same_on_all_ranks"] = bool((runtime.comm.gather_rows(sums) == sums).all())
 
@@ -113,6 +115,7 @@ def test_losses_and_parameters_agree_with_one_rank_over_twenty_steps(labs, world
         # Otherwise their agreement would say nothing.
         assert not torch.equal(many.state[name], fresh[name]), name
     assert many.same_on_all_ranks
+    assert 0 < many.seconds[0] <= many.seconds[1], "the clock is one rank's"
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

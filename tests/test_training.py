@@ -68,6 +68,13 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(trainer):
     assert all(map(torch.equal, average, made.average.ema))
 
 
+def test_a_step_s_noise_is_a_function_of_its_number(trainer):
+    made = trainer()
+    rows = made.stream.sequences(0, made.seqs_per_rank)
+    first, second, again = (made.accumulate(step, rows) for step in (0, 1, 0))
+    assert first == again != second
+
+
 def test_out_of_memory_names_the_micro_batch_to_take(trainer):
     made = trainer()
 
@@ -273,6 +280,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_only_where_it_is_needed
     made.model.tok_emb.weight.data.fill_(math.inf)
     with pytest.raises(train_gpt.DivergedError):  # the error that the user must know
         made.one_step()
+    assert "warning: no checkpoint at step 2: weights are not finite" in lines_of(made)
 
 
 def test_a_run_that_is_stopped_in_a_validation_saves_first(trainer):
@@ -341,7 +349,10 @@ def tensors_of(tree):
     return [tensor for branch in branches for tensor in tensors_of(branch)]
 
 
-def test_nothing_is_warmed_up_where_nothing_is_compiled(trainer, monkeypatch):
-    made = trainer(warmup_steps=3)
-    monkeypatch.setattr(made, "accumulate", lambda *_: pytest.fail("a step without compilation"))
+@pytest.mark.parametrize("compiling, step", [(False, 0), (True, 6)])
+def test_nothing_is_warmed_up_that_is_not_compiled_or_not_needed(compiling, step, trainer):
+    made = trainer(warmup_steps=3, iterations=6)
+    made.runtime.compiling = compiling
+    made.step = step
+    made.accumulate = lambda *_: pytest.fail("a step for nothing")
     made.warm_up()
