@@ -5591,7 +5591,7 @@ class Quantiser:
             row, column = code_classes(weight[part].numpy() / (rows[part] * columns))
             octaves = float(row.mean() + column.mean()) / 2
             bits += weight.numel() * (octaves + 0.5 * math.log2(2 * math.pi * math.e))
-        return finest * 2 ** (bits / self.parameters)
+        return finest * 2 ** max(0.0, bits / self.parameters)
 
 
 MAX_TRIALS = 12
@@ -5608,7 +5608,7 @@ def search_step(pack, budget, first, finest, slope, log, check_stop):
     """
     target = budget * (1 - BUDGET_SLACK / 2)
     lowest = math.log2(finest)
-    octave = max(lowest, math.log2(first))
+    octave = math.log2(first)
     best = None  # the largest that fits
     over = None  # (octave, size) of the coarsest trial that does not fit
     under = None  # of the finest trial that fits
