@@ -245,16 +245,12 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 model = candidate.GPT(config).eval()
 model.load_state_dict(state_dict)
 model.to(device)
-while head := sys.stdin.buffer.read(16):
-    rows, length, place, last = struct.unpack("<iiii", head)
+while head := sys.stdin.buffer.read(12):
+    rows, length, place = struct.unpack("<iii", head)
     ids = np.frombuffer(sys.stdin.buffer.read(4 * rows * length), "<i4").reshape(rows, length)
     ids = torch.from_numpy(ids.astype(np.int64)).to(device)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        if last:  # as a sliding window asks for the states of its last positions only
-            hidden = model.hidden(ids, last)[:, place - length]
-        else:
-            hidden = model.hidden(ids)[:, place]
-        logits = model.logits(hidden)
+        logits = model.logits(model.hidden(ids)[:, place])
     answer.write(logits.float().cpu().numpy().astype("<f4").tobytes())
     answer.flush()
 """
@@ -290,13 +286,10 @@ class ModelSource:
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
 
-    def logits(self, ids, place, last=0):
-        """The model's logits (B, V) at one place of the windows ids (B, T).
-
-        With `last` only the states of so many last positions are asked for.
-        """
+    def logits(self, ids, place):
+        """The model's logits (B, V) at one place of the windows ids (B, T)."""
         ids = np.ascontiguousarray(ids, "<i4")
-        head = np.array([*ids.shape, place, last], "<i4")
+        head = np.array([*ids.shape, place], "<i4")
         try:
             self.child.stdin.write(head.tobytes() + ids.tobytes())
             self.child.stdin.flush()
@@ -1185,41 +1178,36 @@ class Verifier:
         if not isinstance(self.source, ModelSource):
             self.add("model alone", "", None, "the script's GPT was not imported")
             return
-        window = min(self.hints.eval_seq_len, len(self.texts.real) // 2)
-        # Whole windows, then the last positions, which a script may compute in another way.
-        stride = min(self.hints.eval_stride, window)
-        wrong = self.leaking_places(window, np.linspace(0, window - 2, MODEL_PLACES), 0)
-        tested = MODEL_PLACES
-        with contextlib.suppress(UntestableError):  # this model knows no such call
-            places = np.linspace(window - stride, window - 2, MODEL_PLACES // 2)
-            wrong += self.leaking_places(window, places, stride)
-            tested += len(places)
-        self.source.close()
-        detail = f"logits at {tested} places of a window, all that follows replaced"
-        if wrong:
-            detail += f": different at {wrong[:5]}"
-        self.add("model alone", "", not wrong, detail)
-
-    def leaking_places(self, window, places, last):
-        """Those places of a window at which the model's logits change with what follows them."""
         texts = self.texts
-        kinds = itertools.cycle(texts.OPENINGS)
+        window = min(self.hints.eval_seq_len, len(texts.real) // 2)
+        stride = min(self.hints.eval_stride, window)
+        places = np.concatenate(
+            [
+                np.linspace(0, window - 2, MODEL_PLACES),
+                np.linspace(window - stride, window - 2, MODEL_PLACES // 2),  # most are scored here
+            ]
+        ).astype(int)
         wrong = []
-        for number, place in enumerate(places.astype(int)):
+        for number, place in enumerate(places):
             ids = texts.real_pieces(8, window)
             other = texts.real_pieces(8, window)
+            kind = texts.OPENINGS[number % len(texts.OPENINGS)]
             if number % 2:
                 # A token at the place itself, such as a BOS, may be treated apart.
                 rare = texts.OPENINGS[number // 2 % len(texts.OPENINGS)]
                 ids[0, place] = texts.opening(rare, ids[0, place])[0]
             other[0, : place + 1] = ids[0, : place + 1]
-            other[0, place + 1] = texts.opening(next(kinds), ids[0, place + 1])[0]
+            other[0, place + 1] = texts.opening(kind, ids[0, place + 1])[0]
             # The same row of two batches of one shape: what is equal gives equal bits.
-            before = self.source.logits(ids, place, last)[0]
-            after = self.source.logits(other, place, last)[0]
+            before = self.source.logits(ids, place)[0]
+            after = self.source.logits(other, place)[0]
             if not np.array_equal(before, after):
                 wrong.append(int(place))
-        return wrong
+        self.source.close()
+        detail = f"logits at {len(places)} places of a window, all that follows replaced"
+        if wrong:
+            detail += f": different at {wrong[:5]}"
+        self.add("model alone", "", not wrong, detail)
 
     def twins(self):
         """No score up to target k changes with what comes after k."""

@@ -1,16 +1,15 @@
 """Measure speed side by side in one run and print ratios; never a pass/fail test.
 
-    python tests/bench.py                     # all measurements as a Markdown table, a few minutes
-    python tests/bench.py training refiners   # only these
+    python tests/bench/speed.py                     # all measurements as a Markdown table
+    python tests/bench/speed.py training refiners   # only these
 
-What is compared is timed in turns, and medians are compared, so that a busy machine disturbs both
-alike.
+All that is compared is timed in turns, and medians are compared, so that a busy machine disturbs
+both sides alike. A few minutes on two cores.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import os
 import platform
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as golf  # noqa: E402
@@ -60,10 +59,14 @@ def in_turns(rounds, clock=time.perf_counter, **functions):
 
 
 def matmul_rate():
-    """A function that multiplies 2048 x 2048 bfloat16 matrices, and its floating point operations.
-    A function that multiplies 2048 x 2048 bfloat16 matrices, and its floating point operations."""
+    """A function that multiplies 2048 x 2048 bfloat16 matrices, and its count of operations."""
     a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
     return (lambda: [a @ b for _ in range(8)]), 8 * 2 * 2048**3
+
+
+def attention():
+    """The attention that a run on this CPU takes."""
+    return golf.pick_attention(torch.device("cpu"), torch.bfloat16).function
 
 
 class Step:
@@ -72,8 +75,7 @@ class Step:
     def __init__(self, **changes):
         self.config = golf.Config(**{**SHAPE, **changes})
         torch.manual_seed(0)
-        # Looked up at each call, so that a measurement can put another form in its place.
-        self.model = golf.GPT(self.config, lambda q, k, v: golf.sdpa_attention(q, k, v))
+        self.model = golf.GPT(self.config, attention())
         self.optimizers = golf.build_optimizers(self.model, self.config)
         tokens = torch.randint(2, self.config.vocab_size, (self.config.train_batch_tokens + 1,))
         shape = (
@@ -94,18 +96,7 @@ class Step:
         golf.reduce_clip_step(*self.optimizers, golf.Comm(), self.config.grad_clip_norm)
 
     def flops(self):
-        """Matrix products of one step: 6 per weight and token, and attention's lower triangle both
-        ways."""
-        c = self.config
-        no_product = ("bigram.embed.weight", "resid_mix", "skip_weights")
-        weights = sum(
-            p.numel()
-            for n, p in self.model.named_parameters()
-            if p.ndim == 2 and not n.endswith(no_product)
-        )
-        return c.train_batch_tokens * (
-            6 * weights + 6 * c.num_layers * c.train_seq_len * c.model_dim
-        )
+        return golf.flops_per_token(self.model) * self.config.train_batch_tokens
 
 
 def training():
@@ -159,42 +150,6 @@ def refiners():
         yield f"training step with {title}", f"{seconds[name]:.2f} s", f"{ratio:.2f} x the trunk's"
 
 
-def functions():
-    """What each hand-written gradient earns: the step with it and without it, the rest as it is.
-
-    One thread and its processor time, so that other programs on the machine disturb it little.
-    """
-    import written_out
-
-    step, threads = Step(), torch.get_num_threads()
-    steps = {}
-    for part, name, composed, written in written_out.PARTS:
-
-        def with_form(form, name=name):
-            kept = getattr(golf, name)
-            setattr(golf, name, form)
-            try:
-                step()
-            finally:
-                setattr(golf, name, kept)
-
-        steps[f"{part}, composed"] = functools.partial(with_form, composed)
-        steps[f"{part}, written out"] = functools.partial(with_form, written)
-    torch.set_num_threads(1)
-    try:
-        seconds = in_turns(5, clock=time.process_time, **steps)
-    finally:
-        torch.set_num_threads(threads)
-    for part, name, _, written in written_out.PARTS:
-        slow, fast = seconds[f"{part}, composed"], seconds[f"{part}, written out"]
-        kept = "kept written out" if getattr(golf, name) is written else "composed in train_gpt.py"
-        yield (
-            f"{part}: step with composed operations, with a written-out gradient",
-            f"{slow:.2f} s, {fast:.2f} s",
-            f"earns {100 * (slow - fast) / slow:.1f} %; {kept}",
-        )
-
-
 @contextlib.contextmanager
 def runtime(config):
     with tempfile.TemporaryDirectory() as folder:
@@ -203,26 +158,10 @@ def runtime(config):
         made.close()
 
 
-class Pieces:
-    """What the audit asks of a tokenizer: 1,024 pieces of two bytes."""
-
-    def vocab_size(self):
-        return 1024
-
-    def id_to_piece(self, number):
-        return "xx"
-
-    def is_control(self, number):
-        return False
-
-    is_unknown = is_unused = is_byte = is_control
-
-
 class Text:
     """TokenBytes of two bytes per token, so that no tokenizer is needed."""
 
     vocab_size = 1024
-    model = Pieces()
 
     def count(self, prev_ids, target_ids):
         return np.full(np.shape(target_ids), 2, np.uint16)
@@ -235,7 +174,7 @@ def random_stream(config, targets):
 
 def evaluation():
     config = golf.Config(**SHAPE)
-    stream, model = random_stream(config, 8192), golf.GPT(config, golf.sdpa_attention).eval()
+    stream, model = random_stream(config, 2048), golf.GPT(config, attention()).eval()
     with runtime(config) as machine:
         machine.log = lambda line: None
 
@@ -363,6 +302,7 @@ def communication():
 
 
 def checkpoints():
+    """Seconds for which training stands still while a checkpoint of nfm_7k is written."""
     config = golf.Config(train_batch_tokens=2048, micro_batch_tokens=2048, device="cpu")
     model = golf.GPT(config)
     for param in model.parameters():
@@ -370,88 +310,28 @@ def checkpoints():
     muon, adamw = golf.build_optimizers(model, config)
     average = golf.WeightAverage(model.parameters(), config)
     adamw.step()
+    parts = dict(model=model, muon=muon, adamw=adamw, average=average)
+    state = {name: part.state_dict() for name, part in parts.items()}
     with tempfile.TemporaryDirectory() as folder:
-        state, copies, path = {}, [], Path(folder, "step.pt")
-
-        def copy():
-            parts = dict(model=model, muon=muon, adamw=adamw, average=average)
-            state.update(
-                golf.private_copy({name: part.state_dict() for name, part in parts.items()})
-            )
-            copies.append(1)
-
-        seconds = in_turns(3, copy=copy, write=lambda: golf.save_tensors(path, state))
+        path = Path(folder, "step.pt")
+        seconds = in_turns(3, write=lambda: golf.save_tensors(path, state))["write"]
         size = path.stat().st_size
     cadence = config.checkpoint_seconds
     yield (
-        "checkpoint of nfm_7k, copy that training waits for",
-        f"{seconds['copy']:.2f} s",
-        f"{100 * seconds['copy'] / cadence:.2f} % of the {cadence:.0f} s between checkpoints",
-    )
-    yield (
-        "checkpoint of nfm_7k, written in the background",
-        f"{seconds['write']:.2f} s",
-        f"{size / 1e6:.0f} MB",
-    )
-
-
-def audit_cost():
-    """Tokens that the audit passes through the model, against those of a full evaluation."""
-    config = golf.Config()
-    passes = {}
-
-    class Counting(golf.Evaluation):
-        """Counts tokens and computes nothing."""
-
-        def summed_nll(self, windows, observer):
-            passes["n"] += sum(window.end - window.start for window in windows)
-            return torch.zeros((), dtype=torch.float64)
-
-        def train(self, item):  # forward and backward
-            passes["n"] += 3 * (item.row_high - item.row_low) * self.config.eval_seq_len
-
-    def total(run):
-        passes["n"] = 0
-        run()
-        return passes["n"]
-
-    tiny = dataclasses.replace(
-        config,
-        num_layers=2,
-        model_dim=16,
-        num_heads=1,
-        num_kv_heads=1,
-        nfm_hidden_dim=8,
-        bigram_dim=8,
-    )
-    model, original = golf.GPT(tiny), golf.Evaluation
-    stream = random_stream(config, 2 * config.ttt_chunk_tokens)
-    golf.Evaluation = Counting
-    try:
-        with runtime(tiny) as machine:
-            machine.log = lambda line: None
-            spent = total(lambda: golf.audit(model, stream, tiny, machine))
-            windows = -(-golf.CANONICAL_TARGETS[1024] // config.eval_stride) * config.eval_seq_len
-            full = windows + 3 * config.ttt_epochs * golf.CANONICAL_TARGETS[1024]
-    finally:
-        golf.Evaluation = original
-    yield (
-        "audit of nfm_7k with TTT",
-        f"{spent / 1e6:.1f} M token passes",
-        f"{100 * spent / full:.2f} % of the full evaluation's",
+        f"checkpoint of nfm_7k, {size / 1e6:.0f} MB",
+        f"{seconds:.2f} s",
+        f"{100 * seconds / cadence:.2f} % of the {cadence:.0f} s between checkpoints",
     )
 
 
 SECTIONS = dict(
     training=training,
     loops=loops,
-    functions=functions,
     evaluation=evaluation,
     optimiser=optimiser,
     refiners=refiners,
     communication=communication,
     checkpoints=checkpoints,
-    audit_cost=audit_cost,
 )
 
 
@@ -474,8 +354,8 @@ def main():
         for row in SECTIONS[name]():
             print("| " + " | ".join(row) + " |", flush=True)
     print(
-        f"\nMeasured by `python tests/bench.py` on {os.cpu_count()} cores ({platform.machine()}), "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads."
+        f"\nMeasured by `python tests/bench/speed.py` on {os.cpu_count()} cores "
+        f"({platform.machine()}), torch {torch.__version__}, {torch.get_num_threads()} threads."
     )
 
 

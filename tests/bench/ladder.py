@@ -1,14 +1,13 @@
 """The ladder: base_7k, then one part of the frontier stack after another, trained and packed.
 
-    python tests/ladder.py --out ladder              # all rungs, two seeds, 300 and 900 steps
-    python tests/ladder.py --out ladder --steps 300 --seeds 42 --only 3
-    python tests/ladder.py --out ladder --report     # what is finished, without training
-    python tests/ladder.py --out demo --report --beside dictionary    # two texts on one page
+    python tests/bench/ladder.py --out ladder          # all rungs, two seeds, 300 and 900 steps
+    python tests/bench/ladder.py --out ladder --steps 300 --seeds 42 --only 3
+    python tests/bench/ladder.py --out ladder --report # the finished runs, without training
 
 DATA_PATH and TOKENIZER_PATH choose another text than the demo's. Every cell is a run of
 train_gpt.py in its own folder under --out: stop it at any time, the same command goes on. A rung
 keeps all parts of the rungs before it but for those marked "alone", which are tried and taken out
-again. All rungs are packed into the same bytes by the same quantiser. Writes docs/ladder.md.
+again. All rungs are packed into the same bytes by the same quantiser. Prints Markdown tables.
 """
 
 import argparse
@@ -17,13 +16,12 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
@@ -76,7 +74,7 @@ RUNGS = [
     Rung("smear gate by input", dict(SMEAR_INPUTS=12), "−0.0018"),
     Rung("output gate by 12 inputs", dict(GATE_INPUTS=12), "not given apart"),
     Rung("MLP ×4", dict(MLP_MULT=4), "not given apart"),
-    # What 300 steps want: the records' decay, a momentum and an average that forget sooner.
+    # For 300 steps: the records' decay, a momentum and an average that forget sooner.
     Rung(
         "all of the above; decay, momentum, warmdown, average for a short run",
         dict(
@@ -136,7 +134,7 @@ def run_cell(index, seed, steps, out, paths):
 
 
 def finished_cells(out):
-    """One row per finished run: rung, seed, steps, what it measured."""
+    """One row per finished run: rung, seed, steps, scores, bytes and time of a step."""
     rows = []
     for path in sorted(out.glob("rung*/scores.json")):
         result = json.loads(path.read_text())
@@ -209,47 +207,6 @@ def report(cells):
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
-def write_document(folders, path):
-    """docs/ladder.md of the runs in one or more folders, a section for each text and length."""
-    parts = [
-        "# The ladder",
-        "Each rung adds one part of the frontier stack to all that are above it (those marked "
-        '"alone" are taken out again). Six layers of width 256, 16,384 tokens a step, sequences of '
-        "512, one process; bits per byte of validation text, non-overlapping windows. All rungs "
-        "are packed by the same quantiser into the same bytes. `python tests/ladder.py` trains "
-        "what is missing and writes this page; a rung that is not in a table was not trained.",
-        "A small model's verdict after minutes does not overrule the published one at full size: "
-        "parts that need a long run (a high QK gain, costly recurrence) look worse here than "
-        'there. Seed noise is the column "seeds apart"; a change below it shows nothing. A change '
-        "is the mean over the seeds that both rungs have. Float, packed and bytes are means over a "
-        "rung's own seeds, ms/step is of its first.",
-    ]
-    whole = [f"{name}={value}" for name, value in settings_of(len(RUNGS) - 1).items()]
-    command = textwrap.fill(" ".join(whole), 100, break_long_words=False, break_on_hyphens=False)
-    parts.append(
-        "The last rung as variables (DATA_PATH, TOKENIZER_PATH, SEED and ITERATIONS are yours):\n"
-        f"```\n{command}\n```"
-    )
-    count = 0
-    for folder in folders:
-        cells = finished_cells(folder)
-        if cells.empty:
-            sys.exit(
-                f"{folder} holds no finished run: name another --out, or train without --report"
-            )
-        parts.append(f"## {folder.resolve().name}")
-        notes = folder / "text.md"  # what the text is, for a reader of the page
-        if notes.exists():
-            parts.append(notes.read_text().strip())
-        for steps in sorted(cells.steps.unique()):
-            chosen = cells[cells.steps == steps]
-            count += len(chosen)
-            parts.append(f"### {steps} steps")
-            parts.append(report(chosen))
-    path.write_text("\n\n".join(parts) + "\n")
-    print(f"{count} runs -> {path}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("ladder"), help="folder of the runs")
@@ -257,8 +214,6 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the rungs to train")
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="folders to report too")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "ladder.md")
     options = parser.parse_args()
     if options.only and not set(options.only) <= set(range(len(RUNGS))):
         parser.error(f"--only {options.only}: rungs have the numbers 0 to {len(RUNGS) - 1}")
@@ -269,7 +224,11 @@ def main():
         # All rungs with the first seed and few steps first: an interrupted ladder is a whole one.
         for steps, seed, index in itertools.product(options.steps, options.seeds, rungs):
             run_cell(index, seed, steps, options.out.resolve(), paths)
-    write_document([options.out, *options.beside], options.document)
+    cells = finished_cells(options.out)
+    if cells.empty:
+        sys.exit(f"{options.out} holds no finished run: name another --out, or drop --report")
+    for steps in sorted(cells.steps.unique()):
+        print(f"\n{steps} steps\n\n{report(cells[cells.steps == steps])}")
 
 
 if __name__ == "__main__":
