@@ -3108,8 +3108,7 @@ class GPT(nn.Module):
 
 def build_model(config, runtime):
     """GPT on the runtime's device, with the attention backend that runs there."""
-    attend = pick_attention(runtime.device, runtime.dtype, runtime.compiling).function
-    return GPT(config, attend).to(runtime.device)
+    return GPT(config, runtime.attention.function).to(runtime.device)
 
 
 # ==================================================================================================

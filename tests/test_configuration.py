@@ -12,7 +12,7 @@ from train_gpt import PRESETS, Config, ConfigError
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PLACE_AND_PACE = """
     preset data_path tokenizer_path run_id run_dir eval_only mode audit audit_seed spot_checks
-    scores_file prompt sample_tokens temperature top_k device compile micro_batch_tokens
+    scores_file prompt sample_tokens temperature top_k device dtype compile micro_batch_tokens
     warmup_steps train_log_every val_loss_every checkpoint_every checkpoint_seconds
     time_limit_seconds
 """
@@ -90,7 +90,7 @@ def test_a_value_is_read_in_its_fields_type(name, text, value):
         ("ITERATIONS", ["many", "7e3", "1.5", ""], "expected int"),
         ("MATRIX_LR", ["fast"], "expected float"),
         ("MATRIX_LR", ["nan", "-inf", "1e400"], "expected a finite number"),
-        ("SEED", ["-1", "2147483648"], "expected at least 0 and at most 2147483647"),
+        ("SEED", ["-1", str(2**63)], f"expected at least 0 and at most {2**63 - 1}"),
         ("VOCAB_SIZE", ["7", "65537"], "expected at least 8 and at most 65536"),
         ("BETA1", ["1", "-0.1"], "expected at least 0 and at most 0.9999"),
         ("MATRIX_LR", ["-0.1"], "expected at least 0"),
@@ -196,7 +196,6 @@ def test_training_leaves_gptq_its_share_of_the_wallclock_cap(settings, seconds):
     "misspelt,meant",
     [
         ("ITERATONS", "ITERATIONS"),
-        ("SEEDS", "SEED"),
         ("DATAPATH", "DATA_PATH"),
         ("NUM_LAYER", "NUM_LAYERS"),
         ("PRSET", "PRESET"),
@@ -213,6 +212,40 @@ def test_a_misspelt_variable_is_an_error_that_names_the_one_meant(misspelt, mean
     with pytest.raises(ConfigError) as error:
         Config.from_env({misspelt: "123"})
     assert f"{misspelt}='123'" in str(error.value) and f"like {meant}:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, meant", [("SEEDS", "SEED"), ("MODEL", "MODE"), ("COMPILER", "COMPILE")]
+)
+def test_a_near_miss_of_a_short_name_warns_and_a_place_of_other_scripts_too(name, meant):
+    environ = {name: "9", "DATA_DIR": "/data"}
+    assert Config.from_env(environ) == Config.from_env({})
+    warned = train_gpt.name_warnings(environ)
+    assert len(warned) == 2 and f"{name}=9" in warned[0] and f"did you mean {meant}?" in warned[0]
+    assert "DATA_DIR=/data does nothing here: set DATA_PATH and TOKENIZER_PATH" in warned[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "CASEOPS_ENABLED=1",
+        "LQER_ENABLED=1 LQER_RANK=4",
+        "PHASED_TTT_ENABLED=1",
+        "TTT_LORA_RANK=96",
+        "NGRAM_TILT_ENABLED=1",
+        "MTP_NUM_HEADS=2",
+        "GATED_ATTN_ENABLED=1",
+        "ATTN_VARIANT=mla",
+        "QAT=1",
+    ],
+)
+def test_a_feature_that_this_code_lacks_is_refused_unless_it_is_off(settings):
+    on = environ_of(settings)
+    with pytest.raises(ConfigError, match="this code has no"):
+        Config.from_env(on)
+    name = next(iter(on))
+    off = {**on, name: "0"}
+    assert Config.from_env(off) == Config.from_env({})
 
 
 def test_the_variables_of_ordinary_machines_are_no_near_misses():

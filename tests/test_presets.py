@@ -45,7 +45,7 @@ COMMON = """
     LATE_QAT_THRESHOLD=0
     QUANTIZER=lite CALIBRATION_TOKENS=65536 BLOCK_BITS=6 EMBED_BITS=8 COMPRESSOR=zstd ZSTD_LEVEL=16
     BUDGET_BYTES=16000000 CODE_BYTES=0
-    DTYPE=bfloat16 EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 SLOT_ENABLED=0 SLOT_LR=0.003 SLOT_STEPS=5
+    EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 SLOT_ENABLED=0 SLOT_LR=0.003 SLOT_STEPS=5
     TTT_ENABLED=1 TTT_LR=0.002 TTT_EPOCHS=10 TTT_FREEZE_BLOCKS=2 TTT_BATCH_SEQS=32
     TTT_CHUNK_TOKENS=32768 TTT_GRAD_CLIP=1.0 TTT_MOMENTUM=0.9
 """
@@ -248,7 +248,8 @@ def test_a_preset_s_artifact_brings_the_trained_model_back(finished):
     trained = train_gpt.load_weights(run.dir / "final_model.pt").state_dict
     assert trained.keys() == state.keys()
     for tensor, weight in trained.items():
-        assert (weight - state[tensor]).norm() <= 0.06 * weight.norm(), tensor
+        # The coarsest step that lite takes below the rows' own: 1/15 with 5 bits, 1/31 with 6.
+        assert (weight - state[tensor]).abs().max() <= max(1 / 30, 0.1 * weight.abs().max()), tensor
 
 
 def test_a_preset_says_how_it_packed_and_averaged(finished):

@@ -77,6 +77,7 @@ WRONG = dict.fromkeys(REFUSED, "1") | dict(
     TTT_OPTIMIZER="adamw",
     NATIVE_FLOW_INIT_SCALE="0.1",
     SLIDING_WINDOW_ENABLED="0",
+    VAL_DOC_FRACTION="0.5",
     E2E_TTT_NUM_HEADS="4",
     ROPE_TRAIN_SEQ_LEN="1024",
     VE_LAYERS="3,4",
