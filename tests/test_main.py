@@ -132,7 +132,7 @@ def test_float_weights_can_be_scored_but_have_no_headline(evaluate, trained):
         (dict(eval_stride=32), ["EVAL_STRIDE: 16 -> 32"]),
         (dict(seed=7, block_bits=8), ["SEED: 42 -> 7", "BLOCK_BITS: 6 -> 8"]),
         (dict(block_bits=8, mode="audit"), ["BLOCK_BITS: 6 -> 8"]),
-        (dict(dtype="float32", block_bits=8), ["DTYPE: 'bfloat16' -> 'float32'", "BITS: 6 -> 8"]),
+        (dict(dtype="bfloat16", block_bits=8), ["'float32' -> 'bfloat16'", "BITS: 6 -> 8"]),
     ],
 )
 def test_a_run_of_another_identity_is_refused_with_each_difference(again, tmp_path, change, named):
@@ -142,6 +142,7 @@ def test_a_run_of_another_identity_is_refused_with_each_difference(again, tmp_pa
     assert refused.code == 2 and "set another RUN_ID" in refused.err
     assert all(text in refused.err for text in named), refused.err
     assert refused.err.count(" -> ") == len(named)
+    assert ("set DTYPE=float32 to resume it" in refused.err) is ("dtype" in change)
     assert outcome(tmp_path / "run") == before
 
 
@@ -255,11 +256,11 @@ def test_under_a_cap_the_quantizer_is_fixed_until_the_weights_are_there(children
 # ---- packing ----
 
 SLOW_TRIALS = """
-encode = train_gpt.seal_payload
+encode = train_gpt.compress
 def slow(*arguments):
     os.kill(os.getpid(), 15)
     return encode(*arguments)
-train_gpt.seal_payload = slow
+train_gpt.compress = slow
 """
 
 

@@ -101,7 +101,7 @@ def test_each_row_takes_the_clip_of_the_least_squared_error(bits, columns):
     errors = []
     for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         clip = torch.quantile(weight.abs(), quantile, dim=1, keepdim=True)
-        step = (clip / TOP[bits]).half().double()
+        step = (clip / TOP[bits]).clamp(min=1 / TOP[bits]).half().double()
         rounded = (weight / step).round().clamp(-TOP[bits], TOP[bits]) * step
         errors.append((rounded - weight).square().sum(1))
     least = torch.stack(errors).amin(0)
@@ -122,13 +122,14 @@ def test_rows_of_zeros_stay_zero_and_do_not_disturb_their_neighbours(bits):
 
 
 @BITS
-def test_the_scale_floor_is_an_epsilon_and_not_a_step(bits):
-    """A floor of 1 / top, as published, would round every weight of these rows to zero."""
+def test_no_step_is_below_one_by_the_largest_code_as_published(bits):
     row = torch.linspace(-1, 1, 64)[None]
-    for magnitude in (1e-1, 1e-2, 1e-3, 1e-4):
-        error = (dequantised(magnitude * row, bits) - magnitude * row).abs().max()
-        # Half a step, and half a unit of float16 in the scale.
-        assert error <= 0.51 * magnitude / TOP[bits] + TOP[bits] * 2.0**-25
+    floor = np.float16(1 / TOP[bits])
+    for magnitude in (0.0, 1e-9, 1e-2, 0.99):
+        assert golf.quantize_rows(magnitude * row, bits)[1].item() == floor
+    assert golf.quantize_rows(2 * row, bits)[1].item() > floor
+    # Late QAT rounds by the same steps, so weights below half a step train as zeros.
+    assert not golf.quantize_rows(0.49 * floor * row, bits)[0].any()
 
 
 @BITS
