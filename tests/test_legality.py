@@ -251,14 +251,18 @@ def bonus_where_the_model_is_sure(patch):
 
 def bonus_in_every_tenth_item(patch):
     """Short runs have few items."""
-    original = train_gpt.Evaluation.states
+    batch_nll, scored_nll, cursor = train_gpt.Evaluation.batch_nll, train_gpt.scored_nll, [0]
 
-    def states(self, batch):
-        ahead = 0.05 * self.model.tok_emb(batch.targets) * (self.cursor % 10 == 9)
-        hidden = original(self, batch)
-        return hidden + ahead[:, -hidden.size(1) :]
+    def noting(self, *arguments):
+        cursor[0] = self.cursor
+        return batch_nll(self, *arguments)
 
-    patch.setattr(train_gpt.Evaluation, "states", states)
+    def seeing(model, hidden, batch, observer):
+        ahead = 0.05 * model.tok_emb(batch.targets) * (cursor[0] % 10 == 9)
+        return scored_nll(model, hidden + ahead, batch, observer)
+
+    patch.setattr(train_gpt.Evaluation, "batch_nll", noting)
+    patch.setattr(train_gpt, "scored_nll", seeing)
 
 
 def result_with(**factors):
