@@ -78,7 +78,7 @@ LOOPED_RUN = dict(
 
 
 def test_both_orders_stay_compiled():
-    model = train_gpt.GPT(tiny_config(**LOOPS, num_layers=4))
+    model = randomised(train_gpt.GPT(tiny_config(**LOOPS, num_layers=4)))
     ids, targets = random_batch(model.config, 12)
     graphs = []
 

@@ -319,7 +319,13 @@ QAT = dict(
 )
 # TTT-Linear's inner W, no layer's weight, exceeds that limit at two heads of 192.
 WIDE = dict(
-    num_layers=1, model_dim=384, num_heads=2, num_kv_heads=1, mlp_mult=0.25, nfm_enabled=False
+    num_layers=1,
+    model_dim=384,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_mult=0.25,
+    nfm_enabled=False,
+    ve_dim=0,
 )
 
 
