@@ -891,46 +891,30 @@ def drop(*path):
     return edit
 
 
+# One for each check; the mutants below put anything anywhere.
 EDITS = {
     "no config": drop("config"),
-    "no tensors": drop("tensors"),
-    "no sha": drop("tokenizer_sha256"),
     "one more key": put("code", "import os"),
     "a grid of before": put("grid", dict(fine=1.0, coarse=1.0, fine_rows=0)),
-    "config is a list": put("config", []),
-    "config is null": put("config", None),
     "missing setting": drop("config", "model_dim"),
     "unknown setting": put("config", "evil", 1),
     "setting of place": put("config", "run_dir", "/tmp/x"),
     "setting of training": put("config", "seed", 1),
     "another architecture": put("config", "model_dim", 32),
-    "text for a number": put("config", "vocab_size", "16"),
     "float for an integer": put("config", "vocab_size", 16.0),
     "huge layers": put("config", "num_layers", 10**9),
     "number beyond every float": put("config", "logit_softcap", 10**400),
     "nan": put("config", "logit_softcap", math.nan),
-    "sha is a number": put("tokenizer_sha256", 5),
     "sha of other letters": put("tokenizer_sha256", "\x1b[2J" * 16),
-    "tensors is an object": put("tensors", {}),
-    "tensors is a number": put("tensors", 3),
-    "no tensor": put("tensors", []),
     "row of two": put("tensors", 0, ["tok_emb.weight", [16, 16]]),
-    "row is a number": put("tensors", 0, 5),
-    "name is a list": put("tensors", 0, 0, []),
-    "name is null": put("tensors", 0, 0, None),
     "foreign name": put("tensors", 0, 0, "x"),
     "missing tensor": drop("tensors", 0),
     "tensor twice": lambda header: header["tensors"].append(header["tensors"][-1]),
-    "shape is a number": put("tensors", 0, 1, 5),
-    "negative shape": put("tensors", 0, 1, 0, -1),
     "huge shape": put("tensors", 0, 1, 0, 10**300),
     "transposed shape": lambda header: next(
         shape for _, shape, _ in header["tensors"] if len(set(shape)) > 1
     ).reverse(),
-    "one more dimension": put("tensors", 0, 1, [16, 16, 1]),
-    "nested shape": put("tensors", 0, 1, 0, [16]),
     "unknown scheme": put("tensors", 0, 2, "int7"),
-    "scheme is a list": put("tensors", 0, 2, []),
     "scheme of another size": put("tensors", 0, 2, "fp32"),
     "grid of a scalar": lambda header: header["tensors"][-1].__setitem__(2, "grid"),
 }
@@ -961,27 +945,21 @@ def test_a_file_may_name_the_arithmetic_or_not(honest, tmp_path):
         assert golf.unpack_artifact(sealed(joined(header, data)))[1]
 
 
-DEEP = b"[" * 400_000
 HEADERS_THAT_ARE_NO_HEADERS = {
     "empty": b"",
-    "no json": b"{",
-    "number": b"7",
     "null": b"null",
-    "list": b"[]",
     "not utf-8": b"\xff\xfe{",
-    "deep": DEEP,
-    "deep objects": b'{"a":' * 100_000,
-    "deep but closed": DEEP[:100_000] + b"]" * 100_000,
+    "deep": b"[" * 400_000,
+    "deep but closed": b"[" * 100_000 + b"]" * 100_000,
     "long number": b"9" * 1_000_000,
     "surrogate": b'{"config": {"\\ud800": 1}, "tokenizer_sha256": "", "tensors": []}',
 }
 
 
-@pytest.mark.parametrize(
-    "text", HEADERS_THAT_ARE_NO_HEADERS.values(), ids=HEADERS_THAT_ARE_NO_HEADERS
-)
-def test_a_header_that_is_no_header_is_refused(honest, text):
-    refused(sealed(joined(text, split(payload(honest["zstd"]))[1])))
+@pytest.mark.parametrize("name", HEADERS_THAT_ARE_NO_HEADERS)
+def test_a_header_that_is_no_header_is_refused(honest, name):
+    data = split(payload(honest["zstd"]))[1]
+    refused(sealed(joined(HEADERS_THAT_ARE_NO_HEADERS[name], data)))
 
 
 def test_a_wrong_header_length_is_refused(honest):
@@ -1043,6 +1021,7 @@ def mutant(draw, blob):
 def check_mutants(honest, count, seed):
     draw = random.Random(seed)
     opened = 0
+    golf.unpack_artifact(honest["zstd"])  # PyTorch imports more at the first model
     for _ in range(count):
         blob = honest[draw.choice(sorted(honest))]
         hostile, corrected = mutant(draw, blob)
