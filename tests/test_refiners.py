@@ -424,5 +424,5 @@ def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(scale, o
     case = (ids, targets, torch.arange(len(ids)))
     with torch.no_grad():
         raw = model(*case)
-        made.set_lrs(scale)
+        made.set_schedules(scale)
         assert (model(*case) != raw) == on
