@@ -6404,6 +6404,7 @@ class Run:
             device_name=device_name(self.runtime.device),
             world_size=self.runtime.comm.world,
             torch_threads=torch.get_num_threads(),
+            dtype=self.dtype,
             config_hash=config.hash(),
             code_sha256=self.identity["training"]["train_gpt.py"],
             code_bytes=CODE_PATH.stat().st_size,

@@ -248,9 +248,11 @@ def proof_environment(args, run, run_dir):
         for name, value in os.environ.items()
         if name in kept or name.startswith("CUDA_")
     }
+    # DTYPE=auto may be another type on this machine: the manifest has the one that was used
+    settings = {**run.config, **{k: v for k, v in run.manifest.items() if k == "dtype"}}
     for name in ("device", "compile", "dtype"):
-        if name in run.config:
-            environment[name.upper()] = os.environ.get(name.upper(), str(run.config[name]))
+        if name in settings:
+            environment[name.upper()] = os.environ.get(name.upper(), str(settings[name]))
     return {
         **environment,
         "EVAL_ONLY": ARTIFACT_NAME,
