@@ -260,7 +260,7 @@ class Config:
         0.0, "learning-rate scale below which training rounds the weights, 0 = off", 0, 1
     )
 
-    # Packing: what the artifact is made of, from the same float weights.
+    # Packing: the form of the artifact that the float weights get.
     quantizer: str = pack_option(
         "lite",
         "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
@@ -287,7 +287,7 @@ class Config:
     eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
     eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1, 4096)
 
-    # Evaluation: what adapts to text that has been scored already.
+    # Evaluation: adaptation to text that has been scored already.
     ttt_enabled: bool = eval_option(True, "legal score-first test-time training")
     ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0, 100)
     ttt_momentum: float = eval_option(0.9, "SGD momentum", 0, 1)
@@ -304,8 +304,8 @@ class Config:
     slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0, 100)
     slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1, 100)
 
-    # Where a run reads and writes. Nothing from here on changes a result, but for the rounding of
-    # sums in another order (DEVICE, COMPILE, MICRO_BATCH_TOKENS).
+    # Files and folders. No setting from here on changes a result, but for the rounding of sums in
+    # another order (DEVICE, COMPILE, MICRO_BATCH_TOKENS).
     data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
@@ -339,7 +339,7 @@ class Config:
     temperature: float = run_option(0.8, "MODE=sample: flattens the distribution; 0 = likeliest", 0)
     top_k: int = run_option(50, "MODE=sample: tokens to choose from at each position", 1)
 
-    # How it runs there.
+    # The machine.
     device: str = run_option("auto", "auto, cpu, cuda or cuda:N")
     # A property of the machine: a laptop scores at its best speed what eight H100 trained.
     dtype: str = run_option(
@@ -352,7 +352,7 @@ class Config:
     micro_batch_tokens: int = run_option(98304, "tokens per forward pass and rank", 1)
     warmup_steps: int = run_option(20, "compile warm-up steps; weights are restored", 0)
 
-    # How often it reports and saves, and when it must end.
+    # Intervals of reports and saves, and the time limit.
     train_log_every: int = run_option(100, "steps between training log lines", 1)
     val_loss_every: int = run_option(1000, "steps between validations, 0 = only the last", 0)
     checkpoint_every: int = run_option(1000, "training steps between checkpoints, 0 = off", 0)
@@ -448,7 +448,7 @@ class Config:
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
 # The 20,000 steps of #1232, with 6-bit embeddings.
 LONG = dict(BASE, iterations=20000, warmdown_iters=12000, warmdown_shape="cosine", embed_bits=6)
-# What #1166 and #1150 share and #1170 does not have.
+# Shared by #1166 and #1150, absent from #1170.
 VE128 = dict(
     BASE,
     gated_attention=False,
@@ -600,7 +600,7 @@ PRESETS = {
 
 # ---- reading variables ----
 
-# What a shell may say for yes and no: bool("0") is True in Python, hence a table.
+# A shell's words for yes and no: bool("0") is True in Python, hence a table.
 BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
 
 
@@ -708,7 +708,7 @@ BUILT_IN = {
     "CTW_WEIGHT": ("0", "there is no context tree"),
 }
 STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
-# {variable: what to do instead}, whatever its value
+# {variable: advice}; these are refused with any value
 REFUSED = {
     "WEIGHT_DECAY": "set MUON_WD for the blocks' matrices and ADAM_WD for the rest",
     "MUON_WEIGHT_DECAY": "set MUON_WD",
@@ -789,7 +789,7 @@ LACKING = {
     ),
 }
 OFF = {"", "0", "0.0", "-1", "false", "none", "off", "standard"}
-# {variable of other scripts: what to set here}; the run goes on without what they ask for.
+# {variable of other scripts: setting to use here}; a warning names it and the run goes on.
 PLACES = {
     "DATA_DIR": "DATA_PATH and TOKENIZER_PATH",
     "DATASETS_DIR": "DATA_PATH",
@@ -1192,7 +1192,7 @@ class Checkpointer:
         return sorted(int(match[1]) for match in found if match)
 
     def due(self):
-        """Whether `every_seconds` have passed since the last save."""
+        """True once `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
     def save(self, number, state):
@@ -1339,7 +1339,7 @@ class StopRequest:
         self.time_limit = time_limit_seconds  # math.inf without one
         self.reason = ""
         self.first_signal = None  # when it came
-        self.save_seconds = 0.0  # what the last save took, hence what the next will need
+        self.save_seconds = 0.0  # of the last save: the next one will need about as many
 
     def watch_signals(self):
         """Handle the signals of STOP_SIGNALS from here on."""
@@ -1546,10 +1546,10 @@ CLEAR_LINE = "\r\x1b[K"  # back to the first column, erase to the end
 
 @contextlib.contextmanager
 def deterministic_algorithms():
-    """Inside, the same inputs give the same bits on a GPU too.
+    """A context in which the same inputs give the same bits, on a GPU too.
 
     The gradients of embeddings and attention are otherwise sums that atomics add in any order.
-    The settings before are restored afterwards: training has no need of it.
+    The earlier settings are restored at its end: training has no need of it.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -2025,7 +2025,7 @@ class ValidationSet:
         return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
 
     def warnings(self, config):
-        """Lines on a text that is not what the challenge scores."""
+        """Warnings (lines) about a text other than the one that the challenge scores."""
         lines = []
         if self.fingerprint["val_documents"] == 0:
             lines.append(
@@ -2048,7 +2048,7 @@ class ValidationSet:
         return lines
 
     def retokenisation_mismatch(self):
-        """Whether another tokenizer seems to have made these tokens: text, encoded again, differs.
+        """True if the text, encoded again, gives other tokens: another tokenizer made these.
 
         Each piece still decodes and counts, only to other text. Where another tokenizer of English
         made them, 2 to 20 % of the pieces do not return (measured, 1,024 to 8,192 pieces); else
@@ -2276,7 +2276,7 @@ def pick_attention(device, dtype, compiling=False):
     )
 
 
-NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
+NORM_EPS = 2.0**-23  # float32's epsilon, used with every type
 
 
 class RMSNorm(torch.autograd.Function):
@@ -2358,8 +2358,8 @@ def rotate_(x, cos, sin):
 def exclusive_attention(y, v):
     """XSA: each head's output y (B, T, H, d) less its part along its own value v (B, T, K, d).
 
-    A token already carries its own value in the residual stream; what remains is what attention
-    brings from other tokens. Part of #549.
+    A token already carries its own value in the residual stream; attention then brings only the
+    values of other tokens. Part of #549.
     """
     # Sums accumulate in float32, which CUDA's autocast would carry on into the output, unlike the
     # CPU's: hence the casts by hand.
@@ -2828,7 +2828,7 @@ class TTTLinear(nn.Module):
         """Outputs (B, H, T, d) of the inner model while it learns along T."""
         w = self.w  # (H, d, d), later (B, H, d, d)
         b = self.b  # (H, 1, d), later (B, H, 1, d)
-        target = v - k - self.ln_bias  # what LN(kW + b) without its bias should be
+        target = v - k - self.ln_bias  # wanted from LN(kW + b) without its bias
         outputs = []
         for low in range(0, q.size(2), self.mini_batch):
             part = slice(low, low + self.mini_batch)
@@ -2926,7 +2926,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Start as REFERENCE section 4 says: what a residual branch adds is zero at first."""
+        """Draw the weights as REFERENCE section 4 says: residual branches add zero at first."""
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
         # Table zero, projection orthogonal: with both zero neither would ever get a gradient.
         if self.bigram is not None:
@@ -3047,7 +3047,7 @@ class GPT(nn.Module):
         return x, flow_input
 
     def hidden(self, ids):
-        """Final states (B, T, D) of ids (B, T): what the head sees."""
+        """Final states (B, T, D) of ids (B, T): the input of the head."""
         return self.refine(self.trunk(ids))[0]
 
     def logits(self, hidden):
@@ -3204,7 +3204,7 @@ class Muon:
         self.handles = []  # (handle, what is being sent)
         self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
         self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
-        self.num_wide = []  # per stack: how many of this rank's matrices are not transposed
+        self.num_wide = []  # per stack: number of this rank's matrices that are not transposed
         for stack in self.stacks:
             shape = as_wide(stack[0]).shape
             self.buffers.append(stack[0].new_zeros(self.share(stack), *shape))
@@ -3250,7 +3250,7 @@ class Muon:
             self.handles.append((handle, stack))  # the stack must live until it was sent
 
     def collect(self):
-        """This rank's share of the squared gradient norm (0-d)."""
+        """Squared gradient norm of this rank's matrices (0-d)."""
         # 2. collect: the norm needs all stacks, so this waits for all.
         for handle, _ in self.handles:
             handle.wait()
@@ -3327,7 +3327,7 @@ class Muon:
 
     @staticmethod
     def stack_name(buffer):
-        """Such as "512x1536": no two stacks share a shape, and it is the same at any world size."""
+        """A stack's shape, "512x1536": unique among stacks, the same at any world size."""
         return "x".join(str(size) for size in buffer.shape[1:])
 
 
@@ -3581,7 +3581,7 @@ class Trainer:
     `identity` holds the names and values that a checkpoint must agree on to be continued.
     """
 
-    PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
+    PARTS = ("model", "muon", "adamw", "average")  # they change weights, each has a state_dict
 
     def __init__(self, config, runtime, val, identity=None):
         self.config = config
@@ -3598,7 +3598,7 @@ class Trainer:
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
         self.step = 0  # steps done
         self.seconds = 0.0  # of training: without start, warm-up, validations and checkpoints
-        self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.step_started = time.monotonic()  # moved forward by validations and checkpoints
         self.step_seconds = []  # of every step, as all ranks agreed on
         self.flops = 0.0  # floating-point operations of all steps and ranks
         self.logged_step = 0  # of the last log line in this process
@@ -3667,7 +3667,7 @@ class Trainer:
                 self.one_step()
 
     def out_of_time(self):
-        """Whether the next step is predicted to pass the wallclock cap."""
+        """True if the next step is predicted to pass the wallclock cap."""
         cap = self.config.training_seconds
         if not cap or not self.step:  # nothing measured yet
             return False
@@ -3733,8 +3733,8 @@ class Trainer:
         """(mean loss, stop, save, seconds) of this step, the same on every rank.
 
         `loss` is this rank's share. Each rank has its own clock and hears its own signals, so
-        whatever steers the run is decided in one exchange: else one rank would wait for ever in a
-        collective that no other enters. `seconds` are those since the last step.
+        all decisions are taken in one exchange: else one rank would wait for ever in a collective
+        that no other enters. `seconds` are those since the last step.
         """
         # A signal is seen one step late, so there must be time for two.
         stop = self.runtime.stop.wanted(2 * self.seconds / max(1, self.step))
@@ -3753,7 +3753,7 @@ class Trainer:
         fraction = run_fraction(self.config, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
         order = layer_order(self.config, self.model.looped)
-        # Where it changes, loss and step time do: whoever reads the log must see why.
+        # Loss and step time change with the order, so the log names it.
         if self.config.num_loops and order != self.logged_order:
             visits = " ".join(map(str, order))
             self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
@@ -3878,7 +3878,7 @@ class Trainer:
         except Stopped:
             self.save(needed=True)
             raise
-        except ArtifactError:  # what the evaluation says to weights whose loss is not finite
+        except ArtifactError:  # the evaluation's error for a loss that is not finite
             self.diverged(math.nan)
         self.runtime.log(
             f"step:{self.step}/{config.iterations} val_loss:{score.val_loss:.4f} "
@@ -4028,7 +4028,7 @@ def train(config, runtime, val, path, identity=None):
     if runtime.is_main:
         save_tensors(path, exported)
     runtime.event("trained", **exported["info"])
-    runtime.comm.barrier()  # whoever reads the file next finds it whole
+    runtime.comm.barrier()  # no rank reads the file before it is whole
 
 
 # ==================================================================================================
@@ -4190,7 +4190,7 @@ class Meter:
         self.tokens = 0
         self.bytes = 0
         self.last = 0  # end of the last span that was added
-        self.coverage = np.zeros(num_targets, np.uint8)  # how often each target was scored
+        self.coverage = np.zeros(num_targets, np.uint8)  # number of scores of each target
 
     def add(self, windows, nll, num_bytes):
         """Add the scored targets of `windows` with their summed nll (0-d float64).
@@ -4349,7 +4349,7 @@ class Watch(Observer):
         self.observer = observer or Observer()
         self.nll = np.zeros(high - low, np.float32)
         self.at_place = np.zeros(0)  # (V,) log-probabilities of target `place`, its own rank's only
-        self.fault = ""  # how a score broke C2
+        self.fault = ""  # description of a score that broke C2
 
     def scored(self, targets, logps, nll):
         self.observer.scored(targets, logps, nll)
@@ -4361,7 +4361,7 @@ class Watch(Observer):
         worst = logps.double().logsumexp(-1).abs().max().item()
         if worst > 1e-4:
             self.fault = f"a distribution's log-sum is {worst:.1e}"
-        # Looked up in the text itself, whatever the evaluation made of it: target t is token t + 1.
+        # Read from the text itself, not from the evaluation's targets: target t is token t + 1.
         tokens = torch.from_numpy(self.stream.tokens[targets + 1].astype(np.int64))
         entries = logps.gather(1, tokens.to(logps.device)[:, None])[:, 0]  # (n,)
         wrong = (nll != -entries) & ~nll.isnan()
@@ -4369,7 +4369,7 @@ class Watch(Observer):
             self.fault = f"{int(wrong.sum())} scores are not minus their target's entry"
 
     def equals(self, other):
-        """Whether all scores before `place` and the distribution at `place` are the same bits."""
+        """True if all scores before `place` and the distribution at `place` are the same bits."""
         before = slice(0, self.place - self.low)
         same_nll = np.array_equal(self.nll[before], other.nll[before], equal_nan=True)
         return same_nll and np.array_equal(self.at_place, other.at_place, equal_nan=True)
@@ -4630,13 +4630,13 @@ class Evaluation:
         random = np.random.default_rng([self.spot_seed, self.cursor])
         place = int(random.integers(low, high))
         if random.random() < 0.5:
-            # Where a window begins to score; SLOT, for one, may know all targets before this one.
+            # A window's first scored target: SLOT, for one, may know all targets before this one.
             place = windows[random.integers(len(windows))].first
         counted = Watch(self.stream, low, high, place, self.observer)
         self.score(windows, counted, self.meter)
         again = Watch(self.stream, low, high, place)
-        # Target `place` is token place + 1. Replaced is all that these windows hold from there on,
-        # and a window's length more.
+        # Target `place` is token place + 1. The tokens from there to the end of these windows are
+        # replaced, and a window's length more.
         with self.replaced_tokens(place + 1, high + self.config.eval_seq_len, random):
             self.score(windows, again, Meter(self.stream.num_targets, self.runtime.device))
         if counted.fault:
@@ -4649,7 +4649,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def replaced_tokens(self, low, high, random):
-        """Inside, tokens [low, high) of the text are others, on the host and on the device."""
+        """A context in which tokens [low, high) of the text are others, on host and device."""
         before = self.stream.tokens[low:high].copy()
 
         def put(tokens):
@@ -4734,7 +4734,7 @@ class Evaluation:
         )
 
     def all_coverage(self):
-        """How often each target (num_targets,) was scored, by all ranks together."""
+        """Number of scores of each target (num_targets,), summed over ranks."""
         total = torch.from_numpy(self.meter.coverage.copy())
         if self.comm.world > 1:
             dist.all_reduce(total)
@@ -4759,7 +4759,7 @@ class Evaluation:
                 coverage=coverage,
             )
             if self.ttt:
-                # What the chunks so far have taught.
+                # The weights and momentum that the chunks so far have left.
                 state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
         if self.checkpoints.save(self.cursor, state):
             self.runtime.log(f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}")
@@ -4827,7 +4827,7 @@ def evaluation_jobs(config):
     if config.slot != "off":
         adapting.append(f"slot_{config.slot}")
     if adapting:
-        # What adapts, after a word on whether it may: legal_ttt, illegal_ttt_slot_published.
+        # Labels begin with the verdict: legal_ttt, illegal_ttt_slot_published.
         if config.slot == "published":
             adapting.insert(0, "illegal")
         elif config.ttt_enabled:
@@ -4838,12 +4838,12 @@ def evaluation_jobs(config):
 
 
 # ---- legality ----
-# A self-test against mistakes: whoever patches the script can patch its audit too, so a reviewer
-# runs slurm/verify.py as well.
+# A self-test against mistakes: a patched script can have a patched audit, so a reviewer runs
+# slurm/verify.py as well.
 
 CHECKS = {
     "C1 future_flip": "no score depends on its own token or on a later one",
-    "C2 nll_is_entry": "what is summed is minus the entry of a distribution that sums to 1",
+    "C2 nll_is_entry": "each summed nll is minus the entry of a distribution that sums to 1",
     "C3 trained_is_scored": "no target is trained on before it is scored",
     "C3 twin_run": "no state depends on a token that it has not scored",
     "C4 single_pass": "each target is scored once, from left to right",
@@ -5011,7 +5011,7 @@ class Audit:
         row = self.random.integers(2, vocab, 16)
         row[8] = BOS  # a new document in the middle
         other = row.copy()
-        other[[7, 9]] = other_tokens(row[[7, 9]], vocab, self.random)  # what stands around it
+        other[[7, 9]] = other_tokens(row[[7, 9]], vocab, self.random)  # its neighbours
         ids = self.runtime.to_device(np.stack([row, other]))  # (2, 16)
         bigram = self.model.bigram
         self.model.bigram = None  # its row is that of a pair of tokens
@@ -5185,8 +5185,8 @@ def row_scales(rows, bits):
     for all others. Each row takes the candidate that leaves the least squared error.
     """
     top = largest_code(bits)
-    # The published scripts take no step below 1/top. Where weights are small this is coarse, and
-    # what makes 11 layers of 6 bits fit 16 MB.
+    # The published scripts take no step below 1/top. This is coarse for small
+    # weights, and makes 11 layers of 6 bits fit 16 MB.
     scales = (clip_candidates(rows) / top).clamp(min=1 / top, max=65504.0).half()  # (Q, R, 1)
     steps = scales.float()  # rounded to float16, as the artifact stores them
     rounded = round_to_grid(rows, steps, bits) * steps  # (Q, R, C)
@@ -5229,7 +5229,7 @@ def fit_lite(
     for count in range(len(order) + 1):
         check_stop()
         layers = order[:count]
-        # Only packing tells the size: how far integers compress depends on their distribution.
+        # Only packing tells the size: compression depends on the distribution of the integers.
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
         if over <= 0:
@@ -5244,7 +5244,7 @@ def fit_lite(
 
 
 # ---- calibration ----
-# What the loss does when a matrix changes, to second order: an error E in a weight (R, C) costs
+# Rise of the loss when a matrix changes, to second order: an error E in a weight (R, C) costs
 # 1/2 sum_i d_i (E H E^T)_ii nats per token. H is the second moment of the matrix's input (OBS,
 # Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the Fisher information of output i: its
 # gradient's second moment on labels drawn from the model itself (K-FAC, arXiv 1503.05671). Only
@@ -5280,11 +5280,11 @@ def gram(x):
 
 @contextlib.contextmanager
 def calibration_hooks(model, add):
-    """Call add(name, tensor) for what passes through the real forward and backward.
+    """Call add(name, tensor) with second moments of the real forward and backward pass.
 
     A Linear contributes the Gram matrix of its inputs. An embedding's input is a one-hot vector:
-    its H is diagonal over rows, and what couples its columns is the gradient of its output. A layer
-    that is visited more than once adds up all its visits.
+    its H is diagonal over rows, and the gradient of its output couples its columns. A layer that is
+    visited more than once adds up all its visits.
     """
 
     def before_linear(source):
@@ -5332,7 +5332,7 @@ def drawn_labels(logps, batch, seed):
 
 
 def calibrate_batch(model, ids, batch, runtime, add):
-    """Call add(name, tensor) for what batch number `batch`, token ids (B, T), says."""
+    """Call add(name, tensor) with the moments of batch number `batch`, token ids (B, T)."""
     # The same weights must give the same artifact on a GPU too.
     with deterministic_algorithms(), runtime.autocast():
         hidden = model.hidden(ids)  # (B, T, D)
@@ -5417,7 +5417,7 @@ def per_matrix(model, sums, tokens):
 
 # ---- gptq ----
 # From hessians and fisher to codes: steps that equalise the predicted loss, integers by GPTQ, and
-# the search for the `step` that fills the budget. How codes were chosen is nothing to the reader.
+# the search for the `step` that fills the budget. Reading needs none of this.
 
 DAMPING = 0.03  # of the mean diagonal, added to it
 ROW_TEMPER = 0.7  # exponent of the rows' Fisher information
@@ -5677,7 +5677,7 @@ def fit_gptq(
 # Plain data behind a head with a checksum: a JSON header, then the tensors' bytes, all in one
 # compressed payload. zstd counts symbols over blocks of 128 KiB, so gptq sorts its codes: each row
 # and column has a class, the size of its entries, and codes lie in the order of their classes' sum,
-# whatever matrix they are from. A block then holds codes of one distribution.
+# across all matrices. A block then holds codes of one distribution.
 
 ARTIFACT_NAME = "final_model.int6.ptz"
 FLOAT_NAME = "final_model.pt"
@@ -5816,8 +5816,8 @@ def compress(config, raw):
     """The bytes, compressed as QUANTIZER and COMPRESSOR say."""
     if config.quantizer == "gptq":
         # Codes hardly ever repeat, so the search for matches is kept as small as zstd allows: a
-        # tenth of the time. What counts is level 22's choice of where blocks, and with them symbol
-        # tables, end; at lower levels the size jumps about when a step moves.
+        # tenth of the time. Level 22 is kept for its choice of block ends, and with them of symbol
+        # tables; at lower levels the size jumps about when a step moves.
         parameters = zstandard.ZstdCompressionParameters.from_level(
             22,
             source_size=len(raw),
@@ -6004,7 +6004,7 @@ def read_grid_sections(raw, shapes, step):
 
 
 def read_payload(raw):
-    """What read_artifact returns, of a decompressed payload; a wrong one may raise anything."""
+    """The values of read_artifact from a decompressed payload; a wrong one may raise anything."""
     (header_bytes,) = struct.unpack_from("<I", raw)
     start = 4 + header_bytes
     if start > min(MAX_HEADER_BYTES, len(raw)):
@@ -6078,7 +6078,7 @@ class LoadedWeights(typing.NamedTuple):
     config: Config  # architecture and evaluation settings; the rest are defaults
     state_dict: dict  # float32 tensors by name
     tokenizer_sha256: str  # of the tokenizer it was trained with, or "" if the file does not say
-    info: dict  # what training measured (float checkpoints only)
+    info: dict  # measurements of training (float checkpoints only)
     sha256: str  # of the file
 
     def from_artifact(self):
@@ -6310,7 +6310,7 @@ class Run:
         repacks = changed["packing"] and not changed["training"]
         repacks = repacks and config.mode == "train" and not config.eval_only
         if config.max_wallclock_seconds and not self.float_path.exists():
-            # What gptq takes from the cap changes the training that is still to be done.
+            # The reserve of gptq changes the training that is still to be done.
             repacks = repacks and "quantizer" not in changed["packing"]
         if not repacks:
             before = old.get("identity", {}).get("evaluation", {}).get("dtype")
@@ -6333,7 +6333,7 @@ class Run:
         config = self.config
         log = self.log
         differs = config.differences()
-        # An artifact does not bring the settings of its training: what is set here is not theirs.
+        # An artifact does not carry its training settings: the values set here are not its own.
         kinds = ("arch", "eval", "run") if config.eval_only else ()
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
@@ -6499,7 +6499,7 @@ class Run:
         artifact_bytes = self.artifact_path.stat().st_size
         # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
-        # How it was packed is no setting of an evaluation: the file's head says it.
+        # An evaluation has no packing settings: the file's head names the compressor.
         self.log_sizes(artifact_bytes, code_bytes, COMPRESSORS[head[2]])
         over = artifact_bytes + code_bytes - self.config.budget_bytes
         if over > 0:
@@ -6525,7 +6525,7 @@ class Run:
             )
         key = self.evaluation_key(self.artifact_path)
         passed_before = False
-        # A given file is audited anew each time; so is all when the audit is what was asked.
+        # A given file is audited anew each time, and so is a run with MODE=audit.
         if path.exists() and config.mode == "train" and not config.eval_only:
             old = read_json(path)
             passed_before = old.get("key") == key and old["passed"]
@@ -6536,7 +6536,7 @@ class Run:
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
-        # What is audited is what was written: the weights come from the file, through its reader.
+        # The audit tests the written file: the weights come from it, through its reader.
         checks = audit(self.model_of(self.artifact_path), self.val, config, self.runtime)
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
@@ -6624,10 +6624,10 @@ class Run:
             self.write_results(finished=False)
 
     def write_results(self, finished):
-        """Write scores.json: what training and scoring measured; manifest.json has the rest."""
+        """Write scores.json: measurements of training and scoring; manifest.json has the rest."""
         code_bytes = self.code_bytes()
         artifact_bytes = self.artifact_path.stat().st_size
-        if not self.config.eval_only:  # what training measured travels with its weights
+        if not self.config.eval_only:  # measurements of training travel with its weights
             self.results.update(self.load(self.float_path).info)
         self.results.update(
             finished=finished,
@@ -6679,7 +6679,7 @@ class Run:
                 f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope} dtype:{score['dtype']}"
             )
-        if config.preset == "demo":  # what general compressors make of the text that was scored
+        if config.preset == "demo":  # general compressors on the same text
             ids = self.val.tokens.astype(int).tolist()
             text = self.val.token_bytes.model.decode(ids).encode()
             for name, blob in [("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))]:
