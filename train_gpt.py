@@ -1102,9 +1102,6 @@ def read_json(path):
         ) from None
 
 
-MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
-
-
 def save_tensors(path, state):
     """Write a tree of tensors and plain values as a torch.save archive; returns its bytes."""
     # An open file, not a path: where a disk is full to the last bytes, PyTorch's own file writer
@@ -1120,18 +1117,12 @@ def save_tensors(path, state):
     return os.path.getsize(path)
 
 
-def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
+def load_tensors(path):
     """The tree that save_tensors wrote, on the CPU, mapped to memory; runs no code of the file.
 
-    Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
+    Raises ArtifactError if the file is damaged or not one of ours.
     """
     try:
-        size = os.path.getsize(path)
-        if size > max_bytes:  # looked at before reading: a sparse file may claim any size
-            raise ArtifactError(
-                f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
-                "name another file"
-            )
         # torch.load accepts a flipped bit: it does not compare the checksums of the archive.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -1139,8 +1130,6 @@ def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
             raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         # weights_only refuses pickled code: a checkpoint may come from a stranger.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ArtifactError:
-        raise
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: copy it again, or name another file"
@@ -1171,8 +1160,6 @@ class Checkpointer:
     All ranks wait while rank 0 writes. A write that fails is a warning: the state before it is
     intact.
     """
-
-    KEPT = 2  # the newest may be damaged later, by a disk or a copy
 
     def __init__(self, runtime, name, every_seconds):
         self.runtime = runtime
@@ -1207,8 +1194,9 @@ class Checkpointer:
                 size = save_tensors(self.path(number), state)
             except ResourceError as error:
                 self.runtime.log(f"warning: checkpoint not saved: {error}")
-            else:  # only now: an older state goes when a newer one is safe
-                for old in self.numbers()[: -self.KEPT]:
+            else:  # an older state goes when a newer one is safe
+                # Two are kept: the newest may be damaged later, by a disk or a copy.
+                for old in self.numbers()[:-2]:
                     self.path(old).unlink()
         mine = (time.monotonic() - begin, size) if self.runtime.is_main else (0, 0)
         # The others wait here: a rank that left now would have the launcher end rank 0's write.
@@ -1372,13 +1360,6 @@ class StopRequest:
         return bool(self.reason)
 
 
-class PeakMemory(typing.NamedTuple):
-    """Peaks in MiB. On the CPU both are the process's peak resident memory."""
-
-    allocated: int
-    reserved: int
-
-
 class Runtime:
     """The machine as one object: device, ranks, log, clock and the wish to stop.
 
@@ -1389,10 +1370,9 @@ class Runtime:
     def __init__(self, config, environ):
         # Before CUDA starts: with it cuBLAS gives the same bits every time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        rank = read_number(environ, "RANK", int, 0)
-        self.comm = Comm(rank, read_number(environ, "WORLD_SIZE", int, 1))
+        self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
-        self.device = pick_device(config.device, read_number(environ, "LOCAL_RANK", int, 0))
+        self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
         on_gpu = self.device.type == "cuda"
         self.dtype, self.dtype_reason = pick_dtype(config.dtype, self.device)  # of autocast
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
@@ -1404,10 +1384,8 @@ class Runtime:
         self.events = None
         self.lock = None
         self.on_line = False  # the terminal's last line is progress, to be overwritten
-        seconds_left = config.time_limit_seconds or math.inf
-        job_end = read_number(environ, "SLURM_JOB_END_TIME", float, math.inf)
-        seconds_left = min(seconds_left, job_end - time.time())
-        self.stop = StopRequest(seconds_left)
+        job_end = float(environ.get("SLURM_JOB_END_TIME", math.inf))
+        self.stop = StopRequest(min(config.time_limit_seconds or math.inf, job_end - time.time()))
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -1417,27 +1395,30 @@ class Runtime:
             # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         self.attention = pick_attention(self.device, self.dtype, self.compiling)
-        if self.is_main and not self.open_dir():
-            self.log(
-                f"warning: no locks on the file system of {self.dir}: start one run in it only"
-            )
+        if self.is_main:
+            self.open_dir()
         if self.comm.world > 1:
             self.check_dir_is_shared()
 
     def open_dir(self):
-        """Lock RUN_DIR and open its logs; returns False where the file system has no locks."""
+        """Make RUN_DIR, lock it and open its logs."""
+        locked = True
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
-            locked = lock_file(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                locked = False
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
                 unfinished.unlink()
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
-            return locked
         except BlockingIOError:
             raise ConfigError(
                 f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another "
@@ -1448,6 +1429,10 @@ class Runtime:
                 f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
                 "writable directory"
             ) from None
+        if not locked:
+            self.log(
+                f"warning: no locks on the file system of {self.dir}: start one run in it only"
+            )
 
     def check_dir_is_shared(self):
         """Raise ConfigError unless every rank sees the file that rank 0 makes in RUN_DIR."""
@@ -1525,12 +1510,11 @@ class Runtime:
         return tensor.to(self.device, non_blocking=True)
 
     def peak_mib(self):
-        """PeakMemory since the start: of the GPU, or of the process on a CPU."""
+        """(allocated, reserved) peaks on the GPU; on a CPU both are the process's resident one."""
         if self.device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated() >> 20
-            return PeakMemory(allocated, torch.cuda.max_memory_reserved() >> 20)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-        return PeakMemory(resident >> 10, resident >> 10)
+            return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # KiB on Linux
+        return resident, resident
 
     def close(self):
         """Close the files, which frees the lock on RUN_DIR, and leave the process group."""
@@ -1562,25 +1546,6 @@ def deterministic_algorithms():
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def read_number(environ, name, kind, default):
-    """The number in a variable that torchrun or SLURM sets. Raises ConfigError for another text."""
-    try:
-        return kind(environ.get(name, default))
-    except ValueError:
-        raise ConfigError(f"{name}={environ[name]!r}: expected a number: unset {name}") from None
-
-
-def lock_file(file, flags):
-    """Lock an open file; returns False where its file system has no locks."""
-    try:
-        fcntl.flock(file, flags)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True
 
 
 def say(text, stream=None):
@@ -4005,7 +3970,7 @@ class Trainer:
             train_time_s=self.seconds,
             step_avg_ms=1000 * self.seconds / max(1, self.step),
             stopped_early=self.stopped_early,
-            peak_mib=self.runtime.peak_mib().allocated,
+            peak_mib=self.runtime.peak_mib()[0],
         )
         return dict(
             config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
