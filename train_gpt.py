@@ -428,10 +428,9 @@ class Config:
         """Return {name: value} of the fields of these kinds, or of all."""
         return {name: getattr(self, name) for name in self.names(*kinds)}
 
-    def hash(self, *kinds):
-        """Return 16 hex digits over the fields of these kinds; by default of all but "run"."""
-        kinds = kinds or ("arch", "train", "pack", "eval")
-        text = json.dumps(self.as_dict(*kinds), sort_keys=True)
+    def hash(self):
+        """Return 16 hex digits over all fields but those of the kind "run"."""
+        text = json.dumps(self.as_dict("arch", "train", "pack", "eval"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self):
@@ -1346,9 +1345,7 @@ class StopRequest:
         self.reason = self.reason or signal.Signals(number).name
 
     def remaining(self):
-        """Seconds until the time limit, less what saving needs."""
-        if not math.isfinite(self.time_limit):
-            return math.inf
+        """Seconds until the time limit, less the time that saving needs."""
         margin = min(60.0, 0.1 * self.time_limit)
         elapsed = time.monotonic() - self.started
         return self.time_limit - margin - self.save_seconds - elapsed
@@ -1557,15 +1554,6 @@ def say(text, stream=None):
         # The text that is still buffered would raise again at exit.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def prepare_terminal():
-    """Stand in for a missing output (`>&-`), and escape characters that the terminal lacks."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def pick_dtype(wish, device):
@@ -6113,6 +6101,7 @@ class Run:
         self.files = {}
         if loaded is not None:
             self.files[self.artifact_path] = loaded
+        self.dtype = str(runtime.dtype).removeprefix("torch.")
         self.model = None
         self.audited = False
         self.results = {"scores": {}}
@@ -6214,7 +6203,6 @@ class Run:
         config = self.config
         training = {"train_gpt.py": sha256_file(CODE_PATH)}  # other code may do otherwise
         packing = {"tokenizer": self.tokenizer_sha256}
-        self.dtype = str(self.runtime.dtype).removeprefix("torch.")
         evaluation = dict(config.as_dict("eval"), dtype=self.dtype)
         evaluation["validation text"] = self.val.fingerprint["val_sha256"]
         evaluation["file that is scored"] = "the run's own"
@@ -6245,13 +6233,12 @@ class Run:
             self.compare_with(old)
             with contextlib.suppress(FileNotFoundError):
                 self.results = read_json(self.path / "scores.json")
-        kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
             preset=config.preset,
             hash=config.hash(),
             identity=self.identity,
             config=config.as_dict(),
-            kinds=kinds,
+            kinds={field.name: field.metadata["kind"] for field in dataclasses.fields(config)},
             differs=config.differences(),
         )
         write_json(path, record)
@@ -6305,7 +6292,6 @@ class Run:
             log(f"config:{name}={value}{mark}")
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
-        log(f"evaluation_hash:{config.hash('arch', 'eval')}")
         log(f"dtype:{self.dtype} ({self.runtime.dtype_reason})")
         log(f"attention:{self.runtime.attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
@@ -6333,11 +6319,7 @@ class Run:
             return
         config = self.config
         # Before packing there is no artifact; the manifest is written again after it.
-        artifact_sha256 = None
-        artifact_bytes = None
-        if self.artifact_path.exists():
-            artifact_sha256 = self.load(self.artifact_path).sha256
-            artifact_bytes = self.artifact_path.stat().st_size
+        packed = self.artifact_path.exists()
         train_shards = list(Path(config.data_path).glob("fineweb_train_*.bin"))
         manifest = dict(
             python=platform.python_version(),
@@ -6352,8 +6334,8 @@ class Run:
             config_hash=config.hash(),
             code_sha256=self.identity["training"]["train_gpt.py"],
             code_bytes=CODE_PATH.stat().st_size,
-            artifact_sha256=artifact_sha256,
-            artifact_bytes=artifact_bytes,
+            artifact_sha256=self.load(self.artifact_path).sha256 if packed else None,
+            artifact_bytes=self.artifact_path.stat().st_size if packed else None,
             tokenizer_sha256=self.tokenizer_sha256,
             data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
@@ -6522,9 +6504,7 @@ class Run:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
             checkpoints = Checkpointer(self.runtime, f"eval_{job.label}", config.checkpoint_seconds)
-            scores_file = None
-            if config.scores_file:
-                scores_file = ScoresFile(self.val.num_targets)
+            scores_file = ScoresFile(self.val.num_targets) if config.scores_file else None
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
                 self.model_of(path),
@@ -6687,12 +6667,19 @@ class Run:
 
 
 @torch.no_grad()
-def continue_tokens(model, ids, config, runtime, generator):
-    """Yield SAMPLE_TOKENS token ids that continue `ids` (a list), one at a time, until BOS or EOS.
+def sample(config, runtime, loaded):
+    """Print PROMPT and the artifact's continuation; nothing is scored or recorded.
 
     Each next token is drawn from softmax(logits / TEMPERATURE) over the TOP_K likeliest; at
-    TEMPERATURE=0 it is the likeliest one.
+    TEMPERATURE=0 it is the likeliest one. BOS and EOS end the text.
     """
+    tokenizer = load_token_bytes(config, loaded.tokenizer_sha256).model
+    model = build_model(config, runtime)
+    model.load_state_dict(loaded.state_dict)
+    model.eval()
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = [BOS, *tokenizer.encode(config.prompt)]  # as every document of the shards begins
+    shown = ""
     for _ in range(config.sample_tokens):
         # The states of all positions are computed anew for each token: simple, and fast enough to
         # read along. The context is as long as the windows that the model is scored with.
@@ -6707,25 +6694,9 @@ def continue_tokens(model, ids, config, runtime, generator):
             chosen = int(torch.multinomial(probabilities, 1, generator=generator))
         token = int(candidates[chosen])
         if token in (BOS, EOS):
-            return
-        ids = [*ids, token]
-        yield token
-
-
-def sample(config, runtime, loaded):
-    """MODE=sample: print PROMPT and how the artifact goes on; nothing is scored or recorded."""
-    token_bytes = load_token_bytes(config, loaded.tokenizer_sha256)
-    tokenizer = token_bytes.model
-    model = build_model(config, runtime)
-    model.load_state_dict(loaded.state_dict)
-    model.eval()
-    prompt = [BOS, *tokenizer.encode(config.prompt)]  # as every document of the shards begins
-    generator = torch.Generator().manual_seed(config.seed)
-    shown = ""
-    text_ids = prompt[1:]
-    for token in continue_tokens(model, prompt, config, runtime, generator):
-        text_ids = [*text_ids, token]
-        text = tokenizer.decode(text_ids)
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids[1:])
         # A character of several bytes is a replacement mark until its last byte is there.
         if runtime.is_main and not text.endswith("\ufffd"):
             say(printable(text[len(shown) :], keep="\n\t"))
@@ -6771,18 +6742,14 @@ def reported_errors(runtime):
     sys.exit(code)
 
 
-def load_given(environ):
-    """LoadedWeights that this command only scores or samples from, or None when it is to train."""
-    path = environ.get("EVAL_ONLY")
-    # Without EVAL_ONLY, MODE=sample reads the artifact of the run that the same settings made.
-    if not path and environ.get("MODE") == "sample":
-        path = Path(Config.from_env(environ).run_dir) / ARTIFACT_NAME
-    return load_weights(path) if path else None
-
-
 def main():
     """Read the configuration, build the runtime, train or load, pack, audit, score."""
-    prepare_terminal()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            # Characters that the terminal lacks are escaped.
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     arguments = set(sys.argv[1:])
     if arguments & {"--help", "-h"}:
         say(f"{help_text()}\n")
@@ -6792,7 +6759,11 @@ def main():
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
     # The file comes first: its architecture and evaluation settings belong to the configuration.
-    loaded = load_given(os.environ)
+    path = os.environ.get("EVAL_ONLY")
+    if not path and os.environ.get("MODE") == "sample":
+        # Without EVAL_ONLY, MODE=sample reads the artifact of the run that the same settings made.
+        path = Path(Config.from_env(os.environ).run_dir) / ARTIFACT_NAME
+    loaded = load_weights(path) if path else None
     config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
     if arguments:
         say("".join(f"{name.upper()}={value}\n" for name, value in config.as_dict().items()))
