@@ -129,12 +129,12 @@ class Stopped(GolfError):
 # ==================================================================================================
 # Configuration
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
-# A field's kind says what it belongs to: "train" fixes the float weights, "pack" the artifact made
-# of them, "arch" and "eval" travel inside the artifact, "run" changes where and how a run happens
-# but not its result. The hash covers all but "run", so that runs with equal hashes are comparable.
+# Kinds of fields: "train" fixes the float weights, "pack" the artifact made of them,
+# "arch" and "eval" travel inside the artifact, "run" changes where and how a run happens but not its
+# result. The hash covers all but "run", so that runs with equal hashes are comparable.
 # ==================================================================================================
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
-    """Return a Config field with what --help and the range checks need to know."""
+    """Return a Config field with its text for --help and its range."""
     metadata = dict(kind=kind, text=text, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -341,7 +341,7 @@ class Config:
 
     # The machine.
     device: str = run_option("auto", "auto, cpu, cuda or cuda:N")
-    # A property of the machine: a laptop scores at its best speed what eight H100 trained.
+    # A property of the machine: a laptop scores a model of eight H100 in its own fastest type.
     dtype: str = run_option(
         "auto",
         "of matrix products; auto = bfloat16 on CUDA from capability 8.0 and on CPUs with AMX, "
@@ -521,7 +521,7 @@ PRESETS = {
     "flow_20k": dict(LONG, flow_enabled=True),
     "ttt_linear_10l": dict(TTT_LINEAR, num_layers=10),
     "ttt_linear_11l": TTT_LINEAR,
-    # #1150 scores with slot=published, which looks at what it scores; causal is its legal form.
+    # #1150 scores with slot=published, which fits to its own targets; causal is the legal form.
     "slot_11l": dict(
         VE128,
         mlp_mult=2.8,
@@ -679,7 +679,7 @@ RENAMED = {
     "EMA_ENABLED": switch("ema_decay", off=0.0, on=0.997),
     "VE_ENABLED": switch("ve_dim", off=0, on=128),
     "LATE_QAT": switch("late_qat_threshold", off=0.0, on=0.15),
-    # As published SLOT looks at what it scores; its legal form stands in unless SLOT=published.
+    # As published SLOT fits to its own targets; its legal form stands in unless SLOT=published.
     "SLOT_ENABLED": switch("slot", off="off", on="causal"),
     "VE_LAYERS": ("ve_last_n", count_last_layers, "numbers of these layers, the last ones"),
     "PARALLEL_RESIDUAL_START": (
@@ -1325,7 +1325,7 @@ class StopRequest:
         self.started = time.monotonic()
         self.time_limit = time_limit_seconds  # math.inf without one
         self.reason = ""
-        self.first_signal = None  # when it came
+        self.first_signal = None  # time of the first signal
         self.save_seconds = 0.0  # of the last save: the next one will need about as many
 
     def watch_signals(self):
@@ -1351,7 +1351,7 @@ class StopRequest:
         return self.time_limit - margin - self.save_seconds - elapsed
 
     def wanted(self, next_seconds=0.0):
-        """True if the run is to stop rather than begin what takes `next_seconds`."""
+        """True if the run is to stop rather than begin work of `next_seconds`."""
         if not self.reason and self.remaining() < next_seconds:
             self.reason = "TIME_LIMIT"
         return bool(self.reason)
@@ -1612,7 +1612,7 @@ def device_name(device):
 # Data
 # The challenge's own shard format, read as it lies on the disk. A training sequence is a function
 # of its number alone, so a run needs no position and any number of ranks reads the same tokens.
-# TokenBytes.count says how many bytes of text a token stands for: bits per byte rest on it.
+# TokenBytes.count gives the bytes of text that a token stands for: bits per byte rest on them.
 # ==================================================================================================
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -2050,7 +2050,7 @@ def english_of(path):
     try:
         source = path.read_text(encoding="utf-8")
         if '"""' not in source and "'''" not in source:
-            return []  # no long text: spares the parsing, which is what takes the time
+            return []  # no long text; parsing would take most of the time
         tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError, RecursionError):
         return []
@@ -2501,7 +2501,7 @@ class Block(nn.Module):
         normed = rms_norm(x)
         y, v = self.attn(normed, self.norm_scale, self.attn_scale, angles, v_first, v_emb)
         x = x + y
-        # A parallel MLP does not see what attention has just added (as in GPT-J).
+        # A parallel MLP reads the stream before attention adds to it (as in GPT-J).
         mlp_input = normed if self.parallel else rms_norm(x)
         x = x + self.mlp(mlp_input, self.norm_scale, self.mlp_scale)
         return x, v
@@ -2657,7 +2657,7 @@ def draw_noise(keys, length, width):
     hashes = mix64(steps * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
 
     def uniform(bits):
-        # 23 bits and a half are what float32 holds exactly: never 0, never 1.
+        # float32 holds 23 bits and a half exactly: never 0, never 1.
         integer = bits & (2**23 - 1)
         return (integer.float() + 0.5) * 2.0**-23
 
@@ -2737,8 +2737,8 @@ class TTTLinear(nn.Module):
 
     The hidden state is itself a linear model f(k) = k + LN(kW + b) that takes a gradient step on
     1/2 |LN(kW + b) - (v - k)|^2 for every token. Inside a mini-batch all gradients are taken at its
-    start, so that what token i has learnt of tokens <= i is one masked product; only the loop over
-    mini-batches is sequential.
+    start, so that all updates from tokens <= i reach token i in one masked product; only the loop
+    over mini-batches is sequential.
     """
 
     def __init__(self, config):
@@ -2870,7 +2870,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
-        # A model on the meta device has shapes and names only, which is what readers check.
+        # A model on the meta device has shapes and names only: enough for the checks of readers.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
         self.qat_blend = 0.0  # as in the buffers of late QAT, known without asking the device
@@ -2971,7 +2971,7 @@ class GPT(nn.Module):
         order = layer_order(self.config, self.looped)
         num_encoders = len(order) // 2
         for visit, layer in enumerate(order):
-            # A decoder first adds what its mirror image among the encoders left.
+            # A decoder first adds the output of its mirror image among the encoders.
             if visit >= num_encoders and skips:
                 index = visit - num_encoders
                 weight = self.skip_weights[index].to(x.dtype)
@@ -3067,7 +3067,7 @@ def build_model(config, runtime):
 # ==================================================================================================
 # Optimisers
 # Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and
-# clipped then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its
+# clipped then. Parallel Muon shards the expensive parts (Newton-Schulz, momentum) and hides its
 # traffic behind the arithmetic.
 # ==================================================================================================
 # Coefficients of the quintic x -> a x + b (x x^T) x + c (x x^T)^2 x. They are Jordan's: as steep as
@@ -3154,7 +3154,7 @@ class Muon:
         for stack in self.stacks:
             stack.sort(key=is_tall)  # wide ones first: `apply` transposes the others in one go
         self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
-        self.handles = []  # (handle, what is being sent)
+        self.handles = []  # (handle, tensors being sent)
         self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
         self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
         self.num_wide = []  # per stack: number of this rank's matrices that are not transposed
@@ -3321,7 +3321,7 @@ def build_optimizers(model, config, comm=None):
         comm,
         config.muon_row_norm,
     )
-    # `base_lr` is what the schedule multiplies; "lr" itself changes with every step.
+    # The schedule multiplies `base_lr`; "lr" itself changes with every step.
     adamw = torch.optim.AdamW(
         [
             dict(
@@ -3800,7 +3800,7 @@ class Trainer:
             return
         seconds = max(1e-9, self.seconds)
         tokens_per_second = self.config.train_batch_tokens * self.step / seconds
-        # The median is the pace; the 95th percentile shows what interrupts it.
+        # The median is the pace; the 95th percentile shows interruptions.
         median, p95 = (1000 * float(np.percentile(self.step_seconds, p)) for p in (50, 95))
         device = device_name(self.runtime.device)
         peak = peak_flops(device)
@@ -3949,7 +3949,7 @@ class Trainer:
         """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
         kind, tensors = self.average.exported()
         self.runtime.log(f"export:{kind}")
-        # The model's own state first, for what is no parameter; then the averages in its place.
+        # The model's own state first, for its buffers; then the averages instead of its parameters.
         state = dict(self.model.state_dict())
         names = [name for name, _ in self.model.named_parameters()]
         state.update(zip(names, tensors, strict=True))
@@ -4096,7 +4096,7 @@ def plan_work(windows, num_targets, config, per_round, ttt):
     """The evaluation as a flat list of ScoreRound (up to `per_round` windows) and TrainStep.
 
     With test-time training a chunk's windows come first, then its training. The last chunk is never
-    trained on: nothing would be scored with what it taught.
+    trained on: no target is scored after it.
     """
     chunk = config.ttt_chunk_tokens if ttt else num_targets
     chunks = -(-num_targets // chunk)  # rounded up
@@ -4104,7 +4104,7 @@ def plan_work(windows, num_targets, config, per_round, ttt):
     high = 0
     for c in range(chunks):
         # The windows that begin to score in this chunk; rounds do not cross chunks, so that all
-        # windows of the next one see what this one taught.
+        # windows of the next chunk are scored after training on this one.
         low = high
         while high < len(windows) and windows[high].first < (c + 1) * chunk:
             high += 1
@@ -4180,7 +4180,7 @@ class Meter:
 def evaluation_mode(model, freeze_blocks):
     """Evaluation mode with the first blocks frozen; yields the parameters that may be trained.
 
-    Weights, modes and what needs gradients are afterwards as they were found.
+    At its end weights, modes and requires_grad are restored.
     """
     params = list(model.parameters())
     values = [p.detach().clone() for p in params]
@@ -4220,7 +4220,7 @@ def slot_shift(model, hidden, batch, config, slot):
     causal = slot == "causal"
     known = torch.zeros(batch.targets.shape, device=hidden.device)  # (B, T): 1 = may be fitted on
     for i, (start, first, end) in enumerate(batch.windows):
-        # Targets from `first` on are about to be scored: to fit on them is what makes SLOT illegal.
+        # Targets from `first` on are about to be scored: fitting on them makes SLOT illegal.
         known_until = first if causal else end
         known[i, : known_until - start] = 1
     rows = len(known) if causal else 1
@@ -4349,7 +4349,7 @@ def draw_rounds(work, share, seed):
 
 
 def check_seed(config, text):
-    """AUDIT_SEED, or a seed that follows from what is checked: nobody can choose it beforehand."""
+    """AUDIT_SEED, or a hash of `text`, which names the checked run: nobody can choose it before."""
     return config.audit_seed or hash64(text) >> 1
 
 
@@ -4435,7 +4435,7 @@ class Evaluation:
                 # Made anew for every evaluation: nothing is left of the one before.
                 self.sgd = torch.optim.SGD(params, self.config.ttt_lr, self.config.ttt_momentum)
             self.load()
-            # As if this process had done all of it.
+            # The clock goes on from the seconds of earlier processes.
             self.started = time.monotonic() - self.seconds
             self.shown = self.logged = self.started
             if self.spots and not self.quiet:
@@ -4868,7 +4868,7 @@ class Audit:
         checks = []
         for name, claim in CHECKS.items():
             failures = self.failures[name]
-            # Each rank sees only what it scored.
+            # Each rank sees only its own scores.
             passed = not self.comm.any_rank(failures)
             detail = f"{claim}; {self.counts[name]} comparisons"
             if failures:
@@ -4910,7 +4910,7 @@ class Audit:
         # The first target after the first chunk, without test-time training after the first window.
         edge = self.config.ttt_chunk_tokens if job.ttt else self.config.eval_seq_len
         place = min(edge, stream.num_targets - 1)
-        # The evaluation that scores, not a copy of it.
+        # The audit runs the same function that scores, not a copy.
         options = dict(stride=job.stride, ttt=job.ttt, slot=job.slot, label=job.label, quiet=True)
         run = functools.partial(
             evaluate, self.model, config=self.config, runtime=self.runtime, **options
@@ -4996,9 +4996,9 @@ def audit(model, stream, config, runtime):
 # ==================================================================================================
 # Quantisation
 # From float weights to the artifact's bytes and back. QUANTIZER=lite rounds each row by itself and
-# lowers MLPs to int5, the middle layers first, until the file fits. QUANTIZER=gptq measures what an
-# error costs (calibrate), lets roundings make up for each other, and has one dial for the file's
-# size: the `step` that multiplies the steps of all matrices.
+# lowers MLPs to int5, the middle layers first, until the file fits. QUANTIZER=gptq measures the
+# cost of an error (calibrate), lets roundings make up for each other, and has one dial for the
+# file's size: the `step` that multiplies the steps of all matrices.
 # ==================================================================================================
 # ---- the grid ----
 
@@ -5351,7 +5351,7 @@ def per_matrix(model, sums, tokens):
     for name, module in model.named_modules():
         if isinstance(module, Embedding):
             hessians[f"{name}.weight"] = sums[f"hessian/{name}"]
-            # A row's share of the loss is how often it is read.
+            # A row's share of the loss is its number of reads.
             fisher[f"{name}.weight"] = sums[f"count/{name}"] + UNSEEN_COUNT / tokens
         elif isinstance(module, Linear):
             hessian = sums[f"hessian/{hessian_name(name)}"]
@@ -5375,8 +5375,8 @@ def per_matrix(model, sums, tokens):
 DAMPING = 0.03  # of the mean diagonal, added to it
 ROW_TEMPER = 0.7  # exponent of the rows' Fisher information
 BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
-# Nats per token, far below what could be measured: predictions for a model that was hardly trained
-# are too low, and the budget is there to be used.
+# Nats per token, far below any measurable difference: predictions for a model that was hardly
+# trained are too low, and the budget is there to be used.
 FINEST_LOSS = 1e-9
 
 
@@ -5474,7 +5474,7 @@ class Quantised(typing.NamedTuple):
 
 
 class Quantiser:
-    """All matrices of a model and what their errors cost; quantise(step) is the model at one size.
+    """All matrices of a model and the cost of their errors; quantise(step) is the model at one size.
 
     The result depends neither on the number of threads nor on the device.
     """
@@ -5872,7 +5872,7 @@ def decompress(body, compressor, size):
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
             raw = unpacker.decompress(body, max_length=size + 1)
             whole = unpacker.eof and not unpacker.unused_data
-        # zstd allocates what the frame declares, so the declaration is compared first.
+        # zstd allocates the size that the frame declares, so that size is compared first.
         elif zstandard.frame_content_size(body) == size:
             unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
             raw = unpacker.decompress(body, allow_extra_data=False)
@@ -6084,8 +6084,8 @@ def load_float_weights(path):
 
 # ==================================================================================================
 # main
-# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
-# it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
+# A run is a list of phases, each of which leaves a file: a rerun does the missing phases and logs
+# the others. Only rank 0 reads and writes RUN_DIR's records; the other ranks follow its decisions.
 # ==================================================================================================
 class Run:
     """The phases of one run in RUN_DIR."""
@@ -6127,7 +6127,7 @@ class Run:
     def model_of(self, path):
         """The model with the weights of a file; one object for all scores: compiled once."""
         if self.model is None:
-            # Rounding in training has no place here: the weights are what they are.
+            # Late QAT rounds in training only: a file's weights are scored unchanged.
             settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
             self.model = build_model(settings, self.runtime)
         self.model.load_state_dict(self.load(path).state_dict)
@@ -6147,7 +6147,7 @@ class Run:
     # ---- before the first phase ----
 
     def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        """Load the data, compare with the run in RUN_DIR, write config.json and manifest.json."""
         config = self.config
         if config.mode == "train" and not config.eval_only:
             self.warn_of_slow_device()
@@ -6245,7 +6245,7 @@ class Run:
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def compare_with(self, old):
-        """Raise ConfigError if `old`, a config.json, is another run's; delete what is repacked."""
+        """Raise ConfigError if `old`, a config.json, is another run's; delete an old packing's files."""
         config = self.config
         changed = {}  # by part of the identity: {name: "NAME: old -> new"}
         for part, values in self.identity.items():
@@ -6403,7 +6403,7 @@ class Run:
                 config, weights.state_dict, *statistics, code_bytes, **options
             )
             seconds = time.monotonic() - begin
-            total = weights.info.get("train_time_s", 0.0) + seconds  # all of it counts as training
+            total = weights.info.get("train_time_s", 0.0) + seconds  # packing counts as training
             self.log(
                 f"quantised packings:{trials} seconds:{seconds:.1f} with_training:{total:.1f}s"
             )
@@ -6429,7 +6429,7 @@ class Run:
         return self.config.code_bytes or CODE_PATH.stat().st_size
 
     def log_sizes(self, artifact_bytes, code_bytes, compressor):
-        """Log the three lines of the challenge's logs, and what is left of the budget."""
+        """Log the three lines of the challenge's logs, and the rest of the budget."""
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
         self.log(f"Code size: {code_bytes} bytes")
@@ -6585,7 +6585,7 @@ class Run:
         )
         write_json(self.path / "scores.json", self.results)
 
-    # ---- what a person reads ----
+    # ---- the summary ----
 
     def is_submission(self, label):
         """False for float weights, which do not fit, and for the roundtrip, the cost of packing."""
@@ -6710,7 +6710,7 @@ def sample(config, runtime, loaded):
 
 @contextlib.contextmanager
 def reported_errors(runtime):
-    """Log what stops a run, once and with the rank, and end the process with its exit code."""
+    """Log the error or signal that stops a run, with the rank, and exit with its code."""
     try:
         yield
         return
