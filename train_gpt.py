@@ -129,9 +129,9 @@ class Stopped(GolfError):
 # ==================================================================================================
 # Configuration
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
-# Kinds of fields: "train" fixes the float weights, "pack" the artifact made of them,
-# "arch" and "eval" travel inside the artifact, "run" changes where and how a run happens but not its
-# result. The hash covers all but "run", so that runs with equal hashes are comparable.
+# Kinds of fields: "train" fixes the float weights, "pack" the artifact made of them, "arch" and
+# "eval" travel inside the artifact, "run" changes where and how a run happens but not its result.
+# The hash covers all but "run", so that runs with equal hashes are comparable.
 # ==================================================================================================
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
     """Return a Config field with its text for --help and its range."""
@@ -5474,7 +5474,7 @@ class Quantised(typing.NamedTuple):
 
 
 class Quantiser:
-    """All matrices of a model and the cost of their errors; quantise(step) is the model at one size.
+    """All matrices of a model and their errors' costs; quantise(step) is the model at one size.
 
     The result depends neither on the number of threads nor on the device.
     """
@@ -6245,7 +6245,7 @@ class Run:
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def compare_with(self, old):
-        """Raise ConfigError if `old`, a config.json, is another run's; delete an old packing's files."""
+        """Raise ConfigError if `old`, a config.json, is another run's; delete an old packing."""
         config = self.config
         changed = {}  # by part of the identity: {name: "NAME: old -> new"}
         for part, values in self.identity.items():
