@@ -2759,7 +2759,7 @@ class TTTLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(heads, 1, width))
         self.ln_gain = nn.Parameter(torch.ones(heads, 1, width))
         self.ln_bias = nn.Parameter(torch.zeros(heads, 1, width))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # as the inner LayerNorm's
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
     def forward(self, x):
@@ -2881,7 +2881,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw the weights as REFERENCE section 4 says: residual branches add zero at first."""
+        """Start as REFERENCE section 4 says, with the published scripts' constants.
+
+        Where a branch must add nothing at first, only its last matrix is zero: behind a second zero
+        factor neither would ever get a gradient.
+        """
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
         # Table zero, projection orthogonal: with both zero neither would ever get a gradient.
         if self.bigram is not None:
@@ -2900,10 +2904,23 @@ class GPT(nn.Module):
                 nn.init.constant_(attn.attn_gate.bias, 4.0)  # sigmoid(4) = 0.98: almost open
         if self.ve is not None:
             nn.init.normal_(self.ve.embed.weight, std=0.01)
-            nn.init.zeros_(self.ve.proj.weight)
+            nn.init.orthogonal_(self.ve.proj.weight)
+        if self.ttt is not None:
+            for layer in (self.ttt.c_q, self.ttt.c_k, self.ttt.c_v):
+                nn.init.orthogonal_(layer.weight)
+            nn.init.zeros_(self.ttt.proj.weight)
         if self.flow is not None:
+            for layer in (self.flow.down, self.flow.fc, self.flow.up):
+                nn.init.orthogonal_(layer.weight)
+            # The scripts scale `up` too, but their orthogonal start overwrites what they scaled.
             self.flow.up.weight.mul_(self.config.flow_init_scale)
+            nn.init.zeros_(self.flow.proj.weight)
+            for layer in (self.flow.fc, self.flow.proj):
+                nn.init.zeros_(layer.bias)
         if self.nfm is not None:
+            for layer in (self.nfm.inp, self.nfm.time):
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
             nn.init.zeros_(self.nfm.out.weight)
         if self.embed_in is not None:
             nn.init.orthogonal_(self.embed_in.weight)
@@ -4228,7 +4245,8 @@ def slot_shift(model, hidden, batch, config, slot):
     rows = len(known) if causal else 1
     count = known.sum(1).clamp(min=1) if causal else known.sum()
     shift = torch.zeros(rows, 1, hidden.size(-1), device=hidden.device, requires_grad=True)
-    adamw = torch.optim.AdamW([shift], lr=config.slot_lr)
+    # Epsilon and decay as in #1150: a mean's gradients are so small that the epsilon counts.
+    adamw = torch.optim.AdamW([shift], lr=config.slot_lr, eps=1e-5, weight_decay=1e-8)
     for _ in range(config.slot_steps):
         with torch.enable_grad():
             nll = model.cross_entropy(hidden.detach() + shift, batch.targets, "none")  # (B*T,)

@@ -423,7 +423,7 @@ def test_the_shift_of_a_window_equals_plain_adamw_on_that_window_alone(case, mon
     for start, first, end in plan_windows(250, SEQ, STRIDE):
         hidden = model.hidden(ids[None, start:end])[0]
         shift = torch.zeros(1, hidden.size(1), requires_grad=True)
-        adamw = torch.optim.AdamW([shift], lr=0.01)
+        adamw = torch.optim.AdamW([shift], lr=0.01, eps=1e-5, weight_decay=1e-8)
         for _ in range(4 if first > start else 0):
             known = slice(0, first - start)
             loss = F.cross_entropy(model.logits(hidden[known] + shift), ids[start + 1 : first + 1])

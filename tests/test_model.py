@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    TINY,
     assert_near,
     count,
+    layers_for,
     plain_heads,
     plain_norm,
+    preset_config,
     random_batch,
     randomised,
     tiny_config,
@@ -105,7 +108,8 @@ def test_a_fresh_model_knows_nothing(refiner):
 
 
 def test_a_fresh_model_starts_as_the_reference_says():
-    model = train_gpt.GPT(tiny_config(ve_dim=8, model_dim=64))
+    parts = dict(ve_dim=8, flow_enabled=True, flow_init_scale=0.5, e2e_ttt_enabled=True)
+    model = train_gpt.GPT(tiny_config(**parts, model_dim=64))
     state = model.state_dict()
     values = {
         "skip_weights": 1.0,
@@ -114,7 +118,14 @@ def test_a_fresh_model_starts_as_the_reference_says():
         "bigram.embed.weight": 0.0,
         "ve.scale": 0.1,
         "ve.layer_scales": 1.0,
-        "ve.proj.weight": 0.0,
+        "ttt.proj.weight": 0.0,
+        "ttt.gate": -5.0,
+        "flow.fc.bias": 0.0,
+        "flow.proj.weight": 0.0,
+        "flow.proj.bias": 0.0,
+        "flow.gate": -5.0,
+        "nfm.inp.bias": 0.0,
+        "nfm.time.bias": 0.0,
         "nfm.gate": -5.0,
         "nfm.out.weight": 0.0,
     }
@@ -132,14 +143,36 @@ def test_a_fresh_model_starts_as_the_reference_says():
     for name, value in values.items():
         assert torch.equal(state[name], torch.full_like(state[name], value)), name
     orthogonal = [f"blocks.{i}.{n}" for i in range(3) for n in ("attn.c_q", "attn.c_k", "mlp.fc")]
-    for name in [*orthogonal, "blocks.1.attn.c_v", "bigram.proj"]:
-        weight = state[f"{name}.weight"]
+    orthogonal += ["blocks.1.attn.c_v", "bigram.proj", "ve.proj", "ttt.c_q", "ttt.c_k", "ttt.c_v"]
+    orthogonal += ["flow.down", "flow.fc", "flow.up", "nfm.inp", "nfm.time"]
+    for name in orthogonal:
+        weight = state[f"{name}.weight"] / (0.5 if name == "flow.up" else 1.0)
         narrow = weight if weight.size(0) <= weight.size(1) else weight.T
         assert_near(narrow @ narrow.T, torch.eye(len(narrow)), 1e-5, 0, name)
     for i in range(3):
         assert torch.equal(state[f"blocks.{i}.resid_mix"], torch.eye(2)[:, :1].expand(2, 64))
     assert state["tok_emb.weight"].std().item() == pytest.approx(0.005, rel=0.03)
     assert state["ve.embed.weight"].std().item() == pytest.approx(0.01, rel=0.08)
+
+
+@pytest.mark.parametrize("name", train_gpt.PRESETS)
+def test_every_parameter_of_a_preset_learns_from_where_it_starts(name):
+    """Behind two zero factors a parameter, and they themselves, would stay where they are."""
+    torch.manual_seed(1)
+    changes = {**TINY, **layers_for(name), "dtype": "float32", "num_layers": 3}
+    model = train_gpt.GPT(preset_config(name, **changes)).train()
+    ids = torch.randint(2, TINY["vocab_size"], (4, 65))
+    start = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        # Gradients of one length: a small one counts too.
+        for parameter in model.parameters():
+            parameter.grad /= parameter.grad.norm().clamp(min=1e-30)
+        optimizer.step()
+    still = [key for key, value in model.named_parameters() if torch.equal(value, start[key])]
+    assert not still
 
 
 def test_new_parts_start_where_they_change_nothing_or_as_published():

@@ -172,6 +172,32 @@ def test_a_preset_has_the_published_number_of_parameters(name):
         assert count(GPT(config)) == TABLE[name][0]
 
 
+def scored_runs():
+    """(preset, variables, parameters) of the rows of docs/REFERENCE.md's table in section 10."""
+    text = (ROOT / "docs" / "REFERENCE.md").read_text()
+    section = text.split("\n## 10. Described and scored\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
+    return [(row[0], environ_of(row[3]), int(row[4].replace(",", ""))) for row in cells]
+
+
+def test_the_table_of_scored_runs_has_every_system_once():
+    assert sorted(name for name, _, _ in scored_runs()) == sorted(SYSTEMS)
+
+
+@pytest.mark.parametrize("name, variables, parameters", scored_runs())
+def test_the_variables_of_a_scored_run_give_what_was_scored(name, variables, parameters):
+    scored = Config.from_env({"PRESET": name, **variables})
+    # Every variable is needed: the preset, as described, has another value.
+    assert len(scored.differences()) == len(variables)
+    assert scored.rope_base == pytest.approx(10000 * (2048 / 1024) ** (16 / 14), abs=0.01)
+    assert scored.eval_seq_len == 2048 and scored.warmdown_shape == "linear"
+    assert scored.embed_bits == 8
+    assert scored.flow_init_scale == (1.0 if scored.flow_enabled else 0.01)
+    with torch.device("meta"):
+        assert count(GPT(scored)) == parameters
+
+
 def test_the_demo_has_every_feature_of_the_submission():
     demo, submission = preset_config("demo").as_dict(), preset_config("nfm_7k").as_dict()
     features = (

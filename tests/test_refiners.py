@@ -232,7 +232,7 @@ def plain_ttt(config, w, x):
             part = slice(h * d, (h + 1) * d)
             state = w["w"][h], w["b"][h, 0], w["ln_gain"][h, 0], w["ln_bias"][h, 0]
             heads.append(inner_steps(q[:, part], k[:, part], v[:, part], *state, rate, mini_batch))
-        z = layer_norm(torch.cat(heads, -1), w["norm.weight"], w["norm.bias"], 1e-5)
+        z = layer_norm(torch.cat(heads, -1), w["norm.weight"], w["norm.bias"], 1e-6)
         rows.append(row + torch.sigmoid(w["gate"]) * (z @ w["proj.weight"].T))
     return torch.stack(rows)
 
