@@ -129,12 +129,12 @@ class Stopped(GolfError):
 # ==================================================================================================
 # Configuration
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
-# A field's kind says what it belongs to: "train" fixes the float weights, "pack" the artifact made
-# of them, "arch" and "eval" travel inside the artifact, "run" changes where and how a run happens
-# but not its result. The hash covers all but "run", so that runs with equal hashes are comparable.
+# Kinds of fields: "train" fixes the float weights, "pack" the artifact made of them, "arch" and
+# "eval" travel inside the artifact, "run" changes where and how a run happens but not its result.
+# The hash covers all but "run", so that runs with equal hashes are comparable.
 # ==================================================================================================
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
-    """Return a Config field with what --help and the range checks need to know."""
+    """Return a Config field with its text for --help and its range."""
     metadata = dict(kind=kind, text=text, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -260,7 +260,7 @@ class Config:
         0.0, "learning-rate scale below which training rounds the weights, 0 = off", 0, 1
     )
 
-    # Packing: what the artifact is made of, from the same float weights.
+    # Packing: the form of the artifact that the float weights get.
     quantizer: str = pack_option(
         "lite",
         "lite = rounding row by row, the MLPs in fewer bits until it fits; gptq = integers that "
@@ -287,7 +287,7 @@ class Config:
     eval_stride: int = eval_option(64, "stride of the sliding window", 1, 1 << 17)
     eval_batch_seqs: int = eval_option(32, "windows per batch and rank", 1, 4096)
 
-    # Evaluation: what adapts to text that has been scored already.
+    # Evaluation: adaptation to text that has been scored already.
     ttt_enabled: bool = eval_option(True, "legal score-first test-time training")
     ttt_lr: float = eval_option(0.002, "SGD rate, cosine over chunks", 0, 100)
     ttt_momentum: float = eval_option(0.9, "SGD momentum", 0, 1)
@@ -304,8 +304,8 @@ class Config:
     slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0, 100)
     slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1, 100)
 
-    # Where a run reads and writes. Nothing from here on changes a result, but for the rounding of
-    # sums in another order (DEVICE, COMPILE, MICRO_BATCH_TOKENS).
+    # Files and folders. No setting from here on changes a result, but for the rounding of sums in
+    # another order (DEVICE, COMPILE, MICRO_BATCH_TOKENS).
     data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
@@ -339,9 +339,9 @@ class Config:
     temperature: float = run_option(0.8, "MODE=sample: flattens the distribution; 0 = likeliest", 0)
     top_k: int = run_option(50, "MODE=sample: tokens to choose from at each position", 1)
 
-    # How it runs there.
+    # The machine.
     device: str = run_option("auto", "auto, cpu, cuda or cuda:N")
-    # A property of the machine: a laptop scores at its best speed what eight H100 trained.
+    # A property of the machine: a laptop scores a model of eight H100 in its own fastest type.
     dtype: str = run_option(
         "auto",
         "of matrix products; auto = bfloat16 on CUDA from capability 8.0 and on CPUs with AMX, "
@@ -352,7 +352,7 @@ class Config:
     micro_batch_tokens: int = run_option(98304, "tokens per forward pass and rank", 1)
     warmup_steps: int = run_option(20, "compile warm-up steps; weights are restored", 0)
 
-    # How often it reports and saves, and when it must end.
+    # Intervals of reports and saves, and the time limit.
     train_log_every: int = run_option(100, "steps between training log lines", 1)
     val_loss_every: int = run_option(1000, "steps between validations, 0 = only the last", 0)
     checkpoint_every: int = run_option(1000, "training steps between checkpoints, 0 = off", 0)
@@ -428,10 +428,9 @@ class Config:
         """Return {name: value} of the fields of these kinds, or of all."""
         return {name: getattr(self, name) for name in self.names(*kinds)}
 
-    def hash(self, *kinds):
-        """Return 16 hex digits over the fields of these kinds; by default of all but "run"."""
-        kinds = kinds or ("arch", "train", "pack", "eval")
-        text = json.dumps(self.as_dict(*kinds), sort_keys=True)
+    def hash(self):
+        """Return 16 hex digits over all fields but those of the kind "run"."""
+        text = json.dumps(self.as_dict("arch", "train", "pack", "eval"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self):
@@ -448,7 +447,7 @@ class Config:
 BASE = dict(nfm_enabled=False, eval_seq_len=2048)
 # The 20,000 steps of #1232, with 6-bit embeddings.
 LONG = dict(BASE, iterations=20000, warmdown_iters=12000, warmdown_shape="cosine", embed_bits=6)
-# What #1166 and #1150 share and #1170 does not have.
+# Shared by #1166 and #1150, absent from #1170.
 VE128 = dict(
     BASE,
     gated_attention=False,
@@ -522,7 +521,7 @@ PRESETS = {
     "flow_20k": dict(LONG, flow_enabled=True),
     "ttt_linear_10l": dict(TTT_LINEAR, num_layers=10),
     "ttt_linear_11l": TTT_LINEAR,
-    # #1150 scores with slot=published, which looks at what it scores; causal is its legal form.
+    # #1150 scores with slot=published, which fits to its own targets; causal is the legal form.
     "slot_11l": dict(
         VE128,
         mlp_mult=2.8,
@@ -602,7 +601,7 @@ PRESETS = {
 
 # ---- reading variables ----
 
-# What a shell may say for yes and no: bool("0") is True in Python, hence a table.
+# A shell's words for yes and no: bool("0") is True in Python, hence a table.
 BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
 
 
@@ -682,7 +681,7 @@ RENAMED = {
     "EMA_ENABLED": switch("ema_decay", off=0.0, on=0.997),
     "VE_ENABLED": switch("ve_dim", off=0, on=128),
     "LATE_QAT": switch("late_qat_threshold", off=0.0, on=0.15),
-    # As published SLOT looks at what it scores; its legal form stands in unless SLOT=published.
+    # As published SLOT fits to its own targets; its legal form stands in unless SLOT=published.
     "SLOT_ENABLED": switch("slot", off="off", on="causal"),
     "VE_LAYERS": ("ve_last_n", count_last_layers, "numbers of these layers, the last ones"),
     "PARALLEL_RESIDUAL_START": (
@@ -710,7 +709,7 @@ BUILT_IN = {
     "CTW_WEIGHT": ("0", "there is no context tree"),
 }
 STEPS_FOUND = "QUANTIZER=gptq finds the steps that fill BUDGET_BYTES"
-# {variable: what to do instead}, whatever its value
+# {variable: advice}; these are refused with any value
 REFUSED = {
     "WEIGHT_DECAY": "set MUON_WD for the blocks' matrices and ADAM_WD for the rest",
     "MUON_WEIGHT_DECAY": "set MUON_WD",
@@ -791,7 +790,7 @@ LACKING = {
     ),
 }
 OFF = {"", "0", "0.0", "-1", "false", "none", "off", "standard"}
-# {variable of other scripts: what to set here}; the run goes on without what they ask for.
+# {variable of other scripts: setting to use here}; a warning names it and the run goes on.
 PLACES = {
     "DATA_DIR": "DATA_PATH and TOKENIZER_PATH",
     "DATASETS_DIR": "DATA_PATH",
@@ -1104,9 +1103,6 @@ def read_json(path):
         ) from None
 
 
-MAX_TENSOR_BYTES = 32 << 30  # no checkpoint of a model that fits one GPU comes near
-
-
 def save_tensors(path, state):
     """Write a tree of tensors and plain values as a torch.save archive; returns its bytes."""
     # An open file, not a path: where a disk is full to the last bytes, PyTorch's own file writer
@@ -1122,18 +1118,12 @@ def save_tensors(path, state):
     return os.path.getsize(path)
 
 
-def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
+def load_tensors(path):
     """The tree that save_tensors wrote, on the CPU, mapped to memory; runs no code of the file.
 
-    Raises ArtifactError if the file is damaged, not one of ours, or larger than `max_bytes`.
+    Raises ArtifactError if the file is damaged or not one of ours.
     """
     try:
-        size = os.path.getsize(path)
-        if size > max_bytes:  # looked at before reading: a sparse file may claim any size
-            raise ArtifactError(
-                f"{path}: {size} bytes are more than the {max_bytes} that such a file may have: "
-                "name another file"
-            )
         # torch.load accepts a flipped bit: it does not compare the checksums of the archive.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -1141,8 +1131,6 @@ def load_tensors(path, max_bytes=MAX_TENSOR_BYTES):
             raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         # weights_only refuses pickled code: a checkpoint may come from a stranger.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ArtifactError:
-        raise
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}: copy it again, or name another file"
@@ -1174,8 +1162,6 @@ class Checkpointer:
     intact.
     """
 
-    KEPT = 2  # the newest may be damaged later, by a disk or a copy
-
     def __init__(self, runtime, name, every_seconds):
         self.runtime = runtime
         self.folder = runtime.dir / "checkpoint"
@@ -1194,7 +1180,7 @@ class Checkpointer:
         return sorted(int(match[1]) for match in found if match)
 
     def due(self):
-        """Whether `every_seconds` have passed since the last save."""
+        """True once `every_seconds` have passed since the last save."""
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
     def save(self, number, state):
@@ -1209,8 +1195,9 @@ class Checkpointer:
                 size = save_tensors(self.path(number), state)
             except ResourceError as error:
                 self.runtime.log(f"warning: checkpoint not saved: {error}")
-            else:  # only now: an older state goes when a newer one is safe
-                for old in self.numbers()[: -self.KEPT]:
+            else:  # an older state goes when a newer one is safe
+                # Two are kept: the newest may be damaged later, by a disk or a copy.
+                for old in self.numbers()[:-2]:
                     self.path(old).unlink()
         mine = (time.monotonic() - begin, size) if self.runtime.is_main else (0, 0)
         # The others wait here: a rank that left now would have the launcher end rank 0's write.
@@ -1340,8 +1327,8 @@ class StopRequest:
         self.started = time.monotonic()
         self.time_limit = time_limit_seconds  # math.inf without one
         self.reason = ""
-        self.first_signal = None  # when it came
-        self.save_seconds = 0.0  # what the last save took, hence what the next will need
+        self.first_signal = None  # time of the first signal
+        self.save_seconds = 0.0  # of the last save: the next one will need about as many
 
     def watch_signals(self):
         """Handle the signals of STOP_SIGNALS from here on."""
@@ -1360,25 +1347,16 @@ class StopRequest:
         self.reason = self.reason or signal.Signals(number).name
 
     def remaining(self):
-        """Seconds until the time limit, less what saving needs."""
-        if not math.isfinite(self.time_limit):
-            return math.inf
+        """Seconds until the time limit, less the time that saving needs."""
         margin = min(60.0, 0.1 * self.time_limit)
         elapsed = time.monotonic() - self.started
         return self.time_limit - margin - self.save_seconds - elapsed
 
     def wanted(self, next_seconds=0.0):
-        """True if the run is to stop rather than begin what takes `next_seconds`."""
+        """True if the run is to stop rather than begin work of `next_seconds`."""
         if not self.reason and self.remaining() < next_seconds:
             self.reason = "TIME_LIMIT"
         return bool(self.reason)
-
-
-class PeakMemory(typing.NamedTuple):
-    """Peaks in MiB. On the CPU both are the process's peak resident memory."""
-
-    allocated: int
-    reserved: int
 
 
 class Runtime:
@@ -1391,10 +1369,9 @@ class Runtime:
     def __init__(self, config, environ):
         # Before CUDA starts: with it cuBLAS gives the same bits every time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        rank = read_number(environ, "RANK", int, 0)
-        self.comm = Comm(rank, read_number(environ, "WORLD_SIZE", int, 1))
+        self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
         self.is_main = self.comm.rank == 0
-        self.device = pick_device(config.device, read_number(environ, "LOCAL_RANK", int, 0))
+        self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
         on_gpu = self.device.type == "cuda"
         self.dtype, self.dtype_reason = pick_dtype(config.dtype, self.device)  # of autocast
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
@@ -1406,10 +1383,8 @@ class Runtime:
         self.events = None
         self.lock = None
         self.on_line = False  # the terminal's last line is progress, to be overwritten
-        seconds_left = config.time_limit_seconds or math.inf
-        job_end = read_number(environ, "SLURM_JOB_END_TIME", float, math.inf)
-        seconds_left = min(seconds_left, job_end - time.time())
-        self.stop = StopRequest(seconds_left)
+        job_end = float(environ.get("SLURM_JOB_END_TIME", math.inf))
+        self.stop = StopRequest(min(config.time_limit_seconds or math.inf, job_end - time.time()))
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -1419,27 +1394,30 @@ class Runtime:
             # DTYPE=float32 promises float32 products.
             torch.backends.cuda.matmul.allow_tf32 = self.dtype == torch.bfloat16
         self.attention = pick_attention(self.device, self.dtype, self.compiling)
-        if self.is_main and not self.open_dir():
-            self.log(
-                f"warning: no locks on the file system of {self.dir}: start one run in it only"
-            )
+        if self.is_main:
+            self.open_dir()
         if self.comm.world > 1:
             self.check_dir_is_shared()
 
     def open_dir(self):
-        """Lock RUN_DIR and open its logs; returns False where the file system has no locks."""
+        """Make RUN_DIR, lock it and open its logs."""
+        locked = True
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
-            locked = lock_file(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                locked = False
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
                 unfinished.unlink()
             self.log_file = open_lines(self.dir / "train.log")
             self.events = open_lines(self.dir / "metrics.jsonl")
-            return locked
         except BlockingIOError:
             raise ConfigError(
                 f"RUN_DIR={self.dir} is in use by another process: wait for it, or set another "
@@ -1450,6 +1428,10 @@ class Runtime:
                 f"RUN_DIR={self.dir} cannot be written ({error.strerror}): set RUN_DIR to a "
                 "writable directory"
             ) from None
+        if not locked:
+            self.log(
+                f"warning: no locks on the file system of {self.dir}: start one run in it only"
+            )
 
     def check_dir_is_shared(self):
         """Raise ConfigError unless every rank sees the file that rank 0 makes in RUN_DIR."""
@@ -1527,12 +1509,11 @@ class Runtime:
         return tensor.to(self.device, non_blocking=True)
 
     def peak_mib(self):
-        """PeakMemory since the start: of the GPU, or of the process on a CPU."""
+        """(allocated, reserved) peaks on the GPU; on a CPU both are the process's resident one."""
         if self.device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated() >> 20
-            return PeakMemory(allocated, torch.cuda.max_memory_reserved() >> 20)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-        return PeakMemory(resident >> 10, resident >> 10)
+            return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # KiB on Linux
+        return resident, resident
 
     def close(self):
         """Close the files, which frees the lock on RUN_DIR, and leave the process group."""
@@ -1548,10 +1529,10 @@ CLEAR_LINE = "\r\x1b[K"  # back to the first column, erase to the end
 
 @contextlib.contextmanager
 def deterministic_algorithms():
-    """Inside, the same inputs give the same bits on a GPU too.
+    """A context in which the same inputs give the same bits, on a GPU too.
 
     The gradients of embeddings and attention are otherwise sums that atomics add in any order.
-    The settings before are restored afterwards: training has no need of it.
+    The earlier settings are restored at its end: training has no need of it.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -1566,25 +1547,6 @@ def deterministic_algorithms():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def read_number(environ, name, kind, default):
-    """The number in a variable that torchrun or SLURM sets. Raises ConfigError for another text."""
-    try:
-        return kind(environ.get(name, default))
-    except ValueError:
-        raise ConfigError(f"{name}={environ[name]!r}: expected a number: unset {name}") from None
-
-
-def lock_file(file, flags):
-    """Lock an open file; returns False where its file system has no locks."""
-    try:
-        fcntl.flock(file, flags)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True
-
-
 def say(text, stream=None):
     """Write to the terminal; a closed pipe or a full disk behind it costs text, never the run."""
     stream = stream or sys.stdout
@@ -1594,15 +1556,6 @@ def say(text, stream=None):
         # The text that is still buffered would raise again at exit.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def prepare_terminal():
-    """Stand in for a missing output (`>&-`), and escape characters that the terminal lacks."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def pick_dtype(wish, device):
@@ -1661,7 +1614,7 @@ def device_name(device):
 # Data
 # The challenge's own shard format, read as it lies on the disk. A training sequence is a function
 # of its number alone, so a run needs no position and any number of ranks reads the same tokens.
-# TokenBytes.count says how many bytes of text a token stands for: bits per byte rest on it.
+# TokenBytes.count gives the bytes of text that a token stands for: bits per byte rest on them.
 # ==================================================================================================
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -2027,7 +1980,7 @@ class ValidationSet:
         return cls(tokens[: windows * config.eval_seq_len + 1], token_bytes)
 
     def warnings(self, config):
-        """Lines on a text that is not what the challenge scores."""
+        """Warnings (lines) about a text other than the one that the challenge scores."""
         lines = []
         if self.fingerprint["val_documents"] == 0:
             lines.append(
@@ -2050,7 +2003,7 @@ class ValidationSet:
         return lines
 
     def retokenisation_mismatch(self):
-        """Whether another tokenizer seems to have made these tokens: text, encoded again, differs.
+        """True if the text, encoded again, gives other tokens: another tokenizer made these.
 
         Each piece still decodes and counts, only to other text. Where another tokenizer of English
         made them, 2 to 20 % of the pieces do not return (measured, 1,024 to 8,192 pieces); else
@@ -2099,7 +2052,7 @@ def english_of(path):
     try:
         source = path.read_text(encoding="utf-8")
         if '"""' not in source and "'''" not in source:
-            return []  # no long text: spares the parsing, which is what takes the time
+            return []  # no long text; parsing would take most of the time
         tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError, RecursionError):
         return []
@@ -2278,7 +2231,7 @@ def pick_attention(device, dtype, compiling=False):
     )
 
 
-NORM_EPS = 2.0**-23  # float32's epsilon, whatever the type in use
+NORM_EPS = 2.0**-23  # float32's epsilon, used with every type
 
 
 class RMSNorm(torch.autograd.Function):
@@ -2360,8 +2313,8 @@ def rotate_(x, cos, sin):
 def exclusive_attention(y, v):
     """XSA: each head's output y (B, T, H, d) less its part along its own value v (B, T, K, d).
 
-    A token already carries its own value in the residual stream; what remains is what attention
-    brings from other tokens. Part of #549.
+    A token already carries its own value in the residual stream; attention then brings only the
+    values of other tokens. Part of #549.
     """
     # Sums accumulate in float32, which CUDA's autocast would carry on into the output, unlike the
     # CPU's: hence the casts by hand.
@@ -2550,7 +2503,7 @@ class Block(nn.Module):
         normed = rms_norm(x)
         y, v = self.attn(normed, self.norm_scale, self.attn_scale, angles, v_first, v_emb)
         x = x + y
-        # A parallel MLP does not see what attention has just added (as in GPT-J).
+        # A parallel MLP reads the stream before attention adds to it (as in GPT-J).
         mlp_input = normed if self.parallel else rms_norm(x)
         x = x + self.mlp(mlp_input, self.norm_scale, self.mlp_scale)
         return x, v
@@ -2706,7 +2659,7 @@ def draw_noise(keys, length, width):
     hashes = mix64(steps * as_int64(GOLDEN_RATIO))  # (B, pairs + T)
 
     def uniform(bits):
-        # 23 bits and a half are what float32 holds exactly: never 0, never 1.
+        # float32 holds 23 bits and a half exactly: never 0, never 1.
         integer = bits & (2**23 - 1)
         return (integer.float() + 0.5) * 2.0**-23
 
@@ -2786,8 +2739,8 @@ class TTTLinear(nn.Module):
 
     The hidden state is itself a linear model f(k) = k + LN(kW + b) that takes a gradient step on
     1/2 |LN(kW + b) - (v - k)|^2 for every token. Inside a mini-batch all gradients are taken at its
-    start, so that what token i has learnt of tokens <= i is one masked product; only the loop over
-    mini-batches is sequential.
+    start, so that all updates from tokens <= i reach token i in one masked product; only the loop
+    over mini-batches is sequential.
     """
 
     def __init__(self, config):
@@ -2830,7 +2783,7 @@ class TTTLinear(nn.Module):
         """Outputs (B, H, T, d) of the inner model while it learns along T."""
         w = self.w  # (H, d, d), later (B, H, d, d)
         b = self.b  # (H, 1, d), later (B, H, 1, d)
-        target = v - k - self.ln_bias  # what LN(kW + b) without its bias should be
+        target = v - k - self.ln_bias  # wanted from LN(kW + b) without its bias
         outputs = []
         for low in range(0, q.size(2), self.mini_batch):
             part = slice(low, low + self.mini_batch)
@@ -2919,7 +2872,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
-        # A model on the meta device has shapes and names only, which is what readers check.
+        # A model on the meta device has shapes and names only: enough for the checks of readers.
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
         self.qat_blend = 0.0  # as in the buffers of late QAT, known without asking the device
@@ -3037,7 +2990,7 @@ class GPT(nn.Module):
         order = layer_order(self.config, self.looped)
         num_encoders = len(order) // 2
         for visit, layer in enumerate(order):
-            # A decoder first adds what its mirror image among the encoders left.
+            # A decoder first adds the output of its mirror image among the encoders.
             if visit >= num_encoders and skips:
                 index = visit - num_encoders
                 weight = self.skip_weights[index].to(x.dtype)
@@ -3066,7 +3019,7 @@ class GPT(nn.Module):
         return x, flow_input
 
     def hidden(self, ids):
-        """Final states (B, T, D) of ids (B, T): what the head sees."""
+        """Final states (B, T, D) of ids (B, T): the input of the head."""
         return self.refine(self.trunk(ids))[0]
 
     def logits(self, hidden):
@@ -3133,7 +3086,7 @@ def build_model(config, runtime):
 # ==================================================================================================
 # Optimisers
 # Muon for the blocks' matrices, AdamW for the rest, both on gradients that are reduced first and
-# clipped then. Parallel Muon shards what is expensive (Newton-Schulz and momentum) and hides its
+# clipped then. Parallel Muon shards the expensive parts (Newton-Schulz, momentum) and hides its
 # traffic behind the arithmetic.
 # ==================================================================================================
 # Coefficients of the quintic x -> a x + b (x x^T) x + c (x x^T)^2 x. They are Jordan's: as steep as
@@ -3220,10 +3173,10 @@ class Muon:
         for stack in self.stacks:
             stack.sort(key=is_tall)  # wide ones first: `apply` transposes the others in one go
         self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
-        self.handles = []  # (handle, what is being sent)
+        self.handles = []  # (handle, tensors being sent)
         self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
         self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
-        self.num_wide = []  # per stack: how many of this rank's matrices are not transposed
+        self.num_wide = []  # per stack: number of this rank's matrices that are not transposed
         for stack in self.stacks:
             shape = as_wide(stack[0]).shape
             self.buffers.append(stack[0].new_zeros(self.share(stack), *shape))
@@ -3269,7 +3222,7 @@ class Muon:
             self.handles.append((handle, stack))  # the stack must live until it was sent
 
     def collect(self):
-        """This rank's share of the squared gradient norm (0-d)."""
+        """Squared gradient norm of this rank's matrices (0-d)."""
         # 2. collect: the norm needs all stacks, so this waits for all.
         for handle, _ in self.handles:
             handle.wait()
@@ -3346,7 +3299,7 @@ class Muon:
 
     @staticmethod
     def stack_name(buffer):
-        """Such as "512x1536": no two stacks share a shape, and it is the same at any world size."""
+        """A stack's shape, "512x1536": unique among stacks, the same at any world size."""
         return "x".join(str(size) for size in buffer.shape[1:])
 
 
@@ -3387,7 +3340,7 @@ def build_optimizers(model, config, comm=None):
         comm,
         config.muon_row_norm,
     )
-    # `base_lr` is what the schedule multiplies; "lr" itself changes with every step.
+    # The schedule multiplies `base_lr`; "lr" itself changes with every step.
     adamw = torch.optim.AdamW(
         [
             dict(
@@ -3600,7 +3553,7 @@ class Trainer:
     `identity` holds the names and values that a checkpoint must agree on to be continued.
     """
 
-    PARTS = ("model", "muon", "adamw", "average")  # what changes weights, each with a state_dict
+    PARTS = ("model", "muon", "adamw", "average")  # they change weights, each has a state_dict
 
     def __init__(self, config, runtime, val, identity=None):
         self.config = config
@@ -3617,7 +3570,7 @@ class Trainer:
         self.checkpoints = Checkpointer(runtime, "step", config.checkpoint_seconds)
         self.step = 0  # steps done
         self.seconds = 0.0  # of training: without start, warm-up, validations and checkpoints
-        self.step_started = time.monotonic()  # moved forward by whatever is no training
+        self.step_started = time.monotonic()  # moved forward by validations and checkpoints
         self.step_seconds = []  # of every step, as all ranks agreed on
         self.flops = 0.0  # floating-point operations of all steps and ranks
         self.logged_step = 0  # of the last log line in this process
@@ -3686,7 +3639,7 @@ class Trainer:
                 self.one_step()
 
     def out_of_time(self):
-        """Whether the next step is predicted to pass the wallclock cap."""
+        """True if the next step is predicted to pass the wallclock cap."""
         cap = self.config.training_seconds
         if not cap or not self.step:  # nothing measured yet
             return False
@@ -3752,8 +3705,8 @@ class Trainer:
         """(mean loss, stop, save, seconds) of this step, the same on every rank.
 
         `loss` is this rank's share. Each rank has its own clock and hears its own signals, so
-        whatever steers the run is decided in one exchange: else one rank would wait for ever in a
-        collective that no other enters. `seconds` are those since the last step.
+        all decisions are taken in one exchange: else one rank would wait for ever in a collective
+        that no other enters. `seconds` are those since the last step.
         """
         # A signal is seen one step late, so there must be time for two.
         stop = self.runtime.stop.wanted(2 * self.seconds / max(1, self.step))
@@ -3772,7 +3725,7 @@ class Trainer:
         fraction = run_fraction(self.config, self.step, self.seconds)
         self.model.looped = self.config.num_loops > 0 and fraction >= self.config.loop_at
         order = layer_order(self.config, self.model.looped)
-        # Where it changes, loss and step time do: whoever reads the log must see why.
+        # Loss and step time change with the order, so the log names it.
         if self.config.num_loops and order != self.logged_order:
             visits = " ".join(map(str, order))
             self.runtime.log(f"layer_order step:{self.step} visits:{len(order)} layers:{visits}")
@@ -3866,7 +3819,7 @@ class Trainer:
             return
         seconds = max(1e-9, self.seconds)
         tokens_per_second = self.config.train_batch_tokens * self.step / seconds
-        # The median is the pace; the 95th percentile shows what interrupts it.
+        # The median is the pace; the 95th percentile shows interruptions.
         median, p95 = (1000 * float(np.percentile(self.step_seconds, p)) for p in (50, 95))
         device = device_name(self.runtime.device)
         peak = peak_flops(device)
@@ -3897,7 +3850,7 @@ class Trainer:
         except Stopped:
             self.save(needed=True)
             raise
-        except ArtifactError:  # what the evaluation says to weights whose loss is not finite
+        except ArtifactError:  # the evaluation's error for a loss that is not finite
             self.diverged(math.nan)
         self.runtime.log(
             f"step:{self.step}/{config.iterations} val_loss:{score.val_loss:.4f} "
@@ -4015,7 +3968,7 @@ class Trainer:
         """{"config", "state_dict", "info"} of the weights to pack: the averages named by Config."""
         kind, tensors = self.average.exported()
         self.runtime.log(f"export:{kind}")
-        # The model's own state first, for what is no parameter; then the averages in its place.
+        # The model's own state first, for its buffers; then the averages instead of its parameters.
         state = dict(self.model.state_dict())
         names = [name for name, _ in self.model.named_parameters()]
         state.update(zip(names, tensors, strict=True))
@@ -4024,7 +3977,7 @@ class Trainer:
             train_time_s=self.seconds,
             step_avg_ms=1000 * self.seconds / max(1, self.step),
             stopped_early=self.stopped_early,
-            peak_mib=self.runtime.peak_mib().allocated,
+            peak_mib=self.runtime.peak_mib()[0],
         )
         return dict(
             config=self.config.as_dict("arch", "eval"), state_dict=private_copy(state), info=info
@@ -4047,7 +4000,7 @@ def train(config, runtime, val, path, identity=None):
     if runtime.is_main:
         save_tensors(path, exported)
     runtime.event("trained", **exported["info"])
-    runtime.comm.barrier()  # whoever reads the file next finds it whole
+    runtime.comm.barrier()  # no rank reads the file before it is whole
 
 
 # ==================================================================================================
@@ -4162,7 +4115,7 @@ def plan_work(windows, num_targets, config, per_round, ttt):
     """The evaluation as a flat list of ScoreRound (up to `per_round` windows) and TrainStep.
 
     With test-time training a chunk's windows come first, then its training. The last chunk is never
-    trained on: nothing would be scored with what it taught.
+    trained on: no target is scored after it.
     """
     chunk = config.ttt_chunk_tokens if ttt else num_targets
     chunks = -(-num_targets // chunk)  # rounded up
@@ -4170,7 +4123,7 @@ def plan_work(windows, num_targets, config, per_round, ttt):
     high = 0
     for c in range(chunks):
         # The windows that begin to score in this chunk; rounds do not cross chunks, so that all
-        # windows of the next one see what this one taught.
+        # windows of the next chunk are scored after training on this one.
         low = high
         while high < len(windows) and windows[high].first < (c + 1) * chunk:
             high += 1
@@ -4209,7 +4162,7 @@ class Meter:
         self.tokens = 0
         self.bytes = 0
         self.last = 0  # end of the last span that was added
-        self.coverage = np.zeros(num_targets, np.uint8)  # how often each target was scored
+        self.coverage = np.zeros(num_targets, np.uint8)  # number of scores of each target
 
     def add(self, windows, nll, num_bytes):
         """Add the scored targets of `windows` with their summed nll (0-d float64).
@@ -4246,7 +4199,7 @@ class Meter:
 def evaluation_mode(model, freeze_blocks):
     """Evaluation mode with the first blocks frozen; yields the parameters that may be trained.
 
-    Weights, modes and what needs gradients are afterwards as they were found.
+    At its end weights, modes and requires_grad are restored.
     """
     params = list(model.parameters())
     values = [p.detach().clone() for p in params]
@@ -4286,7 +4239,7 @@ def slot_shift(model, hidden, batch, config, slot):
     causal = slot == "causal"
     known = torch.zeros(batch.targets.shape, device=hidden.device)  # (B, T): 1 = may be fitted on
     for i, (start, first, end) in enumerate(batch.windows):
-        # Targets from `first` on are about to be scored: to fit on them is what makes SLOT illegal.
+        # Targets from `first` on are about to be scored: fitting on them makes SLOT illegal.
         known_until = first if causal else end
         known[i, : known_until - start] = 1
     rows = len(known) if causal else 1
@@ -4369,7 +4322,7 @@ class Watch(Observer):
         self.observer = observer or Observer()
         self.nll = np.zeros(high - low, np.float32)
         self.at_place = np.zeros(0)  # (V,) log-probabilities of target `place`, its own rank's only
-        self.fault = ""  # how a score broke C2
+        self.fault = ""  # description of a score that broke C2
 
     def scored(self, targets, logps, nll):
         self.observer.scored(targets, logps, nll)
@@ -4381,7 +4334,7 @@ class Watch(Observer):
         worst = logps.double().logsumexp(-1).abs().max().item()
         if worst > 1e-4:
             self.fault = f"a distribution's log-sum is {worst:.1e}"
-        # Looked up in the text itself, whatever the evaluation made of it: target t is token t + 1.
+        # Read from the text itself, not from the evaluation's targets: target t is token t + 1.
         tokens = torch.from_numpy(self.stream.tokens[targets + 1].astype(np.int64))
         entries = logps.gather(1, tokens.to(logps.device)[:, None])[:, 0]  # (n,)
         wrong = (nll != -entries) & ~nll.isnan()
@@ -4389,7 +4342,7 @@ class Watch(Observer):
             self.fault = f"{int(wrong.sum())} scores are not minus their target's entry"
 
     def equals(self, other):
-        """Whether all scores before `place` and the distribution at `place` are the same bits."""
+        """True if all scores before `place` and the distribution at `place` are the same bits."""
         before = slice(0, self.place - self.low)
         same_nll = np.array_equal(self.nll[before], other.nll[before], equal_nan=True)
         return same_nll and np.array_equal(self.at_place, other.at_place, equal_nan=True)
@@ -4416,7 +4369,7 @@ def draw_rounds(work, share, seed):
 
 
 def check_seed(config, text):
-    """AUDIT_SEED, or a seed that follows from what is checked: nobody can choose it beforehand."""
+    """AUDIT_SEED, or a hash of `text`, which names the checked run: nobody can choose it before."""
     return config.audit_seed or hash64(text) >> 1
 
 
@@ -4502,7 +4455,7 @@ class Evaluation:
                 # Made anew for every evaluation: nothing is left of the one before.
                 self.sgd = torch.optim.SGD(params, self.config.ttt_lr, self.config.ttt_momentum)
             self.load()
-            # As if this process had done all of it.
+            # The clock goes on from the seconds of earlier processes.
             self.started = time.monotonic() - self.seconds
             self.shown = self.logged = self.started
             if self.spots and not self.quiet:
@@ -4650,13 +4603,13 @@ class Evaluation:
         random = np.random.default_rng([self.spot_seed, self.cursor])
         place = int(random.integers(low, high))
         if random.random() < 0.5:
-            # Where a window begins to score; SLOT, for one, may know all targets before this one.
+            # A window's first scored target: SLOT, for one, may know all targets before this one.
             place = windows[random.integers(len(windows))].first
         counted = Watch(self.stream, low, high, place, self.observer)
         self.score(windows, counted, self.meter)
         again = Watch(self.stream, low, high, place)
-        # Target `place` is token place + 1. Replaced is all that these windows hold from there on,
-        # and a window's length more.
+        # Target `place` is token place + 1. The tokens from there to the end of these windows are
+        # replaced, and a window's length more.
         with self.replaced_tokens(place + 1, high + self.config.eval_seq_len, random):
             self.score(windows, again, Meter(self.stream.num_targets, self.runtime.device))
         if counted.fault:
@@ -4669,7 +4622,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def replaced_tokens(self, low, high, random):
-        """Inside, tokens [low, high) of the text are others, on the host and on the device."""
+        """A context in which tokens [low, high) of the text are others, on host and device."""
         before = self.stream.tokens[low:high].copy()
 
         def put(tokens):
@@ -4754,7 +4707,7 @@ class Evaluation:
         )
 
     def all_coverage(self):
-        """How often each target (num_targets,) was scored, by all ranks together."""
+        """Number of scores of each target (num_targets,), summed over ranks."""
         total = torch.from_numpy(self.meter.coverage.copy())
         if self.comm.world > 1:
             dist.all_reduce(total)
@@ -4779,7 +4732,7 @@ class Evaluation:
                 coverage=coverage,
             )
             if self.ttt:
-                # What the chunks so far have taught.
+                # The weights and momentum that the chunks so far have left.
                 state.update(model=self.model.state_dict(), sgd=self.sgd.state_dict())
         if self.checkpoints.save(self.cursor, state):
             self.runtime.log(f"evaluation_saved {self.label} item:{self.cursor}/{len(self.work)}")
@@ -4847,7 +4800,7 @@ def evaluation_jobs(config):
     if config.slot != "off":
         adapting.append(f"slot_{config.slot}")
     if adapting:
-        # What adapts, after a word on whether it may: legal_ttt, illegal_ttt_slot_published.
+        # Labels begin with the verdict: legal_ttt, illegal_ttt_slot_published.
         if config.slot == "published":
             adapting.insert(0, "illegal")
         elif config.ttt_enabled:
@@ -4858,12 +4811,12 @@ def evaluation_jobs(config):
 
 
 # ---- legality ----
-# A self-test against mistakes: whoever patches the script can patch its audit too, so a reviewer
-# runs slurm/verify.py as well.
+# A self-test against mistakes: a patched script can have a patched audit, so a reviewer runs
+# slurm/verify.py as well.
 
 CHECKS = {
     "C1 future_flip": "no score depends on its own token or on a later one",
-    "C2 nll_is_entry": "what is summed is minus the entry of a distribution that sums to 1",
+    "C2 nll_is_entry": "each summed nll is minus the entry of a distribution that sums to 1",
     "C3 trained_is_scored": "no target is trained on before it is scored",
     "C3 twin_run": "no state depends on a token that it has not scored",
     "C4 single_pass": "each target is scored once, from left to right",
@@ -4935,7 +4888,7 @@ class Audit:
         checks = []
         for name, claim in CHECKS.items():
             failures = self.failures[name]
-            # Each rank sees only what it scored.
+            # Each rank sees only its own scores.
             passed = not self.comm.any_rank(failures)
             detail = f"{claim}; {self.counts[name]} comparisons"
             if failures:
@@ -4977,7 +4930,7 @@ class Audit:
         # The first target after the first chunk, without test-time training after the first window.
         edge = self.config.ttt_chunk_tokens if job.ttt else self.config.eval_seq_len
         place = min(edge, stream.num_targets - 1)
-        # The evaluation that scores, not a copy of it.
+        # The audit runs the same function that scores, not a copy.
         options = dict(stride=job.stride, ttt=job.ttt, slot=job.slot, label=job.label, quiet=True)
         run = functools.partial(
             evaluate, self.model, config=self.config, runtime=self.runtime, **options
@@ -5031,7 +4984,7 @@ class Audit:
         row = self.random.integers(2, vocab, 16)
         row[8] = BOS  # a new document in the middle
         other = row.copy()
-        other[[7, 9]] = other_tokens(row[[7, 9]], vocab, self.random)  # what stands around it
+        other[[7, 9]] = other_tokens(row[[7, 9]], vocab, self.random)  # its neighbours
         ids = self.runtime.to_device(np.stack([row, other]))  # (2, 16)
         bigram = self.model.bigram
         self.model.bigram = None  # its row is that of a pair of tokens
@@ -5063,9 +5016,9 @@ def audit(model, stream, config, runtime):
 # ==================================================================================================
 # Quantisation
 # From float weights to the artifact's bytes and back. QUANTIZER=lite rounds each row by itself and
-# lowers MLPs to int5, the middle layers first, until the file fits. QUANTIZER=gptq measures what an
-# error costs (calibrate), lets roundings make up for each other, and has one dial for the file's
-# size: the `step` that multiplies the steps of all matrices.
+# lowers MLPs to int5, the middle layers first, until the file fits. QUANTIZER=gptq measures the
+# cost of an error (calibrate), lets roundings make up for each other, and has one dial for the
+# file's size: the `step` that multiplies the steps of all matrices.
 # ==================================================================================================
 # ---- the grid ----
 
@@ -5205,8 +5158,8 @@ def row_scales(rows, bits):
     for all others. Each row takes the candidate that leaves the least squared error.
     """
     top = largest_code(bits)
-    # The published scripts take no step below 1/top. Where weights are small this is coarse, and
-    # what makes 11 layers of 6 bits fit 16 MB.
+    # The published scripts take no step below 1/top. This is coarse for small
+    # weights, and makes 11 layers of 6 bits fit 16 MB.
     scales = (clip_candidates(rows) / top).clamp(min=1 / top, max=65504.0).half()  # (Q, R, 1)
     steps = scales.float()  # rounded to float16, as the artifact stores them
     rounded = round_to_grid(rows, steps, bits) * steps  # (Q, R, C)
@@ -5249,7 +5202,7 @@ def fit_lite(
     for count in range(len(order) + 1):
         check_stop()
         layers = order[:count]
-        # Only packing tells the size: how far integers compress depends on their distribution.
+        # Only packing tells the size: compression depends on the distribution of the integers.
         blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
         if over <= 0:
@@ -5264,7 +5217,7 @@ def fit_lite(
 
 
 # ---- calibration ----
-# What the loss does when a matrix changes, to second order: an error E in a weight (R, C) costs
+# Rise of the loss when a matrix changes, to second order: an error E in a weight (R, C) costs
 # 1/2 sum_i d_i (E H E^T)_ii nats per token. H is the second moment of the matrix's input (OBS,
 # Hassibi and Stork 1993; GPTQ, arXiv 2210.17323), d_i the Fisher information of output i: its
 # gradient's second moment on labels drawn from the model itself (K-FAC, arXiv 1503.05671). Only
@@ -5300,11 +5253,11 @@ def gram(x):
 
 @contextlib.contextmanager
 def calibration_hooks(model, add):
-    """Call add(name, tensor) for what passes through the real forward and backward.
+    """Call add(name, tensor) with second moments of the real forward and backward pass.
 
     A Linear contributes the Gram matrix of its inputs. An embedding's input is a one-hot vector:
-    its H is diagonal over rows, and what couples its columns is the gradient of its output. A layer
-    that is visited more than once adds up all its visits.
+    its H is diagonal over rows, and the gradient of its output couples its columns. A layer that is
+    visited more than once adds up all its visits.
     """
 
     def before_linear(source):
@@ -5352,7 +5305,7 @@ def drawn_labels(logps, batch, seed):
 
 
 def calibrate_batch(model, ids, batch, runtime, add):
-    """Call add(name, tensor) for what batch number `batch`, token ids (B, T), says."""
+    """Call add(name, tensor) with the moments of batch number `batch`, token ids (B, T)."""
     # The same weights must give the same artifact on a GPU too.
     with deterministic_algorithms(), runtime.autocast():
         hidden = model.hidden(ids)  # (B, T, D)
@@ -5418,7 +5371,7 @@ def per_matrix(model, sums, tokens):
     for name, module in model.named_modules():
         if isinstance(module, Embedding):
             hessians[f"{name}.weight"] = sums[f"hessian/{name}"]
-            # A row's share of the loss is how often it is read.
+            # A row's share of the loss is its number of reads.
             fisher[f"{name}.weight"] = sums[f"count/{name}"] + UNSEEN_COUNT / tokens
         elif isinstance(module, Linear):
             hessian = sums[f"hessian/{hessian_name(name)}"]
@@ -5437,13 +5390,13 @@ def per_matrix(model, sums, tokens):
 
 # ---- gptq ----
 # From hessians and fisher to codes: steps that equalise the predicted loss, integers by GPTQ, and
-# the search for the `step` that fills the budget. How codes were chosen is nothing to the reader.
+# the search for the `step` that fills the budget. Reading needs none of this.
 
 DAMPING = 0.03  # of the mean diagonal, added to it
 ROW_TEMPER = 0.7  # exponent of the rows' Fisher information
 BLOCK = 128  # columns whose updates are collected before the rest of the matrix sees them
-# Nats per token, far below what could be measured: predictions for a model that was hardly trained
-# are too low, and the budget is there to be used.
+# Nats per token, far below any measurable difference: predictions for a model that was hardly
+# trained are too low, and the budget is there to be used.
 FINEST_LOSS = 1e-9
 
 
@@ -5541,7 +5494,7 @@ class Quantised(typing.NamedTuple):
 
 
 class Quantiser:
-    """All matrices of a model and what their errors cost; quantise(step) is the model at one size.
+    """All matrices of a model and their errors' costs; quantise(step) is the model at one size.
 
     The result depends neither on the number of threads nor on the device.
     """
@@ -5697,7 +5650,7 @@ def fit_gptq(
 # Plain data behind a head with a checksum: a JSON header, then the tensors' bytes, all in one
 # compressed payload. zstd counts symbols over blocks of 128 KiB, so gptq sorts its codes: each row
 # and column has a class, the size of its entries, and codes lie in the order of their classes' sum,
-# whatever matrix they are from. A block then holds codes of one distribution.
+# across all matrices. A block then holds codes of one distribution.
 
 ARTIFACT_NAME = "final_model.int6.ptz"
 FLOAT_NAME = "final_model.pt"
@@ -5836,8 +5789,8 @@ def compress(config, raw):
     """The bytes, compressed as QUANTIZER and COMPRESSOR say."""
     if config.quantizer == "gptq":
         # Codes hardly ever repeat, so the search for matches is kept as small as zstd allows: a
-        # tenth of the time. What counts is level 22's choice of where blocks, and with them symbol
-        # tables, end; at lower levels the size jumps about when a step moves.
+        # tenth of the time. Level 22 is kept for its choice of block ends, and with them of symbol
+        # tables; at lower levels the size jumps about when a step moves.
         parameters = zstandard.ZstdCompressionParameters.from_level(
             22,
             source_size=len(raw),
@@ -5939,7 +5892,7 @@ def decompress(body, compressor, size):
             unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=128 << 20)
             raw = unpacker.decompress(body, max_length=size + 1)
             whole = unpacker.eof and not unpacker.unused_data
-        # zstd allocates what the frame declares, so the declaration is compared first.
+        # zstd allocates the size that the frame declares, so that size is compared first.
         elif zstandard.frame_content_size(body) == size:
             unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
             raw = unpacker.decompress(body, allow_extra_data=False)
@@ -6024,7 +5977,7 @@ def read_grid_sections(raw, shapes, step):
 
 
 def read_payload(raw):
-    """What read_artifact returns, of a decompressed payload; a wrong one may raise anything."""
+    """The values of read_artifact from a decompressed payload; a wrong one may raise anything."""
     (header_bytes,) = struct.unpack_from("<I", raw)
     start = 4 + header_bytes
     if start > min(MAX_HEADER_BYTES, len(raw)):
@@ -6098,7 +6051,7 @@ class LoadedWeights(typing.NamedTuple):
     config: Config  # architecture and evaluation settings; the rest are defaults
     state_dict: dict  # float32 tensors by name
     tokenizer_sha256: str  # of the tokenizer it was trained with, or "" if the file does not say
-    info: dict  # what training measured (float checkpoints only)
+    info: dict  # measurements of training (float checkpoints only)
     sha256: str  # of the file
 
     def from_artifact(self):
@@ -6151,8 +6104,8 @@ def load_float_weights(path):
 
 # ==================================================================================================
 # main
-# A run is a list of phases, each of which leaves a file: a rerun does what is missing and says what
-# it found. Only rank 0 reads and writes RUN_DIR's records; the others follow what it says.
+# A run is a list of phases, each of which leaves a file: a rerun does the missing phases and logs
+# the others. Only rank 0 reads and writes RUN_DIR's records; the other ranks follow its decisions.
 # ==================================================================================================
 class Run:
     """The phases of one run in RUN_DIR."""
@@ -6168,6 +6121,7 @@ class Run:
         self.files = {}
         if loaded is not None:
             self.files[self.artifact_path] = loaded
+        self.dtype = str(runtime.dtype).removeprefix("torch.")
         self.model = None
         self.audited = False
         self.results = {"scores": {}}
@@ -6193,7 +6147,7 @@ class Run:
     def model_of(self, path):
         """The model with the weights of a file; one object for all scores: compiled once."""
         if self.model is None:
-            # Rounding in training has no place here: the weights are what they are.
+            # Late QAT rounds in training only: a file's weights are scored unchanged.
             settings = dataclasses.replace(self.config, late_qat_threshold=0.0)
             self.model = build_model(settings, self.runtime)
         self.model.load_state_dict(self.load(path).state_dict)
@@ -6213,7 +6167,7 @@ class Run:
     # ---- before the first phase ----
 
     def prepare(self):
-        """Load the data, compare with the run in RUN_DIR, write down what this run is."""
+        """Load the data, compare with the run in RUN_DIR, write config.json and manifest.json."""
         config = self.config
         if config.mode == "train" and not config.eval_only:
             self.warn_of_slow_device()
@@ -6269,7 +6223,6 @@ class Run:
         config = self.config
         training = {"train_gpt.py": sha256_file(CODE_PATH)}  # other code may do otherwise
         packing = {"tokenizer": self.tokenizer_sha256}
-        self.dtype = str(self.runtime.dtype).removeprefix("torch.")
         evaluation = dict(config.as_dict("eval"), dtype=self.dtype)
         evaluation["validation text"] = self.val.fingerprint["val_sha256"]
         evaluation["file that is scored"] = "the run's own"
@@ -6300,20 +6253,19 @@ class Run:
             self.compare_with(old)
             with contextlib.suppress(FileNotFoundError):
                 self.results = read_json(self.path / "scores.json")
-        kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(config)}
         record = dict(
             preset=config.preset,
             hash=config.hash(),
             identity=self.identity,
             config=config.as_dict(),
-            kinds=kinds,
+            kinds={field.name: field.metadata["kind"] for field in dataclasses.fields(config)},
             differs=config.differences(),
         )
         write_json(path, record)
         (self.path / "STOPPED").unlink(missing_ok=True)  # from here on this run goes on
 
     def compare_with(self, old):
-        """Raise ConfigError if `old`, a config.json, is another run's; delete what is repacked."""
+        """Raise ConfigError if `old`, a config.json, is another run's; delete an old packing."""
         config = self.config
         changed = {}  # by part of the identity: {name: "NAME: old -> new"}
         for part, values in self.identity.items():
@@ -6330,7 +6282,7 @@ class Run:
         repacks = changed["packing"] and not changed["training"]
         repacks = repacks and config.mode == "train" and not config.eval_only
         if config.max_wallclock_seconds and not self.float_path.exists():
-            # What gptq takes from the cap changes the training that is still to be done.
+            # The reserve of gptq changes the training that is still to be done.
             repacks = repacks and "quantizer" not in changed["packing"]
         if not repacks:
             before = old.get("identity", {}).get("evaluation", {}).get("dtype")
@@ -6353,14 +6305,13 @@ class Run:
         config = self.config
         log = self.log
         differs = config.differences()
-        # An artifact does not bring the settings of its training: what is set here is not theirs.
+        # An artifact does not carry its training settings: the values set here are not its own.
         kinds = ("arch", "eval", "run") if config.eval_only else ()
         for name, value in config.as_dict(*kinds).items():
             mark = " *" if name in differs else ""
             log(f"config:{name}={value}{mark}")
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
-        log(f"evaluation_hash:{config.hash('arch', 'eval')}")
         log(f"dtype:{self.dtype} ({self.runtime.dtype_reason})")
         log(f"attention:{self.runtime.attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
@@ -6388,11 +6339,7 @@ class Run:
             return
         config = self.config
         # Before packing there is no artifact; the manifest is written again after it.
-        artifact_sha256 = None
-        artifact_bytes = None
-        if self.artifact_path.exists():
-            artifact_sha256 = self.load(self.artifact_path).sha256
-            artifact_bytes = self.artifact_path.stat().st_size
+        packed = self.artifact_path.exists()
         train_shards = list(Path(config.data_path).glob("fineweb_train_*.bin"))
         manifest = dict(
             python=platform.python_version(),
@@ -6408,8 +6355,8 @@ class Run:
             config_hash=config.hash(),
             code_sha256=self.identity["training"]["train_gpt.py"],
             code_bytes=CODE_PATH.stat().st_size,
-            artifact_sha256=artifact_sha256,
-            artifact_bytes=artifact_bytes,
+            artifact_sha256=self.load(self.artifact_path).sha256 if packed else None,
+            artifact_bytes=self.artifact_path.stat().st_size if packed else None,
             tokenizer_sha256=self.tokenizer_sha256,
             data=dict(train_shards=len(train_shards), **self.val.fingerprint),
         )
@@ -6477,7 +6424,7 @@ class Run:
                 config, weights.state_dict, *statistics, code_bytes, **options
             )
             seconds = time.monotonic() - begin
-            total = weights.info.get("train_time_s", 0.0) + seconds  # all of it counts as training
+            total = weights.info.get("train_time_s", 0.0) + seconds  # packing counts as training
             self.log(
                 f"quantised packings:{trials} seconds:{seconds:.1f} with_training:{total:.1f}s"
             )
@@ -6503,7 +6450,7 @@ class Run:
         return self.config.code_bytes or CODE_PATH.stat().st_size
 
     def log_sizes(self, artifact_bytes, code_bytes, compressor):
-        """Log the three lines of the challenge's logs, and what is left of the budget."""
+        """Log the three lines of the challenge's logs, and the rest of the budget."""
         total = artifact_bytes + code_bytes
         # "int6" is the name that the field's logs use, whatever the bits of a tensor.
         self.log(f"Code size: {code_bytes} bytes")
@@ -6520,7 +6467,7 @@ class Run:
         artifact_bytes = self.artifact_path.stat().st_size
         # The code that runs, not CODE_BYTES: a promise of the author's is no measurement.
         code_bytes = CODE_PATH.stat().st_size
-        # How it was packed is no setting of an evaluation: the file's head says it.
+        # An evaluation has no packing settings: the file's head names the compressor.
         self.log_sizes(artifact_bytes, code_bytes, COMPRESSORS[head[2]])
         over = artifact_bytes + code_bytes - self.config.budget_bytes
         if over > 0:
@@ -6546,7 +6493,7 @@ class Run:
             )
         key = self.evaluation_key(self.artifact_path)
         passed_before = False
-        # A given file is audited anew each time; so is all when the audit is what was asked.
+        # A given file is audited anew each time, and so is a run with MODE=audit.
         if path.exists() and config.mode == "train" and not config.eval_only:
             old = read_json(path)
             passed_before = old.get("key") == key and old["passed"]
@@ -6557,7 +6504,7 @@ class Run:
         if self.already_done("audit", passed_before):
             return
         self.runtime.stop_if_wanted("the audit", 30)
-        # What is audited is what was written: the weights come from the file, through its reader.
+        # The audit tests the written file: the weights come from it, through its reader.
         checks = audit(self.model_of(self.artifact_path), self.val, config, self.runtime)
         failed = [check["name"] for check in checks if not check["passed"]]
         seconds = time.monotonic() - begin
@@ -6578,9 +6525,7 @@ class Run:
                 continue
             # States are kept apart by label: several scores may be cut off and go on.
             checkpoints = Checkpointer(self.runtime, f"eval_{job.label}", config.checkpoint_seconds)
-            scores_file = None
-            if config.scores_file:
-                scores_file = ScoresFile(self.val.num_targets)
+            scores_file = ScoresFile(self.val.num_targets) if config.scores_file else None
             path = self.float_path if job.label == "pre_quant" else self.artifact_path
             score = evaluate(
                 self.model_of(path),
@@ -6645,10 +6590,10 @@ class Run:
             self.write_results(finished=False)
 
     def write_results(self, finished):
-        """Write scores.json: what training and scoring measured; manifest.json has the rest."""
+        """Write scores.json: measurements of training and scoring; manifest.json has the rest."""
         code_bytes = self.code_bytes()
         artifact_bytes = self.artifact_path.stat().st_size
-        if not self.config.eval_only:  # what training measured travels with its weights
+        if not self.config.eval_only:  # measurements of training travel with its weights
             self.results.update(self.load(self.float_path).info)
         self.results.update(
             finished=finished,
@@ -6661,7 +6606,7 @@ class Run:
         )
         write_json(self.path / "scores.json", self.results)
 
-    # ---- what a person reads ----
+    # ---- the summary ----
 
     def is_submission(self, label):
         """False for float weights, which do not fit, and for the roundtrip, the cost of packing."""
@@ -6700,7 +6645,7 @@ class Run:
                 f"spot_checks:{score['spot_checks']} legal:{self.legality_of(label)} "
                 f"score_scope:{self.val.scope} dtype:{score['dtype']}"
             )
-        if config.preset == "demo":  # what general compressors make of the text that was scored
+        if config.preset == "demo":  # general compressors on the same text
             ids = self.val.tokens.astype(int).tolist()
             text = self.val.token_bytes.model.decode(ids).encode()
             for name, blob in [("gzip -9", gzip.compress(text, 9)), ("xz -6", lzma.compress(text))]:
@@ -6743,12 +6688,19 @@ class Run:
 
 
 @torch.no_grad()
-def continue_tokens(model, ids, config, runtime, generator):
-    """Yield SAMPLE_TOKENS token ids that continue `ids` (a list), one at a time, until BOS or EOS.
+def sample(config, runtime, loaded):
+    """Print PROMPT and the artifact's continuation; nothing is scored or recorded.
 
     Each next token is drawn from softmax(logits / TEMPERATURE) over the TOP_K likeliest; at
-    TEMPERATURE=0 it is the likeliest one.
+    TEMPERATURE=0 it is the likeliest one. BOS and EOS end the text.
     """
+    tokenizer = load_token_bytes(config, loaded.tokenizer_sha256).model
+    model = build_model(config, runtime)
+    model.load_state_dict(loaded.state_dict)
+    model.eval()
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = [BOS, *tokenizer.encode(config.prompt)]  # as every document of the shards begins
+    shown = ""
     for _ in range(config.sample_tokens):
         # The states of all positions are computed anew for each token: simple, and fast enough to
         # read along. The context is as long as the windows that the model is scored with.
@@ -6763,25 +6715,9 @@ def continue_tokens(model, ids, config, runtime, generator):
             chosen = int(torch.multinomial(probabilities, 1, generator=generator))
         token = int(candidates[chosen])
         if token in (BOS, EOS):
-            return
-        ids = [*ids, token]
-        yield token
-
-
-def sample(config, runtime, loaded):
-    """MODE=sample: print PROMPT and how the artifact goes on; nothing is scored or recorded."""
-    token_bytes = load_token_bytes(config, loaded.tokenizer_sha256)
-    tokenizer = token_bytes.model
-    model = build_model(config, runtime)
-    model.load_state_dict(loaded.state_dict)
-    model.eval()
-    prompt = [BOS, *tokenizer.encode(config.prompt)]  # as every document of the shards begins
-    generator = torch.Generator().manual_seed(config.seed)
-    shown = ""
-    text_ids = prompt[1:]
-    for token in continue_tokens(model, prompt, config, runtime, generator):
-        text_ids = [*text_ids, token]
-        text = tokenizer.decode(text_ids)
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids[1:])
         # A character of several bytes is a replacement mark until its last byte is there.
         if runtime.is_main and not text.endswith("\ufffd"):
             say(printable(text[len(shown) :], keep="\n\t"))
@@ -6795,7 +6731,7 @@ def sample(config, runtime, loaded):
 
 @contextlib.contextmanager
 def reported_errors(runtime):
-    """Log what stops a run, once and with the rank, and end the process with its exit code."""
+    """Log the error or signal that stops a run, with the rank, and exit with its code."""
     try:
         yield
         return
@@ -6827,18 +6763,14 @@ def reported_errors(runtime):
     sys.exit(code)
 
 
-def load_given(environ):
-    """LoadedWeights that this command only scores or samples from, or None when it is to train."""
-    path = environ.get("EVAL_ONLY")
-    # Without EVAL_ONLY, MODE=sample reads the artifact of the run that the same settings made.
-    if not path and environ.get("MODE") == "sample":
-        path = Path(Config.from_env(environ).run_dir) / ARTIFACT_NAME
-    return load_weights(path) if path else None
-
-
 def main():
     """Read the configuration, build the runtime, train or load, pack, audit, score."""
-    prepare_terminal()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            # Characters that the terminal lacks are escaped.
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     arguments = set(sys.argv[1:])
     if arguments & {"--help", "-h"}:
         say(f"{help_text()}\n")
@@ -6848,7 +6780,11 @@ def main():
             f"unknown arguments {sys.argv[1:]}: settings are environment variables, see --help"
         )
     # The file comes first: its architecture and evaluation settings belong to the configuration.
-    loaded = load_given(os.environ)
+    path = os.environ.get("EVAL_ONLY")
+    if not path and os.environ.get("MODE") == "sample":
+        # Without EVAL_ONLY, MODE=sample reads the artifact of the run that the same settings made.
+        path = Path(Config.from_env(os.environ).run_dir) / ARTIFACT_NAME
+    loaded = load_weights(path) if path else None
     config = Config.from_env(os.environ, loaded.from_artifact() if loaded else None)
     if arguments:
         say("".join(f"{name.upper()}={value}\n" for name, value in config.as_dict().items()))

@@ -172,7 +172,9 @@ def test_every_rank_shows_its_own_exception_with_its_rank(children):
     run_dir = children.new("one_fails")
     fault = """
         if self.runtime.comm.rank == 1:
-            raise train_gpt.DataError('this shard is bad')"""
+            def sequences(first, count):
+                raise train_gpt.DataError('this shard is bad')
+            self.stream.sequences = sequences"""
     group = children.start(run_dir, ranks=2, patch=at_step(7, fault.strip()))
     codes = group.wait()
     assert codes and codes[1] == 3 and codes[0] == 1

@@ -181,11 +181,9 @@ def test_a_flipped_bit_of_a_weight_is_noticed(saved):
         load_tensors(hurt)
 
 
-def test_a_missing_or_oversized_file_is_an_error_that_names_it(saved, tmp_path):
+def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ArtifactError, match=f"^{tmp_path}/no.pt: No such file or directory"):
         load_tensors(tmp_path / "no.pt")
-    with pytest.raises(ArtifactError, match=f"^{saved[0]}: .* bytes are more than the 100 "):
-        load_tensors(saved[0], max_bytes=100)
 
 
 class Hostile:
