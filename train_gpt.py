@@ -428,9 +428,10 @@ class Config:
         """Return {name: value} of the fields of these kinds, or of all."""
         return {name: getattr(self, name) for name in self.names(*kinds)}
 
-    def hash(self):
-        """Return 16 hex digits over all fields but those of the kind "run"."""
-        text = json.dumps(self.as_dict("arch", "train", "pack", "eval"), sort_keys=True)
+    def hash(self, *kinds):
+        """Return 16 hex digits over the fields of these kinds; by default of all but "run"."""
+        kinds = kinds or ("arch", "train", "pack", "eval")
+        text = json.dumps(self.as_dict(*kinds), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self):
@@ -1369,9 +1370,10 @@ class Runtime:
     def __init__(self, config, environ):
         # Before CUDA starts: with it cuBLAS gives the same bits every time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.comm = Comm(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)))
+        rank = read_number(environ, "RANK", int, 0)
+        self.comm = Comm(rank, read_number(environ, "WORLD_SIZE", int, 1))
         self.is_main = self.comm.rank == 0
-        self.device = pick_device(config.device, int(environ.get("LOCAL_RANK", 0)))
+        self.device = pick_device(config.device, read_number(environ, "LOCAL_RANK", int, 0))
         on_gpu = self.device.type == "cuda"
         self.dtype, self.dtype_reason = pick_dtype(config.dtype, self.device)  # of autocast
         self.compiling = config.compile == "1" or (config.compile == "auto" and on_gpu)
@@ -1383,7 +1385,7 @@ class Runtime:
         self.events = None
         self.lock = None
         self.on_line = False  # the terminal's last line is progress, to be overwritten
-        job_end = float(environ.get("SLURM_JOB_END_TIME", math.inf))
+        job_end = read_number(environ, "SLURM_JOB_END_TIME", float, math.inf)
         self.stop = StopRequest(min(config.time_limit_seconds or math.inf, job_end - time.time()))
         if self.comm.world > 1:
             # gloo beside nccl: scalars are agreed on through the host.
@@ -1556,6 +1558,14 @@ def say(text, stream=None):
         # The text that is still buffered would raise again at exit.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def read_number(environ, name, kind, default):
+    """The number in a variable that torchrun or SLURM sets. Raises ConfigError for another text."""
+    try:
+        return kind(environ.get(name, default))
+    except ValueError:
+        raise ConfigError(f"{name}={environ[name]!r}: expected a number: unset {name}") from None
 
 
 def pick_dtype(wish, device):
@@ -4576,14 +4586,10 @@ class Evaluation:
         length = windows[0].end - windows[0].start  # all windows of a stream are equally long
         batch = Batch(windows, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.states(batch)  # (B, T, D)
+            hidden = self.hidden(batch.ids)  # (B, T, D)
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
             return scored_nll(self.model, hidden, batch, observer)
-
-    def states(self, batch):
-        """Final states (B, T, D) of a batch."""
-        return self.hidden(batch.ids)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""
@@ -6312,6 +6318,7 @@ class Run:
             log(f"config:{name}={value}{mark}")
         if not config.eval_only:
             log(f"config_hash:{config.hash()}")
+        log(f"evaluation_hash:{config.hash('arch', 'eval')}")
         log(f"dtype:{self.dtype} ({self.runtime.dtype_reason})")
         log(f"attention:{self.runtime.attention.reason}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.tokenizer_path}")
