@@ -315,7 +315,7 @@ FIELDS = {
     "packed": {"artifact_bytes", "code_bytes", "int5_layers"},
     "score": {"label", "val_loss", "val_bpb", "eval_time_s", "scope", "legal", "audited"},
     "audit": {"passed"},
-    "throughput": {"tokens_per_s", "step_median_ms", "step_p95_ms", "peak_share", "seconds_in"},
+    "throughput": {"tokens_per_s", "step_median_ms", "step_p95_ms", "peak_share"},
     "done": set(),
 }
 
