@@ -4377,8 +4377,7 @@ def slot_shift(model, hidden, batch, config, slot):
 def scored_nll(model, hidden, batch, observer):
     """nll (n * count,) of a batch's scored targets, window after window; only these get logits.
 
-    hidden (B, T, D); `observer` is shown the targets' indices,
-    log-probabilities and nll.
+    hidden (B, T, D); `observer` is shown the targets' indices, log-probabilities and nll.
     """
     # Rows that only fill a compiled shape are left out.
     n = len(batch.windows)
@@ -4682,10 +4681,14 @@ class Evaluation:
         count = windows[0].end - windows[0].first
         batch = Batch(windows, count, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.hidden(batch.ids)  # (B, T, D)
+            hidden = self.states(batch)  # (B, T, D)
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
             return scored_nll(self.model, hidden, batch, observer)
+
+    def states(self, batch):
+        """Final states (B, T, D) of a batch."""
+        return self.hidden(batch.ids)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""

@@ -1,4 +1,5 @@
-"""What the code would do on a GPU, checked without one: graphs, products, launches."""
+"""What the code would do on a GPU, checked without one: graphs, products, launches, the attention
+order."""
 
 import collections
 import types
@@ -14,27 +15,159 @@ import train_gpt
 CPU = torch.device("cpu")
 
 
-# Operations that reserve memory or rename it: the device has nothing to do.
-WITHOUT_A_KERNEL = {
-    "alias", "detach", "device", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty",
-    "new_empty_strided", "_record_function_enter_new", "_record_function_exit", "_unsafe_view",
-}  # fmt: skip
-
-
 class Launches(TorchDispatchMode):
-    """Counts the operations that start a kernel, by name."""
+    """Counts operations that would launch a kernel; views and bookkeeping launch none."""
+
+    FREE = (
+        "view",
+        "detach",
+        "slice",
+        "select",
+        "split",
+        "expand",
+        "transpose",
+        "unsqueeze",
+        "alias",
+        "empty",
+    )
 
     def __init__(self):
         super().__init__()
         self.counts = collections.Counter()
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        returned = [value.alias_info for value in operation._schema.returns]
-        is_view = returned and all(a is not None and not a.is_write for a in returned)
-        if not is_view and name not in WITHOUT_A_KERNEL:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0].strip("_")
+        if not name.startswith(self.FREE) and name not in ("t", "unsafe_view", "permute"):
             self.counts[name] += 1
-        return operation(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+# attention order ----------------------------------------------------------------------------------
+FAMILIES = {
+    (8, 0): ["flash", "cudnn", "mem_efficient", "math"],
+    (9, 0): ["flash_attention_3", "cudnn", "flash", "mem_efficient", "math"],
+    (10, 0): ["cudnn", "flash", "mem_efficient", "math"],
+}
+
+
+@pytest.mark.parametrize("capability", FAMILIES)
+def test_the_order_of_attention_backends_follows_the_architecture(capability):
+    assert [name for name, _ in train_gpt.attention_order(capability)] == FAMILIES[capability]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """pick(capability, *unusable backends, compiling) -> (AttentionChoice, backends tried), no GPU
+    needed."""
+
+    def pick(capability, *unusable, compiling=False):
+        tried = []
+
+        def trial(attend, device, dtype, compiled):
+            tried.append((names[attend], compiled))
+            if names[attend] in unusable:
+                raise RuntimeError("not here")
+
+        names = {}
+        original = train_gpt.attention_backend
+
+        def named(backend, **options):
+            attend = original(backend, **options)
+            names[attend] = backend
+            return attend
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(train_gpt, "attention_backend", named)
+        monkeypatch.setattr(train_gpt, "try_attention", trial)
+        train_gpt.pick_attention.cache_clear()
+        try:
+            choice = train_gpt.pick_attention(torch.device("cuda:0"), torch.bfloat16, compiling)
+        finally:
+            train_gpt.pick_attention.cache_clear()
+            monkeypatch.setattr(train_gpt, "attention_backend", original)
+        return choice, tried
+
+    return pick
+
+
+@pytest.mark.parametrize("capability", FAMILIES)
+def test_the_first_backend_that_runs_is_taken_and_the_log_says_why(capability, gpu):
+    choice, tried = gpu(capability)
+    first = FAMILIES[capability][0]
+    assert [name for name, _ in tried] == [first]
+    assert choice.reason.startswith(f"{first}: ")
+    assert f"sm{capability[0]}{capability[1]}" in choice.reason
+
+
+def test_without_flash_attention_3_hopper_takes_cudnn_and_names_what_failed(gpu):
+    choice, tried = gpu((9, 0), "flash_attention_3")
+    assert [name for name, _ in tried] == ["flash_attention_3", "cudnn"]
+    assert choice.reason.startswith("cudnn: ")
+    assert "flash_attention_3 (RuntimeError)" in choice.reason
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_trial_is_compiled_where_the_model_will_be(compiling, gpu):
+    assert gpu((9, 0), compiling=compiling)[1] == [("flash_attention_3", compiling)]
+
+
+def test_without_any_backend_the_error_names_them_all(gpu):
+    with pytest.raises(train_gpt.ConfigError, match="tried flash.*cudnn.*mem_efficient.*math"):
+        gpu((8, 0), *FAMILIES[8, 0])
+
+
+def enabled_backends(monkeypatch, backend, fallback=True):
+    """SDPA's backends in order of priority while `backend` attends."""
+    seen = []
+
+    def look(q, k, v):
+        seen.extend(torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True))
+        return q
+
+    monkeypatch.setattr(train_gpt, "sdpa_attention", look)
+    train_gpt.attention_backend(backend, fallback)(*torch.zeros(3, 1, 4, 2, 8))
+    return [b.name for b in seen]
+
+
+def test_flash_stays_behind_cudnn_for_deterministic_mode(monkeypatch):
+    assert enabled_backends(monkeypatch, "cudnn") == ["CUDNN_ATTENTION", "FLASH_ATTENTION"]
+    # The trial is cuDNN's alone: flash must not pass it in cuDNN's name.
+    assert enabled_backends(monkeypatch, "cudnn", fallback=False) == ["CUDNN_ATTENTION"]
+
+
+@pytest.mark.parametrize("backend, name", [("flash", "FLASH_ATTENTION"), ("math", "MATH")])
+def test_another_backend_is_alone(backend, name, monkeypatch):
+    assert enabled_backends(monkeypatch, backend) == [name]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_3_repeats_its_digits_when_asked_to(deterministic, monkeypatch):
+    import sys
+    import types
+
+    seen = {}
+
+    def flash_attn_func(q, k, v, **options):
+        seen.update(options)
+        return q, "log-sum-exp"
+
+    module = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    q = torch.zeros(1, 4, 2, 8)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert train_gpt.flash_attention_3(q, q, q) is q
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == {"causal": True, "deterministic": deterministic}
+
+
+def test_a_backend_chosen_by_priority_compiles_to_one_graph():
+    attend = train_gpt.attention_backend("math")
+    q, k = torch.randn(1, 8, 2, 8), torch.randn(1, 8, 1, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(compiled(q, k, k), attend(q, k, k))
 
 
 # graphs -------------------------------------------------------------------------------------------
@@ -62,7 +195,7 @@ def captured(function, *arguments):
 def small_model(**changes):
     config = tiny_config(**changes)
     ids = torch.randint(2, config.vocab_size, (2, 64))
-    return config, train_gpt.GPT(config), ids
+    return config, train_gpt.GPT(config, train_gpt.sdpa_attention), ids
 
 
 def test_the_trunk_has_no_trigonometry():
@@ -167,22 +300,19 @@ def test_late_qat_launches_little_while_on_and_nothing_while_off(preset):
     assert 0 < still_on <= on <= 100
 
 
-def test_an_optimiser_step_launches_little_and_no_more_with_more_layers():
-    """Work is per stack of matrices or one foreach operation, never per matrix."""
-    totals = []
-    for layers in (3, 11):
-        config = train_gpt.Config(num_layers=layers, xsa_last_n=layers)
-        with FakeTensorMode():
-            model = train_gpt.GPT(config)
-            muon, adamw = train_gpt.build_optimizers(model, config)
-            for param in model.parameters():
-                param.grad = torch.empty_like(param)
-            step = (muon, adamw, train_gpt.Comm(), config.grad_clip_norm)
-            train_gpt.reduce_clip_step(*step)  # the first one also makes AdamW's state
-            with Launches() as launches:
-                train_gpt.reduce_clip_step(*step)
-        totals.append(sum(launches.counts.values()))
-    assert totals[0] == totals[1] <= 120
+def test_batched_scales_are_those_of_the_artifact():
+    config = tiny_config(late_qat_threshold=0.15, model_dim=64, num_layers=2, nfm_hidden_dim=128)
+    model = train_gpt.GPT(config)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_()
+    model.set_qat(1.0)
+    rounded = [module for _, module in model.quantizable() if module.bits]
+    assert len({module.weight.shape for module in rounded}) > 2
+    for module in rounded:
+        _, scales = train_gpt.quantize_rows(module.weight, module.bits)
+        assert torch.equal(module.qat_scale, scales.float())
+        assert module.qat_blend == 1
 
 
 # products at full size ----------------------------------------------------------------------------
@@ -218,8 +348,8 @@ def test_looped_layers_cost_their_own_products_and_no_more():
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
-def test_three_graphs_serve_the_whole_life_of_a_run(case, monkeypatch):
-    """Training, scoring, a step of test-time training, each one shape.
+def test_four_graphs_serve_the_whole_life_of_a_run(case, monkeypatch):
+    """Training; scoring of all positions and of the last ones; a step of test-time training.
 
     Later evaluations, spot checks and the audit bring no other.
     """
@@ -247,7 +377,7 @@ def test_three_graphs_serve_the_whole_life_of_a_run(case, monkeypatch):
         for job in train_gpt.evaluation_jobs(case.config):
             case.run(model, stride=job.stride, ttt=job.ttt, label=job.label, spot_checks=0.5)
     train_gpt.audit(model, case.stream, case.config, case.runtime)
-    assert len(graphs) == 3
+    assert len(graphs) == 4
     assert all(made == {"deterministic": True} for made in options[1:])
 
 
@@ -273,7 +403,7 @@ def test_a_step_of_test_time_training_is_a_cuda_graph_where_it_is_small(ranks, w
 
 @pytest.mark.slow
 def test_looping_compiles_one_graph_more(tiny_data, tmp_path, monkeypatch):
-    """Attention's trial; training in both orders of the layers; scoring; test-time training."""
+    """The training loss in both orders of the layers; all that follows is looped."""
     loops = dict(num_loops=1, loop_start=1, loop_end=1, loop_at=0.5)
     graphs, compile_ = [], torch.compile
 
