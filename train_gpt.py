@@ -4586,10 +4586,14 @@ class Evaluation:
         length = windows[0].end - windows[0].start  # all windows of a stream are equally long
         batch = Batch(windows, *self.rows(starts, length))
         with self.runtime.autocast():
-            hidden = self.hidden(batch.ids)  # (B, T, D)
+            hidden = self.states(batch)  # (B, T, D)
             if self.slot != "off":
                 hidden = hidden + slot_shift(self.model, hidden, batch, self.config, self.slot)
             return scored_nll(self.model, hidden, batch, observer)
+
+    def states(self, batch):
+        """Final states (B, T, D) of a batch."""
+        return self.hidden(batch.ids)
 
     def rows(self, starts, length):
         """ids and targets (n, length) of the rows that begin at targets `starts`."""
