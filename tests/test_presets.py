@@ -201,11 +201,12 @@ def test_the_variables_of_a_scored_run_give_what_was_scored(name, variables, par
 def test_the_demo_has_every_feature_of_the_submission():
     demo, submission = preset_config("demo").as_dict(), preset_config("nfm_7k").as_dict()
     features = (
-        "gated_attention value_residual nfm_enabled flow_enabled e2e_ttt_enabled ve_dim ema_decay "
-        "swa_enabled compressor block_bits embed_bits ttt_enabled slot eval_stride"
+        "gated_attention value_residual nfm_enabled flow_enabled e2e_ttt_enabled ve_dim "
+        "swa_enabled compressor block_bits embed_bits ttt_enabled slot"
     )
     assert all(demo[name] == submission[name] for name in features.split())
-    assert demo["xsa_last_n"] == demo["num_layers"]
+    assert demo["xsa_last_n"] == demo["num_layers"] and demo["eval_stride"] < demo["eval_seq_len"]
+    assert 0 < demo["ema_decay"] < submission["ema_decay"]  # a short run forgets sooner
 
 
 # --------------------------------------------------------------------------------------------------
