@@ -225,6 +225,14 @@ def test_all_lines_of_a_score_must_agree_but_those_of_progress():
     assert found == "legal_ttt: val_bpb 1.1 beside 1.23456789"
 
 
+def test_the_official_line_is_a_repeat_where_another_score_says_the_same():
+    own = "legal_ttt_exact val_loss:2.00000000 val_bpb:1.23456789\n"
+    official = "final_int8_zlib_roundtrip_exact val_loss:2.00000000 val_bpb:1.23456789"
+    assert verify.parse_output(own + official).keys() == {"legal_ttt"}
+    assert verify.parse_output(official).keys() == {"final_int8_zlib_roundtrip"}
+    assert len(verify.parse_output(own + official.replace("2.0", "1.9"))) == 2
+
+
 # ---- the bet ----
 
 
