@@ -1,6 +1,7 @@
 """Files, tensors and states on disk, the run directory, its lock, the log, signals, exit codes."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -547,3 +548,73 @@ def test_an_unexpected_error_keeps_its_traceback(config, runtime, folder, capsys
     assert re.search(pattern, capsys.readouterr().err)
     (event,) = events(folder)
     assert (event["code"], event["message"]) == (1, "ZeroDivisionError: by our own mistake")
+
+
+# ---- any machine ----
+
+
+@pytest.mark.parametrize(
+    "amx, isa, dtype",
+    [
+        (True, None, torch.bfloat16),
+        (True, "AVX512_CORE_AMX", torch.bfloat16),
+        (True, "AVX512_CORE", torch.float32),
+        (False, None, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_on_a_cpu_with_amx_alone(monkeypatch, amx, isa, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if isa:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    found, reason = train_gpt.pick_dtype("auto", torch.device("cpu"))
+    assert found == dtype and ("no AMX" in reason) is (dtype == torch.float32)
+    assert train_gpt.pick_dtype("bfloat16", torch.device("cpu"))[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_END_TIME"])
+def test_a_rank_variable_that_is_no_number_is_an_error_that_names_it(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name}='many': expected a number"):
+        Runtime(tiny_config(run_dir=str(tmp_path)), {name: "many"})
+
+
+@pytest.mark.parametrize("lacks", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_a_warning(runtime, monkeypatch, lacks):
+    def flock(file, flags):
+        raise OSError(getattr(errno, lacks), lacks)
+
+    monkeypatch.setattr(train_gpt.fcntl, "flock", flock)
+    made = runtime(tiny_config())
+    assert "warning: no locks on the file system of" in log_of(made.dir)
+
+
+def test_a_closed_pipe_costs_text_and_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        for _ in range(3):
+            train_gpt.say("line\n", stream)
+
+
+def test_ctrl_c_and_hangup_stop_a_run_but_an_ignored_signal_stays_ignored(runtime):
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+        made = runtime(tiny_config())
+        made.stop.watch_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGINT)
+        assert made.stop.wanted() and made.stop.reason == "SIGINT"
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def test_ranks_that_do_not_share_the_run_directory_are_an_error(runtime, monkeypatch):
+    made = runtime(tiny_config())
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(train_gpt.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(train_gpt.Path, "exists", lambda path: False)
+    with pytest.raises(ConfigError, match="not the same directory on all nodes"):
+        made.check_dir_is_shared()
