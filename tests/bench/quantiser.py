@@ -2,7 +2,7 @@
 
     python tests/bench/quantiser.py                     # trains, measures, prints the tables
     python tests/bench/quantiser.py --held-out 131072   # scores fewer tokens of held-out text
-    python tests/bench/quantiser.py --plot docs/quantiser.svg
+    python tests/bench/quantiser.py --plot quantiser.svg
 
 The trunk (6 layers of 256, 300 steps of 16,384 tokens) takes a quarter of an hour on one core.
 Training goes on where it was stopped, and every point is kept in --folder: a second run only

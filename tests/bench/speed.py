@@ -348,7 +348,6 @@ def main():
         parser.error(
             f"unknown section {', '.join(sorted(unknown))}: expected any of {', '.join(SECTIONS)}"
         )
-    golf.keep_large_blocks()
     print("| what | measured | compared |\n|---|---|---|", flush=True)
     for name in options.sections or SECTIONS:
         for row in SECTIONS[name]():
