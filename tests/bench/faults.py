@@ -15,6 +15,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK = 0.5  # seconds; the quicker tests run first
 SECONDS = 1800  # for the tests of a room; a fault that makes them hang is caught
 # Tests of each room, cheapest first; files that a version lacks are left out.
 TESTS = {
@@ -1124,12 +1126,10 @@ class Workplace:
         self.source = self.script.read_text()
         self.through = through
 
-    def pytest(self, room, *arguments):
-        """(exit code, output) of the room's tests; 124 where they take too long."""
-        paths = [f"tests/test_{name}.py" for name in TESTS[room]]
-        paths = [path for path in paths if (self.folder / path).exists()]
-        command = [*self.through, sys.executable, "-m", "pytest", "-q", "-n", "0"]
-        command += ["-p", "no:cacheprovider", "--tb=no", "-rf", *arguments, *paths]
+    def pytest(self, *arguments):
+        """(exit code, output) of pytest; 124 where the tests take too long."""
+        command = [*self.through, sys.executable, "-m", "pytest", "-q", "-n", "0", "--tb=no"]
+        command += ["-p", "no:cacheprovider", *arguments]
         # A cached bytecode file is told from a new one by size and second alone.
         environ = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
         child = subprocess.Popen(
@@ -1149,33 +1149,39 @@ class Workplace:
             child.wait()
             return 124, ""
 
-    def clean_failures(self, room):
-        """Tests of the room that fail without a fault."""
-        _, output = self.pytest(room)
-        return failed_tests(output)
+    def clean_tests(self, room):
+        """Tests of the room that pass without a fault: [the quick ones, the others]."""
+        paths = [f"tests/test_{name}.py" for name in TESTS[room]]
+        paths = [path for path in paths if (self.folder / path).exists()]
+        _, output = self.pytest("-rA", "--durations=0", f"--durations-min={QUICK}", *paths)
+        slow = set(re.findall(r"^\S+s (?:setup|call|teardown) +(.+)$", output, re.M))
+        passed = named_tests(output, "PASSED")
+        return [[t for t in passed if t not in slow], [t for t in passed if t in slow]]
 
-    def outcome(self, fault, deselected):
-        """What the room's tests say of one fault."""
+    def outcome(self, fault, groups):
+        """The verdict of one fault: each group of tests runs until the first failure."""
         begin = time.monotonic()
         self.script.write_text(injected(self.source, fault))
+        code, output = 0, ""
         try:
-            options = [f"--deselect={test}" for test in deselected]
-            code, output = self.pytest(fault.room, "-x", *options)
+            for tests in groups:
+                if tests and code == 0:
+                    code, output = self.pytest("-x", "-rfE", *tests)
         finally:
             self.script.write_text(self.source)
         verdict = {0: "survived", 1: "caught", 2: "caught", 124: "caught"}.get(code, "error")
         return dict(
             room=fault.room,
             verdict=verdict,
-            by="time" if code == 124 else "; ".join(failed_tests(output)),
+            by="time" if code == 124 else "; ".join(named_tests(output, "FAILED", "ERROR")),
             seconds=round(time.monotonic() - begin, 1),
         )
 
 
-def failed_tests(output):
-    """Names of the tests that a short summary calls failed or broken."""
-    lines = [line.split() for line in output.splitlines()]
-    return [words[1] for words in lines if words[:1] in (["FAILED"], ["ERROR"]) and words[1:]]
+def named_tests(output, *words):
+    """Tests that the short summary of pytest names after one of the words."""
+    lines = [line.partition(" ") for line in output.splitlines()]
+    return [rest.split(" - ")[0] for word, _, rest in lines if word in words and "::" in rest]
 
 
 def report(found):
@@ -1220,7 +1226,7 @@ def main():
             if room not in options.rooms or fault.name in found["faults"]:
                 continue
             if room not in found["clean"]:
-                found["clean"][room] = place.clean_failures(room)
+                found["clean"][room] = place.clean_tests(room)
             outcome = place.outcome(fault, found["clean"][room])
             found["faults"][fault.name] = outcome
             options.out.write_text(json.dumps(found, indent=1) + "\n")
