@@ -2946,8 +2946,9 @@ class GPT(nn.Module):
         """Prepare rounding of exactly the weights that the artifact stores as integers."""
         for name, module in self.quantizable():
             scheme = scheme_of(f"{name}.weight", module.weight.shape, self.config)
-            if SCHEMES[scheme].bits:
-                module.enable_qat(SCHEMES[scheme].bits)
+            _, bits = SCHEMES[scheme]
+            if bits:
+                module.enable_qat(bits)
 
     @torch.no_grad()
     def set_qat(self, blend):
@@ -5033,21 +5034,16 @@ def audit(model, stream, config, runtime):
 # ---- the grid ----
 
 
-class Scheme(typing.NamedTuple):
-    """One way in which the artifact stores a tensor."""
-
-    dtype: type  # numpy type of the stored values
-    bits: int  # of symmetric integer codes with a scale per row; 0 for all others
-
-
-# In the order in which the artifact groups them: like beside like compresses best.
+# {scheme: (numpy type of the stored values, bits)}: bits of symmetric integer codes that have a
+# scale per row, 0 for all others. The artifact groups tensors in this order: like beside like
+# compresses best.
 SCHEMES = {
-    "grid": Scheme(np.int16, 0),  # integers whose steps differ by row and column, see Grid
-    "int5": Scheme(np.int8, 5),
-    "int6": Scheme(np.int8, 6),
-    "int8": Scheme(np.int8, 8),
-    "fp16": Scheme(np.float16, 0),
-    "fp32": Scheme(np.float32, 0),
+    "grid": (np.int16, 0),  # integers whose steps differ by row and column, see Grid
+    "int5": (np.int8, 5),
+    "int6": (np.int8, 6),
+    "int8": (np.int8, 8),
+    "fp16": (np.float16, 0),
+    "fp32": (np.float32, 0),
 }
 # Last parts of the names of control scalars: few numbers that steer many, so they stay float32.
 CONTROL = (
@@ -5153,9 +5149,9 @@ def clip_candidates(rows):
     largest = rows.abs().topk(count, dim=1).values  # (R, count)
     clips = []
     for place in places:
-        low = min(int(place), count - 1)
+        low = int(place)
         high = min(low + 1, count - 1)
-        part = place - int(place)
+        part = place - low
         clips.append(torch.lerp(largest[:, low], largest[:, high], part))
     return torch.stack(clips).unsqueeze(-1)
 
@@ -5180,8 +5176,8 @@ def row_scales(rows, bits):
 
 @torch.no_grad()
 def quantize_rows(weight, bits):
-    """int8 codes (R, C) and float16 scales (R, 1) of weight (..., C), one scale per row."""
-    rows = weight.detach().float().flatten(0, -2)  # (R, C)
+    """int8 codes (R, C) and float16 scales (R, 1) of weight (R, C), one scale per row."""
+    rows = weight.detach().float()
     scales = row_scales(rows, bits)
     codes = round_to_grid(rows, scales.float(), bits)
     return codes.to(torch.int8), scales
@@ -5208,12 +5204,12 @@ def fit_lite(
     not fit with every MLP in int5.
     """
     order = int5_order(config.num_layers)
-    cache = {}
+    cache = {}  # encoded tensors: between two trials one layer's MLP changes
     for count in range(len(order) + 1):
         check_stop()
         layers = order[:count]
         # Only packing tells the size: compression depends on the distribution of the integers.
-        blob = pack_artifact(config, state_dict, tuple(layers), tokenizer_sha256, cache)
+        blob = pack_artifact(config, state_dict, layers, tokenizer_sha256, cache)
         over = len(blob) + code_bytes - config.budget_bytes
         if over <= 0:
             return blob, layers
@@ -5281,12 +5277,11 @@ def calibration_hooks(model, add):
 
         return hook
 
-    handles = []
     tapped = set()
-    try:
+    with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, Embedding):
-                handles.append(module.register_forward_hook(after_embedding(name)))
+                hooks.enter_context(module.register_forward_hook(after_embedding(name)))
             if not isinstance(module, (Attention, Linear)):
                 continue
             # Attention multiplies by the weights of its projections itself, in one product. It
@@ -5295,23 +5290,8 @@ def calibration_hooks(model, add):
             source = f"{name}.c_q" if is_attention else hessian_name(name)
             if source not in tapped:
                 tapped.add(source)
-                handles.append(module.register_forward_pre_hook(before_linear(source)))
+                hooks.enter_context(module.register_forward_pre_hook(before_linear(source)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def drawn_labels(logps, batch, seed):
-    """One label per position (n,) drawn from logps (n, V): a function of seed and batch alone.
-
-    The Fisher information needs the model's own labels; with the data's, errors that the model
-    makes anyway would count as sensitivity.
-    """
-    generator = torch.Generator().manual_seed(hash64(seed, "labels", batch) >> 1)
-    height = torch.rand(len(logps), 1, generator=generator).to(logps.device)
-    below = logps.exp().cumsum(-1) < height  # (n, V)
-    return below.sum(-1).clamp(max=logps.size(-1) - 1)
 
 
 def calibrate_batch(model, ids, batch, runtime, add):
@@ -5321,12 +5301,15 @@ def calibrate_batch(model, ids, batch, runtime, add):
         hidden = model.hidden(ids)  # (B, T, D)
         head_input = model.head_input(hidden)
         logits = model.head(head_input).flatten(0, 1)  # (B * T, V)
-    logps = logits.detach().float().log_softmax(-1)
-    probs = logps.exp()
+    probs = logits.detach().float().log_softmax(-1).exp()
     add("hessian/head", gram(head_input))
     # p (1 - p) is the variance of a drawn label, so the second derivative of the loss in its logit.
     add("label_variance", (probs * (1 - probs)).sum(0))
-    labels = drawn_labels(logps, batch, model.config.seed)
+    # The Fisher information needs labels drawn from the model itself; with the data's, errors that
+    # the model makes anyway would count as sensitivity. They depend on seed and batch alone.
+    generator = torch.Generator().manual_seed(hash64(model.config.seed, "labels", batch) >> 1)
+    height = torch.rand(len(probs), 1, generator=generator).to(probs.device)
+    labels = (probs.cumsum(-1) < height).sum(-1).clamp(max=probs.size(-1) - 1)  # (B * T,)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     model.zero_grad()
     with deterministic_algorithms():
@@ -5481,7 +5464,6 @@ def gptq(weight, factor, row_steps, column_steps):
 
 def row_losses(error, hessian, weight):
     """Predicted loss (R,) in nats per token of an error (R, C), from H (C, C) and d (R,)."""
-    error = error.to(hessian.dtype)
     return 0.5 * weight * ((error @ hessian) * error).sum(1)
 
 
@@ -5540,9 +5522,8 @@ class Quantiser:
 
     def quantise(self, step):
         """{name: Quantised} with all steps times `step`."""
-        return dict(
-            zip(self.weights, self.map(lambda name: self.quantise_matrix(name, step), self.weights))
-        )
+        found = self.map(lambda name: self.quantise_matrix(name, step), self.weights)
+        return dict(zip(self.weights, found))
 
     def quantise_matrix(self, name, step):
         """Quantised of one matrix: of each row GPTQ's codes where they beat plain rounding's."""
@@ -5609,10 +5590,10 @@ def search_step(pack, budget, first, finest, slope, log, check_stop):
         else:
             over = (octave, size)
         if over and under:
-            share = (over[1] - target) / max(1, over[1] - under[1])
+            share = (over[1] - target) / (over[1] - under[1])
             octave = over[0] + min(0.9, max(0.1, share)) * (under[0] - over[0])
             continue
-        if before and before[0] != octave:
+        if before:
             measured = (size - before[1]) / (octave - before[0])
             slope = max(2 * slope, min(slope / 4, measured))  # noise must not turn it around
         before = (octave, size)
@@ -5715,20 +5696,21 @@ def grid_sections(matrices):
 
 def stored_bytes(shape, scheme):
     """(bytes of the values, of the scales) of a tensor; on the grid, of exponents and classes."""
-    values = math.prod(shape) * np.dtype(SCHEMES[scheme].dtype).itemsize
+    dtype, bits = SCHEMES[scheme]
+    values = math.prod(shape) * np.dtype(dtype).itemsize
     if scheme == "grid":
         return values, 2 * sum(shape)
-    rows = math.prod(shape[:-1]) if SCHEMES[scheme].bits else 0
+    rows = math.prod(shape[:-1]) if bits else 0
     return values, rows * np.dtype(np.float16).itemsize
 
 
 def encode_tensor(tensor, scheme):
     """(bytes of the values, row-major; bytes of the float16 scales, one per row of integers)."""
-    if SCHEMES[scheme].bits:
-        codes, scales = quantize_rows(tensor, SCHEMES[scheme].bits)
+    dtype, bits = SCHEMES[scheme]
+    if bits:
+        codes, scales = quantize_rows(tensor, bits)
         return codes.cpu().numpy().tobytes(), scales.cpu().numpy().tobytes()
-    values = tensor.detach().float().cpu().numpy().astype(SCHEMES[scheme].dtype)
-    return values.tobytes(), b""
+    return tensor.detach().float().cpu().numpy().astype(dtype).tobytes(), b""
 
 
 def tensor_table(schemes, state_dict):
@@ -5754,9 +5736,7 @@ def pack_artifact(config, state_dict, int5_layers=(), tokenizer_sha256="", cache
     for name, _, scheme in table:
         if (name, scheme) not in cache:
             cache[name, scheme] = encode_tensor(state_dict[name], scheme)
-    encoded = [cache[name, scheme] for name, _, scheme in table]
-    values = [values for values, _ in encoded]
-    scales = [scales for _, scales in encoded]
+    values, scales = zip(*(cache[name, scheme] for name, _, scheme in table))
     return seal(config, table, [*values, *scales], tokenizer_sha256)
 
 
@@ -5869,7 +5849,7 @@ def size_breakdown(state_dict, quantised, artifact_bytes):
 
 def log_size_breakdown(groups, log):
     """The size breakdown as a table, its lines aligned."""
-    total_bytes = max(1.0, sum(group["bytes"] for group in groups))
+    total_bytes = sum(group["bytes"] for group in groups)
     total_loss = max(1e-30, sum(group["loss"] for group in groups))
     parameters = sum(group["parameters"] for group in groups)
     log(
@@ -5946,7 +5926,7 @@ def config_from_file(settings):
     foreign = (set(settings) ^ set(names)) - {"dtype"}
     if foreign:
         raise ConfigError(f"settings are missing or foreign: {sorted(foreign)[:5]}")
-    return Config(**{name: settings[name] for name in names if name in settings})
+    return Config(**{name: settings[name] for name in names})
 
 
 def check_shapes(config, found):
@@ -6023,7 +6003,8 @@ def read_payload(raw):
     scales_at = values_at + sum(sizes[name][0] for name in others)
     for name in others:
         value_bytes, scale_bytes = sizes[name]
-        values = np.frombuffer(data[values_at:][:value_bytes], SCHEMES[schemes[name]].dtype)
+        dtype, _ = SCHEMES[schemes[name]]
+        values = np.frombuffer(data[values_at:][:value_bytes], dtype)
         tensor = values.astype(np.float32)
         if scale_bytes:
             scales = np.frombuffer(data[scales_at:][:scale_bytes], np.float16)
