@@ -391,6 +391,8 @@ OPTIMISERS = [
     fault(
         "Optimisers",
         "factor of the other shape",
+        "(rows / columns) ** 0.5",
+        "(columns / rows) ** 0.5",
         "max(1, rows / columns) ** 0.5",
         "max(1, columns / rows) ** 0.5",
     ),
@@ -403,6 +405,8 @@ OPTIMISERS = [
     fault(
         "Optimisers",
         "columns of equal norm",
+        "((ahead[:num_wide], -1), (ahead[num_wide:], -2))",
+        "((ahead[:num_wide], -2), (ahead[num_wide:], -1))",
         "((wide, -1), (tall, -2))",
         "((wide, -2), (tall, -1))",
     ),
@@ -463,6 +467,8 @@ OPTIMISERS = [
     fault(
         "Optimisers",
         "average of the newest",
+        "torch._foreach_lerp_(self.ema, self.params, 1 - decay)",
+        "torch._foreach_lerp_(self.ema, self.params, decay)",
         "torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)",
         "torch._foreach_lerp_(self.ema, self.raw(), decay)",
         "torch._foreach_lerp_(self.ema, self.raw(), 1 - self.decay)",
