@@ -2348,11 +2348,9 @@ class Quantizable:
 
     def enable_qat(self, bits):
         self.bits = bits
-        device = self.weight.device
-        off = torch.zeros((), device=device)
-        scale = torch.ones(self.weight.size(0), 1, device=device)
+        scale = self.weight.new_ones(self.weight.size(0), 1)
         # Not persistent: both follow from the weights and the learning rate's schedule.
-        self.register_buffer("qat_blend", off, persistent=False)
+        self.register_buffer("qat_blend", self.weight.new_zeros(()), persistent=False)
         self.register_buffer("qat_scale", scale, persistent=False)
 
     def effective_weight(self):
