@@ -1893,8 +1893,6 @@ class TokenBytes:
 
     def count(self, prev_ids, target_ids):
         """Bytes of text (same shape, uint16) of the target tokens, given the tokens before them."""
-        prev_ids = np.asarray(prev_ids)
-        target_ids = np.asarray(target_ids)
         # A document's first space is dropped when it is decoded, so it does not count.
         has_space = self.spaced[target_ids] & ~self.is_boundary[prev_ids]
         return self.base[target_ids] + has_space
@@ -3240,8 +3238,7 @@ class Muon:
         if self.row_norm:
             # The rows of a tall matrix are the columns of its place in the stack.
             for part, dim in ((ahead[:num_wide], -1), (ahead[num_wide:], -2)):
-                if len(part):
-                    part.div_(part.norm(dim=dim, keepdim=True).clamp(min=1e-7))
+                part.div_(part.norm(dim=dim, keepdim=True).clamp(min=1e-7))
         update = newton_schulz(ahead, self.ns_steps, self.dtype)
         # An orthogonal matrix with more rows than columns has smaller entries than a square one:
         # sqrt(rows / columns) makes their root mean square the same.
