@@ -1720,7 +1720,7 @@ def find_shards(config, split):
 def check_ids(ids, vocab_size, where):
     """Return the ids if all of them are in the vocabulary, else raise DataError."""
     # Out of range, the embedding would read foreign memory on a GPU, or fail without a reason.
-    if len(ids) and ids.max() >= vocab_size:
+    if ids.max() >= vocab_size:
         raise DataError(
             f"{where}: token id {ids.max()} is outside VOCAB_SIZE={vocab_size}: set DATA_PATH "
             "and TOKENIZER_PATH that belong together"
@@ -1893,8 +1893,6 @@ class TokenBytes:
 
     def count(self, prev_ids, target_ids):
         """Bytes of text (same shape, uint16) of the target tokens, given the tokens before them."""
-        prev_ids = np.asarray(prev_ids)
-        target_ids = np.asarray(target_ids)
         # A document's first space is dropped when it is decoded, so it does not count.
         has_space = self.spaced[target_ids] & ~self.is_boundary[prev_ids]
         return self.base[target_ids] + has_space
@@ -2348,11 +2346,9 @@ class Quantizable:
 
     def enable_qat(self, bits):
         self.bits = bits
-        device = self.weight.device
-        off = torch.zeros((), device=device)
-        scale = torch.ones(self.weight.size(0), 1, device=device)
+        scale = self.weight.new_ones(self.weight.size(0), 1)
         # Not persistent: both follow from the weights and the learning rate's schedule.
-        self.register_buffer("qat_blend", off, persistent=False)
+        self.register_buffer("qat_blend", self.weight.new_zeros(()), persistent=False)
         self.register_buffer("qat_scale", scale, persistent=False)
 
     def effective_weight(self):
@@ -2422,7 +2418,21 @@ class Attention(nn.Module):
         multiplies the output; `angles` are cos and sin; v_first (B, T, K, d) are layer 0's values,
         or None in layer 0; v_emb (B, T, K*d) is the value embedding, or None.
         """
-        q, k, v, gate = self.project(x, scale)
+        # Four small products would each read x and leave the device half idle: the weights are put
+        # together and one product does it. They stay separate parameters, since the optimiser and
+        # the artifact treat each matrix on its own.
+        layers = [self.c_q, self.c_k, self.c_v]
+        if self.attn_gate is not None:
+            layers.append(self.attn_gate)
+        weights = []
+        for layer in layers:
+            # A gate of the leading channels gives no weight to the others.
+            missing = x.size(-1) - layer.in_features
+            weight = layer.effective_weight()
+            weights.append(F.pad(weight, (0, missing)) if missing else weight)
+        outputs = F.linear(x, torch.cat(weights) * scale)
+        # q (B, T, D), k and v (B, T, K*d), and with a gate its logits (B, T, H).
+        q, k, v, *gates = outputs.split([layer.out_features for layer in layers], -1)
         if v_emb is not None:
             v = v + v_emb.to(v.dtype)
         q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, d)
@@ -2441,33 +2451,13 @@ class Attention(nn.Module):
         y = self.attend(q, k, mixed)  # (B, T, H, d)
         if self.xsa:
             y = exclusive_attention(y, mixed)
-        if gate is not None:
+        if gates:
+            gate = gates[0]
+            if self.attn_gate.bias is not None:
+                gate = gate + self.attn_gate.bias.to(gate.dtype)
             y = y * torch.sigmoid(gate).unsqueeze(-1)
         y = self.proj(y.flatten(2), out_scale[:, None])  # (B, T, D)
         return y, v
-
-    def project(self, x, scale):
-        """q (B, T, D), k and v (B, T, K*d) and the gates' logits (B, T, H) or None, of x (B, T, D).
-
-        Four small products would each read x and leave the device half idle: the weights are put
-        together and one product does it. They stay separate parameters, since the optimiser and the
-        artifact treat each matrix on its own.
-        """
-        layers = [self.c_q, self.c_k, self.c_v]
-        if self.attn_gate is not None:
-            layers.append(self.attn_gate)
-        weights = []
-        for layer in layers:
-            # A gate of the leading channels gives no weight to the others.
-            missing = x.size(-1) - layer.in_features
-            weight = layer.effective_weight()
-            weights.append(F.pad(weight, (0, missing)) if missing else weight)
-        outputs = F.linear(x, torch.cat(weights) * scale)
-        q, k, v, *gates = outputs.split([layer.out_features for layer in layers], -1)
-        gate = gates[0] if gates else None
-        if gates and self.attn_gate.bias is not None:
-            gate = gate + self.attn_gate.bias.to(gate.dtype)
-        return q, k, v, gate
 
 
 class MLP(nn.Module):
@@ -2897,7 +2887,6 @@ class GPT(nn.Module):
         factor neither would ever get a gradient.
         """
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
-        # Table zero, projection orthogonal: with both zero neither would ever get a gradient.
         if self.bigram is not None:
             nn.init.zeros_(self.bigram.embed.weight)
             nn.init.orthogonal_(self.bigram.proj.weight)
@@ -2938,17 +2927,14 @@ class GPT(nn.Module):
         if isinstance(self.smear, InputSmearGate):
             nn.init.zeros_(self.smear.proj.weight)
 
-    def quantizable(self):
-        """(name, module) of every module whose weight late QAT could round."""
-        return [(n, m) for n, m in self.named_modules() if isinstance(m, Quantizable)]
-
     def enable_qat(self):
         """Prepare rounding of exactly the weights that the artifact stores as integers."""
-        for name, module in self.quantizable():
-            scheme = scheme_of(f"{name}.weight", module.weight.shape, self.config)
-            _, bits = SCHEMES[scheme]
-            if bits:
-                module.enable_qat(bits)
+        for name, module in self.named_modules():
+            if isinstance(module, Quantizable):
+                scheme = scheme_of(f"{name}.weight", module.weight.shape, self.config)
+                _, bits = SCHEMES[scheme]
+                if bits:
+                    module.enable_qat(bits)
 
     @torch.no_grad()
     def set_qat(self, blend):
@@ -2957,7 +2943,7 @@ class GPT(nn.Module):
         It runs before every step, so it launches nothing while rounding stays off, and treats all
         matrices of one width as the rows of a single one while it is on.
         """
-        rounded = [module for _, module in self.quantizable() if module.bits]
+        rounded = [m for m in self.modules() if isinstance(m, Quantizable) and m.bits]
         if blend != self.qat_blend and rounded:
             self.qat_blend = blend
             blends = [module.qat_blend for module in rounded]
@@ -3186,12 +3172,10 @@ class Muon:
         self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
         self.handles = []  # (handle, tensors being sent)
         self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
-        self.factors = []  # per stack: (N / world, 1, 1), see `shape_factors`
         self.num_wide = []  # per stack: number of this rank's matrices that are not transposed
         for stack in self.stacks:
             shape = as_wide(stack[0]).shape
             self.buffers.append(stack[0].new_zeros(self.share(stack), *shape))
-            self.factors.append(self.shape_factors(stack))
             num_wide = sum(not is_tall(param) for param in stack)
             before = self.comm.rank * self.share(stack)  # matrices of earlier ranks
             self.num_wide.append(max(0, num_wide - before))
@@ -3206,20 +3190,6 @@ class Muon:
         if missing:
             matrices = [*matrices, *[torch.zeros_like(matrices[0])] * missing]
         return torch.stack(matrices)
-
-    def shape_factors(self, stack):
-        """(share, 1, 1): sqrt(max(1, rows / columns)) of this rank's matrices.
-
-        An orthogonal matrix with more rows than columns has smaller entries than a square one; the
-        factor makes their root mean square the same.
-        """
-        factors = []
-        for param in stack:
-            rows, columns = param.shape
-            factors.append(param.new_full((1, 1), max(1, rows / columns) ** 0.5))
-        share = self.share(stack)
-        first = self.comm.rank * share
-        return self.stacked(factors)[first : first + share]
 
     def launch(self):
         # 1. launch: everything is on its way before the first wait.
@@ -3265,14 +3235,17 @@ class Muon:
         buffer = self.buffers[i]
         buffer.mul_(self.momentum).add_(grad)
         ahead = grad.add(buffer, alpha=self.momentum)
+        num_wide = self.num_wide[i]
         if self.row_norm:
             # The rows of a tall matrix are the columns of its place in the stack.
-            wide = ahead[: self.num_wide[i]]
-            tall = ahead[self.num_wide[i] :]
-            for part, dim in ((wide, -1), (tall, -2)):
-                if len(part):
-                    part.div_(part.norm(dim=dim, keepdim=True).clamp(min=1e-7))
-        return newton_schulz(ahead, self.ns_steps, self.dtype).mul_(self.factors[i])
+            for part, dim in ((ahead[:num_wide], -1), (ahead[num_wide:], -2)):
+                part.div_(part.norm(dim=dim, keepdim=True).clamp(min=1e-7))
+        update = newton_schulz(ahead, self.ns_steps, self.dtype)
+        # An orthogonal matrix with more rows than columns has smaller entries than a square one:
+        # sqrt(rows / columns) makes their root mean square the same.
+        columns, rows = update.shape[1:]  # of a tall matrix, which stands here transposed
+        update[num_wide:].mul_((rows / columns) ** 0.5)
+        return update
 
     @torch.no_grad()
     def apply(self, params, full, handle):
@@ -3314,14 +3287,14 @@ class Muon:
         return "x".join(str(size) for size in buffer.shape[1:])
 
 
-def parameter_groups(model):
-    """{"muon" | "embed" | "scalar": {name: parameter}}, every parameter in exactly one.
+def build_optimizers(model, config, comm=None):
+    """(Muon, AdamW), which together hold every parameter of `model` once.
 
-    "muon" are the six matrices of every block: c_q, c_k, c_v, attn.proj, mlp.fc, mlp.proj. "embed"
-    are lookup tables, whose rows see few tokens a step. "scalar" is the rest: gains, gates, mixes,
-    biases and the refiners.
+    Muon's are the six matrices of every block: c_q, c_k, c_v, attn.proj, mlp.fc, mlp.proj. AdamW's
+    first group are the lookup tables, whose rows see few tokens a step; its second is the rest:
+    gains, gates, mixes, biases and the refiners.
     """
-    groups = {"muon": {}, "embed": {}, "scalar": {}}
+    groups = {"muon": [], "embed": [], "scalar": []}
     embeddings = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -3334,15 +3307,9 @@ def parameter_groups(model):
             group = "embed"
         else:
             group = "scalar"
-        groups[group][name] = param
-    return groups
-
-
-def build_optimizers(model, config, comm=None):
-    """(Muon, AdamW), which together hold every parameter of `model` once."""
-    groups = parameter_groups(model)
+        groups[group].append(param)
     muon = Muon(
-        groups["muon"].values(),
+        groups["muon"],
         config.matrix_lr,
         config.muon_momentum,
         config.muon_wd,
@@ -3355,12 +3322,12 @@ def build_optimizers(model, config, comm=None):
     adamw = torch.optim.AdamW(
         [
             dict(
-                params=list(groups["embed"].values()),
+                params=groups["embed"],
                 base_lr=config.embed_lr,
                 weight_decay=config.embed_wd if config.embed_wd >= 0 else config.adam_wd,
             ),
             dict(
-                params=list(groups["scalar"].values()),
+                params=groups["scalar"],
                 base_lr=config.scalar_lr,
                 weight_decay=config.scalar_wd if config.scalar_wd >= 0 else config.adam_wd,
             ),
@@ -3411,18 +3378,6 @@ def run_fraction(config, step, seconds=0.0):
     return min(1.0, fraction)
 
 
-def warmdowns_left(config, step, seconds):
-    """Steps left, in units of the warmdown; the rate falls once this is below 1."""
-    if config.warmdown_frac:
-        return (1 - run_fraction(config, step, seconds)) / config.warmdown_frac
-    warmdown = max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
-    steps_left = config.iterations - step
-    if config.training_seconds and step and seconds:
-        step_seconds = seconds / step
-        steps_left = min(steps_left, (config.training_seconds - seconds) / step_seconds)
-    return steps_left / warmdown
-
-
 def lr_scale(config, step, seconds=0.0):
     """Factor in [0, 1] of every learning rate at `step` after `seconds` of training.
 
@@ -3431,7 +3386,15 @@ def lr_scale(config, step, seconds=0.0):
     WARMDOWN_FRAC the warmdown is that share of the whole run instead. The factor falls to 0, or to
     MIN_LR.
     """
-    left = min(1.0, max(0.0, warmdowns_left(config, step, seconds)))
+    if config.warmdown_frac:
+        left = (1 - run_fraction(config, step, seconds)) / config.warmdown_frac
+    else:
+        steps_left = config.iterations - step
+        if config.training_seconds and step and seconds:
+            step_seconds = seconds / step
+            steps_left = min(steps_left, (config.training_seconds - seconds) / step_seconds)
+        left = steps_left / max(config.warmdown_iters, 1e-9)  # 0 steps: at full rate to the end
+    left = min(1.0, max(0.0, left))  # in units of the warmdown
     if config.warmdown_shape == "cosine":
         left = 0.5 * (1 - math.cos(math.pi * left))
     return max(left, config.min_lr)
@@ -3456,28 +3419,24 @@ class WeightAverage:
     """
 
     def __init__(self, params, config):
-        self.params = list(params)
+        self.params = [param.detach() for param in params]  # the same memory
         self.config = config
         self.snapshots = 0  # taken so far
         self.ema = []
         self.swa = []  # the snapshots' sum
         if config.ema_decay:
-            self.ema = [param.detach().clone() for param in self.params]
+            self.ema = [param.clone() for param in self.params]
         if config.swa_enabled:
             self.swa = [torch.zeros_like(param) for param in self.params]
 
-    def raw(self):
-        return [param.detach() for param in self.params]
-
-    @torch.no_grad()
     def update(self, step, scale):
         """Take in the weights after step `step` (from 0), made at learning-rate scale `scale`."""
         if self.ema:
             # The initial weights must not stay in an average that is younger than its horizon.
             decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)
+            torch._foreach_lerp_(self.ema, self.params, 1 - decay)
         if self.swa and scale < SWA_START_SCALE and (step + 1) % self.config.swa_every == 0:
-            torch._foreach_add_(self.swa, self.ema or self.raw())
+            torch._foreach_add_(self.swa, self.ema or self.params)
             self.snapshots += 1
 
     def exported(self):
@@ -3491,12 +3450,11 @@ class WeightAverage:
                 f"; warning: SWA took no snapshot: no step at under {SWA_START_SCALE} of the "
                 f"learning rate is a multiple of SWA_EVERY={self.config.swa_every}"
             )
-        return kind, self.ema or self.raw()
+        return kind, self.ema or self.params
 
     def state_dict(self):
         return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
 
-    @torch.no_grad()
     def load_state_dict(self, state):
         for mine, saved in ((self.ema, state["ema"]), (self.swa, state["swa"])):
             for target, value in zip(mine, saved, strict=True):
@@ -3587,13 +3545,9 @@ class Trainer:
         self.logged_step = 0  # of the last log line in this process
         self.logged_order = []  # of the layers, in this process's log
         self.stopped_early = False  # by the wallclock cap
-        self.plan_micro_batches()
-
-    def plan_micro_batches(self):
-        """Share the batch among ranks, and cut each share into equal parts that fit in memory."""
-        config = self.config
-        world = self.comm.world
+        # The batch is shared among ranks, and each share cut into parts that fit in memory.
         sequences = config.train_batch_tokens // config.train_seq_len
+        world = self.comm.world
         if sequences % world:
             raise ConfigError(
                 f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {sequences} sequences, which "

@@ -210,25 +210,6 @@ def test_the_record_has_its_rates_and_decays():
     assert (muon.lr, muon.weight_decay, muon.row_norm) == (0.022, 0.095, True)
 
 
-@pytest.mark.parametrize("change", ["drop", "repeat"])
-def test_a_parameter_in_no_group_or_in_two_stops_the_start_by_name(change, monkeypatch):
-    original = train_gpt.parameter_groups
-
-    def spoiled(model):
-        groups = original(model)
-        if change == "drop":
-            groups["scalar"].pop("smear.gate")
-        else:
-            groups["muon"]["smear.gate"] = model.blocks[0].attn.c_q.weight
-            groups["embed"]["again"] = model.blocks[0].attn.c_q.weight
-        return groups
-
-    monkeypatch.setattr(train_gpt, "parameter_groups", spoiled)
-    name = "smear.gate" if change == "drop" else "blocks.0.attn.c_q.weight"
-    with pytest.raises(AssertionError, match=name):
-        build()
-
-
 # ---- clipping ----
 @pytest.mark.parametrize(
     "size, clip, clipped", [(1.0, 0.3, True), (1e-6, 0.3, False), (1.0, 0.0, False)]

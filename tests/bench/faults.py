@@ -393,6 +393,8 @@ OPTIMISERS = [
     fault(
         "Optimisers",
         "factor of the other shape",
+        "(rows / columns) ** 0.5",
+        "(columns / rows) ** 0.5",
         "max(1, rows / columns) ** 0.5",
         "max(1, columns / rows) ** 0.5",
     ),
@@ -405,6 +407,8 @@ OPTIMISERS = [
     fault(
         "Optimisers",
         "columns of equal norm",
+        "((ahead[:num_wide], -1), (ahead[num_wide:], -2))",
+        "((ahead[:num_wide], -2), (ahead[num_wide:], -1))",
         "((wide, -1), (tall, -2))",
         "((wide, -2), (tall, -1))",
     ),
@@ -465,6 +469,8 @@ OPTIMISERS = [
     fault(
         "Optimisers",
         "average of the newest",
+        "torch._foreach_lerp_(self.ema, self.params, 1 - decay)",
+        "torch._foreach_lerp_(self.ema, self.params, decay)",
         "torch._foreach_lerp_(self.ema, self.raw(), 1 - decay)",
         "torch._foreach_lerp_(self.ema, self.raw(), decay)",
         "torch._foreach_lerp_(self.ema, self.raw(), 1 - self.decay)",
