@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = 0.5  # seconds; the quicker tests run first
-SECONDS = 1800  # for the tests of a room; a fault that makes them hang is caught
+SLOWER = 3  # times as long as without a fault, and a minute: then the tests hang, which is caught
 # Tests of each room, cheapest first; files that a version lacks are left out.
 TESTS = {
     "Data": ["data", "shuffle", "bad_input", "demo"],
@@ -1132,8 +1132,8 @@ class Workplace:
         self.source = self.script.read_text()
         self.through = through
 
-    def pytest(self, *arguments):
-        """(exit code, output) of pytest; 124 where the tests take too long."""
+    def pytest(self, *arguments, seconds=None):
+        """(exit code, output) of pytest; 124 where the tests take more than `seconds`."""
         command = [*self.through, sys.executable, "-m", "pytest", "-q", "-n", "0", "--tb=no"]
         command += ["-p", "no:cacheprovider", *arguments]
         # A cached bytecode file is told from a new one by size and second alone.
@@ -1148,7 +1148,7 @@ class Workplace:
             start_new_session=True,
         )
         try:
-            output, _ = child.communicate(timeout=SECONDS)
+            output, _ = child.communicate(timeout=seconds)
             return child.returncode, output
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, 9)
@@ -1156,23 +1156,27 @@ class Workplace:
             return 124, ""
 
     def clean_tests(self, room):
-        """Tests of the room that pass without a fault: [the quick ones, the others]."""
+        """Tests of the room that pass without a fault: quick ones, others; and all tests' seconds."""
+        begin = time.monotonic()
         paths = [f"tests/test_{name}.py" for name in TESTS[room]]
         paths = [path for path in paths if (self.folder / path).exists()]
         _, output = self.pytest("-rA", "--durations=0", f"--durations-min={QUICK}", *paths)
         slow = set(re.findall(r"^\S+s (?:setup|call|teardown) +(.+)$", output, re.M))
         passed = named_tests(output, "PASSED")
-        return [[t for t in passed if t not in slow], [t for t in passed if t in slow]]
+        quick = [test for test in passed if test not in slow]
+        others = [test for test in passed if test in slow]
+        return quick, others, time.monotonic() - begin
 
-    def outcome(self, fault, groups):
-        """The verdict of one fault: each group of tests runs until the first failure."""
+    def outcome(self, fault, quick, others, seconds):
+        """The verdict of one fault: the room's clean tests run until the first failure."""
         begin = time.monotonic()
         self.script.write_text(injected(self.source, fault))
         code, output = 0, ""
         try:
-            for tests in groups:
+            for tests in (quick, others):
                 if tests and code == 0:
-                    code, output = self.pytest("-x", "-rfE", *tests)
+                    limit = SLOWER * seconds + 60
+                    code, output = self.pytest("-x", "-rfE", *tests, seconds=limit)
         finally:
             self.script.write_text(self.source)
         verdict = {0: "survived", 1: "caught", 2: "caught", 124: "caught"}.get(code, "error")
@@ -1233,7 +1237,7 @@ def main():
                 continue
             if room not in found["clean"]:
                 found["clean"][room] = place.clean_tests(room)
-            outcome = place.outcome(fault, found["clean"][room])
+            outcome = place.outcome(fault, *found["clean"][room])
             found["faults"][fault.name] = outcome
             options.out.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{outcome['verdict']:9}{room:14}{fault.name} ({outcome['by']})", flush=True)
