@@ -1247,6 +1247,21 @@ def open_lines(path):
     return file
 
 
+def lock(file, flags=0):
+    """Take the exclusive lock of an open file, until it is closed.
+
+    Returns False where the file system has no locks. With fcntl.LOCK_NB, raises BlockingIOError
+    when another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
 # ---- the machine ----
 
 # PyTorch 2.13 renamed two collectives.
@@ -1403,17 +1418,11 @@ class Runtime:
 
     def open_dir(self):
         """Make RUN_DIR, lock it and open its logs."""
-        locked = True
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock when the process ends, however it ends.
             self.lock = open(self.dir / "lock", "a")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise
-                locked = False
+            locked = lock(self.lock, fcntl.LOCK_NB)
             checkpoints = self.dir / "checkpoint"
             checkpoints.mkdir(exist_ok=True)
             for unfinished in checkpoints.glob("*.pt.tmp"):  # of a killed process
@@ -2116,14 +2125,15 @@ def build_demo_data(config, log):
     try:
         data.mkdir(parents=True, exist_ok=True)
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(data / "lock", "w")
+        lock_file = open(data / "lock", "w")
     except OSError as error:
         raise DataError(
             f"the demo's data cannot be built in {data} and {tokenizer.parent}: "
             f"{error.strerror}: run in a writable directory"
         ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file:
+        if not lock(lock_file):
+            log(f"warning: no locks on the file system of {data}: build the data in one run only")
         # Verifying an artifact needs no training data.
         splits = ["val"] if config.eval_only else ["train", "val"]
         if tokenizer.exists() and all(any(data.glob(f"fineweb_{s}_*.bin")) for s in splits):
@@ -6034,6 +6044,8 @@ def load_float_weights(path):
         )
     saved = load_tensors(path)
     try:
+        if not isinstance(saved, dict):
+            raise TypeError("no dictionary")
         config = config_from_file(saved["config"])
         state = saved["state_dict"]
         if any(tensor.dtype != torch.float32 for tensor in state.values()):

@@ -1,23 +1,30 @@
-"""Size against loss of the quantisers, on a small trunk that this script trains once.
+"""Loss of QUANTIZER=gptq at the bytes of the 04-09 record's quantiser and of QUANTIZER=lite.
 
-    python tests/bench/quantiser.py                     # trains, measures, prints the tables
-    python tests/bench/quantiser.py --held-out 131072   # scores fewer tokens of held-out text
-    python tests/bench/quantiser.py --plot quantiser.svg
+    pip install brotli && git clone https://github.com/openai/parameter-golf
+    CHALLENGE=parameter-golf python tests/bench/quantiser.py                  # the whole table
+    CHALLENGE=parameter-golf python tests/bench/quantiser.py --plot size.svg  # and a figure
+    python tests/bench/quantiser.py                                           # lite alone
 
-The trunk (6 layers of 256, 300 steps of 16,384 tokens) takes a quarter of an hour on one core.
-Training goes on where it was stopped, and every point is kept in --folder: a second run only
-prints. Text comes from DATA_PATH and TOKENIZER_PATH, or is the demo's. Documents of the training
-shards are set aside first; what is scored was seen neither in training nor in calibration.
+The record's quantiser is its own: its script is read from the clone, changed for a CPU and for
+small matrices, run, and not stored. The trunk is the demo's with blocks and embedding only (4
+layers of 128, 2,500 steps of 2,048 tokens: a quarter of an hour on one core). Training goes on
+where it was stopped, and every point is kept in --folder. Text comes from DATA_PATH and
+TOKENIZER_PATH, or is the demo's. Documents of the training shards are set aside first: what is
+scored was seen neither in training nor in calibration.
 """
 
 import argparse
+import base64
 import dataclasses
-import functools
+import io
 import json
+import lzma
 import math
 import os
+import re
+import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -32,39 +39,33 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as golf  # noqa: E402
 
 TRUNK = dict(
-    preset="base_7k",
+    golf.PRESETS["demo"],
+    audit=False,
     nfm_enabled=False,
-    num_layers=6,
-    model_dim=256,
-    num_heads=4,
-    num_kv_heads=2,
-    xsa_last_n=6,
-    train_seq_len=512,
-    train_batch_tokens=16384,
-    micro_batch_tokens=8192,
-    iterations=300,
-    warmdown_iters=120,
-    warmup_steps=0,
-    ema_decay=0.0,
-    muon_momentum=0.95,
-    muon_momentum_warmup_start=0.85,
-    muon_momentum_warmup_steps=100,
-    val_loss_every=0,
-    checkpoint_every=25,
-    train_log_every=10,
-    eval_seq_len=512,
+    bigram_vocab_size=0,
+    smear_enabled=False,
+    gated_attention=False,
+    value_residual=False,
     ttt_enabled=False,
+    iterations=2500,
+    warmdown_iters=1250,
+    max_wallclock_seconds=0.0,
+    val_loss_every=0,
+    checkpoint_every=250,
+    quantizer="gptq",
 )
-HELD_OUT = 524_288  # tokens to set aside and to score, where there are enough
-RATIOS = (1.0, 0.85, 0.75, 0.6)  # of the bytes of lite with int5 blocks and int8 embeddings
-GOALS = {1.0: 0.4, 0.85: 1.0, 0.75: 2.0}  # most of lite's gap that is allowed at these bytes
-CURVES = ("rounding", "gptq", "gptq + allocation")
+HELD_OUT = 262_144  # tokens to set aside and to score, where there are enough
+# At this width half precision would keep most matrices that both quantisers round at full size.
+SMALLEST = 4096  # elements of a matrix that is rounded, 65,536 at full size
+
+RECORD = "2026-04-09_SP8192_3LayerRecur_ParResid_QK525_LegalTTT"
+# Steps as published (12.85 and 20 standard deviations in 6 and 8 bits), and finer ones.
+RECORD_STEPS = (1.0, 0.8, 0.6)
 
 
 class Point(NamedTuple):
-    """A quantised model: its file and what it costs on held-out text."""
+    """A quantised model: its file and the loss by it on held-out text."""
 
-    quantiser: str
     bytes: int
     gap: float  # bits per byte above the float weights
     gap_error: float  # standard error of the gap, over windows
@@ -74,12 +75,16 @@ class Point(NamedTuple):
 # ---- text and weights ----
 
 
+def given_config():
+    return golf.Config.from_env(dict(os.environ, PRESET="demo"))
+
+
 def split_text(folder):
     """Training shard without the held-out documents, and a validation shard of nothing else."""
     data = folder / "data"
     if (data / "fineweb_val_000000.bin").exists():
         return data
-    config = golf.Config.from_env(dict(os.environ, PRESET="demo"))
+    config = given_config()
     if "DATA_PATH" not in os.environ:
         golf.build_demo_data(config, print)
     shards = [golf.read_shard(path) for path in golf.find_shards(config, "train")]
@@ -100,15 +105,14 @@ def split_text(folder):
 
 def trunk_config(folder):
     """Settings of the trunk on the text that was set apart."""
-    given = golf.Config.from_env(dict(os.environ, PRESET="demo"))
-    return golf.Config(
-        **TRUNK,
+    given = given_config()
+    settings = dict(
         data_path=str(folder / "data"),
         tokenizer_path=given.tokenizer_path,
         vocab_size=given.vocab_size,
         run_dir=str(folder / "trunk"),
-        quantizer="gptq",
     )
+    return golf.Config(**{**TRUNK, **settings})
 
 
 def trained(config, runtime):
@@ -145,15 +149,14 @@ class HeldOut:
 
     @staticmethod
     def log_probs(model, ids):
-        """(B, T, V) of ids (B, T), in the arithmetic of an evaluation."""
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model.logits(model.hidden(ids))
-        return logits.float().log_softmax(-1)
+        """(B, T, V) of ids (B, T), in float32."""
+        return model.logits(model.hidden(ids)).log_softmax(-1)
 
     @torch.no_grad()
-    def compare(self, name, blob):
-        """Point of an artifact's bytes."""
-        self.model.load_state_dict(golf.unpack_artifact(blob)[1])
+    def compare(self, quantise, *arguments):
+        """Point of a quantiser, called with `arguments`."""
+        size, state = quantise(*arguments)
+        self.model.load_state_dict(state)
         gaps = []  # nats by window
         divergence = 0.0
         for ids, targets in zip(self.ids, self.targets):
@@ -166,85 +169,133 @@ class HeldOut:
         gaps = torch.cat(gaps)
         bits = self.bytes * math.log(2)
         error = float(gaps.std()) * math.sqrt(len(gaps))
-        return Point(name, len(blob), float(gaps.sum()) / bits, error / bits, divergence / bits)
+        return Point(size, float(gaps.sum()) / bits, error / bits, divergence / bits)
 
 
-# ---- quantisers ----
+# ---- quantisers: each gives (bytes of the file, float32 weights) ----
 
 
-def lite(config, state, block_bits):
-    """Artifact of GPTQ-lite: every block matrix in `block_bits` bits, embeddings in 8."""
-    settings = dataclasses.replace(
-        config, quantizer="lite", block_bits=block_bits, embed_bits=8, zstd_level=16
-    )
-    return golf.pack_artifact(settings, state)
+def by_lite(config, state, block_bits):
+    """GPTQ-lite: every block matrix in `block_bits` bits, the embedding in 8."""
+    settings = dataclasses.replace(config, quantizer="lite", block_bits=block_bits)
+    with mock.patch.object(golf, "HALF_LIMIT", SMALLEST):
+        blob = golf.pack_artifact(settings, state)
+    return len(blob), golf.unpack_artifact(blob)[1]
 
 
-def plain_grid(weight):
-    """Grid of one step per row, the same share of every row's standard deviation (SDClip)."""
-    rows = golf.to_exponents(weight.double().std(1).clamp(min=1e-12))
-    return golf.Grid(rows, np.zeros(weight.size(1), np.int8))
+def by_gptq(config, state, costs, budget):
+    """QUANTIZER=gptq within `budget` bytes."""
+    settings = dataclasses.replace(config, budget_bytes=budget)
+    blob, _, _ = golf.fit_gptq(settings, state, *costs, code_bytes=0)
+    return len(blob), golf.unpack_artifact(blob)[1]
 
 
-def variant(state, costs, curve):
-    """Quantiser of one curve: with or without allocation, with or without feedback of errors."""
-    quantiser = golf.Quantiser(state, *costs, print)
-    if curve != "gptq + allocation":
-        quantiser.grids = {name: plain_grid(w) for name, w in quantiser.weights.items()}
-    if curve == "rounding":
-        # Without correlations between inputs, GPTQ is rounding.
-        for name, (order, _) in quantiser.factors.items():
-            identity = torch.eye(len(order), dtype=torch.float64)
-            quantiser.factors[name] = torch.arange(len(order)), identity
-    return quantiser
+class Record:
+    """The quantiser of the 04-09 record, from its script in a clone of the challenge."""
 
+    def __init__(self, clone, config, state):
+        self.config = config
+        self.script = self.load(clone)
+        self.settings = self.script.Hyperparameters
+        self.state = self.turned(state)
+        self.model = self.script.GPT(self.settings).float()
+        self.model.load_state_dict(self.state)
+        # 65,536 tokens as for QUANTIZER=gptq, and the same ones.
+        stream = golf.open_train_stream(config)
+        count = config.calibration_tokens // config.train_seq_len
+        rows = [stream.sequences(i * stream.num_sequences // count, 1) for i in range(count)]
+        ids = torch.from_numpy(np.concatenate(rows)[:, :-1].astype(np.int64))  # (count, T)
+        self.check_model(ids[:4], state)
+        batches = iter(ids.split(16))
+        loader = types.SimpleNamespace(next_batch=lambda *_: (next(batches), None))
+        self.hessians = self.script.collect_hessians(
+            self.model, loader, self.settings, torch.device("cpu"), len(ids) // 16
+        )
 
-def packed(config, state, costs, curve, budget):
-    """Artifact of one curve within `budget` bytes."""
-    quantiser = variant(state, costs, curve)
+    def load(self, clone):
+        """The script as a module, changed so that it runs here."""
+        path = f"HEAD:records/track_10min_16mb/{RECORD}/train_gpt.py"
+        command = ["git", "-C", clone, "show", path]
+        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        packed = re.search(r'b85decode\("(.*?)"\)', text, re.DOTALL).group(1)
+        filters = [{"id": lzma.FILTER_LZMA2}]
+        text = lzma.decompress(base64.b85decode(packed), lzma.FORMAT_RAW, None, filters).decode()
+        for old, new in [
+            ("from flash_attn_interface import flash_attn_func as flash_attn_3_func", ""),
+            ("@torch.compile\n", "\n"),
+            ("numel()>65536", f"numel()>{SMALLEST}"),
+            ("numel()<=65536", f"numel()<={SMALLEST}"),
+            # Quotes inside f-strings, which Python reads from 3.12 on.
+            ('{", ".join(sorted(categories[cat]))}', "{sorted(categories[cat])}"),
+            ('.glob("fineweb_train_*.bin")', ".glob('fineweb_train_*.bin')"),
+        ]:
+            assert old in text, f"the record's script has no {old!r}"
+            text = text.replace(old, new)
+        config = self.config
+        settings = dict(
+            VOCAB_SIZE=config.vocab_size,
+            NUM_LAYERS=config.num_layers,
+            MODEL_DIM=config.model_dim,
+            EMBEDDING_DIM=config.model_dim,
+            NUM_HEADS=config.num_heads,
+            NUM_KV_HEADS=config.num_kv_heads,
+            MLP_MULT=config.mlp_mult,
+            XSA_LAST_N=config.xsa_last_n,
+            NUM_LOOPS=0,
+            PARALLEL_RESIDUAL_START=-1,
+            SKIP_GATES_ENABLED=0,
+        )
+        script = types.ModuleType("record")
+        with mock.patch.dict(os.environ, {name: str(value) for name, value in settings.items()}):
+            exec(compile(text, "record", "exec"), script.__dict__)  # noqa: S102
+        script.log = lambda *_: None
+        script.flash_attn_3_func = lambda q, k, v, causal: golf.sdpa_attention(q, k, v)
+        return script
 
-    def pack(step):
-        quantised = quantiser.quantise(step)
-        return golf.pack_grid(config, state, quantised, step), quantised
+    def turned(self, state):
+        """The weights in the record's sense of rotation, or back: it turns by the other sign."""
+        half = self.config.rope_dims // 2
+        state = {name: tensor.clone() for name, tensor in state.items()}
+        for name, tensor in state.items():
+            if re.search(r"c_[qk]\.weight$", name):
+                heads = tensor.view(-1, self.config.head_dim, tensor.size(1))
+                heads[:, half : 2 * half].neg_()
+        return state
 
-    first, finest = quantiser.first_step(budget), quantiser.finest_step()
-    slope = -quantiser.parameters / 8
-    return golf.search_step(pack, budget, first, finest, slope, print, lambda: None)[0]
+    @torch.no_grad()
+    def check_model(self, ids, state):
+        """Raise AssertionError unless the record's model computes what ours does."""
+        ours = golf.GPT(self.config).eval()
+        ours.load_state_dict(state)
+        expected = ours.logits(ours.hidden(ids))
+        torch.testing.assert_close(self.model.forward_logits(ids), expected, atol=1e-2, rtol=1e-3)
+
+    def quantised(self, scale):
+        """The record's file with its steps times `scale`."""
+        self.settings.matrix_clip_sigmas = 12.85 * scale
+        self.settings.embed_clip_sigmas = 20.0 * scale
+        parts = self.script.gptq_mixed_quantize(self.state, self.hessians, self.settings)
+        file = io.BytesIO()
+        torch.save(dict(zip("wm", parts)), file)
+        size = len(self.script._compress(file.getvalue(), "brotli"))
+        return size, self.turned(self.script.dequantize_mixed(*parts, self.state))
 
 
 # ---- measuring ----
 
 
-class Results:
-    """Points by name in a JSON file, each written as soon as it is known."""
-
-    def __init__(self, path):
-        self.path = path
-        self.points = json.loads(path.read_text()) if path.exists() else {}
-
-    def point(self, name, measure):
-        """The Point of that name, measured unless it is known."""
-        if name not in self.points:
-            begin = time.monotonic()
-            self.points[name] = measure()._asdict()
-            self.path.write_text(json.dumps(self.points, indent=1))
-            print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
-        return Point(**self.points[name])
-
-
-def known(folder, model, config, runtime):
-    """(hessians, fisher) of the trunk; calibrates once."""
-    path = folder / "costs.pt"
-    if not path.exists():
-        begin = time.monotonic()
-        costs = golf.calibrate(model, config, runtime)
-        print(f"calibrated {config.calibration_tokens} tokens: {time.monotonic() - begin:.0f} s")
-        torch.save(costs, path)
-    return torch.load(path, weights_only=True)
+def kept_point(path, name, measure, *arguments):
+    """The Point of that name in the JSON file at `path`, measured unless it is there."""
+    points = json.loads(path.read_text()) if path.exists() else {}
+    if name not in points:
+        points[name] = measure(*arguments)._asdict()
+        path.write_text(json.dumps(points, indent=1))
+        print(f"{name}: {points[name]}", flush=True)
+    return Point(**points[name])
 
 
 def measure(folder, tokens):
-    """[Point] of all quantisers and sizes."""
+    """(parameters, [(name, Point, Point of gptq at as many bytes)])."""
     split_text(folder)
     config = trunk_config(folder)
     runtime = golf.Runtime(config, os.environ)
@@ -253,69 +304,58 @@ def measure(folder, tokens):
         state = trained(config, runtime)
         held_out = HeldOut(config, state, tokens)
         print(f"held out: {held_out.tokens} tokens, {held_out.bytes:.0f} bytes")
-        costs = known(folder, held_out.floats, config, runtime)
-        results = Results(folder / f"points_{held_out.tokens}.json")
-        points = []
-        # 4,096: at this width GPTQ-lite would keep most matrices in half precision.
-        with mock.patch.object(golf, "HALF_LIMIT", 4096):
-            for bits in (6, 5):
-                blob = lite(config, state, bits)
-                name = f"lite int{bits}"
-                compare = functools.partial(held_out.compare, name, blob)
-                points.append(results.point(name, compare))
-        reference = points[-1].bytes
-        for curve in reversed(CURVES):
-            for ratio in RATIOS:
-
-                def compare(curve=curve, ratio=ratio):
-                    budget = int(ratio * reference)
-                    return held_out.compare(curve, packed(config, state, costs, curve, budget))
-
-                points.append(results.point(f"{curve} {ratio:g}", compare))
+        costs = golf.calibrate(held_out.floats, config, runtime)
+        others = [(f"lite int{bits}", by_lite, (config, state, bits)) for bits in (6, 5)]
+        if "CHALLENGE" in os.environ:
+            record = Record(os.environ["CHALLENGE"], config, state)
+            for scale in RECORD_STEPS:
+                others.append((f"record 04-09, steps x {scale:g}", record.quantised, (scale,)))
+        path = folder / f"points_{held_out.tokens}.json"
+        pairs = []
+        for name, quantise, arguments in others:
+            theirs = kept_point(path, name, held_out.compare, quantise, *arguments)
+            budget = theirs.bytes
+            ours = kept_point(
+                path, f"gptq beside {name}", held_out.compare, by_gptq, config, state, costs, budget
+            )
+            pairs.append((name, theirs, ours))
         runtime.close()
-    return points
+    return sum(tensor.numel() for tensor in state.values()), pairs
 
 
 # ---- reporting ----
 
 
-def print_tables(points):
-    """The curve and the ratios as Markdown."""
-    reference = next(point for point in points if point.quantiser == "lite int5")
-    print("\n| quantiser | bytes | of lite int5 | gap | ± | KL | gap / lite int5's |")
-    print("|---|---|---|---|---|---|---|")
-    for point in points:
+def print_table(parameters, pairs):
+    print("\n| quantiser | bytes | bits a weight | gap | KL | gptq: bytes | gap | KL | KL, ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, theirs, ours in pairs:
         print(
-            f"| {point.quantiser} | {point.bytes:,} | {point.bytes / reference.bytes:.3f} "
-            f"| {point.gap:.6f} | {point.gap_error:.6f} | {point.divergence:.6f} "
-            f"| {point.gap / reference.gap:.2f} |"
+            f"| {name} | {theirs.bytes:,} | {8 * theirs.bytes / parameters:.2f} "
+            f"| {theirs.gap:.5f} ± {theirs.gap_error:.5f} | {theirs.divergence:.5f} "
+            f"| {ours.bytes:,} | {ours.gap:.5f} ± {ours.gap_error:.5f} | {ours.divergence:.5f} "
+            f"| {ours.divergence / theirs.divergence:.2f} |"
         )
-    print("\n| bytes | gap of gptq + allocation / lite int5's | at most |")
-    print("|---|---|---|")
-    for ratio, most in GOALS.items():
-        found = [p for p in points if p.quantiser == CURVES[-1]]
-        point = min(found, key=lambda p: abs(p.bytes / reference.bytes - ratio))
-        print(f"| {ratio:.2f} x | {point.gap / reference.gap:.2f} | {most} |")
 
 
-def plot(points, path):
-    """Size against loss, one line per quantiser."""
+def plot(parameters, pairs, path):
+    """Size against loss: gptq as a line, every other quantiser as points."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    def line(points, style, label):
+        points = sorted(points)
+        sizes = [8 * point.bytes / parameters for point in points]
+        axes.plot(sizes, [point.divergence for point in points], style, label=label)
+
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for curve in ("lite", *CURVES):
-        mine = [
-            p for p in points if p.quantiser.removesuffix(" int5").removesuffix(" int6") == curve
-        ]
-        mine.sort(key=lambda point: point.bytes)
-        if mine:
-            sizes = [point.bytes / 1e6 for point in mine]
-            axes.plot(sizes, [point.divergence for point in mine], "o-", label=curve)
+    line([ours for _, _, ours in pairs], "o-", "QUANTIZER=gptq")
+    for label in ("record 04-09", "lite"):
+        line([theirs for name, theirs, _ in pairs if name.startswith(label)], "s--", label)
     axes.set_yscale("log")
-    axes.set_xlabel("file, MB")
+    axes.set_xlabel("bits of the file for each weight")
     axes.set_ylabel("KL(float || quantised), bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -324,15 +364,16 @@ def plot(points, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_quantiser"))
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="tokens to score")
     parser.add_argument("--plot", type=Path, help="write the curve to this SVG file")
     arguments = parser.parse_args()
-    points = measure(arguments.folder, arguments.held_out)
-    print_tables(points)
+    found = measure(arguments.folder, arguments.held_out)
+    print_table(*found)
     if arguments.plot:
-        plot(points, arguments.plot)
+        plot(*found, arguments.plot)
 
 
 if __name__ == "__main__":
