@@ -1156,7 +1156,7 @@ class Workplace:
             return 124, ""
 
     def clean_tests(self, room):
-        """Tests of the room that pass without a fault: quick ones, others; and all tests' seconds."""
+        """(quick tests, others, seconds of all): the tests of a room that pass without a fault."""
         begin = time.monotonic()
         paths = [f"tests/test_{name}.py" for name in TESTS[room]]
         paths = [path for path in paths if (self.folder / path).exists()]
