@@ -246,7 +246,6 @@ class Config:
     # Training: initial values, and the weight of the second loss.
     qk_gain_init: float = train_option(1.5, "initial per-head query gain, not 0")
     embed_init_std: float = train_option(0.005, "initial standard deviation of the embedding", 0)
-    flow_init_scale: float = train_option(0.01, "initial scale of FlowRefiner's up-projection", 0)
     nfm_loss_weight: float = train_option(0.1, "weight of the flow-matching loss", 0)
 
     # Training: the exported average of the weights, looped layers, rounding in training.
@@ -697,6 +696,8 @@ RENAMED = {
 BUILT_IN = {
     "SLIDING_WINDOW_ENABLED": ("1", "the sliding window is always scored"),
     "NATIVE_FLOW_INIT_SCALE": ("0.01", "the velocity field starts at zero"),
+    # The scripts' later orthogonal start overwrites what this scaled.
+    "FLOW_INIT_SCALE": ("0.01", "FlowRefiner starts orthogonal, as in the scripts"),
     "QAT_ENABLED": ("0", "rounding in training begins late: see LATE_QAT_THRESHOLD"),
     "INT5_MLP": ("1", "MLPs drop to 5 bits as far as BUDGET_BYTES needs it"),
     "LEGAL_TTT": ("1", "nothing trains on text before it is scored: see TTT_ENABLED"),
@@ -2921,8 +2922,6 @@ class GPT(nn.Module):
         if self.flow is not None:
             for layer in (self.flow.down, self.flow.fc, self.flow.up):
                 nn.init.orthogonal_(layer.weight)
-            # The scripts scale `up` too, but their orthogonal start overwrites what they scaled.
-            self.flow.up.weight.mul_(self.config.flow_init_scale)
             nn.init.zeros_(self.flow.proj.weight)
             for layer in (self.flow.fc, self.flow.proj):
                 nn.init.zeros_(layer.bias)

@@ -193,7 +193,6 @@ def test_the_variables_of_a_scored_run_give_what_was_scored(name, variables, par
     assert scored.rope_base == pytest.approx(10000 * (2048 / 1024) ** (16 / 14), abs=0.01)
     assert scored.eval_seq_len == 2048 and scored.warmdown_shape == "linear"
     assert scored.embed_bits == 8
-    assert scored.flow_init_scale == (1.0 if scored.flow_enabled else 0.01)
     with torch.device("meta"):
         assert count(GPT(scored)) == parameters
 

@@ -180,18 +180,6 @@ def test_the_flow_refiner_follows_its_formula(double):
     assert (expected - x).abs().max() > 0.01
 
 
-def test_flow_init_scale_scales_the_initial_up_projection_only():
-    states = {}
-    for scale in (1.0, 0.01):
-        torch.manual_seed(0)
-        states[scale] = train_gpt.GPT(tiny_config(**FLOW, flow_init_scale=scale)).state_dict()
-    for name, value in states[1.0].items():
-        factor = 0.01 if name == "flow.up.weight" else 1.0
-        torch.testing.assert_close(states[0.01][name], factor * value)
-    assert states[1.0]["flow.up.weight"].abs().max() > 0
-    assert states[1.0]["flow.gate"] == -5
-
-
 # ---- TTT-Linear ----
 
 TTT = dict(nfm_enabled=False, e2e_ttt_enabled=True)

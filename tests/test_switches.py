@@ -311,9 +311,6 @@ FLIPS = dict(
     grad_clip_norm=flip("the size of gradients", trained, 0.0),
     qk_gain_init=flip("the initial query gains", trained, 1.0, iterations=0),
     embed_init_std=flip("the initial embedding", trained, 0.02, iterations=0),
-    flow_init_scale=flip(
-        "the initial up-projection", trained, 1.0, iterations=0, flow_enabled=True
-    ),
     nfm_loss_weight=flip("the weight of the flow-matching gradient", trained, 0.0),
     ema_decay=flip("the exported average", trained, 0.2),
     swa_enabled=flip("the exported average", trained, True, **{**SWA, "swa_enabled": False}),
