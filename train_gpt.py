@@ -3723,7 +3723,6 @@ class Trainer:
         config = self.config
         first = self.comm.rank * self.seqs_per_rank  # number of rows[0] in the step
         self.model.zero_grad()
-        self.model.train()  # a validation may have left it in evaluation mode
         total = 0.0  # a 0-d tensor after the first micro-batch: it stays on the device
         try:
             for low in range(0, self.seqs_per_rank, self.micro_batch_seqs):

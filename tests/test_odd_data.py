@@ -127,6 +127,14 @@ def test_the_next_command_is_quoted_for_a_shell(odd):
     assert f"'DATA_PATH={spaced}'" in line
 
 
+def test_the_bytes_of_a_long_text_are_summed_without_wrapping(odd):
+    odd.change("val", lambda tokens: np.tile(tokens, 40))
+    config = tiny_config(data_path=str(odd.data), tokenizer_path=str(odd.tokenizer))
+    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
+    total = sum(val.bytes.tolist())
+    assert val.fingerprint["val_bytes"] == total > 2**16
+
+
 # ---- the machine and the length of the run ----
 
 

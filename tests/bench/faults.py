@@ -544,12 +544,8 @@ TRAINING = [
         "gradients of the step before",
         "        self.model.zero_grad()\n        self.model.train()",
         "        self.model.train()",
-    ),
-    fault(
-        "Training",
-        "evaluation mode after a validation",
-        "        self.model.zero_grad()\n        self.model.train()",
-        "        self.model.zero_grad()",
+        "        self.model.zero_grad()\n        total = 0.0",
+        "        total = 0.0",
     ),
     fault(
         "Training",
