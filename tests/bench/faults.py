@@ -33,7 +33,7 @@ TESTS = {
     "Data": ["data", "shuffle", "bad_input", "demo"],
     "Model": ["model", "refiners", "records", "frontier", "published"],
     "Optimisers": ["optimisers", "training", "distributed"],
-    "Training": ["training", "optimisers", "distributed", "resume", "log"],
+    "Training": ["training", "optimisers", "frontier", "distributed", "resume", "log"],
     "Evaluation": ["evaluation", "legality", "distributed", "resume", "main", "log"],
     "Quantisation": ["quantisation", "compression", "quantiser", "main", "log"],
     "main": ["main", "log", "bad_input", "runtime", "resume", "faults", "evaluation", "legality"],
