@@ -389,24 +389,6 @@ def seed_table(group, headline):
     return markdown([*rows, means])
 
 
-def ablation_table(groups):
-    """The matrix: a row per configuration, its differing settings, then val_bpb per stage."""
-    finished = [run for group in groups for run in group]
-    settings, columns = differing_settings(finished), score_columns(finished)
-    for stage in (FLOAT, ROUNDTRIP):  # the weakest scores only where there is no other
-        if len(columns) > 1 and stage in columns:
-            columns.remove(stage)
-    rows, first = [], 0
-    for group in groups:
-        row = {"preset": cell(group[0].preset)}
-        row.update({name: values[first] for name, values in settings.items()})
-        row["seeds"] = ", ".join(str(run.seed) for run in group)
-        row.update({stage: mean_cell(group, stage) for stage in columns})
-        rows.append(row)
-        first += len(group)  # `finished` is in the order of the groups
-    return markdown(rows)
-
-
 def data_text(run, stage):
     """The section on the validation text and the check of its bytes."""
     scope = {
@@ -450,11 +432,23 @@ def submission_text(submission, runs, group, stage, significance):
 
 
 def ablation_text(runs, groups):
-    """results.md for runs of several configurations."""
-    first = groups[0][0]
+    """results.md for runs of several configurations: a row each, with its differing settings."""
+    finished = [run for group in groups for run in group]
+    settings, columns = differing_settings(finished), score_columns(finished)
+    for stage in (FLOAT, ROUNDTRIP):  # the weakest scores only where there is no other
+        if len(columns) > 1 and stage in columns:
+            columns.remove(stage)
+    rows, first = [], 0
+    for group in groups:
+        row = {"preset": cell(group[0].preset)}
+        row.update({name: values[first] for name, values in settings.items()})
+        row["seeds"] = ", ".join(str(run.seed) for run in group)
+        row.update({stage: mean_cell(group, stage) for stage in columns})
+        rows.append(row)
+        first += len(group)  # `finished` is in the order of the groups
     return (
-        f"# Ablation\n\n{data_text(first, next(iter(first.scores)))}\n\n"
-        f"Scores in bits per byte, mean ± sd over seeds.\n\n{ablation_table(groups)}\n\n"
+        f"# Ablation\n\n{data_text(finished[0], next(iter(finished[0].scores)))}\n\n"
+        f"Scores in bits per byte, mean ± sd over seeds.\n\n{markdown(rows)}\n\n"
         f"{rest_of_page(runs)}"
     )
 

@@ -176,11 +176,6 @@ def test_a_score_that_is_no_positive_number_is_refused(tmp_path, capsys, value):
 # --- which runs go together ----------------------------------------------------------------------
 
 
-def test_two_runs_of_one_seed_are_refused(tmp_path, capsys):
-    first, second = make_run(tmp_path, 42, name="a"), make_run(tmp_path, 42, name="b")
-    assert_refused(run_collect(capsys, first, second), 2, "two runs of seed 42", first, second)
-
-
 def test_a_failed_run_and_its_repetition_are_not_two_runs_of_one_seed(tmp_path, capsys):
     error = {"event": "error", "code": 5, "message": "loss is nan at step 41"}
     events = [*events_of(1.1, last=40), error]
