@@ -499,7 +499,7 @@ def group_runs(runs, ablation):
             f"none of {len(runs)} run(s) is finished, so there is nothing to report:\n{listing}\n"
             "Run the same commands again to resume them."
         )
-    texts = {run.data.get("val_sha256"): run.name for run in finished}
+    texts = {run.data.get("val_sha256"): run.name for run in finished if run.data}
     if len(texts) > 1:
         shown = ", ".join(f"{value} ({name})" for value, name in texts.items())
         raise UsageProblem(
