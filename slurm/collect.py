@@ -182,23 +182,15 @@ def significance_of(args, group, stage):
     ours, baseline = sample_of(group, stage), read_baseline(args.baseline)
     # The threshold of the challenge is in nats per token, scores are in bits per byte: one nat per
     # token is 1 / (ln 2 * bytes per token) bits per byte
-    bits_per_nat = 1 / (math.log(2) * bytes_per_token(group[0], stage))
-    bpb = args.threshold_nats * bits_per_nat if args.threshold_bpb is None else args.threshold_bpb
+    bpb = args.threshold_nats / (math.log(2) * group[0].scores[stage].bytes_per_token)
     t, df, p = welch(ours, baseline, bpb)
     verdict = "significant" if p < SIGNIFICANT_P else "NOT significant"
     return p, (
         f"## Significance\n\nBaseline {baseline} bpb, n = {baseline.n} ({args.baseline}). "
         f"Improvement {baseline.mean - ours.mean:.5f} bpb; asked for: more than "
-        f"{bpb / bits_per_nat:.5f} nats per token = {bpb:.5f} bpb.\n\nWelch's one-sided t test: "
+        f"{args.threshold_nats:.5f} nats per token = {bpb:.5f} bpb.\n\nWelch's one-sided t test: "
         f"t = {t:.4f}, df = {df:.3f}, p = {p:.3g}; {verdict} at p < {SIGNIFICANT_P}.\n\n"
     )
-
-
-def bytes_per_token(run, stage):
-    """Bytes of validation text per token: counted, or implied by the eight digits of a score."""
-    if run.data:
-        return run.data["val_bytes"] / run.data["val_targets"]
-    return run.scores[stage].bytes_per_token
 
 
 # --- submission.json -----------------------------------------------------------------------------
@@ -225,7 +217,7 @@ def compliance(group, stage, p):
     audits = [run.audit_passed for run in group]
     codes = [run.manifest.get("code_sha256") for run in group]
     limited = {
-        "artifact_under_16mb": (sizes(group, "total_bytes"), BUDGET_BYTES),
+        "artifact_under_16mb": ([run.results.get("total_bytes") for run in group], BUDGET_BYTES),
         "train_under_600s": ([run.training_s for run in group], TIME_LIMIT_S),
         "eval_under_600s": ([run.scores[stage].eval_time_s for run in group], TIME_LIMIT_S),
     }
@@ -241,16 +233,19 @@ def compliance(group, stage, p):
     if len(codes) > 1 and None not in codes:
         claims["same_code_all_seeds"] = len(set(codes)) == 1
     # All runs were scored on the same data, so the first speaks for all
-    if group[0].scope:
-        claims["canonical_validation"] = group[0].scope.startswith("canonical")
+    scope = group[0].data.get("scope")
+    if scope:
+        claims["canonical_validation"] = scope.startswith("canonical")
     claims["three_seeds"] = len(group) >= 3
     if p is not None:
         claims["beats_baseline_p_below_0_01"] = p < SIGNIFICANT_P
     return claims
 
 
-def sizes(group, name):
-    return [run.results.get(name) for run in group]
+def hardware(run):
+    """The machine as records write it: 8x NVIDIA H100 80GB HBM3."""
+    name = run.manifest.get("device_name")
+    return name and f"{run.manifest.get('world_size', 1)}x {name}"
 
 
 def build_submission(args, group, stage, p):
@@ -280,15 +275,15 @@ def build_submission(args, group, stage, p):
         "track": args.track,
         # Which score, and on what text
         "score_label": labels.pop() if len(labels) == 1 else stage,
-        "score_scope": group[0].scope,
+        "score_scope": group[0].data.get("scope"),
         "val_loss": round(sample_of(group, stage, "val_loss").mean, 8),
         "val_bpb": round(bpbs.mean, 8),
         "val_bpb_std": rounded(bpbs.sd, 8),
-        "bytes_total": largest(sizes(group, "total_bytes")),
-        "bytes_code": largest(sizes(group, "code_bytes")),
+        "bytes_total": largest([run.results.get("total_bytes") for run in group]),
+        "bytes_code": largest([run.results.get("code_bytes") for run in group]),
         "seeds": [run.seed for run in group],
         "seed_results": results,
-        "hardware": common_value([run.hardware for run in group]),
+        "hardware": common_value([hardware(run) for run in group]),
         "pytorch_version": common_value([run.manifest.get("torch") for run in group]),
         "compliance": compliance(group, stage, p),
     }
@@ -380,8 +375,7 @@ def seed_table(group, headline):
             "steps": cell(run.results.get("steps")),
             "ms/step": cell(run.results.get("step_avg_ms"), "{:.2f}"),
         }
-        for stage in columns:
-            row[stage] = cell(run.scores[stage].val_bpb, "{:.5f}") if stage in run.scores else "-"
+        row.update({stage: mean_cell([run], stage) for stage in columns})
         for part in ("artifact", "total"):
             size = run.results.get(f"{part}_bytes")
             row[f"{part} bytes"] = "-" if size is None else with_separators(size)
@@ -395,34 +389,13 @@ def seed_table(group, headline):
     return markdown([*rows, means])
 
 
-def ablation_table(groups):
-    """The matrix: a row per configuration, its differing settings, then val_bpb per stage."""
-    finished = [run for group in groups for run in group]
-    settings, columns = differing_settings(finished), score_columns(finished)
-    for stage in (FLOAT, ROUNDTRIP):  # the weakest scores only where there is no other
-        if len(columns) > 1 and stage in columns:
-            columns.remove(stage)
-    rows, first = [], 0
-    for group in groups:
-        row = {"preset": cell(group[0].preset)}
-        row.update({name: values[first] for name, values in settings.items()})
-        row["seeds"] = ", ".join(str(run.seed) for run in group)
-        row.update({stage: mean_cell(group, stage) for stage in columns})
-        rows.append(row)
-        first += len(group)  # `finished` is in the order of the groups
-    return markdown(rows)
-
-
 def data_text(run, stage):
     """The section on the validation text and the check of its bytes."""
-    by_counts = "a split with the canonical numbers of targets and bytes, its SHA-256 not compared"
     scope = {
-        "canonical": "the canonical validation split",
-        "canonical-by-counts": by_counts,
+        "canonical-by-counts": "a split with the canonical numbers of targets and bytes",
         "proxy": "**proxy** data, not the canonical split: not comparable with published scores",
-        None: "data of unknown scope",
-    }[run.scope]
-    parts = [f"{bytes_per_token(run, stage):.4f} bytes per token"]
+    }.get(run.data.get("scope"), "data of unknown scope")
+    parts = [f"{run.scores[stage].bytes_per_token:.4f} bytes per token"]
     if run.data:
         targets, size = run.data["val_targets"], run.data["val_bytes"]
         parts = [f"{with_separators(targets)} targets", f"{with_separators(size)} bytes", *parts]
@@ -433,10 +406,7 @@ def data_text(run, stage):
 
 
 def rest_of_page(runs):
-    """The end of both pages: remarks, and the runs that are no part of any number."""
-    remarks = "".join(f"- {run.name}: {remark}\n" for run in runs for remark in run.remarks)
-    if remarks:
-        remarks = f"## How the runs were read\n\n{remarks}\n"
+    """The end of both pages: the runs that are no part of any number."""
     # What went wrong belongs on the page: a seed must not vanish because it failed
     rows = [
         {"run": run.name, "seed": cell(run.seed), "status": run.status, "what happened": run.note}
@@ -444,7 +414,7 @@ def rest_of_page(runs):
         if not run.finished
     ]
     return (
-        f"{remarks}## Unfinished and failed runs (not part of any number above)\n\n"
+        f"## Unfinished and failed runs (not part of any number above)\n\n"
         f"{markdown(rows) if rows else 'None.'}\n\n![curves](curves.png)\n"
     )
 
@@ -462,11 +432,23 @@ def submission_text(submission, runs, group, stage, significance):
 
 
 def ablation_text(runs, groups):
-    """results.md for runs of several configurations."""
-    first = groups[0][0]
+    """results.md for runs of several configurations: a row each, with its differing settings."""
+    finished = [run for group in groups for run in group]
+    settings, columns = differing_settings(finished), score_columns(finished)
+    for stage in (FLOAT, ROUNDTRIP):  # the weakest scores only where there is no other
+        if len(columns) > 1 and stage in columns:
+            columns.remove(stage)
+    rows, first = [], 0
+    for group in groups:
+        row = {"preset": cell(group[0].preset)}
+        row.update({name: values[first] for name, values in settings.items()})
+        row["seeds"] = ", ".join(str(run.seed) for run in group)
+        row.update({stage: mean_cell(group, stage) for stage in columns})
+        rows.append(row)
+        first += len(group)  # `finished` is in the order of the groups
     return (
-        f"# Ablation\n\n{data_text(first, next(iter(first.scores)))}\n\n"
-        f"Scores in bits per byte, mean ± sd over seeds.\n\n{ablation_table(groups)}\n\n"
+        f"# Ablation\n\n{data_text(finished[0], next(iter(finished[0].scores)))}\n\n"
+        f"Scores in bits per byte, mean ± sd over seeds.\n\n{markdown(rows)}\n\n"
         f"{rest_of_page(runs)}"
     )
 
@@ -477,20 +459,12 @@ def ablation_text(runs, groups):
 def curve_names(runs, ablation):
     """One legend entry per run: its seed, in an ablation the settings that differ."""
     if not ablation:
-        seeds = [f"seed {cell(run.seed)}" for run in runs]
         return [
-            seed if run.finished else f"{seed} ({run.status})" for run, seed in zip(runs, seeds)
+            f"seed {cell(run.seed)}" + ("" if run.finished else f" ({run.status})") for run in runs
         ]
     table = differing_settings(runs)
     texts = [", ".join(f"{name}={table[name][at]}" for name in table) for at in range(len(runs))]
     return [textwrap.shorten(text, 160, placeholder=" ...") or "all runs" for text in texts]
-
-
-def running_mean(curve):
-    """The curve as a pandas Series by step, smoothed over a twentieth of its points."""
-    series = pandas.Series(curve, dtype=float)
-    # Only past steps: the mean at a step must not know later ones
-    return series.rolling(max(1, len(series) // 20), min_periods=1).mean()
 
 
 def draw_curves(runs, title, ablation):
@@ -503,7 +477,9 @@ def draw_curves(runs, title, ablation):
     for run, name in zip(runs, names):
         colour = f"C{distinct.index(name)}"
         style = dict(color=colour, label=name, linestyle="-" if run.finished else "--")
-        smooth = running_mean(run.train_curve)
+        series = pandas.Series(run.train_curve, dtype=float)
+        # Over a twentieth of the points, past ones only: no mean knows later steps
+        smooth = series.rolling(max(1, len(series) // 20), min_periods=1).mean()
         loss.plot(smooth.index, smooth, linewidth=1.3, **style)
         # Single steps are one batch each: pale, behind the mean
         pale = dict(s=4, color=colour, alpha=0.25, linewidths=0, zorder=1)
@@ -539,18 +515,6 @@ def draw_curves(runs, title, ablation):
 # --- Command line --------------------------------------------------------------------------------
 
 
-def write_files(directory, contents):
-    """Write {name: bytes} into a directory."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            (directory / name).write_bytes(data)
-    except OSError as error:
-        raise UsageProblem(
-            f"--out {directory}: {error.strerror}; expected a directory to write to"
-        ) from None
-
-
 def build_parser():
     """The parser of the command line; --help shows the module's docstring."""
     summary, details = __doc__.split("\n\n", 1)
@@ -568,20 +532,16 @@ def build_parser():
     add("--ablation", action="store_true", help=matrix)
     check = "compare a submission.json with the runs, number by number; writes nothing"
     add("--check", type=Path, metavar="FILE", help=check)
-    script = "count this script as every run's code (default: train_gpt.py beside the run, or the "
-    add("--script", type=Path, metavar="FILE", help=f"{script}size the run reckoned with)")
+    script = "its size is every run's code (default: a train_gpt.py beside the run, else the run's)"
+    add("--script", type=Path, metavar="FILE", help=script)
     order = ", ".join(HEADLINE_ORDER)
     headline = f"score to submit, by stage or label (default: first of {order})"
     add("--headline", metavar="SCORE", help=headline)
     test = parser.add_argument_group("significance")
     beat = "what to beat: a submission.json, or val_bpb as mean,sd,runs"
     test.add_argument("--baseline", metavar="FILE|MEAN,SD,N", help=beat)
-    # The challenge states its threshold in nats, its scores in bits: one of the two at a time
-    add = test.add_mutually_exclusive_group().add_argument
     nats = "improvement to prove, in nats per token (default 0.005)"
-    add("--threshold-nats", type=number_from_0, default=0.005, metavar="X", help=nats)
-    bits = "the same in bits per byte (default: converted by the runs' bytes per token)"
-    add("--threshold-bpb", type=number_from_0, metavar="X", help=bits)
+    test.add_argument("--threshold-nats", type=number_from_0, default=0.005, metavar="X", help=nats)
     add = parser.add_argument_group("author's fields of submission.json").add_argument
     add("--author", default="anonymous", help="default: anonymous")
     add("--github-id", help="default: the author")
@@ -618,7 +578,12 @@ def collect(args):
     if args.script and not args.script.is_file():
         raise UsageProblem(f"--script {args.script}: no such file; expected a train_gpt.py")
     for run in runs:
-        run.count_script(args.script or run.own_script)
+        # In a submission folder the script that counts lies beside the run
+        folder = run.path if run.path.is_dir() else run.path.parent
+        script = args.script or folder / "train_gpt.py"
+        if script.is_file() and "artifact_bytes" in run.results:
+            run.results["code_bytes"] = script.stat().st_size
+            run.results["total_bytes"] = run.results["artifact_bytes"] + script.stat().st_size
     if args.ablation:
         for name in ("check", "baseline", "headline"):
             if getattr(args, name):
@@ -648,7 +613,14 @@ def collect(args):
     # No version in the file: the same runs give the same picture
     draw_curves(runs, title, args.ablation).savefig(picture, metadata={"Software": None})
     files |= {"results.md": text.encode(), "curves.png": picture.getvalue()}
-    write_files(args.out, files)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (args.out / name).write_bytes(data)
+    except OSError as error:
+        raise UsageProblem(
+            f"--out {args.out}: {error.strerror}; expected a directory to write to"
+        ) from None
     sys.stdout.write(text)
     return 0
 

@@ -121,19 +121,11 @@ def load_run(path):
     for name in ("manifest.json", "train.log", ARTIFACT_NAME):
         if not (path / name).is_file():
             raise PackageError(f"{path / name} is missing: without it there is nothing to submit")
-    if not packed_scores(run.results):
-        raise PackageError(f"{path}/scores.json has no score of the artifact")
     if sha256(path / ARTIFACT_NAME) != run.artifact_sha256:
         raise PackageError(
             f"{path / ARTIFACT_NAME} is not what the run wrote: manifest.json has another sha256"
         )
     return run
-
-
-def packed_scores(results):
-    """The entries of scores.json that are of the artifact, by label."""
-    scores = results.get("scores", {})
-    return {label: score for label, score in scores.items() if label != "pre_quant"}
 
 
 def model_bytes(run):
@@ -188,14 +180,6 @@ def collect(args, folder, runs):
     return text
 
 
-def write_logs(folder, runs):
-    """The first run's log as train.log; with several runs the logs of all seeds beside it."""
-    # The challenge wants a train.log, whatever else there is
-    shutil.copyfile(runs[0].path / "train.log", folder / "train.log")
-    for run in runs if len(runs) > 1 else []:
-        shutil.copyfile(run.path / "train.log", folder / f"train_seed{run.seed}.log")
-
-
 README_TAIL = """
 ## This folder
 
@@ -209,20 +193,6 @@ Verify it, given the official validation shards and tokenizer (no training data,
     pip install -r requirements.txt
     DATA_PATH=… TOKENIZER_PATH=… AUDIT=1 EVAL_ONLY={artifact} python train_gpt.py
 """
-
-
-def write_readme(args, folder, results, code_bytes, run):
-    """README.md: the page of collect.py, then how to check this folder."""
-    tail = README_TAIL.format(
-        packed="; packed: it unpacks itself when it starts" if args.packed else "",
-        artifact=ARTIFACT_NAME,
-        seed=run.seed,
-        code=with_separators(code_bytes),
-        model=with_separators(model_bytes(run)),
-        total=with_separators(code_bytes + model_bytes(run)),
-        budget=with_separators(BUDGET_BYTES),
-    )
-    (folder / "README.md").write_text(results + tail, encoding="utf-8")
 
 
 # --- The proof -----------------------------------------------------------------------------------
@@ -296,7 +266,9 @@ def digits(score):
 def compare(run, proof, tolerance):
     """One line per score; PackageError if one differs in eight digits or `tolerance` bpb."""
     lines, wrong = [], []
-    for label, score in packed_scores(run.results).items():
+    for label, score in run.results["scores"].items():
+        if label == "pre_quant":
+            continue  # a score of the float weights, which are not in the folder
         claimed, found = digits(score), proof.get("scores", {}).get(label)
         if found is None:
             wrong.append(f"{label}: the run has {claimed}, the folder no such score")
@@ -379,28 +351,41 @@ def building(out):
 def build(args):
     """Build and prove the folder; returns the report."""
     runs = [load_run(path) for path in args.runs]
+    shipped = runs[0]
     # Cheap steps first: the proof takes as long as an evaluation
     with building(args.out) as folder:
         code_bytes = write_code(args, folder, runs)
         results = collect(args, folder, runs)
-        write_logs(folder, runs)
-        shutil.copyfile(runs[0].path / ARTIFACT_NAME, folder / ARTIFACT_NAME)
+        # The challenge wants a train.log, whatever else there is
+        shutil.copyfile(shipped.path / "train.log", folder / "train.log")
+        for run in runs if len(runs) > 1 else []:
+            shutil.copyfile(run.path / "train.log", folder / f"train_seed{run.seed}.log")
+        shutil.copyfile(shipped.path / ARTIFACT_NAME, folder / ARTIFACT_NAME)
         shutil.copyfile(REPOSITORY / "requirements.txt", folder / "requirements.txt")
-        write_readme(args, folder, results, code_bytes, runs[0])
-        report = prove(args, folder, runs[0])
+        sizes = {
+            "code": code_bytes,
+            "model": model_bytes(shipped),
+            "total": code_bytes + model_bytes(shipped),
+            "budget": BUDGET_BYTES,
+            "headroom": BUDGET_BYTES - code_bytes - model_bytes(shipped),
+            "readable": args.script.stat().st_size,
+        }
+        shown = {name: with_separators(size) for name, size in sizes.items()}
+        packed = "; packed: it unpacks itself when it starts" if args.packed else ""
+        tail = README_TAIL.format(**shown, packed=packed, artifact=ARTIFACT_NAME, seed=shipped.seed)
+        (folder / "README.md").write_text(results + tail, encoding="utf-8")
+        report = prove(args, folder, shipped)
     # Readable and packed side by side: that is what packing is worth
-    sizes = {"readable code": args.script.stat().st_size}
+    report.append(f"readable code: {shown['readable']} bytes")
     if args.packed:
-        sizes["packed code"] = code_bytes
-    sizes["model"] = model_bytes(runs[0])
-    total = code_bytes + sizes["model"]
-    report += [f"{name}: {with_separators(size)} bytes" for name, size in sizes.items()]
-    report += [
-        f"code + model: {with_separators(total)} of {with_separators(BUDGET_BYTES)} bytes",
-        f"headroom: {with_separators(BUDGET_BYTES - total)} bytes",
+        report.append(f"packed code: {shown['code']} bytes")
+    return [
+        *report,
+        f"model: {shown['model']} bytes",
+        f"code + model: {shown['total']} of {shown['budget']} bytes",
+        f"headroom: {shown['headroom']} bytes",
         f"submission: {args.out}",
     ]
-    return report
 
 
 def main(arguments=None):

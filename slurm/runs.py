@@ -95,8 +95,6 @@ class Run:
     seed: int | None = None
     status: str = "unfinished"  # finished | unfinished | failed
     note: str = ""  # why it is not finished
-    remarks: list[str] = field(default_factory=list)  # for readers of its numbers
-    scope: str | None = None  # of its scores: canonical-by-counts | proxy
     training_s: float | None = None  # with what QUANTIZER=gptq took: it calibrates on training text
     scores: dict[str, Score] = field(default_factory=dict)  # by stage, " (illegal)" where so
     train_curve: dict[int, float] = field(default_factory=dict)  # {step: nats per token}
@@ -130,23 +128,6 @@ class Run:
         return self.manifest.get("artifact_sha256")
 
     @property
-    def hardware(self):
-        """As records write it: 8x NVIDIA H100 80GB HBM3."""
-        name = self.manifest.get("device_name")
-        return name and f"{self.manifest.get('world_size', 1)}x {name}"
-
-    @property
-    def own_script(self):
-        """The train_gpt.py that lies beside the run in a submission folder, if there is one."""
-        return (self.path if self.path.is_dir() else self.path.parent) / "train_gpt.py"
-
-    def count_script(self, script):
-        """Let the size of a script be the code's, whatever size the run reckoned with."""
-        if script.is_file() and "artifact_bytes" in self.results:
-            self.results["code_bytes"] = script.stat().st_size
-            self.results["total_bytes"] = self.results["artifact_bytes"] + script.stat().st_size
-
-    @property
     def last_step(self):
         return max([*self.train_curve, *self.val_curve], default=None)
 
@@ -167,7 +148,6 @@ def make_run(path, config, kinds, manifest, events, results, audit_passed):
     """The Run of facts in the shapes of a folder's files; RunDataProblem for contradictions."""
     run = Run(path, config, kinds, manifest, results, audit_passed)
     run.seed = int(config["seed"]) if "seed" in config else results.get("seed")
-    run.scope = run.data.get("scope")
     run.training_s = results.get("train_time_s")
     read_curves(run, events)
     for event in events:
@@ -182,7 +162,6 @@ def make_run(path, config, kinds, manifest, events, results, audit_passed):
     if results.get("finished"):
         run.status = "finished"
         check_scores(run)
-        check_text(run)
     else:
         run.status, run.note = explain(run, events)
     return run
@@ -234,11 +213,6 @@ def explain(run, events):
     return "unfinished", f"{why} ({progress})"
 
 
-# --- Bytes behind the scores ---------------------------------------------------------------------
-
-# The challenge's validation text: targets with 1,024 and with 8,192 pieces, bytes with any.
-CANONICAL_TARGETS = (62_021_632, 40_540_160)
-CANONICAL_BYTES = (151_020_000, 151_080_000)
 # Relative difference of implied bytes that eight printed decimals leave open.
 IMPLIED_SLACK = 1e-7
 
@@ -263,21 +237,6 @@ def check_scores(run):
                 f"{expected:,}; expected the same (tokens * val_loss / (ln 2 * val_bpb)). One of "
                 "them is wrong or scored a part of the text: score the run again."
             )
-
-
-def check_text(run):
-    """Remark a text that calls itself canonical, or has its length, but implies other bytes."""
-    score = next(iter(run.scores.values()))
-    tokens, implied = score.tokens or 0, (score.tokens or 0) * score.bytes_per_token
-    low, high = CANONICAL_BYTES
-    named, counted = (run.scope or "").startswith("canonical"), tokens in CANONICAL_TARGETS
-    if (named or counted) and not (counted and low <= implied <= high):
-        run.scope = "proxy"
-        run.remarks.append(
-            f"its scores imply {implied:,.0f} bytes behind {tokens:,} targets, the canonical text "
-            f"has {low:,} to {high:,} bytes: not comparable with published scores. Check the "
-            "shards and their tokenizer."
-        )
 
 
 # --- Run folders ---------------------------------------------------------------------------------
@@ -540,13 +499,12 @@ def group_runs(runs, ablation):
             f"none of {len(runs)} run(s) is finished, so there is nothing to report:\n{listing}\n"
             "Run the same commands again to resume them."
         )
-    for fact in ("val_sha256", "val_targets", "val_bytes"):
-        values = {run.data[fact]: run.name for run in finished if fact in run.data}
-        if len(values) > 1:
-            shown = ", ".join(f"{value} ({name})" for value, name in values.items())
-            raise UsageProblem(
-                f"the runs differ in {fact} of the validation data: {shown}; expected one data set"
-            )
+    texts = {run.data.get("val_sha256"): run.name for run in finished if run.data}
+    if len(texts) > 1:
+        shown = ", ".join(f"{value} ({name})" for value, name in texts.items())
+        raise UsageProblem(
+            f"the runs differ in val_sha256 of the validation data: {shown}; expected one data set"
+        )
     table, groups = differing_settings(finished), {}
     for at, run in enumerate(finished):
         groups.setdefault(tuple(values[at] for values in table.values()), []).append(run)

@@ -34,6 +34,7 @@ what no test from outside can show.
 """
 
 import argparse
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -119,11 +120,8 @@ def write_shard(path, tokens):
 
 def find_shards(folder, split):
     """Sorted paths of the "train" or "val" shards. Raises UntestableError without any."""
-    paths = []
-    for path in sorted(Path(folder).glob(f"fineweb_{split}_*.bin")):
-        # Byte counts may lie beside the shards, as fineweb_val_bytes_000000.bin.
-        if re.fullmatch(rf"fineweb_{split}_\d+\.bin", path.name):
-            paths.append(path)
+    # Byte counts may lie beside the shards, as fineweb_val_bytes_000000.bin.
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UntestableError(
             f"{folder}: no fineweb_{split}_*.bin in it: name the directory of the shards"
@@ -199,7 +197,7 @@ class NgramSource:
     SPREAD = 2.0  # above 1: flatter than the text, as the script's prediction of drawn text is
 
     def __init__(self, tokens, vocab):
-        tokens = [int(token) for token in tokens]
+        tokens = tokens.tolist()
         counts = np.bincount(tokens, minlength=vocab) + 0.5  # no piece is impossible
         self.unigram = counts / counts.sum()
         # By number of tokens: {the last tokens: (ids that came next, how often)}
@@ -314,6 +312,21 @@ class Text(NamedTuple):
     log_q: np.ndarray
 
 
+@functools.cache
+def bytes_after(pending):
+    """{byte: what is pending after it} for the bytes that may follow an unfinished character."""
+    after = {}
+    for byte in range(256):
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with contextlib.suppress(UnicodeDecodeError):
+            decoder.decode(pending + bytes([byte]))
+            rest = decoder.getstate()[0]
+            # The decoder refuses a half of a UTF-16 pair only at its last byte.
+            if not b"\xed\xa0" <= rest < b"\xee":
+                after[byte] = rest
+    return after
+
+
 class Texts:
     """Writes the texts of one verification, from the user's text and from draws.
 
@@ -323,28 +336,6 @@ class Texts:
     FITTED_TOKENS = 200_000  # of the user's text: enough for trigrams, and read in a second
     STREAM_TOKENS = 320  # of a drawn text: streams are drawn side by side
     OPENINGS = ("plain", "bos", "bytes", "rare")  # how the other part of a twin begins
-    # State: (first byte, last byte, state after) of the byte pieces that may come next; 0 lies
-    # between two characters. RFC 3629, section 4.
-    UTF8 = {
-        0: [
-            (0x00, 0x7F, 0),
-            (0xC2, 0xDF, 1),
-            (0xE0, 0xE0, 4),  # shorter forms of the same character are not allowed
-            (0xE1, 0xEC, 2),
-            (0xED, 0xED, 5),  # halves of UTF-16 pairs are not allowed
-            (0xEE, 0xEF, 2),
-            (0xF0, 0xF0, 6),
-            (0xF1, 0xF3, 3),
-            (0xF4, 0xF4, 7),  # Unicode ends at 0x10FFFF
-        ],
-        1: [(0x80, 0xBF, 0)],
-        2: [(0x80, 0xBF, 1)],
-        3: [(0x80, 0xBF, 2)],
-        4: [(0xA0, 0xBF, 1)],
-        5: [(0x80, 0x9F, 1)],
-        6: [(0x90, 0xBF, 2)],
-        7: [(0x80, 0x8F, 2)],
-    }
     LONGEST = 4  # bytes of a character
 
     def __init__(self, tokenizer, real, seed):
@@ -353,14 +344,6 @@ class Texts:
         self.random = np.random.default_rng(seed)
         self.ngrams = NgramSource(self.real, tokenizer.size)
         byte = tokenizer.byte
-        self.allowed = np.zeros((len(self.UTF8), tokenizer.size), bool)
-        self.after = np.zeros(self.allowed.shape, np.int8)  # the state that each piece leads to
-        self.allowed[0] = byte < 0
-        for state, ranges in self.UTF8.items():
-            for first, last, after in ranges:
-                among = (byte >= first) & (byte <= last)
-                self.allowed[state] |= among
-                self.after[state, among] = after
         # Shares of all draws that kinds of pieces get, whatever the source says: each is rare in
         # text and dear to cheaters.
         special = np.zeros(tokenizer.size)
@@ -377,16 +360,18 @@ class Texts:
 
     # ---- drawn ----
 
-    def probabilities(self, source, contexts, states, room):
+    def probabilities(self, source, contexts, pending, room):
         """q (B, V) after contexts (B, T): the source's and the special shares, as UTF-8 allows.
 
-        `states` (B,) are those of UTF8, `room` is the number of tokens up to the end.
+        `pending` are the rows' unfinished characters, `room` is the number of tokens up to the end.
         """
-        allowed = self.allowed[states]
-        if room <= self.LONGEST:
-            # No character may begin here, or it would stay unfinished.
-            ending = self.allowed[0] & (self.after[0] == 0)
-            allowed = np.where(states[:, None] == 0, ending, allowed)
+        rows = {}
+        for start in set(pending):
+            # Near the end no character may begin, or it would stay unfinished.
+            ends = not start and room <= self.LONGEST
+            possible = [byte for byte, rest in bytes_after(start).items() if not (ends and rest)]
+            rows[start] = np.isin(self.tokenizer.byte, possible if start else [-1, *possible])
+        allowed = np.stack([rows[start] for start in pending])
         special = self.special[self.tokenizer.silent[contexts[:, -1]].astype(int)]  # (B, V)
         special[np.arange(len(contexts)), contexts[:, -1]] += 0.002  # the token before once more
         q = (1 - special.sum(1, keepdims=True)) * source.predict(contexts) + special
@@ -398,17 +383,18 @@ class Texts:
         rows, start = given.shape
         tokens = np.concatenate([given, np.zeros((rows, steps), int)], 1)
         log_q = np.full(tokens.shape, np.nan)
-        states = np.zeros(rows, int)
+        pending = [b""] * rows
         each = np.arange(rows)
         for at in range(start, start + steps):
             contexts = tokens[:, max(0, at - source.context) : at]
-            q = self.probabilities(source, contexts, states, start + steps - at)
+            q = self.probabilities(source, contexts, pending, start + steps - at)
             total = q.cumsum(1)
             point = self.random.random((rows, 1)) * total[:, -1:]
             chosen = (total <= point).sum(1)
             tokens[:, at] = chosen
             log_q[:, at] = np.log(q[each, chosen])
-            states = self.after[states, chosen]
+            byte = self.tokenizer.byte[chosen].tolist()
+            pending = [bytes_after(p).get(b, b"") for p, b in zip(pending, byte)]
         return Text(tokens.reshape(-1)[:size], log_q.reshape(-1)[:size])
 
     def real_pieces(self, rows, length):
@@ -417,12 +403,6 @@ class Texts:
         starts = np.flatnonzero(~inside[:-length] & ~inside[length:])
         starts = self.random.choice(starts, rows)
         return np.stack([self.real[at : at + length] for at in starts]).astype(int)
-
-    def beginning(self, length):
-        """The first tokens (length,) of the real text: a script may know a text by these."""
-        tokens = self.real[: self.not_inside(self.real, length - 1) + 1]
-        filling = np.full(length - len(tokens), self.tokenizer.plain[0])
-        return np.concatenate([tokens, filling])
 
     def streams(self, size):
         return max(8, size // self.STREAM_TOKENS)
@@ -438,7 +418,10 @@ class Texts:
         room = share - min(source.context, share // 2)
         steps = min(steps or room, room)
         given = self.real_pieces(streams, share - steps)
-        given[0] = self.beginning(share - steps)
+        # A script may know a text by its first tokens.
+        first = self.real[: self.not_inside(self.real, share - steps - 1) + 1]
+        given[0] = self.tokenizer.plain[0]
+        given[0, : len(first)] = first
         return self.continued(source, given, steps, size)
 
     def drawn_text(self, source, size):
@@ -507,17 +490,6 @@ class Texts:
             places.append(self.not_inside(tokens, min(max(k, 1), size - 1)))
         # In random order: a search that ends early was everywhere.
         return self.random.permutation(places).tolist()
-
-    def unlike_texts(self, size, train):
-        """Two validation texts (size,): the training text, and pieces that are rare in it.
-
-        A choice by validation loss (of a step, a rate, a scale) falls differently on them, where it
-        would be the same on two pieces of ordinary text.
-        """
-        plain = self.tokenizer.plain
-        counts = np.bincount(train, minlength=self.tokenizer.size)
-        rarest = plain[np.argsort(counts[plain])][: 1 + len(plain) // 8]
-        return np.resize(train, size).astype(int), self.random.choice(rarest, size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -801,32 +773,6 @@ def predictable_places(count, hints):
 
 
 # --------------------------------------------------------------------------------------------------
-# Validation text inside training text
-# --------------------------------------------------------------------------------------------------
-BLOCK = 32  # tokens: long enough not to meet by chance
-MOST_SHARED = 0.1  # web pages repeat each other; a shard that was copied shares nearly all
-
-
-def block_hashes(tokens, step):
-    """uint64 polynomial hashes of the blocks of BLOCK tokens at every `step`-th place."""
-    starts = np.arange(0, len(tokens) - BLOCK + 1, step)
-    out = np.zeros(len(starts), np.uint64)
-    for offset in range(BLOCK):
-        out *= np.uint64(0x9E3779B97F4A7C15)  # odd, so that nothing is lost modulo 2^64
-        out += tokens[starts + offset].astype(np.uint64)
-    return out
-
-
-def shared_text(val, train_paths):
-    """Tokens of the training shards' blocks, side by side, that stand in val; a share of val."""
-    known = np.unique(block_hashes(val, 1))
-    found = 0
-    for path in train_paths:
-        found += np.isin(block_hashes(read_shard(path), BLOCK), known).sum()
-    return BLOCK * found / len(val)
-
-
-# --------------------------------------------------------------------------------------------------
 # The tests
 # Each adds lines to the report. A test that needs what the script does not show says so.
 # --------------------------------------------------------------------------------------------------
@@ -888,7 +834,6 @@ class Verifier:
             self.recount,
             self.bet,
             self.model_alone,
-            self.overlap,
             self.training_twin,
             self.twins,
             self.whole_text,
@@ -1006,17 +951,6 @@ class Verifier:
 
     # ---- the exam ----
 
-    def choose_size(self):
-        """Targets of the exam: whole windows, some chunks and a part of one, if time allows."""
-        window = self.hints.eval_seq_len
-        size = self.arguments.tokens
-        if not size:
-            wanted = max(EXAM_TARGETS, EXAM_CHUNKS * self.hints.ttt_chunk_tokens)
-            seconds = self.left() / 8 - self.start_seconds
-            affordable = seconds / max(self.target_seconds, 1e-9)
-            size = int(min(wanted, max(affordable, FIRST_RUN_TOKENS)))
-        return (size // window + 3) * window
-
     def open_source(self):
         """The model's own predictions if the script can be imported, else the n-gram model's."""
         wish = self.arguments.q
@@ -1039,10 +973,17 @@ class Verifier:
         return source
 
     def draw_exam(self):
-        """Draw the text that all runs begin like."""
+        """Draw the text that all runs begin like: some chunks and a part of one, if time allows."""
+        window = self.hints.eval_seq_len
+        size = self.arguments.tokens
+        if not size:
+            wanted = max(EXAM_TARGETS, EXAM_CHUNKS * self.hints.ttt_chunk_tokens)
+            seconds = self.left() / 8 - self.start_seconds
+            affordable = seconds / max(self.target_seconds, 1e-9)
+            size = int(min(wanted, max(affordable, FIRST_RUN_TOKENS)))
         # A few tokens more than whole windows, which have to be trimmed.
-        extra = int(self.random.integers(1, self.hints.eval_seq_len + 1))
-        size = self.choose_size() + extra
+        extra = int(self.random.integers(1, window + 1))
+        size = (size // window + 3) * window + extra
         self.source = self.open_source()
         if not self.shows_nll:
             self.text = self.texts.drawn_text(self.source, size)
@@ -1227,9 +1168,8 @@ class Verifier:
         count = int(np.clip(self.left() / each, 4, self.arguments.twins))
         size = min(len(nll) for nll in self.exam.nll.values())
         places = texts.twin_places(tokens, count, size, self.hints)
-        jobs = []
-        for k, kind in zip(places, itertools.cycle(texts.OPENINGS)):
-            jobs.append(dict(tokens=texts.twin(tokens, k, kind)))
+        kinds = itertools.cycle(texts.OPENINGS)
+        jobs = [dict(tokens=texts.twin(tokens, k, kind)) for k, kind in zip(places, kinds)]
         outcomes = []
         while len(outcomes) < count:
             at = len(outcomes)
@@ -1287,27 +1227,23 @@ class Verifier:
             self.add("training twin", "", None, "--skip-training")
             return
         train = self.training_text
-        jobs = []
-        for val in self.texts.unlike_texts(4 * self.hints.eval_seq_len + 1, train):
-            jobs.append(dict(tokens=val, train=train, scores_file=False))
+        size = 4 * self.hints.eval_seq_len + 1
+        # The training text, and pieces that are rare in it: a choice by validation loss (of a step,
+        # a rate, a scale) would be the same on two texts of ordinary pieces.
+        plain = self.tokenizer.plain
+        counts = np.bincount(train, minlength=self.tokenizer.size)
+        rarest = plain[np.argsort(counts[plain])][: 1 + len(plain) // 8]
+        texts = np.resize(train, size).astype(int), self.random.choice(rarest, size)
+        jobs = [dict(tokens=val, train=train, scores_file=False) for val in texts]
         first, second = self.run_all(jobs)
         if not first.artifacts or not second.artifacts:
             detail = f"{TRAINING_STEPS} steps left no artifact (exit code {first.code}): "
             self.add("training twin", "", None, detail + first.last_words())
             return
         same = first.artifacts == second.artifacts
-        detail = f"{TRAINING_STEPS} steps beside two validation shards leave "
-        detail += "the same artifact" if same else "different artifacts"
+        found = "the same artifact" if same else "different artifacts"
+        detail = f"{TRAINING_STEPS} steps beside two validation shards leave {found}"
         self.add("training twin", "", same, detail)
-
-    def overlap(self):
-        """Validation text inside the training shards, by hashes of BLOCK tokens."""
-        if not self.arguments.train_data:
-            self.add("overlap", "", None, "no --train-data")
-            return
-        share = shared_text(self.real, find_shards(self.arguments.train_data, "train"))
-        detail = f"{100 * share:.2f} % of the validation text stand in the training shards"
-        self.add("overlap", "", share < MOST_SHARED, detail)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1391,9 +1327,7 @@ def report(verifier, code, seconds):
     network = not verifier.candidate.sandbox.wrapper
     not_run = sorted({result["test"] for result in results if result["status"] == STATUS[None]})
     chance = sum(result["error_probability"] for result in results)
-    isolation = "no network"
-    if network:
-        isolation = "WITH network, since unshare -rn is not permitted here"
+    isolation = "WITH network, since unshare -rn is not permitted here" if network else "no network"
     print(f"isolation: own directory, bare environment, {isolation}")
     print(f"not run: {', '.join(not_run) or 'nothing'}")
     print(

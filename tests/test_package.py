@@ -4,8 +4,6 @@ appears.
 
 import ast
 import inspect
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -168,12 +166,6 @@ def trained(tiny_data, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_dir(trained, tmp_path):
-    """A copy of it to tamper with."""
-    return shutil.copytree(trained, tmp_path / "run")
-
-
 def stand_in(path, scores, status=0, pause=0):
     settings = f"nan = float('nan')\nSCORES, STATUS, PAUSE = {scores!r}, {status}, {pause}\n"
     path.write_text(settings + STAND_IN)
@@ -241,7 +233,7 @@ def test_the_proof_knows_paths_libraries_data_and_the_arithmetic_alone(
     assert (tmp_path / "out" / "train_gpt.py").read_text() == script.read_text(), "not --packed"
 
 
-def test_a_difference_in_the_eighth_digit_is_refused(trained, tmp_path, capfd):
+def test_a_failing_proof_and_a_difference_in_the_eighth_digit_are_refused(trained, tmp_path, capfd):
     scores = read_json(trained / "scores.json")
     bpb = scores["scores"]["legal_ttt"]["val_bpb"]
     scores["scores"]["legal_ttt"]["val_bpb"] = bpb + 1e-8
@@ -252,6 +244,11 @@ def test_a_difference_in_the_eighth_digit_is_refused(trained, tmp_path, capfd):
     assert "does not score what the run claims: legal_ttt: the run has" in error
     assert f"{bpb:.8f}" in error and f"{bpb + 1e-8:.8f}" in error
     assert entries(tmp_path) == ["other.py"]
+    stand_in(script, scores, status=6)
+    assert packaged(*command) == 1
+    assert "train_gpt.py ended with exit code 6" in capfd.readouterr().err
+    assert entries(tmp_path) == ["other.py"]
+    stand_in(script, scores)
     assert packaged(*command, "--tolerance", "2e-8") == 0
 
 
@@ -272,13 +269,6 @@ def test_a_proof_without_the_whole_score_is_refused(spoil, trained):
     with pytest.raises(package.PackageError, match="claims: legal_ttt: the run has") as refused:
         package.compare(run, proof, tolerance=0.0)
     assert refused.value.code == 1
-
-
-def test_a_failing_proof_is_refused(trained, tmp_path, capfd):
-    script = stand_in(tmp_path / "other.py", {}, status=6)
-    assert packaged(trained, "--out", tmp_path / "out", "--script", script) == 1
-    assert "train_gpt.py ended with exit code 6" in capfd.readouterr().err
-    assert entries(tmp_path) == ["other.py"]
 
 
 def test_a_folder_over_the_budget_is_refused_by_how_much(trained, tmp_path, monkeypatch, capfd):
@@ -310,35 +300,37 @@ def test_a_signal_leaves_nothing_behind(trained, tmp_path):
     assert entries(tmp_path) == ["slow.py"]
 
 
-def edit(path, **values):
-    path.write_text(json.dumps({**read_json(path), **values}))
+def replaced(name, old, new):
+    """Change one place of a file in a run."""
 
+    def spoil(run):
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
 
-def spoil_score(run, value):
-    scores = read_json(run / "scores.json")["scores"]
-    scores["legal_ttt"]["val_bpb"] = value
-    edit(run / "scores.json", scores=scores)
+    return spoil
 
 
 @pytest.mark.parametrize(
-    "spoil, code, message",
+    "spoil, message",
     [
-        (shutil.rmtree, 2, "is no folder of a run"),
-        (lambda run: (run / "scores.json").unlink(), 2, "has not finished"),
-        (lambda run: (run / "scores.json").write_text('{"sc'), 2, "scores.json: not readable"),
-        (lambda run: edit(run / "scores.json", finished=False), 2, "has not finished"),
-        (lambda run: edit(run / "scores.json", scores={}), 2, "finished without a score"),
-        (lambda run: spoil_score(run, float("nan")), 2, "expected positive numbers"),
-        (lambda run: spoil_score(run, None), 2, "not readable as JSON of the expected fields"),
-        (lambda run: (run / "manifest.json").unlink(), 2, "manifest.json is missing"),
-        (lambda run: (run / "train.log").unlink(), 2, "train.log is missing"),
-        (lambda run: (run / package.ARTIFACT_NAME).unlink(), 2, "int6.ptz is missing"),
-        (lambda run: (run / package.ARTIFACT_NAME).write_bytes(b""), 2, "is not what the run"),
+        (shutil.rmtree, "is no folder of a run"),
+        (lambda run: (run / "scores.json").unlink(), "has not finished"),
+        (replaced("scores.json", "{", ""), "scores.json: not readable"),
+        (replaced("scores.json", '"finished": true', '"finished": false'), "has not finished"),
+        (replaced("scores.json", '"scores"', '"others"'), "finished without a score"),
+        (replaced("scores.json", '"val_bpb": ', '"val_bpb": NaN, "was": '), "positive numbers"),
+        (replaced("scores.json", '"val_bpb"', '"bpb"'), "JSON of the expected fields"),
+        (lambda run: (run / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda run: (run / "train.log").unlink(), "train.log is missing"),
+        (lambda run: (run / package.ARTIFACT_NAME).unlink(), "int6.ptz is missing"),
+        (lambda run: (run / package.ARTIFACT_NAME).write_bytes(b""), "is not what the run"),
     ],
 )
-def test_an_unusable_run_gets_one_message(spoil, code, message, run_dir, tmp_path, capfd):
+def test_an_unusable_run_gets_one_message(spoil, message, trained, tmp_path, capfd):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
     spoil(run_dir)
-    assert packaged(run_dir, "--out", tmp_path / "out") == code
+    assert packaged(run_dir, "--out", tmp_path / "out") == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and error.startswith("package.py: error: ") and message in error
     assert not any(name.startswith((".out", "out")) for name in entries(tmp_path))
@@ -356,27 +348,21 @@ def test_a_real_run_tells_the_kind_of_every_setting_and_its_log_the_same_as_its_
     assert log.manifest["artifact_sha256"] == run.artifact_sha256
 
 
-def test_two_runs_of_one_seed_are_refused(trained, run_dir, tmp_path, capfd):
-    assert packaged(trained, run_dir, "--out", tmp_path / "out") == 2
-    assert "two runs of seed 42" in capfd.readouterr().err
-
-
-def test_a_folder_that_exists_is_left_alone(trained, tmp_path, capfd):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("keep")
-    assert packaged(trained, "--out", tmp_path / "out") == 2
-    assert "exists: name a new folder" in capfd.readouterr().err
-    assert entries(tmp_path / "out") == ["mine"]
-
-
-def test_places_that_do_not_work_are_named(trained, tmp_path, capfd):
-    assert packaged(trained, "--out", tmp_path / "out", "--data-path", tmp_path / "nowhere") == 2
-    assert "nowhere does not exist: give --data-path for the proof" in capfd.readouterr().err
-    assert entries(tmp_path) == []
+def test_what_collect_refuses_and_places_that_do_not_work_leave_nothing(trained, tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    assert packaged(trained, "--out", tmp_path / "file" / "out") == 2
-    assert "name a folder where you may write" in capfd.readouterr().err
-    assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "mine").mkdir()
+    for arguments, message in (
+        ([trained, trained, "--out", tmp_path / "out"], "two runs of seed 42"),
+        (
+            [trained, "--out", tmp_path / "out", "--data-path", tmp_path / "nowhere"],
+            "nowhere does not exist: give --data-path for the proof",
+        ),
+        ([trained, "--out", tmp_path / "file/out"], "name a folder where you may write"),
+        ([trained, "--out", tmp_path / "mine"], "exists: name a new folder"),
+    ):
+        assert packaged(*arguments) == 2
+        assert message in capfd.readouterr().err
+        assert entries(tmp_path) == ["file", "mine"] and entries(tmp_path / "mine") == []
 
 
 @pytest.mark.slow

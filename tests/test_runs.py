@@ -43,15 +43,10 @@ def test_a_log_and_its_run_directory_tell_the_same(tmp_path):
         assert score.val_bpb == pytest.approx(folder.scores[stage].val_bpb, abs=5.1e-9)
         assert score.eval_time_s == 30.25 and score.label == folder.scores[stage].label
     assert list(run_records.differing_settings([log, folder])) == []
-    assert (log.seed, log.scope, log.data, log.hardware) == (42, "proxy", DATA, "1x cpu")
+    assert (log.seed, log.data) == (42, DATA)
     assert (log.results["steps"], log.results["total_bytes"]) == (100, 3_090_042)
     assert (log.training_s, log.results["step_avg_ms"]) == (1.0, 10.0)
     assert log.train_curve == folder.train_curve and log.val_curve == {100: 1.12}
-
-
-def test_a_run_directory_and_a_log_of_another_seed_can_be_averaged(tmp_path, capsys):
-    runs = [make_run(tmp_path, 1, 1.10), make_log(tmp_path, 2, 1.12)]
-    assert submission_of(tmp_path, capsys, runs)["val_bpb"] == pytest.approx(1.11)
 
 
 def test_a_log_cut_anywhere_never_reports_a_number_that_was_not_printed_in_full(tmp_path):
@@ -67,12 +62,18 @@ def test_a_log_cut_anywhere_never_reports_a_number_that_was_not_printed_in_full(
         assert run.train_curve.items() <= whole.train_curve.items()
 
 
-def test_steps_gone_through_twice_count_once_in_a_log_too(tmp_path):
-    lines = log_lines()
-    at = next(number for number, line in enumerate(lines) if line.startswith("step:80/"))
-    again = ["resumed_from:checkpoint/step_30.pt step:30", lines[at].replace("3.2000", "1.5000")]
+def test_steps_gone_through_twice_count_once_the_last_time(tmp_path):
+    again = [
+        {"event": "start", "resumed_step": 20},
+        {"event": "step", "step": 40, "train_loss": 1.5, "lr_scale": 1.0},
+    ]
+    events = [*events_of(1.1, last=80), *again]
+    run = load_run(make_run(tmp_path, finished=False, events=events))
+    assert run.train_curve == {20: 3.8, 40: 1.5}
+    text = "\n".join(log_lines()) + "\n"
+    again = "resumed_from:checkpoint/step_30.pt step:30\nstep:80/100 train_loss:1.5 train_time:9ms "
     path = tmp_path / "train.log"
-    path.write_text("\n".join([*lines[: at + 1], *again, *lines[at + 1 :]]) + "\n")
+    path.write_text(text.replace("step:100/", f"{again}step_avg:1.00ms\nstep:100/", 1))
     assert load_run(path).train_curve == {20: 3.8, 80: 1.5, 100: 3.0}
 
 
@@ -141,40 +142,11 @@ def test_a_submission_folder_is_read_by_its_logs_and_its_script(tmp_path, capsys
     assert submission_of(tmp_path, capsys, [folder])["seeds"] == [1]
 
 
-def run_on(tmp_path, targets, size, scope):
-    """A finished run on a validation text of so many targets and bytes."""
-    data = dict(DATA, val_targets=targets, val_bytes=size, scope=scope)
-    loss = 1.1 * math.log(2) * size / targets
-    entry = dict(val_loss=loss, val_bpb=1.1, tokens=targets, bytes=size, eval_time_s=1.0)
-    scores = dict(scores={SLIDING: entry})
-    return make_run(tmp_path, name=str(size), manifest=dict(data=data), results=scores)
-
-
-@pytest.mark.parametrize("targets, size", [(62_021_632, 151_050_000), (40_540_160, 151_030_000)])
-def test_the_canonical_text_is_claimed_where_its_counts_agree(tmp_path, capsys, targets, size):
-    submission = submission_of(
-        tmp_path, capsys, [run_on(tmp_path, targets, size, "canonical-by-counts")]
-    )
+def test_the_canonical_text_is_claimed_where_the_run_says_so(tmp_path, capsys):
+    path = make_run(tmp_path, manifest=dict(data=dict(DATA, scope="canonical-by-counts")))
+    submission = submission_of(tmp_path, capsys, [path])
     assert submission["compliance"]["canonical_validation"] is True
-
-
-@pytest.mark.parametrize(
-    "targets, size, scope",
-    [
-        (62_021_632, 157_000_000, "proxy"),
-        (40_540_160, 160_000_000, "canonical-by-counts"),
-        (40_540_161, 151_050_000, "canonical-by-counts"),
-    ],
-)
-def test_scores_that_imply_other_bytes_than_the_canonical_text_are_remarked(
-    tmp_path, capsys, targets, size, scope
-):
-    path = run_on(tmp_path, targets, size, scope)
-    code, out, _ = run_collect(capsys, path, "--out", tmp_path)
-    assert code == 0 and f"imply {size:,} bytes behind {targets:,} targets" in out
-    submission = json.loads((tmp_path / "submission.json").read_text())
-    assert submission["score_scope"] == "proxy"
-    assert submission["compliance"]["canonical_validation"] is False
+    assert submission["score_scope"] == "canonical-by-counts"
 
 
 def test_a_score_that_implies_other_bytes_than_the_data_is_refused(tmp_path, capsys):
@@ -193,11 +165,6 @@ def test_a_score_of_a_part_of_the_text_is_refused(tmp_path, capsys):
     assert_refused(run_collect(capsys, path), 3, path, "legal_ttt implies", "a part of the text")
 
 
-def test_rounding_of_the_printed_decimals_is_no_contradiction(tmp_path):
-    for bpb in (0.91234567, 1.00000001, 1.12349999, 2.71828183):
-        assert load_run(make_log(tmp_path, bpb=bpb)).status == "finished"
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.1])
 def test_a_score_that_is_no_positive_number_is_refused(tmp_path, capsys, value):
     path = make_run(tmp_path, bpbs={**bpbs_around(1.1), SLIDING: value})
@@ -207,11 +174,6 @@ def test_a_score_that_is_no_positive_number_is_refused(tmp_path, capsys, value):
 
 
 # --- which runs go together ----------------------------------------------------------------------
-
-
-def test_two_runs_of_one_seed_are_refused(tmp_path, capsys):
-    first, second = make_run(tmp_path, 42, name="a"), make_run(tmp_path, 42, name="b")
-    assert_refused(run_collect(capsys, first, second), 2, "two runs of seed 42", first, second)
 
 
 def test_a_failed_run_and_its_repetition_are_not_two_runs_of_one_seed(tmp_path, capsys):
@@ -238,8 +200,9 @@ def test_operational_settings_may_differ_and_a_folder_tells_them_for_logs(tmp_pa
     first, second = make_log(tmp_path, 1), make_log(tmp_path, 2)
     second.write_text(second.read_text().replace("train_log_every=20", "train_log_every=10"))
     assert_refused(run_collect(capsys, first, second), 2, "train_log_every: 20 (train_seed1.log)")
-    folder = make_run(tmp_path, 3, config={"data_path": "/elsewhere", "train_log_every": 5})
-    assert submission_of(tmp_path, capsys, [first, second, folder])["seeds"] == [1, 2, 3]
+    folder = make_run(tmp_path, 3, 1.15, config={"data_path": "/elsewhere", "train_log_every": 5})
+    submission = submission_of(tmp_path, capsys, [first, second, folder])
+    assert submission["seeds"] == [1, 2, 3] and submission["val_bpb"] == pytest.approx(1.13)
 
 
 def test_runs_on_different_validation_data_are_refused(tmp_path, capsys):
@@ -288,16 +251,6 @@ def test_no_finished_run_at_all_is_an_error_that_lists_them(tmp_path, capsys):
     refused = run_collect(capsys, path, "--out", tmp_path / "out")
     assert_refused(refused, 3, "none of 1 run(s)", path, "before the first logged step")
     assert not (tmp_path / "out").exists()
-
-
-def test_steps_gone_through_twice_count_once_the_last_time(tmp_path):
-    again = [
-        {"event": "start", "resumed_step": 20},
-        {"event": "step", "step": 40, "train_loss": 1.5, "lr_scale": 1.0},
-    ]
-    events = [*events_of(1.1, last=80), *again]
-    run = load_run(make_run(tmp_path, finished=False, events=events))
-    assert run.train_curve == {20: 3.8, 40: 1.5}
 
 
 @pytest.mark.parametrize(
@@ -375,12 +328,9 @@ def test_evaluations_add_their_scores_to_the_runs_that_trained_the_artifacts(tmp
     assert submission["score_label"] == "legal_ttt" and submission["val_bpb"] == pytest.approx(1.11)
     assert submission["seeds"] == [1, 2] and submission["compliance"]["audit_passed"] is True
     assert submission["seed_results"]["2"]["steps"] == 100
-
-
-def test_seeds_evaluated_in_different_ways_are_not_mixed(tmp_path, capsys):
-    runs = make_pair(tmp_path, 1, 1.20, 1.10) + make_pair(tmp_path, 2, 1.22, 1.12)[:1]
+    # Seeds that were evaluated in different ways
     difference = "ttt_enabled: True (demo_seed1), False (demo_seed2)"
-    assert_refused(run_collect(capsys, *runs), 2, difference)
+    assert_refused(run_collect(capsys, *runs[:3]), 2, difference)
 
 
 def test_an_evaluation_that_does_not_fit_the_training_runs_is_refused(tmp_path, capsys):

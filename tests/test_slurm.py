@@ -349,25 +349,24 @@ def test_a_failed_run_fails_its_job_with_the_same_exit_code(cluster):
     only_task(job, "FAILED", 0, "3:0")
 
 
-@pytest.mark.slow
-def test_nodes_meet_through_torchrun_and_a_warning_reaches_every_process(cluster):
-    job = cluster.submit(
-        "train_multinode", "nodes", "--nodes=2", "--gres=gpu:1", SEED="5", iterations="50"
-    )
+@pytest.mark.parametrize(
+    "script, options, variables",
+    [
+        ("train_seeds", [], dict(SEEDS="5", GOLF_PROCS="2")),
+        pytest.param(
+            "train_multinode", ["--nodes=2", "--gres=gpu:1"], dict(SEED="5"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_processes_meet_through_torchrun_and_a_warning_reaches_each(
+    cluster, script, options, variables
+):
+    job = cluster.submit(script, f"processes_{script}", *options, iterations="50", **variables)
     for rank in (0, 1):
         job.wait_for_output(f"rank {rank} of 2 starts at 0")
     job.warn()
     only_task(job, "COMPLETED", 1)
     assert len(re.findall(r"rank \d of 2 starts at [1-9]", job.output())) == 2
-    assert len(re.findall(r"rank \d of 2 finished with SEED 5", job.output())) == 2
-
-
-def test_a_job_with_several_processes_per_node_is_warned_through_torchrun(cluster):
-    job = cluster.submit("train_seeds", "processes", SEEDS="5", iterations="50", GOLF_PROCS="2")
-    for rank in (0, 1):
-        job.wait_for_output(f"rank {rank} of 2 starts at 0")
-    job.warn()
-    only_task(job, "COMPLETED", 1)
     assert len(re.findall(r"rank \d of 2 finished with SEED 5", job.output())) == 2
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, environment, tiny_config
+from helpers import ROOT, environment
 
 import train_gpt
 from train_gpt import ArtifactError, Config, ConfigError, printable
@@ -29,14 +29,6 @@ def test_controls_are_escaped_and_nothing_else():
     assert shown.encode().decode("unicode_escape") == f"a{ESCAPES}b"
     assert printable("a\n\tb\r", keep="\n\t") == "a\n\tb\\r"
     assert printable("x" * 10**6, 20) == "x" * 20 + "…"
-
-
-def test_nothing_raw_is_logged(runtime, tmp_path, capsys):
-    made = runtime(tiny_config(run_dir=str(tmp_path / "run")))
-    made.log(f"file says {ESCAPES}")
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out[:-1].isprintable()
-    assert (tmp_path / "run/train.log").read_text() == out
 
 
 @pytest.mark.parametrize("place", ["data_path", "eval_only"])
