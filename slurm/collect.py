@@ -233,9 +233,8 @@ def compliance(group, stage, p):
     if len(codes) > 1 and None not in codes:
         claims["same_code_all_seeds"] = len(set(codes)) == 1
     # All runs were scored on the same data, so the first speaks for all
-    scope = group[0].data.get("scope")
-    if scope:
-        claims["canonical_validation"] = scope.startswith("canonical")
+    if group[0].scope:
+        claims["canonical_validation"] = group[0].scope.startswith("canonical")
     claims["three_seeds"] = len(group) >= 3
     if p is not None:
         claims["beats_baseline_p_below_0_01"] = p < SIGNIFICANT_P
@@ -275,7 +274,7 @@ def build_submission(args, group, stage, p):
         "track": args.track,
         # Which score, and on what text
         "score_label": labels.pop() if len(labels) == 1 else stage,
-        "score_scope": group[0].data.get("scope"),
+        "score_scope": group[0].scope,
         "val_loss": round(sample_of(group, stage, "val_loss").mean, 8),
         "val_bpb": round(bpbs.mean, 8),
         "val_bpb_std": rounded(bpbs.sd, 8),
@@ -394,7 +393,7 @@ def data_text(run, stage):
     scope = {
         "canonical-by-counts": "a split with the canonical numbers of targets and bytes",
         "proxy": "**proxy** data, not the canonical split: not comparable with published scores",
-    }.get(run.data.get("scope"), "data of unknown scope")
+    }.get(run.scope, "data of unknown scope")
     parts = [f"{run.scores[stage].bytes_per_token:.4f} bytes per token"]
     if run.data:
         targets, size = run.data["val_targets"], run.data["val_bytes"]
@@ -406,7 +405,10 @@ def data_text(run, stage):
 
 
 def rest_of_page(runs):
-    """The end of both pages: the runs that are no part of any number."""
+    """The end of both pages: remarks, and the runs that are no part of any number."""
+    remarks = "".join(f"- {run.name}: {run.remark}\n" for run in runs if run.remark)
+    if remarks:
+        remarks = f"## How the runs were read\n\n{remarks}\n"
     # What went wrong belongs on the page: a seed must not vanish because it failed
     rows = [
         {"run": run.name, "seed": cell(run.seed), "status": run.status, "what happened": run.note}
@@ -414,7 +416,7 @@ def rest_of_page(runs):
         if not run.finished
     ]
     return (
-        f"## Unfinished and failed runs (not part of any number above)\n\n"
+        f"{remarks}## Unfinished and failed runs (not part of any number above)\n\n"
         f"{markdown(rows) if rows else 'None.'}\n\n![curves](curves.png)\n"
     )
 

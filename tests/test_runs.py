@@ -142,13 +142,6 @@ def test_a_submission_folder_is_read_by_its_logs_and_its_script(tmp_path, capsys
     assert submission_of(tmp_path, capsys, [folder])["seeds"] == [1]
 
 
-def test_the_canonical_text_is_claimed_where_the_run_says_so(tmp_path, capsys):
-    path = make_run(tmp_path, manifest=dict(data=dict(DATA, scope="canonical-by-counts")))
-    submission = submission_of(tmp_path, capsys, [path])
-    assert submission["compliance"]["canonical_validation"] is True
-    assert submission["score_scope"] == "canonical-by-counts"
-
-
 def test_a_score_that_implies_other_bytes_than_the_data_is_refused(tmp_path, capsys):
     path = make_log(tmp_path)
     path.write_text(path.read_text().replace("val_bpb:1.12000000", "val_bpb:1.11999900"))
@@ -356,3 +349,42 @@ def test_an_evaluation_alone_claims_nothing_about_training(tmp_path, capsys):
     submission = submission_of(tmp_path, capsys, make_pair(tmp_path, 1, 1.2, 1.1)[1:])
     assert "train_under_600s" not in submission["compliance"]
     assert submission["seed_results"]["42"]["train_time_s"] is None
+
+
+# --- the validation text ---
+
+
+def run_on(tmp_path, targets, size, scope):
+    """A finished run on a validation text of so many targets and bytes."""
+    data = dict(DATA, val_targets=targets, val_bytes=size, scope=scope)
+    loss = 1.1 * math.log(2) * size / targets
+    entry = dict(val_loss=loss, val_bpb=1.1, tokens=targets, bytes=size, eval_time_s=1.0)
+    scores = dict(scores={SLIDING: entry})
+    return make_run(tmp_path, name=str(size), manifest=dict(data=data), results=scores)
+
+
+@pytest.mark.parametrize("targets, size", [(62_021_632, 151_050_000), (40_540_160, 151_030_000)])
+def test_the_canonical_text_is_claimed_where_its_counts_agree(tmp_path, capsys, targets, size):
+    submission = submission_of(
+        tmp_path, capsys, [run_on(tmp_path, targets, size, "canonical-by-counts")]
+    )
+    assert submission["compliance"]["canonical_validation"] is True
+
+
+@pytest.mark.parametrize(
+    "targets, size, scope",
+    [
+        (62_021_632, 157_000_000, "proxy"),
+        (40_540_160, 160_000_000, "canonical-by-counts"),
+        (40_540_161, 151_050_000, "canonical-by-counts"),
+    ],
+)
+def test_scores_that_imply_other_bytes_than_the_canonical_text_are_remarked(
+    tmp_path, capsys, targets, size, scope
+):
+    path = run_on(tmp_path, targets, size, scope)
+    code, out, _ = run_collect(capsys, path, "--out", tmp_path)
+    assert code == 0 and f"imply {size:,} bytes behind {targets:,} targets" in out
+    submission = json.loads((tmp_path / "submission.json").read_text())
+    assert submission["score_scope"] == "proxy"
+    assert submission["compliance"]["canonical_validation"] is False
