@@ -1,10 +1,8 @@
 """Quantisation: what rounding may cost, how the size is found, what the file must keep, and what
 its reader must refuse."""
 
-import builtins
 import dataclasses
 import hashlib
-import itertools
 import json
 import lzma
 import math
@@ -69,66 +67,35 @@ def all_integers(monkeypatch):
 # ---- lite: rounding ----
 
 
-def heavy_tailed(rows=48, columns=2000):
-    """Rows with outliers, so that clipping pays, at magnitudes from 1e-2 to 1e2."""
-    drawn = np.random.default_rng(3).standard_t(3, (rows, columns))
-    return torch.from_numpy(drawn * 10 ** np.linspace(-2, 2, rows)[:, None]).float()
-
-
 def dequantised(weight, bits):
     codes, scales = golf.quantize_rows(weight, bits)
     return codes.float() * scales.float()
 
 
+@pytest.mark.parametrize("columns", [1, 2, 5, 300, 2000])
 @BITS
-def test_rounding_errs_by_half_a_step_inside_the_clip_and_cuts_beyond_it(bits):
-    weight = heavy_tailed()
+def test_each_row_is_rounded_by_the_clip_of_the_least_squared_error(bits, columns):
+    """Against all candidates in float64. No step is below 1 by the largest code, as published."""
+    top, rows = TOP[bits], np.random.default_rng(3).standard_t(3, (54, columns))
+    # Outliers, so that clipping pays; rows of every size, zeros and what float16 cannot hold.
+    sizes = [0.0, 1e-30, 1e-7, 0.9, 60_000.0 * top, 1e30, *10 ** np.linspace(-2, 2, 48)]
+    rows[:6] = np.linspace(-1, 1, columns)
+    weight = torch.from_numpy(rows * np.array(sizes)[:, None]).float()
     codes, scales = golf.quantize_rows(weight, bits)
     assert codes.dtype == torch.int8 and scales.dtype == torch.float16
-    assert scales.shape == (len(weight), 1)
-    inside = weight.abs() <= TOP[bits] * scales.float()
-    error = (codes.double() * scales.double() - weight.double()).abs()
-    assert 0.99 < inside.float().mean() < 1
-    assert (error <= scales.double() * (0.5 + 1e-6))[inside].all()
-    assert torch.equal(codes[~inside].float(), TOP[bits] * weight[~inside].sign())
-
-
-@pytest.mark.parametrize("columns", [1, 2, 5, 300, 1000, 2000])
-@BITS
-def test_each_row_takes_the_clip_of_the_least_squared_error(bits, columns):
-    weight = heavy_tailed()[:, :columns].double()
-    errors = []
+    assert scales.shape == (len(weight), 1) and (scales >= np.float16(1 / top)).all()
+    exact, steps, errors = weight.double(), scales.double(), []
+    assert torch.equal(codes.double(), (exact / steps).round().clamp(-top, top))
     for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        clip = torch.quantile(weight.abs(), quantile, dim=1, keepdim=True)
-        step = (clip / TOP[bits]).clamp(min=1 / TOP[bits]).half().double()
-        rounded = (weight / step).round().clamp(-TOP[bits], TOP[bits]) * step
-        errors.append((rounded - weight).square().sum(1))
+        clip = torch.quantile(exact.abs(), quantile, dim=1, keepdim=True)
+        step = (clip / top).clamp(1 / top, 65504.0).half().double()
+        rounded = (exact / step).round().clamp(-top, top) * step
+        errors.append((rounded - exact).square().sum(1))
     least = torch.stack(errors).amin(0)
-    found = (dequantised(weight.float(), bits).double() - weight).square().sum(1)
+    found = (codes * steps - exact).square().sum(1)
     # In float32 a float16 step may fall to the other side, which moves a row's error a little.
     assert ((found - least).abs() <= 2e-2 * least + 1e-12).all()
     assert ((found - least).abs() <= 1e-4 * least + 1e-12).float().mean() > 0.9
-
-
-@BITS
-def test_no_step_is_below_one_by_the_largest_code_as_published(bits):
-    row = torch.linspace(-1, 1, 64)[None]
-    floor = np.float16(1 / TOP[bits])
-    for magnitude in (0.0, 1e-9, 1e-2, 0.99):
-        assert golf.quantize_rows(magnitude * row, bits)[1].item() == floor
-    assert golf.quantize_rows(2 * row, bits)[1].item() > floor
-    # Late QAT rounds by the same steps, so weights below half a step train as zeros.
-    assert not golf.quantize_rows(0.49 * floor * row, bits)[0].any()
-
-
-@BITS
-def test_vanishing_and_huge_rows_stay_finite(bits):
-    row = torch.linspace(-1, 1, 64)[None]
-    for magnitude in (1e-30, 1e-9, 1e-7, 65504.0 * TOP[bits] * 0.99, 1e30):
-        codes, scales = golf.quantize_rows(magnitude * row, bits)
-        values = codes.float() * scales.float()
-        assert torch.isfinite(values).all() and (scales > 0).all()
-        assert values.abs().max() <= 1.001 * magnitude + 2.0**-24
 
 
 # ---- schemes ----
@@ -270,10 +237,8 @@ def test_lite_lowers_mlps_from_the_middle_outward_until_the_file_fits(all_intege
     assert sizes == sorted(set(sizes), reverse=True)
     for count, slack in ((0, 0), (1, 0), (4, 5), (11, 0)):
         fitted = dataclasses.replace(config, budget_bytes=sizes[count] + 500 + slack)
-        calls = []
-        blob, layers = golf.fit_lite(fitted, state, 500, check_stop=lambda: calls.append(1))  # noqa: B023
+        blob, layers = golf.fit_lite(fitted, state, 500)
         assert list(layers) == OUTWARD_FROM_THE_MIDDLE[:count]
-        assert len(calls) == count + 1  # may stop before each trial
         assert len(blob) + 500 <= fitted.budget_bytes
         assert_same(golf.unpack_artifact(blob)[1], stored(state, config, layers))
     over = dataclasses.replace(config, budget_bytes=sizes[11] + 499)
@@ -395,31 +360,25 @@ def test_dead_inputs_do_no_harm():
     assert min(column[dead]) > max(column[live]), "what nothing reads should cost least"
 
 
-def test_steps_are_optimal_for_independent_entries(monkeypatch):
-    """Brute force over all step exponents of a 2 x 2 case at one total rate."""
-    rows, inputs = [4.0, 0.25], [1.0, 16.0]
+def test_one_dial_gives_every_entry_of_every_matrix_the_same_predicted_loss(monkeypatch):
+    """d_i s_ij^2 / U_jj^2 but for the rounding of row and column to half octaves.
+
+    1 / U_jj^2 is what is left of column j's variance when the columns after it are known.
+    """
     monkeypatch.setattr(golf, "ROW_TEMPER", 1.0)
-    monkeypatch.setattr(golf, "DAMPING", 0.0)
-    factor = golf.factorise(torch.tensor(inputs, dtype=torch.float64).diag(), "h", refuse_warnings)
-    grid = golf.equalising_grid(torch.tensor(rows, dtype=torch.float64), factor)
-
-    def cost(row, column):  # the square of a step is 2 to the sum of its exponents
-        pairs = itertools.product((0, 1), repeat=2)
-        return sum(rows[i] * inputs[j] * 2.0 ** (row[i] + column[j]) for i, j in pairs)
-
-    rate = int(sum(grid.row) + sum(grid.column))
-    candidates = itertools.product(range(-8, 9), repeat=4)
-    best = min(cost(x[:2], x[2:]) for x in candidates if sum(x) == rate)
-    assert cost(grid.row.tolist(), grid.column.tolist()) <= best * (1 + 1e-9)
-
-
-def test_one_step_allocates_between_matrices():
-    """The matrix whose errors cost more gets finer steps, by the root of the ratio."""
-    factor = golf.factorise(torch.eye(8, dtype=torch.float64), "h", refuse_warnings)
-    calm, touchy = (
-        golf.equalising_grid(torch.full((8,), d, dtype=torch.float64), factor) for d in (1.0, 64.0)
-    )
-    assert set((calm.row - touchy.row).tolist()) == {6}  # 8 = 2^3 times, in half octaves
+    losses = []
+    for size, fisher in ((8, torch.rand(5)), (12, 64 + torch.rand(7))):
+        hessian = random_hessian(size, size)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        damped = hessian + golf.DAMPING * hessian.diagonal().mean() * torch.eye(size)
+        grid = golf.equalising_grid(fisher.double(), golf.factorise(hessian, "h", refuse_warnings))
+        steps = steps_of(grid, 1.0).double()
+        for place, j in enumerate(order.tolist()):
+            left = order[place:]
+            reach = torch.linalg.inv(damped[left][:, left])[0, 0]  # U_jj^2
+            losses.append(fisher * steps[:, j] ** 2 / reach)
+    losses = torch.cat(losses).log2()
+    assert (losses - losses.mean()).abs().max() <= 1 + 1e-6
 
 
 def test_rows_whose_codes_would_not_fit_take_coarser_steps():
@@ -458,16 +417,16 @@ def test_sections_give_back_every_code_and_step():
 # ---- gptq: the size ----
 
 
-def search(budget, first=1.0, jitter=300, floor=10_000, check_stop=lambda: None):
+def search(budget, first=1.0, jitter=300):
     """search_step on a model of a million parameters whose files fall with the step, nearly."""
 
     def pack(step):
         bits = max(0.0, 3 - math.log2(step))
-        size = int(floor + 125_000 * bits + jitter * math.sin(1e4 * step))
+        size = int(10_000 + 125_000 * bits + jitter * math.sin(1e4 * step))
         return bytes(size), step  # the step takes the place of the codes
 
     lines = []
-    found = golf.search_step(pack, budget, first, 1e-5, -125_000, lines.append, check_stop)
+    found = golf.search_step(pack, budget, first, 1e-5, -125_000, lines.append, lambda: None)
     assert len(lines) == found[2]
     return found
 
@@ -487,61 +446,32 @@ def test_a_small_model_gets_the_finest_useful_steps_and_no_padding():
 
 
 def test_what_cannot_fit_is_an_artifact_error():
-    with pytest.raises(ArtifactError, match="over the 9000") as error:
+    with pytest.raises(ArtifactError, match="over the 9000 that BUDGET_BYTES") as error:
         search(9_000)
     assert error.value.code == 4
 
 
-def test_the_search_may_be_stopped_before_each_trial():
-    calls = []
-
-    def check_stop():
-        calls.append(1)
-        if len(calls) == 3:
-            raise golf.Stopped("packing")
-
-    with pytest.raises(golf.Stopped):
-        search(500_000, first=50.0, check_stop=check_stop)
-
-
-@pytest.fixture(scope="module")
-def middling():
-    """(config, weights, hessians, fisher) of a model of half a million weights, made up."""
+def test_a_real_model_fills_its_budget_and_finer_steps_lose_less(monkeypatch):
+    """Of half a million weights, made up; neither chance nor threads have a say."""
     config = tiny_config(model_dim=128, quantizer="gptq")
     state = random_model(config).state_dict()
-    return config, state, *made_up_costs(state)
-
-
-@pytest.mark.parametrize("bits", [2.5, 4, 6])
-def test_a_real_model_fills_its_budget(middling, bits):
-    config, state, *costs = middling
+    costs = made_up_costs(state)
     parameters = sum(tensor.numel() for tensor in state.values())
-    budget = int(bits * parameters / 8) + 7000
-    sized = dataclasses.replace(config, budget_bytes=budget)
-    blob, breakdown, trials = golf.fit_gptq(sized, state, *costs, 7000)
-    assert trials <= 12 and 0.999 * budget <= len(blob) + 7000 <= budget
-    # The breakdown is of every parameter and every byte.
-    assert sum(group["bytes"] for group in breakdown) == pytest.approx(len(blob))
-    assert sum(group["parameters"] for group in breakdown) == parameters
-
-
-def test_packing_depends_neither_on_chance_nor_on_threads(middling, monkeypatch):
-    config, state, *costs = middling
-    smaller = dataclasses.replace(config, budget_bytes=250_000)
-    first = golf.fit_gptq(smaller, state, *costs, 0)[0]
+    losses = []
+    for bits in (2.5, 4, 6):
+        budget = int(bits * parameters / 8) + 7000
+        sized = dataclasses.replace(config, budget_bytes=budget)
+        blob, breakdown, trials = golf.fit_gptq(sized, state, *costs, 7000)
+        assert trials <= 12 and 0.999 * budget <= len(blob) + 7000 <= budget
+        # The breakdown is of every parameter and every byte.
+        assert sum(group["bytes"] for group in breakdown) == pytest.approx(len(blob))
+        assert sum(group["parameters"] for group in breakdown) == parameters
+        losses.append(sum(group["loss"] for group in breakdown))
+    assert losses[0] > 4 * losses[1] > 16 * losses[2]
     monkeypatch.setattr(golf.os, "cpu_count", lambda: 5)
     torch.set_num_threads(2)
-    assert golf.fit_gptq(smaller, state, *costs, 0)[0] == first
+    assert golf.fit_gptq(sized, state, *costs, 7000)[0] == blob
     torch.set_num_threads(1)
-
-
-def test_finer_steps_lose_less(middling):
-    config, state, *costs = middling
-    losses = []
-    for budget in (150_000, 250_000, 350_000):
-        sized = dataclasses.replace(config, budget_bytes=budget)
-        losses.append(sum(g["loss"] for g in golf.fit_gptq(sized, state, *costs, 0)[1]))
-    assert losses[0] > 4 * losses[1] > 16 * losses[2]
 
 
 # ---- gptq: calibration ----
@@ -578,9 +508,13 @@ def test_every_matrix_has_a_hessian_and_its_fisher_information(tiny_data, runtim
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_hessian_is_of_what_the_attention_reads(tiny_data, runtime):
-    """Its projections are one product that calls no layer: the input must be seen all the same."""
-    config = calibration_config(tiny_data)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_hessian_is_of_what_the_attention_reads(tiny_data, runtime, dtype):
+    """Its projections are one product that calls no layer: the input must be seen all the same.
+
+    The sum is never rounded to bfloat16.
+    """
+    config = calibration_config(tiny_data, dtype=dtype)
     model = random_model(config)
     seen = []
     model.blocks[1].attn.register_forward_pre_hook(
@@ -618,40 +552,18 @@ def test_the_fisher_information_is_of_the_gradient_on_drawn_labels(tiny_data, ru
     assert predicted == pytest.approx(measured, rel=0.5)
 
 
-def test_the_sum_is_float32_under_autocast():
-    x = torch.randn(64, 8) + 1
-    with torch.autocast("cpu", torch.bfloat16):
-        found = golf.gram(x)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, x.T @ x, rtol=1e-6)
-
-
-def test_calibration_opens_no_validation_shard(tiny_data, runtime, monkeypatch):
-    config = calibration_config(tiny_data)
-    opened = []
-
-    def guarded(function):
-        def call(file, *args, **kwargs):
-            opened.append(str(file))
-            assert "fineweb_val" not in str(file), f"calibration opened {file}"
-            return function(file, *args, **kwargs)
-
-        return call
-
-    made = runtime(config)
-    for place, name in ((builtins, "open"), (np, "memmap"), (golf, "read_shard")):
-        monkeypatch.setattr(place, name, guarded(getattr(place, name)))
-    golf.calibrate(random_model(config), config, made)
-    assert any("fineweb_train" in name for name in opened), "the guard saw nothing"
-
-
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_calibration_text_is_spread_over_the_shards(tiny_data, runtime, monkeypatch, shuffle):
+def test_calibration_text_is_training_text_spread_over_the_shards(
+    tiny_data, runtime, tmp_path, shuffle
+):
+    """There is no validation shard to read."""
+    for path in tiny_data.data_path.glob("fineweb_train_*.bin"):
+        (tmp_path / path.name).symlink_to(path)
     config = calibration_config(tiny_data, shuffle=shuffle)
-    batches = []
-    monkeypatch.setattr(golf, "calibrate_batch", lambda model, ids, *rest: batches.append(ids))
-    monkeypatch.setattr(golf, "per_matrix", lambda model, sums, tokens: tokens)
-    assert golf.calibrate(random_model(config), config, runtime(config)) == 1024
+    config = dataclasses.replace(config, data_path=str(tmp_path))
+    model, batches = random_model(config), []
+    model.tok_emb.register_forward_pre_hook(lambda module, args: batches.append(args[0]))
+    golf.calibrate(model, config, runtime(config))
     ids = torch.cat(batches).numpy()
     assert ids.shape == (16, 64) and len(set(map(bytes, ids))) == 16
     for path in golf.find_shards(config, "train"):
@@ -742,12 +654,6 @@ def test_the_same_weights_give_the_same_bytes_at_one_number_of_ranks(settings, t
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_a_model_that_cannot_fit_ends_with_4(settings):
-    settings.update(calibration_tokens=256, iterations=1, budget_bytes=2000, code_bytes=1000)
-    result = run_main(**settings)
-    assert result.code == 4 and "BUDGET_BYTES" in result.err, result.err[-2000:]
-
-
 # ---- reading ----
 
 
@@ -793,6 +699,12 @@ def honest():
     config = tiny_config(**SMALL, quantizer="gptq", budget_bytes=6000)
     state = random_state(config)
     blobs["gptq"] = golf.fit_gptq(config, state, *made_up_costs(state), 0)[0]
+    lite = {"int5", "int6", "int8", "fp16", "fp32"}
+    for kind, blob in blobs.items():
+        header, _ = split(payload(blob))
+        schemes = {row[2] for row in header["tensors"]}
+        assert schemes == ({"grid", "fp16"} if kind == "gptq" else lite)
+        assert len(golf.unpack_artifact(sealed(payload(blob)))[1]) == len(header["tensors"])
     return blobs
 
 
@@ -803,17 +715,6 @@ def refused(blob, match=None):
     with pytest.raises(ArtifactError, match=match) as error:
         golf.unpack_artifact(blob)
     assert len(str(error.value)) < 2000 and "\n" not in str(error.value)
-
-
-def test_the_small_artifacts_are_honest(honest):
-    for kind, blob in honest.items():
-        header, _ = split(payload(blob))
-        schemes = {row[2] for row in header["tensors"]}
-        assert schemes == (
-            {"grid", "fp16"} if kind == "gptq" else {"int5", "int6", "int8", "fp16", "fp32"}
-        )
-        assert ("step" in header) == (kind == "gptq")
-        assert len(golf.unpack_artifact(sealed(payload(blob)))[1]) == len(header["tensors"])
 
 
 @KINDS
@@ -891,20 +792,36 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-@pytest.mark.parametrize("kind", ["zstd", "gptq"])
-def test_a_header_with_one_wrong_entry_is_refused(honest, kind, edit):
-    header, data = split(payload(honest[kind]))
-    edit(header)
-    refused(sealed(joined(header, data)))
+def test_a_header_with_one_wrong_entry_is_refused(honest, edit):
+    for kind in ("zstd", "gptq"):
+        header, data = split(payload(honest[kind]))
+        edit(header)
+        refused(sealed(joined(header, data)))
 
 
-@pytest.mark.parametrize("step", [None, [], {}, "x"])
-def test_a_step_that_is_no_number_is_refused(honest, step):
-    header, data = split(payload(honest["gptq"]))
-    header["step"] = step
-    refused(sealed(joined(header, data)))
-    del header["step"]
-    refused(sealed(joined(header, data)))
+def test_a_grid_needs_a_step_that_is_a_number(honest):
+    for edit in (drop("step"), *(put("step", step) for step in (None, [], {}, "x"))):
+        header, data = split(payload(honest["gptq"]))
+        edit(header)
+        refused(sealed(joined(header, data)))
+
+
+def test_a_header_that_is_no_header_is_refused(honest):
+    raw = payload(honest["zstd"])
+    for header in (
+        b"",
+        b"null",
+        b"\xff\xfe{",  # not UTF-8
+        b"[" * 400_000,  # deep
+        b"9" * 1_000_000,
+        b'{"config": {"\\ud800": 1}, "tokenizer_sha256": "", "tensors": []}',
+    ):
+        refused(sealed(joined(header, split(raw)[1])))
+    (right,) = struct.unpack_from("<I", raw)
+    for wrong in (0, right - 1, right + 1, 2**20 + 1, 2**31, 2**32 - 1):
+        refused(sealed(struct.pack("<I", wrong) + raw[4:]))
+    for short in (b"", b"\0", b"\0\0\0", b"\0\0\0\0"):
+        refused(sealed(short))
 
 
 def test_a_file_may_name_the_arithmetic_or_not(honest, tmp_path):
@@ -913,31 +830,6 @@ def test_a_file_may_name_the_arithmetic_or_not(honest, tmp_path):
         header["config"].pop("dtype", None)
         header["config"].update(change)
         assert golf.unpack_artifact(sealed(joined(header, data)))[1]
-
-
-HEADERS_THAT_ARE_NO_HEADERS = {
-    "empty": b"",
-    "null": b"null",
-    "not utf-8": b"\xff\xfe{",
-    "deep": b"[" * 400_000,
-    "long number": b"9" * 1_000_000,
-    "surrogate": b'{"config": {"\\ud800": 1}, "tokenizer_sha256": "", "tensors": []}',
-}
-
-
-@pytest.mark.parametrize("name", HEADERS_THAT_ARE_NO_HEADERS)
-def test_a_header_that_is_no_header_is_refused(honest, name):
-    data = split(payload(honest["zstd"]))[1]
-    refused(sealed(joined(HEADERS_THAT_ARE_NO_HEADERS[name], data)))
-
-
-def test_a_wrong_header_length_is_refused(honest):
-    raw = payload(honest["zstd"])
-    (right,) = struct.unpack_from("<I", raw)
-    for wrong in (0, right - 1, right + 1, 2**20 + 1, 2**31, 2**32 - 1):
-        refused(sealed(struct.pack("<I", wrong) + raw[4:]))
-    for short in (b"", b"\0", b"\0\0\0", b"\0\0\0\0"):
-        refused(sealed(short))
 
 
 @pytest.mark.parametrize("place", ["payload", "compressed stream"])

@@ -15,11 +15,11 @@ def build(**changes):
     return config, randomised(train_gpt.GPT(config))
 
 
-def without(refiner, model, config_changes):
-    """The same weights without one refiner: the states of this model are what it receives."""
-    plain = train_gpt.GPT(tiny_config(**config_changes))
+def trunk(model):
+    """The same weights without refiners: the states of this model are what the first receives."""
+    plain = train_gpt.GPT(tiny_config(nfm_enabled=False))
     state = model.state_dict()
-    plain.load_state_dict({n: state[n] for n in state if not n.startswith(f"{refiner}.")})
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
     return plain
 
 
@@ -39,21 +39,12 @@ def velocity(w, x, t):
     return gelu(x @ w["nfm.inp.weight"].T + w["nfm.inp.bias"] + tau) @ w["nfm.out.weight"].T
 
 
-def test_the_flow_matcher_takes_one_gated_euler_step_at_time_one(double):
-    config, model = build()
-    ids, _ = random_batch(config)
-    x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
-    expected = x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0))
-    assert_near(model.hidden(ids), expected, 1e-10, 1e-10, "states")
-    assert (expected - x).abs().max() > 0.01
-
-
 @pytest.mark.parametrize("weight", [0.1, 0.7])
 def test_training_adds_the_weighted_flow_matching_loss(weight, double):
     config, model = build(nfm_loss_weight=weight)
     ids, targets = random_batch(config)
     keys = torch.tensor([3, -4])
-    x, w = without("nfm", model, dict(nfm_enabled=False)).hidden(ids), model.state_dict()
+    x, w = trunk(model).hidden(ids), model.state_dict()
     z, t = (draw.double() for draw in train_gpt.draw_noise(keys, ids.size(1), config.model_dim))
     x_t = (1 - t[..., None]) * z + t[..., None] * x
     flow = (velocity(w, x_t, t) - (x - z)).square().mean()
@@ -161,23 +152,12 @@ def test_flow_noise_is_not_drawn_where_nothing_uses_it(changes):
 
 # ---- FlowRefiner ----
 
-FLOW = dict(nfm_enabled=False, flow_enabled=True, flow_latent_dim=8, flow_hidden_dim=24)
-
 
 def flow_refiner(w, x):
     z = x @ w["flow.down.weight"].T
     inner = gelu(z @ w["flow.fc.weight"].T + w["flow.fc.bias"])
     inner = inner @ w["flow.proj.weight"].T + w["flow.proj.bias"]
     return x + torch.sigmoid(w["flow.gate"]) * ((z + inner) @ w["flow.up.weight"].T)
-
-
-def test_the_flow_refiner_follows_its_formula(double):
-    config, model = build(**FLOW)
-    ids, _ = random_batch(config)
-    x = without("flow", model, dict(nfm_enabled=False)).hidden(ids)
-    expected = flow_refiner(model.state_dict(), x)
-    assert_near(model.hidden(ids), expected, 1e-10, 1e-10, "states")
-    assert (expected - x).abs().max() > 0.01
 
 
 # ---- TTT-Linear ----
@@ -280,16 +260,23 @@ def test_the_inner_steps_stay_out_of_bfloat16():
     assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 
-def test_refiners_follow_in_the_order_ttt_flow_nfm(double):
-    config, model = build(**{**FLOW, "nfm_enabled": True, "e2e_ttt_enabled": True})
+@pytest.mark.parametrize("refiners", [["nfm"], ["flow"], ["ttt", "flow", "nfm"]])
+def test_refiners_follow_their_formulas_in_the_order_ttt_flow_nfm(refiners, double):
+    parts = dict(flow_latent_dim=8, flow_hidden_dim=24)
+    switches = dict(nfm="nfm_enabled", flow="flow_enabled", ttt="e2e_ttt_enabled")
+    parts |= {switch: name in refiners for name, switch in switches.items()}
+    config, model = build(**parts)
     ids, _ = random_batch(config, 20)
-    w = model.state_dict()
-    plain = without("ttt", model, {**FLOW, "nfm_enabled": True})
-    plain = without("nfm", without("flow", plain, {}), dict(nfm_enabled=False))
-    ttt = {n[4:]: p.requires_grad_() for n, p in w.items() if n.startswith("ttt.")}
-    x = plain_ttt(config, ttt, plain.hidden(ids))
-    x = flow_refiner(w, x)
-    x = x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0))
+    x, w = trunk(model).hidden(ids), model.state_dict()
+    formulas = dict(
+        ttt=lambda x: plain_ttt(config, of_ttt, x),
+        flow=lambda x: flow_refiner(w, x),
+        nfm=lambda x: x + torch.sigmoid(w["nfm.gate"]) * velocity(w, x, torch.tensor(1.0)),
+    )
+    of_ttt = {n[4:]: p.requires_grad_() for n, p in w.items() if n.startswith("ttt.")}
+    for name in refiners:
+        before, x = x, formulas[name](x)
+        assert (x - before).abs().max() > 0.01, name
     assert_near(model.hidden(ids), x, 1e-9, 1e-9, "states")
 
 

@@ -5,27 +5,9 @@ import re
 
 import pytest
 import torch
-from helpers import EVERY_PART, Operations, events, log_of, same, weights
+from helpers import EVERY_PART, Operations, count, events, log_of, preset_config, same, weights
 
 import train_gpt
-
-
-@pytest.fixture
-def slow(monkeypatch):
-    """slow(owner, name, seconds): each call takes `seconds` more, on a clock that else stands."""
-    clock = [0.0]
-    monkeypatch.setattr(train_gpt.time, "monotonic", lambda: clock[0])
-
-    def make(owner, name, seconds):
-        function = getattr(owner, name)
-
-        def slower(*arguments, **options):
-            clock[0] += seconds
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, slower)
-
-    return make
 
 
 def lines_of(made):
@@ -140,8 +122,21 @@ def test_the_pace_is_that_of_the_steps_since_the_last_line(trainer, monkeypatch)
     assert paces == [f"{pace:.0f}" for pace in expected]
 
 
-def test_validations_and_checkpoints_are_no_training_time(trainer, slow):
+def test_validations_and_checkpoints_are_no_training_time(trainer, monkeypatch):
     made = trainer(iterations=100, checkpoint_every=2)
+    clock = [0.0]
+    monkeypatch.setattr(train_gpt.time, "monotonic", lambda: clock[0])
+
+    def slow(owner, name, seconds):
+        """Each call takes `seconds` on a clock that else stands."""
+        function = getattr(owner, name)
+
+        def slower(*arguments, **options):
+            clock[0] += seconds
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, slower)
+
     slow(made.stream, "sequences", 1.0)
     slow(made, "loss", 20.0)
     slow(train_gpt, "reduce_clip_step", 300.0)
@@ -206,12 +201,17 @@ def test_the_peak_of_a_device_is_read_from_its_name(name, expected):
     assert train_gpt.peak_flops(name) == expected
 
 
-def test_flops_of_a_token_are_those_of_the_formula():
-    """base_7k: all parameters but the 4096 x 128 of the bigram table, 11 layers of 512 at 2048."""
-    settings = {**train_gpt.PRESETS["base_7k"], "preset": "base_7k"}
+@pytest.mark.parametrize(
+    "preset, tables, visits",
+    [("base_7k", 4096 * 128, 0), ("record_0409", 0, 6)],  # layers 3, 4 and 5 run twice more
+)
+def test_flops_of_a_token_are_those_of_the_formula(preset, tables, visits):
+    """6 N + 12 L D T of 11 layers of 512 at 2048 tokens; the tables multiply no token."""
     with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.Config(**settings))
-    assert train_gpt.flops_per_token(model) == 6 * (27_137_223 - 4096 * 128) + 12 * 11 * 512 * 2048
+        model = train_gpt.GPT(preset_config(preset))
+    block = count(model.blocks[3])
+    multiplied = count(model) - tables + visits * block
+    assert train_gpt.flops_per_token(model) == 6 * multiplied + 12 * (11 + visits) * 512 * 2048
 
 
 def test_a_looped_layer_costs_each_of_its_visits_from_the_step_on_at_which_it_is_looped(trainer):
@@ -297,23 +297,8 @@ def test_a_run_that_is_stopped_in_a_validation_saves_first(trainer):
 
 
 # ---- warm-up ----
-@pytest.fixture
-def warm(trainer, monkeypatch):
-    """make(**changes) -> Trainer that believes that it compiles."""
-    monkeypatch.setattr(
-        train_gpt.Runtime, "compiled", lambda self, function, options=None: function
-    )
-
-    def make(**changes):
-        made = trainer(**dict(EVERY_PART, ve_last_n=1), **changes)
-        made.runtime.compiling = True
-        return made
-
-    return make
-
-
 @pytest.mark.parametrize("trained", [0, 2])
-def test_the_warm_up_takes_steps_and_leaves_no_trace(trained, warm, tmp_path, monkeypatch):
+def test_the_warm_up_takes_steps_and_leaves_no_trace(trained, trainer, tmp_path, monkeypatch):
     original, taken, finals = train_gpt.reduce_clip_step, [], []
 
     def counted(*arguments):
@@ -322,12 +307,14 @@ def test_the_warm_up_takes_steps_and_leaves_no_trace(trained, warm, tmp_path, mo
 
     monkeypatch.setattr(train_gpt, "reduce_clip_step", counted)
     for steps in (3, 0):
-        made = warm(
+        made = trainer(
+            **dict(EVERY_PART, ve_last_n=1),
             warmup_steps=steps,
             run_dir=str(tmp_path / str(steps)),
             swa_enabled=True,
             late_qat_threshold=0.5,
         )
+        made.runtime.compiling = True  # or nothing would be warmed up
         for _ in range(trained):
             made.one_step()
         made.warm_up()
