@@ -1,7 +1,7 @@
 """Measure speed side by side in one run and print ratios; never a pass/fail test.
 
     python tests/bench/speed.py                     # all measurements as a Markdown table
-    python tests/bench/speed.py training refiners   # only these
+    python tests/bench/speed.py training parts      # only these
 
 All that is compared is timed in turns, and medians are compared, so that a busy machine disturbs
 both sides alike. A few minutes on two cores.
@@ -116,38 +116,23 @@ def training():
     )
 
 
-def loops():
-    """A layer that is visited again should cost what a further layer costs."""
-    layers = dict(num_layers=8, xsa_last_n=8)
-    twice = dict(num_loops=1, loop_start=2, loop_end=3)  # 6 layers, 8 visits
-    seconds = in_turns(4, trunk=Step(), looped=Step(**twice), deeper=Step(**layers))
-    more = (seconds["looped"] - seconds["trunk"]) / (seconds["deeper"] - seconds["trunk"])
-    ratio = seconds["looped"] / seconds["deeper"]
-    yield (
-        "training step, 2 of 6 layers twice",
-        f"{seconds['looped']:.2f} s",
-        f"{ratio:.2f} x that of 8 layers; the visits cost {more:.2f} x what the layers do",
-    )
-
-
-def refiners():
-    steps = dict(
-        trunk=Step(),
-        nfm=Step(nfm_enabled=True),
-        flow=Step(flow_enabled=True),
-        ttt_linear=Step(e2e_ttt_enabled=True),
-        qat=Step(late_qat_threshold=0.15),
-    )
-    steps["qat"].model.set_qat(1.0)
-    seconds = in_turns(5, **steps)
-    for name, title in (
-        ("nfm", "NativeFlowMatcher"),
-        ("flow", "FlowRefiner"),
-        ("ttt_linear", "TTT-Linear"),
-        ("qat", "late QAT"),
-    ):
+def parts():
+    """A step with one part more, against the trunk's."""
+    changes = {
+        "NativeFlowMatcher": dict(nfm_enabled=True),
+        "FlowRefiner": dict(flow_enabled=True),
+        "TTT-Linear": dict(e2e_ttt_enabled=True),
+        "late QAT": dict(late_qat_threshold=0.15),
+        # A layer that is visited again should cost what a further layer costs.
+        "2 of 6 layers twice": dict(num_loops=1, loop_start=2, loop_end=3),
+        "8 layers": dict(num_layers=8, xsa_last_n=8),
+    }
+    steps = {name: Step(**change) for name, change in changes.items()}
+    steps["late QAT"].model.set_qat(1.0)
+    seconds = in_turns(5, trunk=Step(), **steps)
+    for name in changes:
         ratio = seconds[name] / seconds["trunk"]
-        yield f"training step with {title}", f"{seconds[name]:.2f} s", f"{ratio:.2f} x the trunk's"
+        yield f"training step with {name}", f"{seconds[name]:.2f} s", f"{ratio:.2f} x the trunk's"
 
 
 @contextlib.contextmanager
@@ -308,10 +293,9 @@ def checkpoints():
 
 SECTIONS = dict(
     training=training,
-    loops=loops,
+    parts=parts,
     evaluation=evaluation,
     optimiser=optimiser,
-    refiners=refiners,
     communication=communication,
     checkpoints=checkpoints,
 )
