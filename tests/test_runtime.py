@@ -145,15 +145,6 @@ def test_damage_to_a_saved_tree_changes_nothing_that_is_read(saved, data):
             load_tensors(hurt)
 
 
-def test_a_flipped_bit_of_a_weight_is_noticed(saved):
-    path, blob = saved
-    at = blob.index(STATE["model"]["a.weight"].numpy().tobytes()) + 5
-    hurt = path.with_name("damaged.pt")
-    hurt.write_bytes(blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :])
-    with pytest.raises(ArtifactError, match=f"^{hurt}: truncated, damaged or not .*checksum"):
-        load_tensors(hurt)
-
-
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ArtifactError, match=f"^{tmp_path}/no.pt: No such file or directory"):
         load_tensors(tmp_path / "no.pt")
