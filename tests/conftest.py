@@ -32,7 +32,6 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture

@@ -317,22 +317,10 @@ def log_of(run_dir):
     return (Path(run_dir) / "train.log").read_text()
 
 
-def json_lines(run_dir):
-    """(events, number of lines that do not parse)."""
-    good, bad = [], 0
-    for line in filter(None, (Path(run_dir) / "metrics.jsonl").read_text().splitlines()):
-        try:
-            good.append(json.loads(line))
-        except ValueError:
-            bad += 1
-    return good, bad
-
-
 def events(run_dir, kind=None):
     """Events of metrics.jsonl, those of one kind if given; every line must parse."""
-    found, bad = json_lines(run_dir)
-    assert not bad
-    return [event for event in found if kind in (None, event["event"])]
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
 
 
 def steps_of(run_dir):
@@ -389,30 +377,6 @@ def launch(settings, cwd, ranks=1, script=ROOT / "train_gpt.py", timeout=240, ar
 def python_command(ranks):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [sys.executable, *(torchrun if ranks > 1 else [])]
-
-
-def torchrun(settings, script, **options):
-    """A running torchrun of two ranks (`launch` waits for the end)."""
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
-    command = [*python_command(2), str(script)]
-    return subprocess.Popen(command, env=environment(**settings), text=True, **options)
-
-
-def descendants(pid):
-    """Process ids below `pid`: torchrun puts its workers into sessions of their own."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                found += [int(path.parent.name), *descendants(int(path.parent.name))]
-    return found
-
-
-def kill_tree(process):
-    for pid in [process.pid, *descendants(process.pid)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,13 +525,10 @@ class Group:
             time.sleep(0.002)
         return path.read_text() if path.exists() else None
 
-    def pid(self, rank=0):
-        return int(self._read("pid", rank))
-
-    def kill(self, number=signal.SIGKILL, ranks=None):
-        for rank in range(len(self.files)) if ranks is None else ranks:
+    def kill(self):
+        for rank in range(len(self.files)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid(rank), number)
+                os.kill(int(self._read("pid", rank)), signal.SIGKILL)
 
     def wait(self, timeout=240.0):
         """Exit status of every rank (negative for signals); None if one runs after `timeout`."""

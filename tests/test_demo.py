@@ -82,12 +82,6 @@ def test_the_command_to_try_next_verifies_the_artifact(demo):
     assert run_main(demo.dir.parent / "again", **settings, AUDIT="0").code == 0
 
 
-def test_another_preset_without_data_points_to_the_demo(tmp_path):
-    failed = run_main(tmp_path / "run", device="cpu")
-    assert failed.code == 3 and "PRESET=demo python train_gpt.py" in failed.err
-    assert "data/datasets/fineweb10B_sp1024" in failed.err and "DATA_PATH" in failed.err
-
-
 # ---- with the demo's own data ----
 
 # A model that learns fast, few steps, and windows that hardly overlap: a minute instead of four.
@@ -151,16 +145,6 @@ def test_hardly_any_passage_of_the_demos_text_is_in_both_parts(short_demo):
     ]
     assert len(passages) > 1000
     assert sum(passage in seen for passage in passages) < 0.02 * len(passages)
-
-
-@pytest.mark.slow
-def test_a_second_demo_finds_the_data_of_the_first(short_demo):
-    folder, _ = short_demo
-    settings = {**SHORT, "iterations": 0, "ttt_enabled": False, "eval_stride": 256}
-    again = run_main(folder / "runs" / "second", cwd=folder, **settings)
-    assert again.code == 0 and "demo_data:" not in again.out
-    manifests = [read_json(folder / f"runs/{name}/manifest.json") for name in ("first", "second")]
-    assert manifests[0]["data"] == manifests[1]["data"]
 
 
 @pytest.mark.slow

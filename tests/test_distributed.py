@@ -149,41 +149,58 @@ def test_all_log_lines_come_from_rank_0(labs):
 
 # ---- the whole program over ranks ----
 @pytest.fixture(scope="module")
-def two(children):
-    """(a run stopped at two ranks, the same run finished at two)."""
-    run_dir = children.new("two")
-    group = children.start(run_dir, ranks=2, patch=at_step(6, "os.kill(os.getpid(), 15)"))
+def stopped_by_one(children):
+    """Directory of a run of two ranks that stopped at the same step when one got the signal.
+
+    Twice at once, as a cluster and torchrun may both pass on the same wish.
+    """
+    run_dir = children.new("stopped_by_one")
+    both = "os.kill(os.getpid(), 10), os.kill(os.getpid(), 15)"
+    patch = at_step(6, f"self.runtime.comm.rank and ({both})")
+    group = children.start(run_dir, ranks=2, patch=patch)
     assert group.wait() == [75, 75], group.stderr()
-    finished = children.copy(run_dir)
-    children.finish(finished, ranks=2)
-    return run_dir, finished
+    assert re.findall(r"^stopped signal:(\w+)", group.stdout(), re.M) == ["another_rank"]
+    assert events(run_dir)[-1]["event"] == "stopped" and (run_dir / "STOPPED").exists()
+    return run_dir
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_a_run_saved_at_two_ranks_resumes_at_another_number(children, two, ranks):
-    run_dir = children.copy(two[0])
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_a_run_stopped_at_two_ranks_resumes_at_any_number(
+    children, whole_two, stopped_by_one, ranks
+):
+    run_dir = children.copy(stopped_by_one)
     output = children.finish(run_dir, ranks).stdout()
     assert "resumed_from:" in output and f"world_size:{ranks} " in output
-    paths = [folder / "final_model.pt" for folder in (run_dir, two[1])]
+    if ranks == 2:
+        assert outcome(run_dir) == outcome(whole_two)
+        return
+    paths = [folder / "final_model.pt" for folder in (run_dir, whole_two)]
     weights, expected = (train_gpt.load_tensors(path)["state_dict"] for path in paths)
     for name, value in expected.items():
         assert (weights[name] - value).norm() <= 1e-4 * value.norm(), name
-    found, scores = (outcome(folder)["scores"] for folder in (run_dir, two[1]))
+    found, scores = (outcome(folder)["scores"] for folder in (run_dir, whole_two))
     assert found.keys() == scores.keys()
     for label, score in scores.items():
         assert found[label]["tokens"] == score["tokens"]
         assert found[label]["val_bpb"] == pytest.approx(score["val_bpb"], rel=1e-4)
 
 
-def test_an_evaluation_saved_at_two_ranks_is_scored_the_same_at_one(children, two):
+def test_an_evaluation_killed_at_two_ranks_is_scored_the_same_at_two_and_at_one(
+    children, whole_two
+):
     """No target may be scored twice or lost, whether the saved state is used or not."""
-    run_dir = children.unscored(two[1])
+    run_dir = children.unscored(whole_two)
     group = children.start(run_dir, ranks=2, patch=AT_WRITE, at="eval_legal_ttt 5 hold")
     assert group.until(Path(f"{run_dir}.held").exists)
     group.kill()
     group.wait()
-    children.finish(run_dir)
-    found, expected = (outcome(d)["scores"]["legal_ttt"] for d in (run_dir, two[1]))
+    at_one = children.copy(run_dir)
+    output = children.finish(run_dir, ranks=2).stdout()
+    assert "resumed_evaluation legal_ttt item:5/" in output
+    assert output.count("result legal_ttt") == 1
+    assert outcome(run_dir) == outcome(whole_two)
+    children.finish(at_one)
+    found, expected = (outcome(d)["scores"]["legal_ttt"] for d in (at_one, whole_two))
     assert found["tokens"] == expected["tokens"] and found["bytes"] == expected["bytes"]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
 

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from helpers import SEQ, run_main, tiny_config
+from helpers import SEQ, tiny_config
 
 import train_gpt
 
@@ -46,21 +46,6 @@ def test_few_graphs_serve_the_whole_life_of_a_run(case, compiled):
     train_gpt.audit(model, case.stream, case.config, case.runtime)
     assert counts[0] == counts[1] == len(graphs) <= 4
     assert all(made == {"deterministic": True} for made in options[1:])
-
-
-@pytest.mark.slow
-def test_looping_compiles_one_graph_more(tiny_data, tmp_path, compiled):
-    """The training loss in both orders of the layers; all that follows is looped."""
-    counts = []
-    for loops in (0, 1):
-        looped = dict(num_loops=loops, loop_start=1, loop_end=1, loop_at=0.5, val_loss_every=3)
-        settings = {**tiny_data.settings, **looped, "compile": 1, "warmup_steps": 1}
-        result = run_main(tmp_path / f"run{loops}", **settings)
-        assert result.code == 0, result.err
-        counts.append(len(compiled[0]))
-        compiled[0].clear()
-        torch._dynamo.reset()
-    assert counts[1] == counts[0] + 1
 
 
 @pytest.mark.parametrize("small, captured", [(False, 0), (True, 1)])

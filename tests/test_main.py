@@ -97,22 +97,16 @@ def test_a_cut_off_evaluation_of_the_same_file_and_settings_goes_on(children, wh
     assert change or exact_scores(output).items() <= exact_scores(log_of(whole)).items()
 
 
-def test_the_sizes_of_a_given_file_name_its_own_compressor(evaluate, trained, tmp_path):
+def test_a_file_over_the_budget_is_not_scored(evaluate, trained, tmp_path):
+    """CODE_BYTES leaves room when packing, and is not believed when scoring."""
     weights = train_gpt.load_weights(trained[0] / "run" / FLOAT)
-    config = dataclasses.replace(weights.config, compressor="lzma")
+    config = dataclasses.replace(weights.config, compressor="lzma")  # the file's own, to be named
     blob = train_gpt.pack_artifact(config, weights.state_dict)
     (tmp_path / "model.ptz").write_bytes(blob)
-    over = evaluate(budget_bytes=1000)
-    assert f"Serialized model int6+lzma: {len(blob)} bytes" in over.out
-
-
-def test_a_file_over_the_budget_is_not_scored(evaluate, tmp_path):
-    """CODE_BYTES leaves room when packing, and is not believed when scoring."""
-    size = (tmp_path / "model.ptz").stat().st_size
-    over = evaluate(budget_bytes=size + 5000, code_bytes=5000)
+    over = evaluate(budget_bytes=len(blob) + 5000, code_bytes=5000)
     assert over.code == 4 and not exact_scores(over.out)
-    assert f"Total submission size int6+zstd: {size + CODE_BYTES} bytes" in over.out
-    assert f"more than BUDGET_BYTES={size + 5000}" in over.err
+    assert f"Total submission size int6+lzma: {len(blob) + CODE_BYTES} bytes" in over.out
+    assert f"more than BUDGET_BYTES={len(blob) + 5000}" in over.err
 
 
 def test_float_weights_can_be_scored_but_have_no_headline(evaluate, trained):
@@ -168,35 +162,26 @@ def test_a_damaged_record_is_named_with_the_way_out(again, tmp_path, name):
 # ---- packing again ----
 
 
-def check_repacked(folder, done, before, changes):
-    """The same float weights under a new artifact, its own scores and an audit of the new file."""
-    assert done.code == 0, done.err
-    assert "phase_done:train " in done.out and "phase_done:pack " not in done.out
-    assert re.search(rf"^packing_changed .*{changes}.*made anew", done.out, re.M)
-    after = outcome(folder)
-    assert after["weights"] == before["weights"] and after["artifact"] != before["artifact"]
-    assert exact_scores(done.out).keys() == {"pre_quant", *SCORES}
-    assert not list((folder / "checkpoint").glob("eval_*"))
-    fresh = run_main(
-        folder.parent / "fresh",
-        **{name: read_json(folder / "config.json")["config"][name] for name in PLACES},
-        eval_only=folder / ARTIFACT,
-        audit=0,
-    )
-    found = exact_scores(done.out)
-    assert exact_scores(fresh.out) == {label: found[label] for label in SCORES}
-
-
-PLACES = ("data_path", "tokenizer_path", "device")
-
-
 def test_a_second_size_is_packed_from_the_same_float_weights(again, tmp_path):
+    """Under a new artifact, with its own scores and an audit of the new file."""
     folder, before = tmp_path / "run", outcome(tmp_path / "run")
     smaller = CODE_BYTES + len(before["artifact"]) - 500
     done = again(budget_bytes=smaller, audit=1)
-    check_repacked(folder, done, before, f"BUDGET_BYTES: 16000000 -> {smaller}")
-    assert len(outcome(folder)["artifact"]) <= smaller - CODE_BYTES
+    assert done.code == 0, done.err
+    assert "phase_done:train " in done.out and "phase_done:pack " not in done.out
+    changes = f"BUDGET_BYTES: 16000000 -> {smaller}"
+    assert re.search(rf"^packing_changed .*{changes}.*made anew", done.out, re.M)
+    after = outcome(folder)
+    assert after["weights"] == before["weights"]
+    assert len(after["artifact"]) <= smaller - CODE_BYTES
     assert "audit pass" in done.out and read_json(folder / "audit.json")["passed"]
+    assert exact_scores(done.out).keys() == {"pre_quant", *SCORES}
+    assert not list((folder / "checkpoint").glob("eval_*"))
+    settings = read_json(folder / "config.json")["config"]
+    places = {name: settings[name] for name in ("data_path", "tokenizer_path", "device")}
+    fresh = run_main(tmp_path / "fresh", **places, eval_only=folder / ARTIFACT, audit=0)
+    found = exact_scores(done.out)
+    assert exact_scores(fresh.out) == {label: found[label] for label in SCORES}
     assert "phase_done:pack " in again(budget_bytes=smaller, audit=1).out
 
 
@@ -324,12 +309,15 @@ def test_an_audit_that_comes_later_covers_the_scores_that_are_there(again):
 
 @pytest.fixture
 def sampled(trained):
+    """text(**changes): what is written without data; no score is touched."""
+    folder, settings = trained
+    scores = (folder / "run" / "scores.json").read_bytes()
+
     def text(**changes):
-        folder, settings = trained
-        done = run_main(
-            cwd=folder, **{**settings, "sample_tokens": 12, "mode": "sample", **changes}
-        )
+        fixed = dict(sample_tokens=12, mode="sample", data_path="nowhere")
+        done = run_main(cwd=folder, **{**settings, **fixed, **changes})
         assert done.code == 0, done.err
+        assert (folder / "run" / "scores.json").read_bytes() == scores
         return done.out
 
     return text
@@ -345,11 +333,3 @@ def test_sample_at_temperature_zero_takes_the_likeliest_token(sampled):
     greedy = sampled(prompt="The", temperature=0, seed=1)
     assert sampled(prompt="The", temperature=0, seed=2) == greedy
     assert sampled(prompt="The", temperature=1, top_k=1, seed=3) == greedy
-
-
-def test_sample_needs_no_data_and_touches_no_score(trained, evaluate):
-    scores = trained[0] / "run" / "scores.json"
-    before = scores.read_bytes()
-    done = evaluate(data_path="nowhere", mode="sample", sample_tokens=5)
-    assert done.code == 0 and done.out.startswith("The")
-    assert scores.read_bytes() == before

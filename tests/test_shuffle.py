@@ -2,11 +2,10 @@
 
 import collections
 import os
-import shutil
 
 import numpy as np
 import pytest
-from helpers import events, launch, tiny_config
+from helpers import tiny_config
 
 import train_gpt
 from train_gpt import DataError, ShuffledStream, TrainStream, write_shard
@@ -110,23 +109,6 @@ def bytes_read_by_this_process():
         return int(next(line for line in file if line.startswith("rchar:")).split()[1])
 
 
-@pytest.mark.parametrize("damage", ["vanished", "truncated", "longer"])
-def test_a_shard_that_changes_in_mid_run_is_an_error(paths, damage):
-    made = stream(paths)
-    made.sequences(0, 20)
-    content = paths[3].read_bytes()
-    paths[3].unlink()
-    if damage != "vanished":
-        paths[3].write_bytes(content[:-2] if damage == "truncated" else content + b"\0\0")
-    with pytest.raises(DataError, match=f"{paths[3]}: .*restore the shard"):
-        made.sequences(20, 100)
-
-
-def test_a_token_outside_the_vocabulary_is_an_error(paths):
-    with pytest.raises(DataError, match="token id .* is outside VOCAB_SIZE=30000"):
-        stream(paths, vocab_size=30_000).sequences(0, 150)
-
-
 def test_shards_without_a_whole_sequence_are_refused(tmp_path):
     path = tmp_path / "fineweb_train_000000.bin"
     write_shard(path, np.arange(T))
@@ -142,50 +124,3 @@ def test_the_switch_chooses_the_stream(paths):
     assert type(plain) is TrainStream and plain.seq_len == 64
     shuffled = train_gpt.open_train_stream(tiny_config(data_path=folder, shuffle=True, seed=7))
     assert type(shuffled) is ShuffledStream and (shuffled.seq_len, shuffled.seed) == (64, 7)
-
-
-# ---- whole runs ----
-
-
-def losses(folder):
-    return {event["step"]: event["train_loss"] for event in events(folder, "step")}
-
-
-@pytest.fixture(scope="module")
-def shuffled_run(tiny_data, tmp_path_factory):
-    """(settings, folder) of 6 shuffled steps, more than a pass, with checkpoints on the way."""
-    folder = tmp_path_factory.mktemp("shuffled")
-    settings = dict(
-        tiny_data.settings,
-        shuffle=True,
-        dtype="float32",
-        train_batch_tokens=8192,
-        checkpoint_every=2,
-        ttt_enabled=False,
-        eval_stride=64,
-    )
-    done = launch({**settings, "run_dir": folder / "run"}, folder)
-    assert done.returncode == 0, done.stderr
-    return settings, folder / "run"
-
-
-def test_a_resumed_run_goes_on_with_the_same_sequences(shuffled_run, tmp_path):
-    settings, run_dir = shuffled_run
-    shutil.copytree(run_dir, tmp_path / "run")
-    for name in ("final_model.pt", "final_model.int6.ptz", "scores.json", "metrics.jsonl"):
-        (tmp_path / "run" / name).unlink()
-    newest = max((tmp_path / "run/checkpoint").glob("step_*.pt"))
-    newest.unlink()  # the one before it is left
-    done = launch({**settings, "run_dir": tmp_path / "run"}, tmp_path)
-    assert done.returncode == 0 and "resumed_from:" in done.stdout, done.stderr
-    expected, found = losses(run_dir), losses(tmp_path / "run")
-    assert found and found == {step: expected[step] for step in found}
-    name = "final_model.int6.ptz"
-    assert (tmp_path / "run" / name).read_bytes() == (run_dir / name).read_bytes()
-
-
-def test_two_ranks_train_on_the_same_sequences(shuffled_run, tmp_path):
-    settings, run_dir = shuffled_run
-    done = launch({**settings, "run_dir": tmp_path / "run"}, tmp_path, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(run_dir), rel=1e-4)

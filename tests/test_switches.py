@@ -32,10 +32,11 @@ class Lab:
 
     def __init__(self, data, folder):
         self.folder, self.folders, self.seen, self.finished = folder, 0, {}, {}
-        paths = dict(data_path=str(data.data_path), tokenizer_path=str(data.tokenizer_path))
         changes = dict(dtype="float32", ttt_enabled=False, eval_stride=32)
-        self.base = {**data.settings, **paths, **changes}
-        self.artifact = ""
+        self.base = {**data.settings, **changes}
+        # An artifact for the looks that train nothing.
+        run = self.good_run(self.settings(iterations=1))
+        self.artifact = str(run.dir / "final_model.int6.ptz")
 
     def fresh_folder(self):
         self.folders += 1
@@ -60,17 +61,18 @@ class Lab:
                 self.finished[key] = run_main(self.fresh_folder() / "run", **settings)
         return self.finished[key]
 
+    def good_run(self, settings):
+        run = self.run(settings)
+        assert run.code == 0, run.err
+        return run
+
     def forget(self):
         self.finished.clear()
 
 
 @pytest.fixture(scope="module")
 def lab(tiny_data, tmp_path_factory):
-    made = Lab(tiny_data, tmp_path_factory.mktemp("switches"))
-    run = run_main(made.fresh_folder() / "run", **made.settings(iterations=1))
-    assert run.code == 0, run.err
-    made.artifact = str(run.dir / "final_model.int6.ptz")
-    return made
+    return Lab(tiny_data, tmp_path_factory.mktemp("switches"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,9 +123,8 @@ def packed(lab, settings):
 
 def run_artifact(lab, settings):
     """The artifact of a whole run."""
-    result = lab.run(settings)
-    assert result.code == 0, result.err
-    return hashlib.sha256((result.dir / "final_model.int6.ptz").read_bytes()).hexdigest()
+    artifact = lab.good_run(settings).dir / "final_model.int6.ptz"
+    return hashlib.sha256(artifact.read_bytes()).hexdigest()
 
 
 def dropped_to_int5(lab, settings):
@@ -191,16 +192,13 @@ def ended(lab, settings):
 
 def labels(lab, settings):
     """The scores of a whole run."""
-    result = lab.run(settings)
-    assert result.code == 0, result.err
-    return list(result.scores())
+    return list(lab.good_run(settings).scores())
 
 
 def files(lab, settings):
     """The files of a whole run."""
-    result = lab.run(settings)
-    assert result.code == 0, result.err
-    return {str(path.relative_to(result.dir)) for path in result.dir.rglob("*")}
+    folder = lab.good_run(settings).dir
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def directory(lab, settings):
@@ -212,19 +210,15 @@ def directory(lab, settings):
 
 
 def sampled(lab, settings):
-    """What MODE=sample prints."""
-    result = run_main(lab.fresh_folder() / "run", **settings)
-    assert result.code == 0, result.err
-    return result.out
+    """The text that MODE=sample prints."""
+    return lab.good_run(settings).out
 
 
 def lines(pattern):
     """The log lines of a whole run, as far as they match."""
 
     def log_lines(lab, settings):
-        result = lab.run(settings)
-        assert result.code == 0, result.err
-        return re.findall(f"^{pattern}", result.out, re.M)
+        return re.findall(f"^{pattern}", lab.good_run(settings).out, re.M)
 
     return log_lines
 
