@@ -95,6 +95,9 @@ def test_the_sizes_are_those_of_the_files_and_of_memory(run):
     assert model == (run.dir / "final_model.int6.ptz").stat().st_size
     assert code == read_json(run.dir / "manifest.json")["code_bytes"]
     assert total == code + model and room == 16_000_000 - total
+    scores = read_json(run.dir / "scores.json")
+    sizes = [scores[f"{part}_bytes"] for part in ("code", "artifact", "total")]
+    assert sizes == [code, model, total]
     saved = only(run.lines, rf"checkpoint_saved step:5 seconds:\d+\.\d\d bytes:({INTEGER})")
     assert int(saved[1]) == (run.dir / "checkpoint" / "step_00000005.pt").stat().st_size
     peak = only(run.lines, f"peak memory allocated: ({INTEGER}) MiB reserved: ({INTEGER}) MiB")

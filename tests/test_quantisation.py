@@ -552,6 +552,20 @@ def test_the_fisher_information_is_of_the_gradient_on_drawn_labels(tiny_data, ru
     assert predicted == pytest.approx(measured, rel=0.5)
 
 
+def test_a_logit_s_weight_is_the_variance_of_a_drawn_label(tiny_data, runtime):
+    config = calibration_config(tiny_data)
+    model = random_model(config).eval()
+    with torch.no_grad():
+        model.tok_emb.weight.mul_(100)  # some labels are nearly certain
+    ids = torch.arange(2, 34).view(1, -1)
+    found = {}
+    golf.calibrate_batch(model, ids, 0, runtime(config), found.__setitem__)
+    p = model.logits(model.hidden(ids)).double().softmax(-1)[0]
+    assert p.max() > 0.9
+    expected = (p - p.square()).sum(0).float()
+    torch.testing.assert_close(found["label_variance"], expected, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_calibration_text_is_training_text_spread_over_the_shards(
     tiny_data, runtime, tmp_path, shuffle

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -21,6 +22,8 @@ from helpers import (
     read_json,
     steps_of,
 )
+
+import train_gpt
 
 LONGER = dict(iterations=36, warmdown_iters=12)
 SCORES = ("pre_quant", "final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt")
@@ -49,6 +52,41 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(children, w
     assert outcome(run_dir) == outcome(whole)
     assert not list(run_dir.rglob("*.tmp")), "a killed write left its temporary file behind"
     assert not list((run_dir / "checkpoint").glob("eval_*")), "scored, and states still there"
+
+
+@pytest.mark.parametrize(
+    "at, resumed",
+    [
+        ("step_ 4 hold", "resumed_from:"),
+        ("eval_legal_ttt 5 hold", "resumed_evaluation legal_ttt item:5/"),
+    ],
+)
+def test_two_ranks_killed_together_end_like_uninterrupted_ones(children, whole_two, at, resumed):
+    run_dir = children.unscored(whole_two) if at.startswith("eval") else children.new("killed_two")
+    group = children.start(run_dir, ranks=2, patch=AT_WRITE, at=at)
+    assert group.until(Path(f"{run_dir}.held").exists)
+    group.kill()
+    assert group.wait() == [-9, -9]
+    assert resumed in children.finish(run_dir, ranks=2).stdout()
+    assert outcome(run_dir) == outcome(whole_two)
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut all", "foreign"])
+def test_a_state_of_an_evaluation_that_is_unusable_is_not_used(children, whole, damage):
+    run_dir = children.unscored(whole)
+    kill(children, run_dir, "eval_legal_ttt 5 named")
+    states = sorted((run_dir / "checkpoint").glob("eval_legal_ttt_*.pt"), reverse=True)
+    for path in states if damage == "cut all" else states[:1]:
+        state = train_gpt.load_tensors(path)
+        if damage == "foreign":
+            train_gpt.save_tensors(path, {**state, "identity": "another"})
+        else:
+            path.write_bytes(path.read_bytes()[:-100])
+    output = children.finish(run_dir).stdout()
+    assert f"warning: {states[0]}" in output
+    assert ("resumed_evaluation legal_ttt item:4/" in output) is (damage == "cut")
+    assert outcome(run_dir) == outcome(whole)
+    assert not list((run_dir / "checkpoint").glob("eval_*")), "scored, and still there"
 
 
 @pytest.mark.slow
@@ -121,6 +159,19 @@ def test_a_time_limit_stops_in_time_and_a_rerun_finishes(children, whole):
     assert 0 < max(steps_of(run_dir)) < 12
     children.finish(run_dir)
     assert outcome(run_dir) == outcome(whole)
+
+
+def test_time_already_spent_counts_towards_the_wallclock_cap(children):
+    run_dir, cap = children.new("capped"), dict(max_wallclock_seconds=1000)
+    stop = at_step(4, "os.kill(os.getpid(), 15)")
+    children.finish(run_dir, code=75, patch=stop, **cap)
+    state = train_gpt.load_tensors(newest(run_dir))
+    train_gpt.save_tensors(newest(run_dir), {**state, "seconds": 999.9})
+    output = children.finish(run_dir, **cap).stdout()
+    assert f"stopping_early: wallclock_cap train_time:999900ms step:{state['step']}/12" in output
+    results = read_json(run_dir / "scores.json")
+    assert results["stopped_early"] and results["train_time_s"] == 999.9
+    assert results["steps"] == state["step"]
 
 
 # ---- phases ----

@@ -50,6 +50,31 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(trainer):
     assert all(map(torch.equal, average, made.average.ema))
 
 
+def test_an_infinite_loss_never_reaches_the_weights(trainer):
+    made = trainer()
+    loss = made.loss
+    made.loss = lambda *arguments: loss(*arguments) + math.inf
+    before = weights(made.model)
+    with pytest.raises(train_gpt.DivergedError, match="loss is inf"):
+        made.one_step()
+    assert same(before, weights(made.model))
+
+
+def test_a_step_s_loss_is_that_of_each_token_s_successor(trainer):
+    made = trainer(nfm_enabled=False)
+    rows = made.stream.sequences(0, made.seqs_per_rank)
+    tokens = torch.from_numpy(rows.astype(int))
+    expected = made.model(tokens[:, :-1], tokens[:, 1:]).item()
+    assert made.accumulate(0, rows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_late_rounding_begins_below_its_threshold(trainer):
+    made = trainer(late_qat_threshold=0.15)
+    for scale, blend in ((1.0, 0.0), (0.15, 0.0), (0.1, 1.0)):
+        made.set_schedules(scale)
+        assert made.model.qat_blend == blend
+
+
 def test_a_step_s_noise_is_a_function_of_its_number(trainer):
     made = trainer()
     rows = made.stream.sequences(0, made.seqs_per_rank)
