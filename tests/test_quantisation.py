@@ -556,12 +556,12 @@ def test_a_logit_s_weight_is_the_variance_of_a_drawn_label(tiny_data, runtime):
     config = calibration_config(tiny_data)
     model = random_model(config).eval()
     with torch.no_grad():
-        model.tok_emb.weight.mul_(100)  # some labels are nearly certain
+        model.tok_emb.weight.mul_(20)  # some labels are likely
     ids = torch.arange(2, 34).view(1, -1)
     found = {}
     golf.calibrate_batch(model, ids, 0, runtime(config), found.__setitem__)
     p = model.logits(model.hidden(ids)).double().softmax(-1)[0]
-    assert p.max() > 0.9
+    assert p.max() > 0.5
     expected = (p - p.square()).sum(0).float()
     torch.testing.assert_close(found["label_variance"], expected, atol=1e-4, rtol=1e-3)
 
