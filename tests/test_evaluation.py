@@ -453,6 +453,16 @@ def stopped_state(case, **options):
     return checkpoints
 
 
+def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(case):
+    case = case(2 * CHUNK)
+    checkpoints = stopped_state(case, identity="mine")
+    other = replaced(case.stream, 5)
+    expected = case.run(stream=other, identity="mine")[0]
+    found = case.run(stream=other, identity="mine", checkpoints=checkpoints)[0]
+    assert result(found) == result(expected)
+    assert "warning: " in case.log()
+
+
 @pytest.mark.parametrize(
     "change",
     [

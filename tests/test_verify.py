@@ -174,13 +174,10 @@ def test_a_script_is_believed_that_calls_its_score_illegal(judge):
 
 
 @pytest.mark.slow
-def test_all_violations_are_found(judge):
-    missed = []
-    for violation in VIOLATIONS:
-        code, _, _ = judge(violation, "--tokens 6000 --twins 10 --stop")
-        if code != 6:
-            missed.append(violation.name)
-    assert missed == []
+@pytest.mark.parametrize("violation", VIOLATIONS, ids=lambda violation: violation.name)
+def test_every_violation_is_found(judge, violation):
+    code, _, printed = judge(violation, "--tokens 6000 --twins 10 --stop")
+    assert code == 6, printed
 
 
 @pytest.mark.slow
