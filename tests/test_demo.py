@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 from helpers import TINY, launch, read_json, run_main
 
 import train_gpt
@@ -147,14 +148,44 @@ def test_hardly_any_passage_of_the_demos_text_is_in_both_parts(short_demo):
     assert sum(passage in seen for passage in passages) < 0.02 * len(passages)
 
 
-@pytest.mark.slow
-def test_the_whole_demo_beats_gzip_and_gains_visibly_by_test_time_training(short_demo):
+@pytest.fixture(scope="module")
+def whole_demo(short_demo):
+    """(run directory, output) of the demo as it is."""
     folder, _ = short_demo
     settings = dict(preset="demo", max_wallclock_seconds=0, audit=False, device="cpu", run_id="2")
     finished = launch(settings, folder, timeout=1800)
     assert finished.returncode == 0, finished.stderr
-    gzip_bpb = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", finished.stdout, re.M)[1])
-    scores = read_json(folder / "runs/2/scores.json")["scores"]
+    return folder / "runs/2", finished.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_demo_beats_gzip_and_gains_visibly_by_test_time_training(whole_demo):
+    run_dir, out = whole_demo
+    gzip_bpb = float(re.search(r"^baseline gzip -9 bpb:([\d.]+)", out, re.M)[1])
+    scores = read_json(run_dir / "scores.json")["scores"]
     sliding = scores["final_int6_sliding_window"]["val_bpb"]
     assert sliding < gzip_bpb
     assert scores["legal_ttt"]["val_bpb"] < sliding - 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["nfm_7k", "base_7k", "base_20k", "flow_20k"])
+def test_lite_fits_at_full_shape_with_values_drawn_from_trained_weights(whole_demo, preset):
+    run_dir, _ = whole_demo
+    trained = train_gpt.load_weights(run_dir / train_gpt.FLOAT_NAME).state_dict
+    pools = {}  # values by a tensor's name without its layer
+    for name, tensor in trained.items():
+        pools.setdefault(re.sub(r"blocks\.\d+", "blocks", name), []).append(tensor.flatten())
+    pools = {name: torch.cat(parts) for name, parts in pools.items()}
+    config = Config.from_env({"PRESET": preset})
+    with torch.device("meta"):
+        shapes = train_gpt.GPT(config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in shapes.items():
+        # The demo has no FlowRefiner: its matrices get the values of another refiner.
+        stand_in = "nfm.inp.weight" if tensor.dim() > 1 else "nfm.inp.bias"
+        pool = pools.get(re.sub(r"blocks\.\d+", "blocks", name), pools[stand_in])
+        state[name] = pool[torch.randint(len(pool), tensor.shape, generator=generator)]
+    blob, layers = train_gpt.fit_lite(config, state, code_bytes=72_000)
+    assert len(blob) + 72_000 <= 16_000_000 and len(layers) < config.num_layers
