@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from helpers import (
     AT_WRITE,
     ROOT,
@@ -333,3 +334,12 @@ def test_sample_at_temperature_zero_takes_the_likeliest_token(sampled):
     greedy = sampled(prompt="The", temperature=0, seed=1)
     assert sampled(prompt="The", temperature=0, seed=2) == greedy
     assert sampled(prompt="The", temperature=1, top_k=1, seed=3) == greedy
+    assert sampled(prompt="The", temperature=1e-4, seed=4) == greedy != sampled(seed=4)
+
+
+def test_sample_ends_with_the_document(sampled, monkeypatch):
+    ends = iter([5, 6, train_gpt.EOS, 7])
+    monkeypatch.setattr(train_gpt.torch, "multinomial", lambda *_, **__: torch.tensor([next(ends)]))
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, k: (x, torch.arange(len(x))))
+    sampled(prompt="The", sample_tokens=4)
+    assert next(ends) == 7

@@ -30,7 +30,7 @@ QUICK = 0.5  # seconds; the quicker tests run first
 SLOWER = 3  # times as long as without a fault, and a minute: then the tests hang, which is caught
 # Tests of each room, cheapest first; files that a version lacks are left out.
 TESTS = {
-    "Data": ["data", "shuffle", "bad_input", "demo"],
+    "Data": ["data", "shuffle", "odd_data", "bad_input", "demo"],
     "Model": ["model", "refiners", "records", "frontier", "published"],
     "Optimisers": ["optimisers", "training", "distributed"],
     "Training": ["training", "optimisers", "frontier", "distributed", "resume", "log"],
