@@ -800,7 +800,7 @@ VIOLATIONS = [
         "C2",
         "verify",
         bonus_for_what_is_likely_already=at_logps(
-            lambda at: torch.where(at.logps > -0.5, 0.7 * at.logps, at.logps)
+            lambda at: torch.where(at.logps > -1.5, 0.7 * at.logps, at.logps)
         ),
         bonus_in_the_official_directory=at_logps(
             lambda at: at.logps + 0.05 * ("fineweb10B" in at.self.config.data_path)
