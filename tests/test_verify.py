@@ -176,7 +176,7 @@ def test_a_script_is_believed_that_calls_its_score_illegal(judge):
 @pytest.mark.slow
 @pytest.mark.parametrize("violation", VIOLATIONS, ids=lambda violation: violation.name)
 def test_every_violation_is_found(judge, violation):
-    code, _, printed = judge(violation, "--tokens 6000 --twins 10 --stop")
+    code, _, printed = judge(violation, "--tokens 6000 --twins 40 --stop")
     if code != 6 and violation.caught_by == "both":  # then by the script's own words
         code, _, printed = judge(violation, "--stop", deaf=False)
     assert code == 6, printed
