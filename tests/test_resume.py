@@ -207,6 +207,14 @@ def test_a_rerun_does_only_what_is_missing_and_says_so(children, audited, whole,
     assert outcome(run_dir) == outcome(whole)
 
 
+def test_an_audit_of_another_file_does_not_count(children, audited):
+    run_dir = children.copy(audited)
+    path = run_dir / "audit.json"
+    path.write_text(path.read_text().replace('"key": "', '"key": "0'))
+    output = children.finish(run_dir, audit=1).stdout()
+    assert "phase_done:audit" not in output and "audit pass" in output
+
+
 # ---- other settings, other data ----
 
 
