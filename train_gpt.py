@@ -22,6 +22,7 @@ command again).
 import ast
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -587,8 +588,7 @@ PRESETS = {
         checkpoint_seconds=60.0,
         eval_seq_len=256,
         eval_stride=128,
-        # Measured on a model of 300 steps: sliding window 2.0532 bits per byte, with this 2.0255.
-        # At five times the rate two thirds of the gain are gone.
+        # At five times this rate two thirds of the gain are gone.
         ttt_lr=0.02,
         ttt_epochs=1,
         ttt_chunk_tokens=8192,
@@ -661,7 +661,7 @@ def count_layers_from(variable, text, current):
 
 
 # The scripts of #1170, #1232, #1166, #1150 and of later records have variables that are no fields.
-# Their commands run unchanged: an ignored variable would train another model than asked.
+# The published commands run unchanged: an ignored variable would train another model than asked.
 
 # Other names of fields: {variable: field} or {variable: (field, converter, text for --help)}. A
 # converter takes the variable, its text and current(name), the value of a field so far.
@@ -724,13 +724,13 @@ REFUSED = {
     "MLP_CLIP_SIGMAS": STEPS_FOUND,
     "ATTN_CLIP_SIGMAS": STEPS_FOUND,
     "GPTQ_CALIBRATION_BATCHES": "set CALIBRATION_TOKENS",
-    # They have other forms of the same parts.
+    # Later records have other forms of the same parts.
     "RECUR_LAYERS": "set NUM_LOOPS, LOOP_START and LOOP_END",
     "RECUR_START_STEP": "set LOOP_AT, a share of the run",
     "PARALLEL_START_LAYER": "there are no two lanes: set PARALLEL_LAST_N for the one here",
     "SMEAR_GATE_ENABLED": "set SMEAR_ENABLED, and SMEAR_INPUTS=12 for their form of it",
     "SPARSE_ATTN_GATE_ENABLED": "set GATED_ATTENTION=1 and GATE_INPUTS=12",
-    # Settings that this script once had.
+    # Removed settings, with their replacement.
     "NPROC": "start the ranks with torchrun --standalone --nproc_per_node=N",
     "RESUME": "the same command resumes RUN_DIR: unset it, or set another RUN_ID to start anew",
     "EMA_FULL_STEPS": "set a lower EMA_DECAY for a short run",
@@ -1354,7 +1354,10 @@ class StopRequest:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        """Note the first signal; a second one means now."""
+        """Note the first signal; a second one exits at once.
+
+        In training the step ends first: Trainer.agree asks for the wish, one_step saves and stops.
+        """
         now = time.monotonic()
         if self.first_signal is None:
             self.first_signal = now
@@ -1387,7 +1390,13 @@ class Runtime:
         # Before CUDA starts: with it cuBLAS gives the same bits every time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         rank = read_number(environ, "RANK", int, 0)
-        self.comm = Comm(rank, read_number(environ, "WORLD_SIZE", int, 1))
+        world = read_number(environ, "WORLD_SIZE", int, 1, low=1)
+        if rank >= world or (world > 1 and "MASTER_ADDR" not in environ):
+            raise ConfigError(
+                f"RANK={rank} and WORLD_SIZE={world}: expected a rank below the number of ranks, "
+                "and MASTER_ADDR beside several: start them with torchrun, or unset both"
+            )
+        self.comm = Comm(rank, world)
         self.is_main = self.comm.rank == 0
         self.device = pick_device(config.device, read_number(environ, "LOCAL_RANK", int, 0))
         on_gpu = self.device.type == "cuda"
@@ -1407,6 +1416,8 @@ class Runtime:
             # gloo beside nccl: scalars are agreed on through the host.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        if not on_gpu:
+            keep_freed_blocks()
         if on_gpu:
             torch.cuda.set_device(self.device)
             # DTYPE=float32 promises float32 products.
@@ -1524,7 +1535,8 @@ class Runtime:
         """(allocated, reserved) peaks on the GPU; on a CPU both are the process's resident one."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # KiB on Linux
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident >>= 20 if sys.platform == "darwin" else 10  # macOS counts bytes, Linux KiB
         return resident, resident
 
     def close(self):
@@ -1570,12 +1582,15 @@ def say(text, stream=None):
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def read_number(environ, name, kind, default):
+def read_number(environ, name, kind, default, low=0):
     """The number in a variable that torchrun or SLURM sets. Raises ConfigError for another text."""
-    try:
-        return kind(environ.get(name, default))
-    except ValueError:
-        raise ConfigError(f"{name}={environ[name]!r}: expected a number: unset {name}") from None
+    with contextlib.suppress(ValueError):
+        number = kind(environ.get(name, default))
+        if number >= low:
+            return number
+    raise ConfigError(
+        f"{name}={environ[name]!r}: expected a number of at least {low}: unset {name}"
+    )
 
 
 def pick_dtype(wish, device):
@@ -1590,7 +1605,8 @@ def pick_dtype(wish, device):
         fast = major >= 8
         reason = f"auto: CUDA capability {major}.{minor}"
     else:
-        # oneDNN does the products, and can be told to do without AMX.
+        # oneDNN does the products, and can be told to do without AMX. AVX512-BF16 alone is faster
+        # than float32 on some CPUs and slower on others: DTYPE=bfloat16 asks for it.
         isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
         allowed = isa in ("ALL", "DEFAULT") or "AMX" in isa
         fast = allowed and torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -1621,6 +1637,17 @@ def pick_device(wish, local_rank):
     if local_rank > 0:
         raise ConfigError(f"DEVICE={wish} is one GPU for several ranks: use DEVICE=cuda")
     return torch.device(wish)
+
+
+def keep_freed_blocks():
+    """Let glibc keep freed memory: fresh pages from the kernel cost a fifth of a CPU's scoring."""
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # numbers of mallopt(3)
+    # Another C library than glibc (macOS, musl) goes without.
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)  # no block straight from the kernel
+        libc.mallopt(trim_threshold, 2**31 - 1)  # give nothing back below 2 GB
+        libc.mallopt(arena_max, 1)  # one heap, which every thread reuses
 
 
 def device_name(device):
@@ -2137,7 +2164,8 @@ def build_demo_data(config, log):
             log(f"warning: no locks on the file system of {data}: build the data in one run only")
         # Verifying an artifact needs no training data.
         splits = ["val"] if config.eval_only else ["train", "val"]
-        if tokenizer.exists() and all(any(data.glob(f"fineweb_{s}_*.bin")) for s in splits):
+        shards = [data / f"fineweb_{split}_000000.bin" for split in splits]
+        if all(path.exists() for path in [tokenizer, *shards]):
             return
         begin = time.monotonic()
         log("demo_data: reading the English of the installed Python libraries (once, a minute)")
@@ -2500,7 +2528,7 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(mix)
         self.parallel = layer >= config.num_layers - config.parallel_last_n
         # LN scale: deeper layers read a quieter input (Sun et al. 2025, arXiv 2502.05795).
-        # As a tensor it leaves all layers one code, which a compiler need see only once.
+        # As a tensor it leaves all layers one code, so that one graph could serve every layer.
         self.register_buffer("norm_scale", torch.tensor((layer + 1) ** -0.5), persistent=False)
 
     def forward(self, x, x0, angles, v_first, v_emb):
@@ -3671,7 +3699,7 @@ class Trainer:
             frac = min(1.0, config.warmdown_iters / config.iterations)
             self.runtime.log(
                 f"warning: MAX_WALLCLOCK_SECONDS ends this run after about {steps:.0f} steps, but "
-                f"WARMDOWN_ITERS={config.warmdown_iters}: the learning rate never exceeds "
+                f"WARMDOWN_ITERS={config.warmdown_iters}: after step 1 the rate stays below "
                 f"{peak:.3f} of its peak; WARMDOWN_FRAC={frac:.2f} keeps the warmdown's share"
             )
 
@@ -3873,11 +3901,15 @@ class Trainer:
         """Write a checkpoint while the clock stands still; every rank must call it.
 
         With `needed`, raises ResourceError if it cannot be written. Weights that are not finite are
-        never saved: the checkpoints before them are the ones to keep.
+        never saved: the checkpoints before them are the ones to keep. With `needed` they raise
+        DivergedError.
         """
         begin = time.monotonic()
         if not all(bool(torch.isfinite(param).all()) for param in self.model.parameters()):
-            self.runtime.log(f"warning: no checkpoint at step {self.step}: weights are not finite")
+            text = f"no checkpoint at step {self.step}: weights are not finite"
+            if needed:
+                raise DivergedError(f"{text}; last good weights: {self.checkpoints.last()}")
+            self.runtime.log(f"warning: {text}")
             return
         state = self.training_state()  # a collective: momentum is gathered from all ranks
         # A tensor, since thousands of Python floats are slow to write.
@@ -4127,7 +4159,10 @@ def log_probs(logits):
 
 
 class Meter:
-    """float64 sums of nll and bytes on this rank, and the targets that they hold."""
+    """float64 sums of nll and bytes on this rank, and the targets that they hold.
+
+    add() refuses a target that comes twice on this rank, Evaluation.result() one on two ranks.
+    """
 
     def __init__(self, num_targets, device):
         # The sum stays on the device: to read it makes the host wait.
@@ -5829,9 +5864,11 @@ def log_size_breakdown(groups, log):
 
 
 # ---- reading ----
-# Refused: a wrong head, length or checksum; a frame whose size is not the head's promise, or above
-# MAX_RAW_BYTES; a header whose settings, tensor names or shapes are not exactly the architecture's;
-# data of another length than these need. Nothing is unpickled, no code of the file runs.
+# Refused: a wrong head (magic bytes, version, compressor, reserved bytes, lengths) or checksum; a
+# frame whose size is not the head's promise, or above MAX_RAW_BYTES; a header with missing or
+# unknown entries or settings, or with tensors (a name twice, another shape) that are not exactly
+# the architecture's; data of another length than these need. Nothing is unpickled, no code of the
+# file runs. load_float_weights refuses the same in a float checkpoint.
 
 
 def decompress(body, compressor, size):
@@ -6296,7 +6333,8 @@ class Run:
         config = self.config
         # Before packing there is no artifact; the manifest is written again after it.
         packed = self.artifact_path.exists()
-        train_shards = list(Path(config.data_path).glob("fineweb_train_*.bin"))
+        shards = [name for name in list_data(config) if SHARD_NAME.fullmatch(name)]
+        train_shards = [name for name in shards if name.startswith("fineweb_train_")]
         manifest = dict(
             python=platform.python_version(),
             torch=torch.__version__,

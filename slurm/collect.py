@@ -52,6 +52,7 @@ from runs import (
     group_runs,
     load_runs,
     number_from_0,
+    open_terminal,
     read_json,
     with_separators,
 )
@@ -270,7 +271,7 @@ def build_submission(args, group, stage, p):
         "github_id": args.github_id or args.author,
         "name": args.name or preset,
         "blurb": args.blurb or f"{preset}, {stage} score, {bpbs.n} seed(s)",
-        "date": str(args.date or datetime.datetime.now(datetime.timezone.utc).date()),
+        "date": str(args.date or datetime.datetime.now(datetime.UTC).date()),
         "track": args.track,
         # Which score, and on what text
         "score_label": labels.pop() if len(labels) == 1 else stage,
@@ -519,7 +520,7 @@ def draw_curves(runs, title, ablation):
 
 def build_parser():
     """The parser of the command line; --help shows the module's docstring."""
-    summary, details = __doc__.split("\n\n", 1)
+    summary, _, details = (__doc__ or "").partition("\n\n")  # python -OO strips docstrings
     parser = argparse.ArgumentParser(
         prog="collect.py",
         description=summary,
@@ -629,9 +630,7 @@ def collect(args):
 
 def main(arguments=None):
     """Returns the exit code; see the module's docstring."""
-    # A terminal may lack characters of the page; escaped they are better than a traceback
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    open_terminal()
     args = build_parser().parse_args(arguments)
     try:
         return collect(args)

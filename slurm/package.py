@@ -39,7 +39,14 @@ import tempfile
 import tokenize
 from pathlib import Path
 
-from runs import RunDataProblem, number_from_0, read_json, read_run_dir, with_separators
+from runs import (
+    RunDataProblem,
+    number_from_0,
+    open_terminal,
+    read_json,
+    read_run_dir,
+    with_separators,
+)
 
 BUDGET_BYTES = 16_000_000
 ARTIFACT_NAME = "final_model.int6.ptz"
@@ -389,8 +396,7 @@ def build(args):
 
 
 def main(arguments=None):
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    open_terminal()
     args = parse(sys.argv[1:] if arguments is None else arguments)
     # building() then cleans up
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

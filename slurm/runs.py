@@ -13,10 +13,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
+import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+
+
+def open_terminal():
+    """Escape characters that the terminal lacks; a stream that `>&-` closed becomes /dev/null."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 class UsageProblem(Exception):

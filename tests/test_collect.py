@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -126,6 +127,15 @@ def test_picture_of_an_ablation_has_one_legend_entry_per_configuration(tmp_path)
     assert texts == ["nfm_loss_weight=0.05", "nfm_loss_weight=0.1", "warmdown"]
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
     assert colours[0] == colours[1] != colours[2] == colours[3]
+
+
+@pytest.mark.parametrize("options, closed", [(["-OO"], ""), ([], ">&-")])
+def test_collect_works_without_docstrings_and_with_its_output_closed(tmp_path, options, closed):
+    command = [sys.executable, *options, str(ROOT / "slurm" / "collect.py"), *three_runs(tmp_path)]
+    shell = f"{shlex.join(map(str, command))} --out {tmp_path} {closed}"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert (tmp_path / "results.md").exists()
 
 
 def test_a_terminal_that_lacks_characters_gets_them_escaped_and_the_files_whole(tmp_path):

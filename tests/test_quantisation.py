@@ -1020,7 +1020,7 @@ def test_full_size_fills_the_budget_to_a_thousandth(preset):
     """Weights and their costs are made up, sizes are real."""
     config = golf.Config.from_env({"PRESET": preset, "QUANTIZER": "gptq"})
     torch.manual_seed(0)
-    state = golf.GPT(config, golf.cpu_attention).state_dict()
+    state = golf.GPT(config).state_dict()
     for name, tensor in state.items():
         if golf.gptq_scheme_of(name, tensor.shape) == "grid":
             tensor.normal_(std=0.02)  # where training starts from zeros, too

@@ -216,11 +216,15 @@ def test_an_earlier_run_is_kept_but_for_its_unfinished_files(config, runtime, ea
     assert contents(earlier_run) == {**before, "lock": b""}
 
 
-def test_only_rank_0_touches_the_run_directory(config, runtime, tmp_path, capsys):
-    other = runtime(config, RANK="1")
+def test_only_rank_0_touches_the_run_directory(config, runtime, tmp_path, capsys, monkeypatch):
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(train_gpt.dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(Runtime, "check_dir_is_shared", lambda self: None)
+    other = runtime(config, RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost")
     other.log("a line")
     other.event("step", step=1)
     assert not (tmp_path / "deep").exists() and capsys.readouterr().out == ""
+    other.comm.world = 1  # no process group to leave
 
 
 FORK = multiprocessing.get_context("fork")
@@ -523,6 +527,21 @@ def test_auto_is_bfloat16_on_a_cpu_with_amx_alone(monkeypatch, amx, isa, dtype):
 def test_a_rank_variable_that_is_no_number_is_an_error_that_names_it(tmp_path, name):
     with pytest.raises(ConfigError, match=f"{name}='many': expected a number"):
         Runtime(tiny_config(run_dir=str(tmp_path)), {name: "many"})
+
+
+@pytest.mark.parametrize(
+    "environ, named",
+    [
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE='0': expected a number of at least 1"),
+        (dict(RANK="-1"), "RANK='-1': expected a number of at least 0"),
+        (dict(SLURM_JOB_END_TIME="nan"), "SLURM_JOB_END_TIME='nan'"),
+        (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="localhost"), "RANK=2 and WORLD_SIZE=2"),
+        (dict(RANK="0", WORLD_SIZE="4"), "MASTER_ADDR beside several"),
+    ],
+)
+def test_rank_variables_that_no_launcher_sets_are_an_error(tmp_path, environ, named):
+    with pytest.raises(ConfigError, match=named):
+        Runtime(tiny_config(run_dir=str(tmp_path)), environ)
 
 
 @pytest.mark.parametrize("lacks", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])

@@ -60,6 +60,16 @@ def test_an_infinite_loss_never_reaches_the_weights(trainer):
     assert same(before, weights(made.model))
 
 
+def test_a_stop_with_weights_that_are_not_finite_is_no_saved_stop(trainer):
+    made = trainer()
+    made.one_step()
+    with torch.no_grad():
+        made.model.tok_emb.weight.fill_(math.nan)
+    made.save()  # a warning: an older checkpoint may be there
+    with pytest.raises(train_gpt.DivergedError, match="no checkpoint at step 1"):
+        made.save(needed=True)
+
+
 def test_a_step_s_loss_is_that_of_each_token_s_successor(trainer):
     made = trainer(nfm_enabled=False)
     rows = made.stream.sequences(0, made.seqs_per_rank)

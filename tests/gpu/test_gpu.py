@@ -1,4 +1,4 @@
-"""What only a GPU can show; the first thing to run when one is there: python -m pytest tests/gpu -s
+"""Tests that need a GPU, to be run first where one is: python -m pytest tests/gpu -n 0 -s
 
 Skipped without CUDA; `-s` shows the figures for docs/gpu.md.
 """
