@@ -131,7 +131,8 @@ class Stopped(GolfError):
 # Configuration
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
 # Kinds of fields: "train" fixes the float weights, "pack" the artifact made of them, "arch" and
-# "eval" travel inside the artifact, "run" changes where and how a run happens but not its result.
+# "eval" travel inside the artifact, "run" changes where and how a run happens but not its result,
+# but for the rounding of another type or order of sums (DTYPE, DEVICE, COMPILE, MICRO_BATCH_TOKENS).
 # The hash covers all but "run", so that runs with equal hashes are comparable.
 # ==================================================================================================
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
@@ -304,8 +305,7 @@ class Config:
     slot_lr: float = eval_option(0.003, "AdamW rate of SLOT", 0, 100)
     slot_steps: int = eval_option(5, "AdamW steps of SLOT", 1, 100)
 
-    # Files and folders. No setting from here on changes a result, but for the rounding of sums in
-    # another order (DEVICE, COMPILE, MICRO_BATCH_TOKENS).
+    # Files and folders.
     data_path: str = run_option("./data/datasets/fineweb10B_sp1024", "directory of the shards")
     tokenizer_path: str = run_option(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model"
