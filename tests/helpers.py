@@ -1,4 +1,4 @@
-"""What several test modules share: tiny settings, random models, and three ways to run the script.
+"""Parts for several test modules: tiny settings, random models, and three ways to run the script.
 
     run_main   main() in this process: cheapest, for all that needs no process of its own
     Children   processes forked from a server with PyTorch in it: they can be killed and stopped
@@ -68,7 +68,7 @@ TINY = dict(
     device="cpu",
     dtype="float32",
 )
-# What the trunk of TINY lacks.
+# Parts that the trunk of TINY lacks.
 EVERY_PART = dict(
     ve_dim=8,
     ve_last_n=2,
@@ -96,7 +96,7 @@ def preset_config(name, **changes):
 
 
 def layers_for(preset):
-    """What a preset says by layer, for a model of two or three: loops and parallel residuals."""
+    """Loops and parallel residuals of a preset, for a model of two or three layers."""
     differences = train_gpt.PRESETS[preset]
     if "num_loops" not in differences:
         return {}
@@ -184,7 +184,7 @@ def weights(model):
 
 
 def same(left, right):
-    """Whether two states are the same bits."""
+    """True if two states are the same bits."""
     return left.keys() == right.keys() and all(
         torch.equal(left[name], right[name]) for name in left
     )
@@ -381,7 +381,7 @@ def python_command(ranks):
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What a run left: exit code, what it printed, and its directory."""
+    """Exit code, printed text and directory of a run."""
 
     code: int
     out: str
@@ -640,7 +640,7 @@ class Children:
 
 
 def outcome(run_dir):
-    """What must not depend on interruptions: hashes of tensors and artifact, scores."""
+    """Tensors, artifact and scores: all that must not depend on interruptions."""
     saved = train_gpt.load_tensors(Path(run_dir) / "final_model.pt")["state_dict"]
     results = read_json(Path(run_dir) / "scores.json")
     for score in results["scores"].values():

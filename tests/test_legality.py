@@ -51,7 +51,7 @@ def failed(case, model=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is legal passes
+# Legal evaluations pass
 # --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
 def test_a_legal_evaluation_passes_every_check(case, mode):
@@ -88,7 +88,7 @@ def test_a_text_shorter_than_what_the_audit_looks_at_passes(case, targets):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is not, fails
+# Illegal ones fail
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture
 def unpatched():

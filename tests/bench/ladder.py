@@ -55,7 +55,7 @@ class Rung(NamedTuple):
     name: str
     settings: dict
     published: str  # change in bits per byte at full size that its author reported
-    kept: bool = True  # whether the rungs after it have it too
+    kept: bool = True  # the rungs after it have it too
 
 
 RUNGS = [
