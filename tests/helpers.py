@@ -171,9 +171,9 @@ def random_model(config, attend=train_gpt.sdpa_attention, seed=0, spread=0.15):
     return model.train()
 
 
-def random_batch(config, length=21, rows=2):
-    """ids and targets (rows, length); documents begin inside the rows."""
-    ids = torch.randint(train_gpt.BOS + 1, config.vocab_size, (rows, length + 1))
+def random_batch(config, length=21):
+    """ids and targets (2, length); documents begin inside the rows."""
+    ids = torch.randint(train_gpt.BOS + 1, config.vocab_size, (2, length + 1))
     ids[0, 0] = ids[:, length // 3] = ids[1, length // 2] = train_gpt.BOS
     return ids[:, :-1], ids[:, 1:]
 
@@ -294,19 +294,12 @@ class Case:
     def log(self):
         return log_of(self.runtime.dir)
 
-    def checkpoints(self, name="eval"):
-        """Keeps states of this name in the run's directory, none unless the evaluation stops."""
-        return train_gpt.Checkpointer(self.runtime, name, self.config.checkpoint_seconds)
+    def checkpoints(self):
+        """Keeps states in the run's directory, none unless the evaluation stops."""
+        return train_gpt.Checkpointer(self.runtime, "eval", self.config.checkpoint_seconds)
 
 
-def replaced(stream, low, high=None):
-    """`stream` with each token of [low, high) replaced by another."""
-    tokens = np.array(stream.tokens)
-    tokens[low:high] = (tokens[low:high] + 7) % VOCAB
-    return stream.replaced(tokens)
-
-
-# ---- what a run leaves ----
+# ---- files of a run ----
 
 
 def read_json(path):
@@ -362,10 +355,10 @@ def environment(**settings):
     return {**keep, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **text}
 
 
-def launch(settings, cwd, ranks=1, script=ROOT / "train_gpt.py", timeout=240, arguments=()):
+def launch(settings, cwd, ranks=1, script=ROOT / "train_gpt.py", timeout=240):
     """Run the script as a user would; returns the CompletedProcess, stdout and stderr as text."""
     return subprocess.run(
-        [*python_command(ranks), str(script), *arguments],
+        [*python_command(ranks), str(script)],
         cwd=cwd,
         env=environment(**settings),
         capture_output=True,
@@ -545,14 +538,14 @@ class Group:
     def stderr(self, rank=0):
         return self._read("stderr", rank) or ""
 
-    def until(self, holds, timeout=240.0):
+    def until(self, holds):
         """Wait until holds() is true; False when the run ended before."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + 240
         while not holds():
             if self.wait(0.0) is not None:
                 return holds()
             shown = f"{self.stdout()}\n{self.stderr()}"
-            assert time.monotonic() < end, f"waited {timeout} s in vain:\n{shown}"
+            assert time.monotonic() < end, f"waited in vain:\n{shown}"
             time.sleep(0.001)
         return True
 

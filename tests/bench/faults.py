@@ -47,7 +47,6 @@ id equal to the vocabulary: ids.max() «>= → >» vocab_size
 sequences step over their last target: at = first * «self.seq_len → (self.seq_len + 1)» %
 ring jumps a shard's end: np.searchsorted(self.ends, at, side="«right → left»")
 shuffle in the same order in each pass: np.random.default_rng([self.seed, «number → 0»])
-shuffle by no seed: np.random.default_rng([«self.seed → 0», number])
 shuffle without room for the last target: (sizes - «1 - → » self.phases) // self.seq_len
 shuffled sequences counted from the next shard: self.«before → counted»[shards]
 space counted after BOS: self.spaced[target_ids]« & ~self.is_boundary[prev_ids] → »
