@@ -1,4 +1,4 @@
-"""What several test modules share: tiny settings, random models, and three ways to run the script.
+"""Parts for several test modules: tiny settings, random models, and three ways to run the script.
 
     run_main   main() in this process: cheapest, for all that needs no process of its own
     Children   processes forked from a server with PyTorch in it: they can be killed and stopped
@@ -68,7 +68,7 @@ TINY = dict(
     device="cpu",
     dtype="float32",
 )
-# What the trunk of TINY lacks.
+# Parts that the trunk of TINY lacks.
 EVERY_PART = dict(
     ve_dim=8,
     ve_last_n=2,
@@ -96,7 +96,7 @@ def preset_config(name, **changes):
 
 
 def layers_for(preset):
-    """What a preset says by layer, for a model of two or three: loops and parallel residuals."""
+    """Loops and parallel residuals of a preset, for a model of two or three layers."""
     differences = train_gpt.PRESETS[preset]
     if "num_loops" not in differences:
         return {}
@@ -171,9 +171,9 @@ def random_model(config, attend=train_gpt.sdpa_attention, seed=0, spread=0.15):
     return model.train()
 
 
-def random_batch(config, length=21, rows=2):
-    """ids and targets (rows, length); documents begin inside the rows."""
-    ids = torch.randint(train_gpt.BOS + 1, config.vocab_size, (rows, length + 1))
+def random_batch(config, length=21):
+    """ids and targets (2, length); documents begin inside the rows."""
+    ids = torch.randint(train_gpt.BOS + 1, config.vocab_size, (2, length + 1))
     ids[0, 0] = ids[:, length // 3] = ids[1, length // 2] = train_gpt.BOS
     return ids[:, :-1], ids[:, 1:]
 
@@ -184,7 +184,7 @@ def weights(model):
 
 
 def same(left, right):
-    """Whether two states are the same bits."""
+    """True if two states are the same bits."""
     return left.keys() == right.keys() and all(
         torch.equal(left[name], right[name]) for name in left
     )
@@ -294,19 +294,12 @@ class Case:
     def log(self):
         return log_of(self.runtime.dir)
 
-    def checkpoints(self, name="eval"):
-        """Keeps states of this name in the run's directory, none unless the evaluation stops."""
-        return train_gpt.Checkpointer(self.runtime, name, self.config.checkpoint_seconds)
+    def checkpoints(self):
+        """Keeps states in the run's directory, none unless the evaluation stops."""
+        return train_gpt.Checkpointer(self.runtime, "eval", self.config.checkpoint_seconds)
 
 
-def replaced(stream, low, high=None):
-    """`stream` with each token of [low, high) replaced by another."""
-    tokens = np.array(stream.tokens)
-    tokens[low:high] = (tokens[low:high] + 7) % VOCAB
-    return stream.replaced(tokens)
-
-
-# ---- what a run leaves ----
+# ---- files of a run ----
 
 
 def read_json(path):
@@ -362,10 +355,10 @@ def environment(**settings):
     return {**keep, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **text}
 
 
-def launch(settings, cwd, ranks=1, script=ROOT / "train_gpt.py", timeout=240, arguments=()):
+def launch(settings, cwd, ranks=1, script=ROOT / "train_gpt.py", timeout=240):
     """Run the script as a user would; returns the CompletedProcess, stdout and stderr as text."""
     return subprocess.run(
-        [*python_command(ranks), str(script), *arguments],
+        [*python_command(ranks), str(script)],
         cwd=cwd,
         env=environment(**settings),
         capture_output=True,
@@ -381,7 +374,7 @@ def python_command(ranks):
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What a run left: exit code, what it printed, and its directory."""
+    """Exit code, printed text and directory of a run."""
 
     code: int
     out: str
@@ -545,14 +538,14 @@ class Group:
     def stderr(self, rank=0):
         return self._read("stderr", rank) or ""
 
-    def until(self, holds, timeout=240.0):
+    def until(self, holds):
         """Wait until holds() is true; False when the run ended before."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + 240
         while not holds():
             if self.wait(0.0) is not None:
                 return holds()
             shown = f"{self.stdout()}\n{self.stderr()}"
-            assert time.monotonic() < end, f"waited {timeout} s in vain:\n{shown}"
+            assert time.monotonic() < end, f"waited in vain:\n{shown}"
             time.sleep(0.001)
         return True
 
@@ -640,7 +633,7 @@ class Children:
 
 
 def outcome(run_dir):
-    """What must not depend on interruptions: hashes of tensors and artifact, scores."""
+    """Tensors, artifact and scores: all that must not depend on interruptions."""
     saved = train_gpt.load_tensors(Path(run_dir) / "final_model.pt")["state_dict"]
     results = read_json(Path(run_dir) / "scores.json")
     for score in results["scores"].values():

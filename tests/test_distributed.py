@@ -221,8 +221,3 @@ def test_ranks_that_cannot_share_the_batch_are_refused(children):
     assert codes and codes[0] == 2 and all(codes)
     assert re.search(r"error: TRAIN_BATCH_TOKENS=512 is 8 sequences.*3 ranks", group.stderr())
     assert "Traceback" not in group.stderr()
-
-
-def test_rank_variables_without_torchrun_mean_one_process(runtime):
-    made = runtime(tiny_config())
-    assert made.comm.world == 1 and made.is_main and (made.dir / "train.log").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CHUNK, EVERY_PART, SEQ, STRIDE, Seen, replaced, same, tiny_config, weights
+from helpers import CHUNK, EVERY_PART, SEQ, STRIDE, Seen, same, tiny_config, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,8 +132,7 @@ def test_the_meter_refuses_a_target_twice_and_a_step_back(first, end):
 # --------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def plain_nll(model, tokens, seq_len, stride):
-    """nll of every target in float64: the window of each is found on its own, and each window runs
-    alone."""
+    """nll of every target in float64, each in its window and each window alone."""
     targets, ends = len(tokens) - 1, {}
     for t in range(targets):
         steps = max(0, math.ceil((t + 1 - seq_len) / stride))
@@ -161,12 +160,9 @@ def test_the_score_is_the_float64_sum_over_bytes_by_the_tokenizer(case):
     "targets, stride, batch",
     [
         (150, 1, 5),
-        (300, STRIDE, 1),
         (300, 37, 3),
-        (300, SEQ, 50),
         (5, STRIDE, 4),
-        (SEQ - 1, STRIDE, 4),
-        (SEQ + 1, SEQ, 4),
+        (SEQ + 1, SEQ, 1),
         (2 * SEQ + 3, STRIDE, 4),
     ],
 )
@@ -203,8 +199,7 @@ def test_weights_that_are_not_finite_are_a_clear_error(case, value, ttt):
 # Out of memory
 # --------------------------------------------------------------------------------------------------
 def with_memory_for(model, rows):
-    """`model` as on a device that cannot hold more than `rows` sequences; returns the sizes that
-    ran."""
+    """Let `model` hold at most `rows` sequences; returns a list that gets the sizes that ran."""
     ran = []
 
     def limited(function):
@@ -362,10 +357,9 @@ def test_the_shift_of_a_window_equals_plain_adamw_on_that_window_alone(case):
             loss = F.cross_entropy(model.logits(hidden[known] + shift), ids[start + 1 : first + 1])
             (shift.grad,) = torch.autograd.grad(loss, shift)
             adamw.step()
-        nll = F.cross_entropy(
-            model.logits(hidden + shift), ids[start + 1 : end + 1], reduction="none"
-        )
-        assert np.allclose(seen.nll[first:end], nll[first - start :].detach().numpy(), atol=1e-4)
+        logits = model.logits(hidden + shift)[first - start :].detach()
+        nll = F.cross_entropy(logits, ids[first + 1 : end + 1], reduction="none")
+        assert np.allclose(seen.nll[first:end], nll, atol=1e-4)
 
 
 def test_slot_computes_the_hidden_states_of_a_window_once(case):
@@ -453,16 +447,6 @@ def stopped_state(case, **options):
     return checkpoints
 
 
-def test_the_state_of_another_text_of_the_same_length_is_ignored_with_a_warning(case):
-    case = case(2 * CHUNK)
-    checkpoints = stopped_state(case, identity="mine")
-    other = replaced(case.stream, 5)
-    expected = case.run(stream=other, identity="mine")[0]
-    found = case.run(stream=other, identity="mine", checkpoints=checkpoints)[0]
-    assert result(found) == result(expected)
-    assert "warning: " in case.log()
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -479,7 +463,7 @@ def test_the_state_of_another_evaluation_is_ignored_with_a_warning(case, change)
     checkpoints = stopped_state(case, identity="mine", label="a")
     options = {**dict(identity="mine", label="a"), **change}
     if options.pop("text", ""):
-        options["stream"] = replaced(case.stream, 5)
+        options["stream"] = case.stream.replaced(case.stream.tokens[::-1].copy())
     expected = case.run(**options)[0]
     assert result(case.run(checkpoints=checkpoints, **options)[0]) == result(expected)
     assert "warning: " in case.log() and "resumed_evaluation" not in case.log()
@@ -507,10 +491,8 @@ def test_a_finished_evaluation_does_not_stop_any_more(case):
     """A signal during the last item comes too late to lose anything."""
     case = case(100)
     items = len(plan_work(plan_windows(100, SEQ, STRIDE), 100, case.config, 4, False))
-    score, _ = case.run(
-        observer=StopIn(case.runtime, items - 1, 100), checkpoints=case.checkpoints()
-    )
-    assert score.tokens == 100
+    last = StopIn(case.runtime, items - 1, 100)
+    assert case.run(observer=last, checkpoints=case.checkpoints())[0].tokens == 100
 
 
 # --------------------------------------------------------------------------------------------------
@@ -522,14 +504,13 @@ def test_spot_checks_leave_the_digits_and_the_text_as_they_are(case, mode):
     tokens = np.array(case.stream.tokens)
     plain, every = case.run(label="checked", **MODES[mode])
     score, seen = case.run(label="checked", spot_checks=0.5, **MODES[mode])
-    assert score.spot_checks > 3 and result(score) == dataclasses.replace(
-        result(plain), spot_checks=score.spot_checks
-    )
+    assert score.spot_checks > 3
+    assert result(score) == dataclasses.replace(result(plain), spot_checks=score.spot_checks)
     assert np.array_equal(seen.nll, every.nll) and np.array_equal(case.stream.tokens, tokens)
     assert f"spot_checks checked rounds:{score.spot_checks} audit_seed:" in case.log()
 
 
-@pytest.mark.parametrize("distance", [1, 2, 9])
+@pytest.mark.parametrize("distance", [1, 9])
 @pytest.mark.parametrize("after", [0, 2 * CHUNK])
 def test_spot_checks_see_a_look_ahead_wherever_it_begins(case, monkeypatch, distance, after):
     """A single target's score moves by 1e-3 for the token at `distance`, from target `after` on."""

@@ -1,4 +1,4 @@
-"""What the code would do on a GPU, checked without one: graphs, types and CUDA graphs."""
+"""The code's graphs, types and CUDA graphs on a GPU, checked without one."""
 
 import types
 

@@ -25,7 +25,7 @@ from train_gpt import GPT, PRESETS, Config
 # --------------------------------------------------------------------------------------------------
 # The settings, by hand from docs/REFERENCE.md §3 to §7 and the authors' commands
 # --------------------------------------------------------------------------------------------------
-# What every system has unless its row says otherwise.
+# Settings of every system whose row says nothing else.
 COMMON = """
     VOCAB_SIZE=1024 NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=3.0
     ROPE_DIMS=16 ROPE_BASE=10000 LOGIT_SOFTCAP=30.0 QK_GAIN_INIT=1.5 TIED_EMBED_INIT_STD=0.005
@@ -63,7 +63,7 @@ NFM = """
     TTT_MOMENTUM=0.9
 """
 LONG = "ITERATIONS=20000 WARMDOWN_ITERS=12000 SEED=42"
-# What the commands leave to the scripts: no gate, no value residual, SWA, late QAT, lzma.
+# The commands leave these to the scripts: no gate, no value residual, SWA, late QAT, lzma.
 VE128 = """
     GATED_ATTENTION=0 VALUE_RESIDUAL=0 XSA_LAST_N=4 SWA_ENABLED=1 LATE_QAT_THRESHOLD=0.15
     COMPRESSOR=lzma
@@ -86,7 +86,7 @@ SLOT = """
     MUON_MOMENTUM_WARMUP_STEPS=1500 WARMDOWN_ITERS=3500 ITERATIONS=9000 MAX_WALLCLOCK_SECONDS=600
     EVAL_STRIDE=64
 """
-# What the scripts of 04-05 and 04-09 have as defaults, as far as they are settings here.
+# Defaults of the scripts of 04-05 and 04-09, as far as they are settings here.
 RECORD = """
     VOCAB_SIZE=8192 ITERATIONS=20000 WARMUP_STEPS=20 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048
     EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 MAX_WALLCLOCK_SECONDS=600 GPTQ_RESERVE_SECONDS=12
@@ -102,7 +102,7 @@ RECORD_0409 = f"""{RECORD}
     EMA_DECAY=0.9965 WARMDOWN_FRAC=0.72 PARALLEL_RESIDUAL_START=7 TTT_ENABLED=1 TTT_LR=0.005
     TTT_EPOCHS=3 TTT_MOMENTUM=0.9 TTT_CHUNK_TOKENS=32768
 """
-# What they leave to their code: no bigram, smear, gates or value residual.
+# They leave these to their code: no bigram, smear, gates or value residual.
 SP8192 = """
     BIGRAM_VOCAB_SIZE=0 SMEAR_ENABLED=0 GATED_ATTENTION=0 VALUE_RESIDUAL=0 SHUFFLE=1 SCALAR_WD=0.02
     QUANTIZER=gptq WARMDOWN_ITERS=2800

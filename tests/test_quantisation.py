@@ -141,7 +141,7 @@ def test_each_tensor_is_stored_as_the_reference_says():
 
 
 def stored(state, config, int5_layers=()):
-    """What an artifact of lite must give back: every tensor rounded once, by hand."""
+    """Weights that an artifact of lite must give back: every tensor rounded once, by hand."""
     out = {}
     for name, value in state.items():
         scheme = golf.scheme_of(name, value.shape, config, int5_layers)

@@ -189,7 +189,7 @@ class Job:
         return "\n".join(log.read_text() for log in logs)
 
     def warn(self):
-        """What SLURM does when the time limit is near: SIGUSR1 to the job's shell."""
+        """Send SIGUSR1 to the job's shell, as SLURM does when the time limit is near."""
         self.cluster.call("scancel", "--batch", "--signal=USR1", self.number)
 
     def scores(self, name):

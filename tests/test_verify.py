@@ -15,7 +15,7 @@ from helpers import ROOT, TINY, launch, train_tokenizer
 sys.path.insert(0, str(ROOT / "slurm"))
 
 import verify  # noqa: E402
-from violations import LAST_BLOCK, VIOLATIONS, injected  # noqa: E402
+from violations import LAST_BLOCK, VIOLATIONS, injected, named  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -144,10 +144,6 @@ def test_the_clean_script_passes_every_test(judge):
     assert "own model" in next(r["detail"] for r in report["results"] if r["test"] == "bet")
 
 
-def by_name(name):
-    return next(violation for violation in VIOLATIONS if violation.name == name)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, test",
@@ -161,14 +157,14 @@ def by_name(name):
     ],
 )
 def test_a_violation_is_found_by_the_test_for_it(judge, name, test):
-    code, report, printed = judge(by_name(name), "--twins 10")
+    code, report, printed = judge(named(name), "--twins 10")
     assert code == 6, printed
     assert test in {r["test"] for r in report["results"] if r["status"] == "FAIL"}
 
 
 @pytest.mark.slow
 def test_a_script_is_believed_that_calls_its_score_illegal(judge):
-    code, report, printed = judge(by_name("bos_free"), "--twins 1", deaf=False)
+    code, report, printed = judge(named("bos_free"), "--twins 1", deaf=False)
     assert code == 6, printed
     assert statuses(report)["own verdict", ""] == "FAIL"
 

@@ -55,7 +55,7 @@ class Rung(NamedTuple):
     name: str
     settings: dict
     published: str  # change in bits per byte at full size that its author reported
-    kept: bool = True  # whether the rungs after it have it too
+    kept: bool = True  # the rungs after it have it too
 
 
 RUNGS = [
@@ -160,44 +160,31 @@ def change(packed, rung, other):
 
     `packed` has a row per rung and a column per seed: seeds differ by more than many a rung.
     """
-    if not {rung, other} <= set(packed.index):
+    if rung == other or not {rung, other} <= set(packed.index):
         return ""
     apart = (packed.loc[rung] - packed.loc[other]).dropna()
     return "" if apart.empty else f"{apart.mean():+.4f}"
 
 
-def changes(packed):
-    """Columns of a table: {rung: change against base_7k}, {rung: against the rung below it}."""
-    from_base, from_below = {}, {}
-    below = 0  # number of the rung that is built upon
-    for index, rung in enumerate(RUNGS):
-        if index > 0:
-            from_base[index] = change(packed, index, 0)
-            from_below[index] = change(packed, index, below)
-        if rung.kept:
-            below = index
-    return from_base, from_below
-
-
 def report(cells):
     """Markdown table of the rungs that were measured."""
-    groups = cells.groupby("rung")
-    mean = groups.mean(numeric_only=True)
-    # Of the first seed: runs on a busy and on a quiet machine have no mean worth knowing.
+    # The first seed's: runs on a busy and on a quiet machine have no mean worth knowing.
     step_ms = cells.sort_values("seed").groupby("rung").step_ms.first()
-    spread = groups.packed_bpb.max() - groups.packed_bpb.min()
-    from_base, from_below = changes(cells.pivot(index="rung", columns="seed", values="packed_bpb"))
+    packed = cells.pivot(index="rung", columns="seed", values="packed_bpb")
+    spread = packed.max(axis=1) - packed.min(axis=1)
     rows = []
-    for index, row in mean.iterrows():
+    for index, row in cells.groupby("rung").mean(numeric_only=True).iterrows():
         rung = RUNGS[index]
-        several = len(groups.get_group(index)) > 1
+        # The rung that is built upon.
+        below = max(i for i in range(index or 1) if RUNGS[i].kept)
+        several = packed.loc[index].count() > 1
         rows.append(
             {
                 "rung": rung.name if rung.kept else f"{rung.name} (alone)",
                 "float": f"{row.float_bpb:.4f}",
                 "packed": f"{row.packed_bpb:.4f}",
-                "against base_7k": from_base.get(index, ""),
-                "against the rung below": from_below.get(index, ""),
+                "against base_7k": change(packed, index, 0),
+                "against the rung below": change(packed, index, below),
                 "seeds apart": f"{spread[index]:.4f}" if several else "one seed",
                 "bytes": f"{row.bytes:,.0f}",
                 "ms/step": f"{step_ms[index]:,.0f}",

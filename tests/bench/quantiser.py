@@ -75,16 +75,10 @@ class Point(NamedTuple):
 # ---- text and weights ----
 
 
-def given_config():
-    return golf.Config.from_env(dict(os.environ, PRESET="demo"))
-
-
-def split_text(folder):
-    """Training shard without the held-out documents, and a validation shard of nothing else."""
-    data = folder / "data"
+def split_text(config, data):
+    """Write a training shard without the held-out documents, and a validation shard of those."""
     if (data / "fineweb_val_000000.bin").exists():
-        return data
-    config = given_config()
+        return
     if "DATA_PATH" not in os.environ:
         golf.build_demo_data(config, print)
     shards = [golf.read_shard(path) for path in golf.find_shards(config, "train")]
@@ -100,19 +94,6 @@ def split_text(folder):
     data.mkdir(parents=True, exist_ok=True)
     golf.write_shard(data / "fineweb_train_000000.bin", np.concatenate(kept))
     golf.write_shard(data / "fineweb_val_000000.bin", np.concatenate(held_out))
-    return data
-
-
-def trunk_config(folder):
-    """Settings of the trunk on the text that was set apart."""
-    given = given_config()
-    settings = dict(
-        data_path=str(folder / "data"),
-        tokenizer_path=given.tokenizer_path,
-        vocab_size=given.vocab_size,
-        run_dir=str(folder / "trunk"),
-    )
-    return golf.Config(**{**TRUNK, **settings})
 
 
 def trained(config, runtime):
@@ -130,7 +111,7 @@ def trained(config, runtime):
 class HeldOut:
     """Held-out windows, the float model's log-probabilities on them, and a model to compare."""
 
-    def __init__(self, config, state, tokens, windows_at_once=16):
+    def __init__(self, config, state, tokens):
         text = np.array(golf.read_shard(Path(config.data_path) / "fineweb_val_000000.bin"))
         length = config.eval_seq_len
         count = min(tokens, len(text) - 1) // length
@@ -140,8 +121,8 @@ class HeldOut:
         targets = text[1 : count * length + 1].reshape(count, length)[order]
         token_bytes = golf.load_token_bytes(config)
         self.bytes = float(token_bytes.count(ids, targets).sum())
-        self.ids = torch.from_numpy(ids.astype(np.int64)).split(windows_at_once)
-        self.targets = torch.from_numpy(targets.astype(np.int64)).split(windows_at_once)
+        self.ids = torch.from_numpy(ids.astype(np.int64)).split(16)
+        self.targets = torch.from_numpy(targets.astype(np.int64)).split(16)
         self.tokens = count * length
         self.floats = golf.GPT(config, golf.sdpa_attention).eval()
         self.model = golf.GPT(config, golf.sdpa_attention).eval()
@@ -164,8 +145,7 @@ class HeldOut:
             after = self.log_probs(self.model, ids)
             lost = (before - after).gather(-1, targets[..., None])  # (B, T, 1)
             gaps.append(lost.double().sum((1, 2)))
-            pointwise = F.kl_div(after, before, reduction="sum", log_target=True)
-            divergence += float(pointwise)
+            divergence += float(F.kl_div(after, before, reduction="sum", log_target=True))
         gaps = torch.cat(gaps)
         bits = self.bytes * math.log(2)
         error = float(gaps.std()) * math.sqrt(len(gaps))
@@ -296,8 +276,15 @@ def kept_point(path, name, measure, *arguments):
 
 def measure(folder, tokens):
     """(parameters, [(name, Point, Point of gptq at as many bytes)])."""
-    split_text(folder)
-    config = trunk_config(folder)
+    given = golf.Config.from_env(dict(os.environ, PRESET="demo"))
+    split_text(given, folder / "data")
+    settings = dict(
+        data_path=str(folder / "data"),
+        tokenizer_path=given.tokenizer_path,
+        vocab_size=given.vocab_size,
+        run_dir=str(folder / "trunk"),
+    )
+    config = golf.Config(**{**TRUNK, **settings})
     runtime = golf.Runtime(config, os.environ)
     runtime.stop.watch_signals()
     with golf.reported_errors(runtime):
@@ -314,10 +301,8 @@ def measure(folder, tokens):
         pairs = []
         for name, quantise, arguments in others:
             theirs = kept_point(path, name, held_out.compare, quantise, *arguments)
-            budget = theirs.bytes
-            ours = kept_point(
-                path, f"gptq beside {name}", held_out.compare, by_gptq, config, state, costs, budget
-            )
+            arguments = (config, state, costs, theirs.bytes)
+            ours = kept_point(path, f"gptq beside {name}", held_out.compare, by_gptq, *arguments)
             pairs.append((name, theirs, ours))
         runtime.close()
     return sum(tensor.numel() for tensor in state.values()), pairs

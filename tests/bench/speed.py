@@ -8,14 +8,13 @@ both sides alike. A few minutes on two cores.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -46,22 +45,16 @@ SHAPE = dict(
 )
 
 
-def in_turns(rounds, clock=time.perf_counter, **functions):
+def in_turns(rounds, **functions):
     """Median seconds of each function, called in turns after one warm-up each."""
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            begin = clock()
+            begin = time.perf_counter()
             function()
             if turn:
-                seconds[name].append(clock() - begin)
+                seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def matmul_rate():
-    """A function that multiplies 2048 x 2048 bfloat16 matrices, and its count of operations."""
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
-    return (lambda: [a @ b for _ in range(8)]), 8 * 2 * 2048**3
 
 
 def attention():
@@ -78,11 +71,8 @@ class Step:
         self.model = golf.GPT(self.config, attention())
         self.optimizers = golf.build_optimizers(self.model, self.config)
         tokens = torch.randint(2, self.config.vocab_size, (self.config.train_batch_tokens + 1,))
-        shape = (
-            -1,
-            self.config.micro_batch_tokens // self.config.train_seq_len,
-            self.config.train_seq_len,
-        )
+        length = self.config.train_seq_len
+        shape = (-1, self.config.micro_batch_tokens // length, length)
         self.batches = list(zip(tokens[:-1].view(shape), tokens[1:].view(shape)))
 
     def __call__(self):
@@ -95,15 +85,13 @@ class Step:
             loss.backward()
         golf.reduce_clip_step(*self.optimizers, golf.Comm(), self.config.grad_clip_norm)
 
-    def flops(self):
-        return golf.flops_per_token(self.model) * self.config.train_batch_tokens
-
 
 def training():
-    multiply, operations = matmul_rate()
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
     step = Step()
-    seconds = in_turns(5, matmul=multiply, step=step)
-    peak, rate = operations / seconds["matmul"], step.flops() / seconds["step"]
+    flops = golf.flops_per_token(step.model) * step.config.train_batch_tokens
+    seconds = in_turns(5, matmul=lambda: [a @ b for _ in range(8)], step=step)
+    peak, rate = 8 * 2 * 2048**3 / seconds["matmul"], flops / seconds["step"]
     yield (
         "bf16 matrix products, 2048 x 2048",
         f"{peak / 1e12:.2f} TFLOP/s",
@@ -112,7 +100,7 @@ def training():
     yield (
         "training step, 6 layers x 256, 16,384 tokens",
         f"{16384 / seconds['step']:,.0f} tokens/s",
-        f"{100 * rate / peak:.0f} % of that rate ({step.flops() / 1e9:.0f} GFLOP)",
+        f"{100 * rate / peak:.0f} % of that rate ({flops / 1e9:.0f} GFLOP)",
     )
 
 
@@ -135,32 +123,15 @@ def parts():
         yield f"training step with {name}", f"{seconds[name]:.2f} s", f"{ratio:.2f} x the trunk's"
 
 
-@contextlib.contextmanager
-def runtime(config):
-    with tempfile.TemporaryDirectory() as folder:
-        made = golf.Runtime(dataclasses.replace(config, run_dir=folder), {})
-        yield made
-        made.close()
-
-
-class Text:
-    """TokenBytes of two bytes per token, so that no tokenizer is needed."""
-
-    vocab_size = 1024
-
-    def count(self, prev_ids, target_ids):
-        return np.full(np.shape(target_ids), 2, np.uint16)
-
-
-def random_stream(config, targets):
-    tokens = np.random.default_rng(0).integers(2, config.vocab_size, targets + 1).astype(np.uint16)
-    return golf.ValidationSet(tokens, Text())
-
-
 def evaluation():
-    config = golf.Config(**SHAPE)
-    stream, model = random_stream(config, 2048), golf.GPT(config, attention()).eval()
-    with runtime(config) as machine:
+    # Two bytes per token, so that no tokenizer is needed.
+    count = lambda prev_ids, ids: np.full(np.shape(ids), 2, np.uint16)  # noqa: E731
+    token_bytes = types.SimpleNamespace(vocab_size=1024, count=count)
+    tokens = np.random.default_rng(0).integers(2, 1024, 2049).astype(np.uint16)
+    stream = golf.ValidationSet(tokens, token_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        config = golf.Config(**SHAPE, run_dir=folder)
+        model, machine = golf.GPT(config, attention()).eval(), golf.Runtime(config, {})
         machine.log = lambda line: None
 
         def sliding(slot="off", spot_checks=0.0):
@@ -185,6 +156,7 @@ def evaluation():
             slot=lambda: sliding("causal"),
             checked=lambda: sliding(spot_checks=1.0),
         )
+        machine.close()
     yield (
         "sliding window, stride 64",
         f"{stream.num_targets / seconds['sliding']:,.0f} scored tokens/s",
