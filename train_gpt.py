@@ -132,7 +132,7 @@ class Stopped(GolfError):
 # One frozen dataclass whose defaults are the nfm_7k submission; presets are its differences.
 # Kinds of fields: "train" fixes the float weights, "pack" the artifact made of them, "arch" and
 # "eval" travel inside the artifact, "run" changes where and how a run happens but not its result,
-# but for the rounding of another type or order of sums (DTYPE, DEVICE, COMPILE, MICRO_BATCH_TOKENS).
+# but for rounding (DTYPE, DEVICE, COMPILE, MICRO_BATCH_TOKENS).
 # The hash covers all but "run", so that runs with equal hashes are comparable.
 # ==================================================================================================
 def option(kind, default, text, low=-math.inf, high=math.inf, choices=None):
@@ -4028,39 +4028,21 @@ DETERMINISTIC = {"deterministic": True}
 class Score:
     """Result of one evaluation: val_loss in nats per token, val_bpb in bits per byte."""
 
-    label: str
     val_loss: float
     val_bpb: float
     tokens: int
     bytes: int
     seconds: float  # over all processes that worked on it, one after another
     legal: bool
-    spot_checks: int = 0  # rounds of scoring that were repeated on other later tokens
+    spot_checks: int  # rounds of scoring that were repeated on other later tokens
 
 
-# Each names the check of the audit that it fails.
-class LookedAheadError(LegalityError):
-    """A score depends on its own token or on a later one."""
+class ConditionError(LegalityError):
+    """A condition of the challenge is broken; `check` is the check of CHECKS that fails."""
 
-    check = "C1 future_flip"
-
-
-class NotAnEntryError(LegalityError):
-    """A score is not the entry of a normalised distribution."""
-
-    check = "C2 nll_is_entry"
-
-
-class TrainedAheadError(LegalityError):
-    """Test-time training was about to use a target that is not scored yet."""
-
-    check = "C3 trained_is_scored"
-
-
-class ScoredTwiceError(LegalityError):
-    """A target came twice, out of order or not at all."""
-
-    check = "C4 single_pass"
+    def __init__(self, check, message):
+        super().__init__(message)
+        self.check = check
 
 
 def bits_per_byte(nats, num_bytes):
@@ -4175,12 +4157,13 @@ class Meter:
     def add(self, windows, nll, num_bytes):
         """Add the scored targets of `windows` with their summed nll (0-d float64).
 
-        Raises ScoredTwiceError for a target that comes twice or out of order.
+        Raises ConditionError for a target that comes twice or out of order.
         """
         for _, first, end in windows:
-            if first < self.last or self.coverage[first:end].any():
-                raise ScoredTwiceError(
-                    f"targets {first}…{end} come after {self.last}: out of order or twice"
+            if first < self.last:
+                raise ConditionError(
+                    "C4 single_pass",
+                    f"targets {first}…{end} come after {self.last}: out of order or twice",
                 )
             self.coverage[first:end] = 1
             self.tokens += end - first
@@ -4209,18 +4192,16 @@ def evaluation_mode(model, freeze_blocks):
 
     At its end weights, modes and requires_grad are restored.
     """
-    params = list(model.parameters())
-    values = [p.detach().clone() for p in params]
-    required = [p.requires_grad for p in params]
+    saved = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
     training = model.training
     try:
         model.eval()
         for block in model.blocks[:freeze_blocks]:
             block.requires_grad_(False)
-        yield [p for p in params if p.requires_grad]
+        yield [p for p in model.parameters() if p.requires_grad]
     finally:
         with torch.no_grad():
-            for param, value, requires_grad in zip(params, values, required):
+            for param, value, requires_grad in saved:
                 param.copy_(value)
                 param.requires_grad_(requires_grad)
                 param.grad = None
@@ -4369,7 +4350,7 @@ def other_tokens(tokens, vocab_size, random):
 def draw_rounds(work, share, seed):
     """Cursors of the ScoreRounds to check: about `share` of them, none or at least one."""
     rounds = [cursor for cursor, item in enumerate(work) if isinstance(item, ScoreRound)]
-    if not share or not rounds:
+    if not share:
         return set()
     count = max(1, round(share * len(rounds)))
     random = np.random.default_rng(seed)
@@ -4412,7 +4393,6 @@ class Evaluation:
         self.config = config
         self.runtime = runtime
         self.comm = runtime.comm
-        self.stride = stride
         self.ttt = ttt
         self.slot = slot
         self.observer = observer or Observer()
@@ -4440,7 +4420,7 @@ class Evaluation:
         self.spots = draw_rounds(self.work, spot_checks, self.spot_seed)  # cursors
         self.compile_functions()
         self.sgd = None  # the optimiser of test-time training
-        self.batch_limit = None  # windows per batch that fit, once more did not
+        self.batch_limit = math.inf  # windows per batch that fit, once more did not
         self.cursor = 0  # the next work item
         self.scored_until = 0  # all targets before this one are scored, on all ranks
         self.spots_done = 0  # rounds that were checked and agreed
@@ -4485,13 +4465,12 @@ class Evaluation:
         """Between items: show progress, save the state when due, stop when wanted."""
         self.seconds = time.monotonic() - self.started
         self.show_progress()
-        keeper = self.runtime.is_main and self.checkpoints is not None
-        more = self.cursor < len(self.work)
-        due = more and keeper and self.checkpoints.due()
-        wanted = more and self.runtime.stop.wanted()
+        if self.cursor == len(self.work):
+            return
+        due = self.checkpoints is not None and self.checkpoints.due()
         # One collective for both, so that all ranks save or stop after the same item.
-        stop, save = self.comm.all_reduce_scalars(wanted, due)
-        if (stop or save) and self.checkpoints is not None:
+        stop, save = self.comm.all_reduce_scalars(self.runtime.stop.wanted(), due)
+        if self.checkpoints is not None and (stop or save):
             self.save(needed=bool(stop))
         if stop:
             raise Stopped(f"in {self.label or 'validation'} at item {self.cursor}/{len(self.work)}")
@@ -4501,9 +4480,9 @@ class Evaluation:
         now = time.monotonic()
         every = 1 if sys.stdout.isatty() else LOG_SECONDS
         # Not after every item: to read the sum makes the host wait for the device.
-        if self.quiet or not (self.label and self.runtime.is_main and self.meter.bytes):
+        if self.quiet or not self.label or not self.runtime.is_main or now - self.shown < every:
             return
-        if now - self.shown < every:
+        if not self.meter.bytes:  # rank 0 had no window of the first rounds
             return
         self.shown = now
         bpb = bits_per_byte(float(self.meter.nll), self.meter.bytes)
@@ -4520,9 +4499,10 @@ class Evaluation:
     def halving(self, run, size):
         """run(size) with at most `size` rows at a time; out of memory, again with half as many."""
         while True:
-            size = min(size, self.batch_limit or size)
+            size = min(size, self.batch_limit)
             try:
-                return run(size)
+                run(size)
+                return
             except OUT_OF_MEMORY:
                 if size == 1:
                     raise ResourceError(
@@ -4552,27 +4532,20 @@ class Evaluation:
 
     def score(self, windows, observer, meter):
         """Score windows before an observer and add them to a meter."""
-        nll = self.summed_nll(windows, observer)
-        num_bytes = 0
-        for _, first, end in windows:
-            num_bytes += int(self.stream.bytes[first:end].sum(dtype=np.int64))
-        meter.add(windows, nll, num_bytes)
-
-    def summed_nll(self, windows, observer):
-        """Summed nll (0-d float64) of the scored targets of `windows`."""
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         left = list(windows)
 
         def next_batch(size):
             part = left[:size]
-            return len(part), self.batch_nll(part, size, observer)
+            nll = self.batch_nll(part, size, observer)
+            num_bytes = 0
+            for _, first, end in part:
+                num_bytes += int(self.stream.bytes[first:end].sum(dtype=np.int64))
+            meter.add(part, nll.double().sum(), num_bytes)  # in float64: 62 million summands
+            del left[:size]
 
         while left:
             # Batch by batch, so that nothing is shown to the observer twice.
-            done, nll = self.halving(next_batch, self.config.eval_batch_seqs)
-            total += nll.double().sum()  # in float64: 62 million summands
-            left = left[done:]
-        return total
+            self.halving(next_batch, self.config.eval_batch_seqs)
 
     @torch.no_grad()
     def batch_nll(self, windows, size, observer):
@@ -4603,8 +4576,8 @@ class Evaluation:
     def spot_check(self, windows):
         """Score windows, and again on other tokens from some target on, which is not counted.
 
-        Raises LookedAheadError unless all that came before that target is the same, bit for bit,
-        and NotAnEntryError for a score that is no entry of a distribution.
+        Raises ConditionError unless all that came before that target is the same, bit for bit, and
+        each score is the entry of a distribution.
         """
         low = windows[0].first
         high = windows[-1].end
@@ -4618,41 +4591,38 @@ class Evaluation:
         again = Watch(self.stream, low, high, place)
         # Target `place` is token place + 1. The tokens from there to the end of these windows are
         # replaced, and a window's length more.
-        with self.replaced_tokens(place + 1, high + self.config.eval_seq_len, random):
-            self.score(windows, again, Meter(self.stream.num_targets, self.runtime.device))
+        replaced = self.stream.tokens[place + 1 : high + self.config.eval_seq_len].copy()
+        self.put_tokens(place + 1, other_tokens(replaced, self.config.vocab_size, random))
+        self.score(windows, again, Meter(self.stream.num_targets, self.runtime.device))
+        self.put_tokens(place + 1, replaced)
         if counted.fault:
-            raise NotAnEntryError(f"{self.label}: {counted.fault} (item {self.cursor})")
+            raise ConditionError(
+                "C2 nll_is_entry", f"{self.label}: {counted.fault} (item {self.cursor})"
+            )
         if not counted.equals(again):
-            raise LookedAheadError(
+            raise ConditionError(
+                "C1 future_flip",
                 f"{self.label}: scores of targets {low}…{place} change with tokens that come "
-                f"after them (item {self.cursor}, AUDIT_SEED={self.spot_seed})"
+                f"after them (item {self.cursor}, AUDIT_SEED={self.spot_seed})",
             )
 
-    @contextlib.contextmanager
-    def replaced_tokens(self, low, high, random):
-        """A context in which tokens [low, high) of the text are others, on host and device."""
-        before = self.stream.tokens[low:high].copy()
-
-        def put(tokens):
-            self.stream.tokens[low:high] = tokens
-            self.tokens[low:high] = torch.from_numpy(tokens.astype(np.int32))
-
-        put(other_tokens(before, self.config.vocab_size, random))
-        try:
-            yield
-        finally:
-            put(before)
+    def put_tokens(self, low, tokens):
+        """Write tokens into the text from `low` on, on host and device."""
+        span = slice(low, low + len(tokens))
+        self.stream.tokens[span] = tokens
+        self.tokens[span] = torch.from_numpy(tokens.astype(np.int32))
 
     # ---- test-time training ----
 
     def train(self, item):
-        """One SGD step on rows of a chunk. Raises TrainedAheadError unless all of it is scored."""
+        """One SGD step on rows of a chunk. Raises ConditionError unless all of it is scored."""
         length = self.config.eval_seq_len
         end = item.first + item.row_high * length
         if end > self.scored_until:
-            raise TrainedAheadError(
+            raise ConditionError(
+                "C3 trained_is_scored",
                 f"targets up to {end} were to be trained on, but only those before "
-                f"{self.scored_until} are scored"
+                f"{self.scored_until} are scored",
             )
         rows = range(item.row_low, item.row_high)
         starts = [item.first + row * length for row in rows]
@@ -4691,12 +4661,13 @@ class Evaluation:
     # ---- the result and the saved state ----
 
     def result(self):
-        """The Score over all ranks. Raises ScoredTwiceError unless each target came once."""
+        """The Score over all ranks. Raises ConditionError unless each target came once."""
         nats, tokens, num_bytes, _ = self.comm.gather_rows(self.meter.row()).sum(0)
         coverage = self.all_coverage()
         if not (coverage == 1).all():
-            raise ScoredTwiceError(
-                f"targets were scored {coverage.min()}…{coverage.max()} times instead of once"
+            raise ConditionError(
+                "C4 single_pass",
+                f"targets were scored {coverage.min()}…{coverage.max()} times instead of once",
             )
         # Checked once, here: a check after every batch would make the host wait.
         if not math.isfinite(nats):
@@ -4704,9 +4675,8 @@ class Evaluation:
                 f"{self.label or 'validation'}: the score is not finite: the weights are damaged"
             )
         return Score(
-            label=self.label,
-            val_loss=nats / max(tokens, 1),
-            val_bpb=bits_per_byte(nats, max(num_bytes, 1)),
+            val_loss=nats / tokens,
+            val_bpb=bits_per_byte(nats, num_bytes),
             tokens=int(tokens),
             bytes=int(num_bytes),
             seconds=time.monotonic() - self.started,
@@ -4734,7 +4704,6 @@ class Evaluation:
                 identity=self.identity,
                 cursor=self.cursor,
                 seconds=self.seconds,
-                scored_until=self.scored_until,
                 spots_done=self.spots_done,
                 rows=rows,
                 coverage=coverage,
@@ -4770,7 +4739,7 @@ class Evaluation:
         self.meter.restore(state["rows"].numpy(), coverage, self.comm)
         self.cursor = state["cursor"]
         self.seconds = state["seconds"]
-        self.scored_until = state["scored_until"]
+        self.scored_until = self.meter.last
         self.spots_done = state["spots_done"]
         if self.ttt:
             self.model.load_state_dict(state["model"])
@@ -4832,7 +4801,6 @@ CHECKS = {
     "rule smear_bos": "nothing is mixed into a document from the one before it",
 }
 AUDITED_ROUNDS = 3  # after the first window, with test-time training after a chunk
-LN_2 = 0.6931471805599453  # written out: the audit counts for itself
 
 
 class Recorder(Watch):
@@ -4840,7 +4808,7 @@ class Recorder(Watch):
 
     def __init__(self, stream, place):
         super().__init__(stream, 0, stream.num_targets, place)
-        self.states = {}  # by the round's first target
+        self.states = []  # one of each round
 
     def before_item(self, evaluation, item):
         if isinstance(item, TrainStep) or evaluation.windows[item.low].first > self.place:
@@ -4855,7 +4823,7 @@ class Recorder(Watch):
             # bfloat16 has no counterpart in NumPy, hence the bytes.
             flat = tensor.detach().cpu().contiguous().view(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
-        self.states[evaluation.windows[item.low].first] = digest.hexdigest()
+        self.states.append(digest.hexdigest())
 
 
 class Audit:
@@ -4939,10 +4907,8 @@ class Audit:
         edge = self.config.ttt_chunk_tokens if job.ttt else self.config.eval_seq_len
         place = min(edge, stream.num_targets - 1)
         # The audit runs the same function that scores, not a copy.
-        options = dict(stride=job.stride, ttt=job.ttt, slot=job.slot, label=job.label, quiet=True)
-        run = functools.partial(
-            evaluate, self.model, config=self.config, runtime=self.runtime, **options
-        )
+        options = dict(job._asdict(), config=self.config, runtime=self.runtime, quiet=True)
+        run = functools.partial(evaluate, self.model, **options)
         base = Recorder(stream, place)
         score = run(stream, observer=base, spot_checks=1.0)
         self.note("C1 future_flip", True, "", score.spot_checks)
@@ -4955,7 +4921,7 @@ class Audit:
             "tokens": stream.num_targets,
             "bytes": num_bytes,
             "val_loss": nats / stream.num_targets,
-            "val_bpb": nats / LN_2 / num_bytes,
+            "val_bpb": nats / math.log(2) / num_bytes,
         }
         for name, value in expected.items():
             found = getattr(score, name)
@@ -5014,7 +4980,7 @@ def audit(model, stream, config, runtime):
     for job in evaluation_jobs(config):
         try:
             checker.check_job(job)
-        except LegalityError as error:
+        except ConditionError as error:
             if runtime.comm.world > 1:
                 raise  # the other ranks wait in the middle of an evaluation
             checker.note(error.check, False, f"{job.label}: {error}")
@@ -6240,8 +6206,7 @@ class Run:
         old = read_json(path) if path.exists() else None
         # The evaluation of a given file is a check of the file and takes up no earlier score, so
         # the earlier check may be of another file. A training run is never overwritten.
-        earlier_check = config.eval_only and old and old["config"].get("eval_only")
-        if old is not None and not earlier_check:
+        if old is not None and not (config.eval_only and old["config"].get("eval_only")):
             self.compare_with(old)
             with contextlib.suppress(FileNotFoundError):
                 self.results = read_json(self.path / "scores.json")
@@ -6526,10 +6491,7 @@ class Run:
                 self.val,
                 config,
                 self.runtime,
-                job.stride,
-                ttt=job.ttt,
-                slot=job.slot,
-                label=job.label,
+                **job._asdict(),
                 observer=scores_file,
                 # The file needs every target of one pass, so no earlier part of one is taken up.
                 checkpoints=None if scores_file else checkpoints,
@@ -6558,7 +6520,7 @@ class Run:
 
     def record(self, score, job):
         """Log a score and add it to scores.json."""
-        name = score.label
+        name = job.label
         mark = "" if score.legal else " legality:illegal"
         stride = f" stride:{job.stride}" if name.endswith("sliding_window") else ""
         self.log(
@@ -6611,11 +6573,10 @@ class Run:
 
         To choose the lowest after seeing them would be selection on validation text.
         """
-        scores = self.results["scores"]
         legal = [
-            job.label
-            for job in self.jobs()
-            if job.label in scores and scores[job.label]["legal"] and self.is_submission(job.label)
+            label
+            for label, score in self.results["scores"].items()  # recorded in the order of jobs
+            if score["legal"] and self.is_submission(label)
         ]
         return legal[-1] if legal else None
 

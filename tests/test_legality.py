@@ -1,10 +1,8 @@
 """Legality: the audit passes what is legal and catches violations; one artifact has one score."""
 
-import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from helpers import (
     SEQ,
     events,
     launch,
+    log_of,
     random_model,
     read_json,
     run_main,
@@ -38,8 +37,6 @@ import train_gpt
 
 MODES = {
     "sliding": dict(ttt_enabled=False),
-    "ttt": dict(ttt_enabled=True),
-    "slot": dict(ttt_enabled=False, slot="causal"),
     "ttt_slot": dict(ttt_enabled=True, slot="causal"),
 }
 CHECKS = set(train_gpt.CHECKS)
@@ -173,16 +170,6 @@ def exact_lines(text):
     return re.findall(r"^(?!pre_quant)\w+_exact .*$", text, re.M)
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_data, tmp_path_factory):
-    """A finished training run by a script of its own: (its directory, its output)."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copy(ROOT / "train_gpt.py", folder)
-    done = launch(dict(tiny_data.settings, run_dir=folder / "run"), folder, script="train_gpt.py")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return folder / "run", done.stdout
-
-
 GUARD = """
 import os, sys
 notes = open(os.environ["OPENED_FILES"], "a", buffering=1)
@@ -197,12 +184,15 @@ sys.addaudithook(watch)
 """
 
 
-@pytest.fixture(scope="module")
-def reviewed(trained, tiny_data, tmp_path_factory):
-    """(directory, process, opened files): the artifact scored alone, under a guard."""
-    folder, guard = tmp_path_factory.mktemp("reviewer"), tmp_path_factory.mktemp("guard")
-    shutil.copy(trained[0].parent / "train_gpt.py", folder)
-    shutil.copy(trained[0] / "final_model.int6.ptz", folder)
+def test_the_artifact_alone_gives_the_training_runs_scores_digit_for_digit(
+    whole, tiny_data, tmp_path
+):
+    """Scored where there is nothing else, it opens no training shard and no network."""
+    folder, guard = tmp_path / "reviewer", tmp_path / "guard"
+    for made in (folder, guard, folder / "fineweb_train_000000.bin"):
+        made.mkdir()
+    shutil.copy(ROOT / "train_gpt.py", folder)
+    shutil.copy(whole / "final_model.int6.ptz", folder)
     shutil.copy(tiny_data.tokenizer_path, folder / "tokenizer.model")
     shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", folder)
     (guard / "sitecustomize.py").write_text(GUARD)
@@ -210,58 +200,22 @@ def reviewed(trained, tiny_data, tmp_path_factory):
         eval_only="final_model.int6.ptz",
         data_path=".",
         tokenizer_path="tokenizer.model",
-        audit=1,
         run_dir="out",
         device="cpu",
+        dtype="float32",
         pythonpath=guard,
         opened_files=guard / "opened",
     )
     done = launch(settings, folder, script="train_gpt.py")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return folder, done, (guard / "opened").read_text().splitlines()
-
-
-def test_the_artifact_alone_gives_the_training_runs_scores_digit_for_digit(trained, reviewed):
-    expected = exact_lines(trained[1])
+    expected = exact_lines(log_of(whole))
     # The last line repeats the headline score under the challenge's own name.
     labels = [*LABELS, "final_int8_zlib_roundtrip"]
     assert [line.split()[0] for line in expected] == [f"{label}_exact" for label in labels]
     assert expected[-1].split()[1:] == expected[-2].split()[1:]
-    assert exact_lines(reviewed[1].stdout) == expected
-    assert reviewed[1].stdout.count("score_scope:proxy") >= len(LABELS)
-
-
-def test_evaluation_opens_no_training_shard_and_no_network(reviewed):
-    opened = reviewed[2]
-    kinds = ("fineweb_val_", ".ptz", "fineweb_train")
-    assert [any(kind in path for path in opened) for kind in kinds] == [True, True, False]
-
-
-def test_the_audit_of_the_real_run_is_printed_and_written(reviewed):
-    folder, done, _ = reviewed
-    report = read_json(folder / "out" / "audit.json")
-    assert report["passed"] is True and {check["name"] for check in report["checks"]} == CHECKS
-    for name in CHECKS:
-        assert f"legality {name} pass " in done.stdout
-    assert [event["passed"] for event in events(folder / "out", "audit")] == [True]
-
-
-def test_the_manifest_comes_before_any_result_and_is_written(reviewed, tiny_data):
-    folder, done, _ = reviewed
-    before, after = re.split("^manifest:", done.stdout, maxsplit=1, flags=re.M)
-    assert not re.search(rf"^(legality|audit|val_loader|{'|'.join(LABELS)})", before, re.M)
-    manifest = json.loads(after.splitlines()[0])
-    assert manifest == read_json(folder / "out" / "manifest.json")
-    for name, file in (("artifact", "final_model.int6.ptz"), ("code", "train_gpt.py")):
-        assert manifest[f"{name}_sha256"] == train_gpt.sha256_file(folder / file)
-        assert manifest[f"{name}_bytes"] == (folder / file).stat().st_size
-    assert manifest["tokenizer_sha256"] == train_gpt.sha256_file(tiny_data.tokenizer_path)
-    assert manifest["torch"] == torch.__version__ and manifest["numpy"] == np.__version__
-    assert manifest["device"] == "cpu" and manifest["world_size"] == 1
-    assert len(manifest["config_hash"]) == 16
-    config = tiny_config(**tiny_data.paths)
-    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
-    assert manifest["data"] == dict(train_shards=0, **val.fingerprint)
+    assert exact_lines(done.stdout) == expected and "audit pass " in done.stdout
+    opened = (guard / "opened").read_text()
+    assert "fineweb_val_" in opened and ".ptz" in opened and "fineweb_train" not in opened
 
 
 def test_an_illegal_configuration_ends_with_exit_code_6_and_its_report(score_artifact, tmp_path):
@@ -276,55 +230,13 @@ def test_an_illegal_configuration_ends_with_exit_code_6_and_its_report(score_art
 
 
 @pytest.fixture
-def score_artifact(tmp_path, trained, tiny_data):
-    """call(**settings) -> Finished of main() on the trained artifact."""
-    artifact = trained[0] / "final_model.int6.ptz"
-
-    def call(**settings):
-        fixed = dict(tiny_data.paths, eval_only=artifact, device="cpu")
-        return run_main(tmp_path / "out", **{**fixed, **settings})
-
-    return call
-
-
-def test_a_score_of_published_slot_is_marked_illegal_everywhere(
-    score_artifact, tiny_data, tmp_path
-):
-    """Also: evaluation asks nothing of training shards that cannot be read."""
-    data = tmp_path / "data"
-    data.mkdir()
-    shutil.copy(tiny_data.data_path / "fineweb_val_000000.bin", data)
-    (data / "fineweb_train_000000.bin").mkdir()
-    found = score_artifact(slot="published", ttt_enabled=0, data_path=data, audit=0)
-    lines = re.findall(r"^illegal_slot_published.* val_bpb.*$", found.out, re.M)
-    assert len(lines) == 2 and all(line.endswith(" legality:illegal") for line in lines)
-    assert {label: score["legal"] for label, score in found.scores().items()} == {
-        "final_int6_roundtrip": True,
-        "final_int6_sliding_window": True,
-        "illegal_slot_published": False,
-    }
-    assert [event["legal"] for event in events(found.dir, "score")] == [True, True, False]
+def score_artifact(tmp_path, whole, tiny_data):
+    """call(**settings) -> Finished of main() on a run's artifact."""
+    fixed = dict(tiny_data.paths, eval_only=whole / "final_model.int6.ptz", device="cpu")
+    return lambda **settings: run_main(tmp_path / "out", **fixed, **settings)
 
 
 def test_the_audit_alone_scores_nothing(score_artifact):
     found = score_artifact(mode="audit")
     assert read_json(found.dir / "audit.json")["passed"] is True
     assert exact_lines(found.out) == [] and not (found.dir / "scores.json").exists()
-
-
-def test_a_training_run_scores_the_file_that_was_written(tiny_data, runtime, tmp_path):
-    """The file holds another model than the float weights."""
-    config = tiny_config(**tiny_data.paths, ttt_enabled=False, run_dir=str(tmp_path / "run"))
-    run = train_gpt.Run(config, runtime(config))
-    run.prepare()
-    floats, written = (random_model(config, seed=seed) for seed in (1, 2))
-    info = dict(steps=0, train_time_s=0.0, step_avg_ms=0.0, stopped_early=False, peak_mib=0)
-    content = dict(config=config.as_dict("arch", "eval"), state_dict=floats.state_dict(), info=info)
-    train_gpt.save_tensors(run.path / train_gpt.FLOAT_NAME, content)
-    blob = train_gpt.pack_artifact(config, written.state_dict())
-    train_gpt.write_atomic(run.artifact_path, [blob])
-    run.score()
-    written.load_state_dict(train_gpt.unpack_artifact(blob)[1])
-    for label, model in (("pre_quant", floats), ("final_int6_roundtrip", written)):
-        expected = train_gpt.evaluate(model, run.val, config, run.runtime, config.eval_seq_len)
-        assert run.results["scores"][label]["val_loss"] == expected.val_loss

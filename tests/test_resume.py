@@ -7,7 +7,6 @@ start costs 0.1 s instead of 3.
 import random
 import re
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -46,7 +45,6 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(children, w
 
 
 def test_two_ranks_killed_together_end_like_uninterrupted_ones(children, whole_two):
-    """In training; test_distributed.py kills them in an evaluation."""
     run_dir = children.new("killed_two")
     group = children.start(run_dir, ranks=2, patch=AT_WRITE, at="step_ 4 hold")
     assert group.until(Path(f"{run_dir}.held").exists)
@@ -56,20 +54,16 @@ def test_two_ranks_killed_together_end_like_uninterrupted_ones(children, whole_t
     assert outcome(run_dir) == outcome(whole_two)
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut all", "foreign"])
-def test_a_state_of_an_evaluation_that_is_unusable_is_not_used(children, whole, damage):
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_damaged_state_of_an_evaluation_is_not_used(children, whole, damaged):
     run_dir = children.unscored(whole)
     kill(children, run_dir, "eval_legal_ttt 5 named")
     states = sorted((run_dir / "checkpoint").glob("eval_legal_ttt_*.pt"), reverse=True)
-    for path in states if damage == "cut all" else states[:1]:
-        state = train_gpt.load_tensors(path)
-        if damage == "foreign":
-            train_gpt.save_tensors(path, {**state, "identity": "another"})
-        else:
-            path.write_bytes(path.read_bytes()[:-100])
+    for path in states[:damaged]:
+        path.write_bytes(path.read_bytes()[:-100])
     output = children.finish(run_dir).stdout()
     assert f"warning: {states[0]}" in output
-    assert ("resumed_evaluation legal_ttt item:4/" in output) is (damage == "cut")
+    assert ("resumed_evaluation legal_ttt item:4/" in output) is (damaged == 1)
     assert outcome(run_dir) == outcome(whole)
     assert not list((run_dir / "checkpoint").glob("eval_*")), "scored, and still there"
 
@@ -123,15 +117,6 @@ def test_a_stopped_run_resumes_and_ends_like_an_uninterrupted_one(children, stop
     assert [e["step"] for e in found if e["event"] == "step"] == list(range(1, 13))
     assert [e["resumed_step"] for e in found if e["event"] == "start"] == [0, step]
     assert log_of(run_dir).startswith(log_of(stopped[0])), "the log of the first part is lost"
-
-
-def test_sigterm_stops_an_evaluation_and_a_rerun_finishes_it(children, whole):
-    run_dir = children.unscored(whole)
-    at = f"eval_legal_ttt 4 {int(signal.SIGTERM)}"
-    group = children.finish(run_dir, code=75, patch=AT_WRITE, at=at)
-    check_stopped(run_dir, group.stdout(), "SIGTERM")
-    assert "resumed_evaluation legal_ttt" in children.finish(run_dir).stdout()
-    assert outcome(run_dir) == outcome(whole)
 
 
 def test_a_time_limit_stops_in_time_and_a_rerun_finishes(children, whole):
@@ -188,6 +173,8 @@ def test_a_rerun_does_only_what_is_missing_and_says_so(children, audited, whole,
     assert not re.search(r"^(step:|checkpoint_saved)", output, re.M)
     for label, score in read_json(run_dir / "scores.json")["scores"].items():
         assert f"result {label} val_bpb:{score['val_bpb']:.8f}" in output
+    # An audit that comes later covers the scores that are there.
+    assert re.search(r"^result legal_ttt .* legal:1 ", output, re.M)
     assert events(run_dir)[-1]["event"] == "done" and (run_dir / "audit.json").exists()
     assert outcome(run_dir) == outcome(whole)
 

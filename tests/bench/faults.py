@@ -150,7 +150,7 @@ TTT's rate rises: (1 «+ → -» math.cos(math.pi * c / (chunks - 1)))
 TTT_EPOCHS ignored: for _ in range(«config.ttt_epochs → 1»):
 training ahead allowed: if «end > self.scored_until → False»:
 bytes of the next target: self.stream.bytes[«first:end → first + 1 : end + 1»].sum(dtype=np.int64)
-targets may come twice: if «first < self.last or self.coverage[first:end].any() → False»:
+targets may come twice: if «first < self.last → False»:
 gaps allowed: if «not (coverage == 1).all() → False»:
 weights stay adapted: «param.copy_(value) → pass»
 last blocks frozen: model.blocks[«:freeze_blocks → freeze_blocks:»]
