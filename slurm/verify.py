@@ -51,6 +51,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def printable(text, limit=400):
 
 
 def on_gpu():
-    """Whether a script finds an NVIDIA GPU here."""
+    """True if a script finds an NVIDIA GPU here."""
     return Path("/dev/nvidia0").exists()
 
 
@@ -280,7 +281,7 @@ class ModelSource:
         """Probabilities (B, V) of the token after each row of contexts (B, T)."""
         contexts = contexts[:, -self.context :]
         logits = self.logits(contexts, contexts.shape[1] - 1).astype(float)
-        # Whatever comes is made a distribution.
+        # Any answer becomes a distribution.
         logits = np.clip(np.nan_to_num(logits), -100, 100)
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
@@ -640,19 +641,19 @@ def other_digits(output, printed):
 OFFICIAL_DATA = "data/datasets/fineweb10B_sp1024"
 
 
+@dataclass
 class Candidate:
     """The folder under test: runs its script in a fresh copy of it, on shards that are given."""
 
-    def __init__(self, sandbox, script, artifact, tokenizer, ranks, seconds):
-        self.sandbox = sandbox
-        self.script = script
-        self.artifact = artifact  # None: the script can only train
-        self.tokenizer = tokenizer
-        self.ranks = ranks
-        self.seconds = seconds  # that a run may take
-        self.runs = 0
+    sandbox: Sandbox
+    script: Path
+    artifact: Path | None  # None: the script can only train
+    tokenizer: Path
+    ranks: int
+    seconds: float  # that a run may take
+    runs: int = 0
 
-    def run(self, val, train=None, scores_file=True, settings=()):
+    def run(self, val, train, scores_file, settings):
         """Score a validation shard, or with training tokens train and score; returns an Outcome."""
         folder = self.sandbox.folder()
         data = folder / OFFICIAL_DATA
@@ -662,8 +663,8 @@ class Candidate:
         shutil.copy(self.script, folder)
         shutil.copy(self.tokenizer, folder)
         write_shard(data / "fineweb_val_000000.bin", val)
-        environ = dict(settings)
-        environ.update(DATA_PATH=f"./{OFFICIAL_DATA}", TOKENIZER_PATH=self.tokenizer.name)
+        places = dict(DATA_PATH=f"./{OFFICIAL_DATA}", TOKENIZER_PATH=self.tokenizer.name)
+        environ = {**settings, **places}
         if train is None:
             shutil.copy(self.artifact, folder)
             environ["EVAL_ONLY"] = self.artifact.name
