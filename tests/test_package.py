@@ -293,6 +293,7 @@ def replaced(name, old, new):
         (shutil.rmtree, "is no folder of a run"),
         (replaced("scores.json", "{", ""), "scores.json: not readable"),
         (replaced("scores.json", '"finished": true', '"finished": false'), "has not finished"),
+        (replaced("scores.json", '"scores"', '"others"'), "finished without a score"),
         (lambda run: (run / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda run: (run / "train.log").unlink(), "train.log is missing"),
         (lambda run: (run / package.ARTIFACT_NAME).unlink(), "int6.ptz is missing"),
