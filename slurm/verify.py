@@ -81,11 +81,7 @@ class UntestableError(Exception):
 
 def printable(text, limit=400):
     """Text of a stranger, safe for a terminal: one line, no escape sequences, bounded."""
-    shown = []
-    for character in text[:limit]:
-        plain = character.isascii() and character.isprintable()
-        shown.append(character if plain else ascii(character)[1:-1])
-    return "".join(shown)
+    return "".join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
 
 
 def on_gpu():
@@ -122,8 +118,7 @@ def write_shard(path, tokens):
 def find_shards(folder, split):
     """Sorted paths of the "train" or "val" shards. Raises UntestableError without any."""
     # Byte counts may lie beside the shards, as fineweb_val_bytes_000000.bin.
-    name = re.compile(rf"fineweb_{split}_\d+\.bin")
-    paths = sorted(path for path in Path(folder).glob("*.bin") if name.fullmatch(path.name))
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UntestableError(
             f"{folder}: no fineweb_{split}_*.bin in it: name the directory of the shards"
@@ -142,16 +137,14 @@ class Tokenizer:
             raise UntestableError(f"{path}: not a SentencePiece model: {reason}") from None
         model = self.model
         self.size = model.vocab_size()
-        self.silent = np.zeros(self.size, bool)  # control, unknown and unused pieces: no bytes
-        self.spaced = np.zeros(self.size, bool)  # begins with a space
-        self.byte = np.full(self.size, -1)  # 0xE2 for the piece <0xE2>, -1 for all other pieces
-        for i in range(self.size):
-            # SentencePiece writes a space as "▁".
-            piece = model.id_to_piece(i)
-            self.silent[i] = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-            self.spaced[i] = piece.startswith("▁")
-            if model.is_byte(i):
-                self.byte[i] = int(piece[3:5], 16)
+        ids = range(self.size)
+        pieces = [model.id_to_piece(i) for i in ids]
+        # Control, unknown and unused pieces: no bytes.
+        silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
+        self.silent = np.array(silent)
+        self.spaced = np.array([piece.startswith("▁") for piece in pieces])  # SentencePiece's space
+        # 0xE2 for the piece <0xE2>, -1 for all other pieces.
+        self.byte = np.array([int(pieces[i][3:5], 16) if model.is_byte(i) else -1 for i in ids])
         # Pieces that go on with a character: no text may be cut before one of these.
         self.inside = (self.byte >= 0x80) & (self.byte <= 0xBF)
         # Ordinary pieces, which may stand anywhere.

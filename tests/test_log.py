@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from helpers import ROOT, at_step, events, read_json, run_main, train_tokenizer
+from helpers import ROOT, at_step, count, events, read_json, run_main, train_tokenizer
 
 import train_gpt
 from train_gpt import Config
@@ -52,17 +52,13 @@ def starting(lines, start):
 # --------------------------------------------------------------------------------------------------
 def test_the_run_introduces_itself(run, tiny_data):
     data, tokenizer = map(re.escape, map(str, (tiny_data.data_path, tiny_data.tokenizer_path)))
-    assert int(only(run.lines, f"model_params:({INTEGER})")[1]) == parameter_count(run)
+    config = Config(**read_json(run.dir / "config.json")["config"])
+    assert int(only(run.lines, f"model_params:({INTEGER})")[1]) == count(train_gpt.GPT(config))
     only(run.lines, "world_size:1 grad_accum_steps:2")
     only(run.lines, f"train_loader:dataset:{re.escape(tiny_data.data_path.name)} train_shards:2")
     only(run.lines, rf"val_loader:shards pattern={data}/fineweb_val_\*\.bin tokens:1472")
     only(run.lines, f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer}")
     only(run.lines, "seed:7")
-
-
-def parameter_count(run):
-    config = Config(**read_json(run.dir / "config.json")["config"])
-    return sum(p.numel() for p in train_gpt.GPT(config).parameters())
 
 
 def test_a_validation_line_has_the_reference_s_format(run):
