@@ -341,15 +341,6 @@ def test_an_evaluation_alone_claims_nothing_about_training(tmp_path, capsys):
 # --- the validation text ---
 
 
-def run_on(tmp_path, targets, size, scope):
-    """A finished run on a validation text of so many targets and bytes."""
-    data = dict(DATA, val_targets=targets, val_bytes=size, scope=scope)
-    loss = 1.1 * math.log(2) * size / targets
-    entry = dict(val_loss=loss, val_bpb=1.1, tokens=targets, bytes=size, eval_time_s=1.0)
-    scores = dict(scores={SLIDING: entry})
-    return make_run(tmp_path, name=str(size), manifest=dict(data=data), results=scores)
-
-
 @pytest.mark.parametrize(
     "targets, size, scope, canonical",
     [
@@ -363,7 +354,6 @@ def run_on(tmp_path, targets, size, scope):
 def test_the_canonical_text_is_claimed_where_its_counts_agree_and_else_remarked(
     tmp_path, capsys, targets, size, scope, canonical
 ):
-    """A finished run on a validation text of so many targets and bytes."""
     data = dict(DATA, val_targets=targets, val_bytes=size, scope=scope)
     loss = 1.1 * math.log(2) * size / targets
     entry = dict(val_loss=loss, val_bpb=1.1, tokens=targets, bytes=size, eval_time_s=1.0)
