@@ -266,14 +266,14 @@ def build_submission(args, group, stage, p):
             "eval_time_s": rounded(score.eval_time_s, 1),
         }
     return {
-        # What no run can tell
+        # The author's fields, which no run can tell
         "author": args.author,
         "github_id": args.github_id or args.author,
         "name": args.name or preset,
         "blurb": args.blurb or f"{preset}, {stage} score, {bpbs.n} seed(s)",
         "date": str(args.date or datetime.datetime.now(datetime.UTC).date()),
         "track": args.track,
-        # Which score, and on what text
+        # The score and its text
         "score_label": labels.pop() if len(labels) == 1 else stage,
         "score_scope": group[0].scope,
         "val_loss": round(sample_of(group, stage, "val_loss").mean, 8),
@@ -410,7 +410,7 @@ def rest_of_page(runs):
     remarks = "".join(f"- {run.name}: {run.remark}\n" for run in runs if run.remark)
     if remarks:
         remarks = f"## How the runs were read\n\n{remarks}\n"
-    # What went wrong belongs on the page: a seed must not vanish because it failed
+    # Failures belong on the page: a seed must not vanish because it failed
     rows = [
         {"run": run.name, "seed": cell(run.seed), "status": run.status, "what happened": run.note}
         for run in runs
@@ -520,13 +520,8 @@ def draw_curves(runs, title, ablation):
 
 def build_parser():
     """The parser of the command line; --help shows the module's docstring."""
-    summary, _, details = (__doc__ or "").partition("\n\n")  # python -OO strips docstrings
-    parser = argparse.ArgumentParser(
-        prog="collect.py",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run directory or log, one per seed")
     here = "where submission.json, results.md and curves.png go (default: here)"
@@ -551,12 +546,8 @@ def build_parser():
     add("--name", help="default: the preset")
     add("--blurb", help="one sentence (default: preset, score and number of seeds)")
     add("--track", default="non-record-16mb", help="default: non-record-16mb")
-    add(
-        "--date",
-        type=datetime.date.fromisoformat,
-        metavar="YYYY-MM-DD",
-        help="default: today in UTC",
-    )
+    day = datetime.date.fromisoformat
+    add("--date", type=day, metavar="YYYY-MM-DD", help="default: today in UTC")
     return parser
 
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the job scripts of this folder share. Sourced by them, never run.
+# The job scripts of this folder source this file; it does nothing by itself.
 #
 # The one place for a site's settings. Each is an environment variable, read at submission and in the job:
 #   GOLF_PARTITION, GOLF_ACCOUNT, GOLF_QOS   handed to sbatch when set; sbatch's own options override them
@@ -130,14 +130,6 @@ prepare_torchrun() {
     --signals-to-handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout=110)
 }
 
-# The variables of these scripts stay in them: train_gpt.py refuses a variable that resembles one of its own.
-hide_launcher_variables() {
-  local name
-  for name in SEEDS ARTIFACTS "${!GOLF_@}"; do
-    export -n "${name?}"
-  done
-}
-
 # Sets up task number SLURM_ARRAY_TASK_ID: exports its settings and RUN_DIR.
 begin_task() {
   local task=${SLURM_ARRAY_TASK_ID:-} count=${#labels[@]} assignments=()
@@ -153,8 +145,8 @@ begin_task() {
   say "task $task ${labels[$task]}: ${settings[$task]} RUN_DIR=$RUN_DIR restart=${SLURM_RESTART_COUNT:-0}"
 }
 
-# Which STOPPED file lies in the run folder: its inode and time, nothing if there is none. train_gpt.py writes
-# one when it stops with a checkpoint and removes it when it goes on.
+# Prints inode and time of the run's STOPPED file, nothing without one. train_gpt.py writes the file when it stops
+# with a checkpoint and removes it when it goes on.
 stopped_mark() { stat -c '%i %y' "$RUN_DIR/STOPPED" 2>/dev/null || true; }
 
 requeue_or_exit() {  # the run has stopped with everything saved
@@ -179,7 +171,7 @@ pass_warning() {  # pass_warning PID: only once, a second signal means "at once"
 run_resumable() {  # run_resumable COMMAND…
   local child='' status before mark interrupted=''
   before=$(stopped_mark)
-  hide_launcher_variables
+  export -n SEEDS  # train_gpt.py warns of a variable that resembles SEED
   trap 'interrupted=1; pass_warning "$child"' USR1
   # SLURM sends SIGTERM to every process of a job, the run included: nothing to pass on.
   trap 'interrupted=1; cancelled=1' TERM

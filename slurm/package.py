@@ -25,10 +25,10 @@ Exit codes: 0 done, 1 the proof failed, 2 wrong use or unusable runs, 4 over bud
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import contextlib
 import hashlib
-import io
 import lzma
 import os
 import shutil
@@ -36,7 +36,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import tokenize
 from pathlib import Path
 
 from runs import (
@@ -77,35 +76,19 @@ exec(globals().pop("run")())
 
 
 def strip(source):
-    """The same program without comments, blank lines and inner docstrings.
-
-    A 0 stands for a docstring, which may be all that its function has.
-    """
-    lines = source.splitlines(keepends=True)
-    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    for token in tokens:
-        if token.type in (tokenize.COMMENT, tokenize.NL):
-            row, column = token.start
-            rest = lines[row - 1][:column].rstrip()
-            lines[row - 1] = f"{rest}\n" if rest else ""
-    tokens = [each for each in tokens if each.type not in (tokenize.COMMENT, tokenize.NL)]
-    begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    # A string that is all of a statement; the module's docstring has nothing before it. From the
-    # end, so that the rows in front stay where they are
-    for before, token, after in reversed(list(zip(tokens, tokens[1:], tokens[2:]))):
-        alone = before.type in begins and after.type == tokenize.NEWLINE
-        if token.type == tokenize.STRING and alone:
-            (row, column), (last, end) = token.start, token.end
-            lines[row - 1 : last] = [f"{lines[row - 1][:column]}0{lines[last - 1][end:]}"]
-    return "".join(lines)
+    """The same program without comments, blank lines and inner docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def pack(source):
     """A self-extracting script (bytes) of a program (str)."""
-    text = strip(source)
-    compile(text, "train_gpt.py", "exec")  # SyntaxError here rather than in the folder
+    text = strip(source).encode()
     # Plain LZMA: its header is 13 bytes. Base85 has neither quotes nor backslashes
-    data = lzma.compress(text.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    data = lzma.compress(text, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     return STUB.format(data=base64.b85encode(data).decode()).encode()
 
 
@@ -149,7 +132,7 @@ def write_code(args, folder, runs):
         code = args.script.read_bytes()
         if args.packed:
             code = pack(code.decode())
-    except (OSError, SyntaxError, UnicodeDecodeError, tokenize.TokenError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise PackageError(f"--script {args.script}: {error}") from None
     # Not an error: a comment may have been added since, and the proof runs this script
     if {run.manifest.get("code_sha256") for run in runs} != {sha256(args.script)}:
@@ -226,10 +209,9 @@ def proof_environment(args, run, run_dir):
         if name in kept or name.startswith("CUDA_")
     }
     # DTYPE=auto may be another type on this machine: the manifest has the one that was used
-    settings = {**run.config, **{k: v for k, v in run.manifest.items() if k == "dtype"}}
+    arithmetic = {**run.config, "dtype": run.manifest["dtype"]}
     for name in ("device", "compile", "dtype"):
-        if name in settings:
-            environment[name.upper()] = os.environ.get(name.upper(), str(settings[name]))
+        environment[name.upper()] = os.environ.get(name.upper(), str(arithmetic[name]))
     return {
         **environment,
         "EVAL_ONLY": ARTIFACT_NAME,

@@ -159,7 +159,7 @@ def reading(path):
 def make_run(path, config, kinds, manifest, events, results, audit_passed):
     """The Run of facts in the shapes of a folder's files; RunDataProblem for contradictions."""
     run = Run(path, config, kinds, manifest, results, audit_passed)
-    run.seed = int(config["seed"]) if "seed" in config else results.get("seed")
+    run.seed = int(config["seed"]) if "seed" in config else None
     run.scope = run.data.get("scope")
     run.training_s = results.get("train_time_s")
     read_curves(run, events)
@@ -333,10 +333,10 @@ def read_run_dir(path):
 # --- Logs ----------------------------------------------------------------------------------------
 
 CONFIG_LINE = re.compile(r"config:(\w+)=(.*?)( \*)?")
-CLOCK = r"train_time:(?P<ms>\d+)ms step_avg:(?P<avg>[\d.]+)ms"
-STEP_LINE = re.compile(rf"step:(?P<step>\d+)/\d+ train_loss:(?P<loss>\S+) {CLOCK}.*")
-VAL_LINE = re.compile(rf"step:(?P<step>\d+)/\d+ val_loss:\S+ val_bpb:(?P<bpb>\S+) {CLOCK}")
-EARLY_LINE = re.compile(r"stopping_early: \w+ train_time:(?P<ms>\d+)ms step:(?P<step>\d+)/\d+")
+STEP_LINE = re.compile(
+    r"step:(\d+)/\d+ (?:train_loss:(\S+)|val_loss:\S+ val_bpb:(\S+)) "
+    r"train_time:(\d+)ms step_avg:([\d.]+)ms.*"
+)
 RESUMED_LINE = re.compile(r"resumed_from:.* step:(\d+)")
 TIME_LINE = re.compile(r"(\w+) val_loss:\S+ val_bpb:\S+ .*eval_time:(\d+)ms.*")
 SCORE_LINE = re.compile(r"(\w+)_exact val_loss:(\S+) val_bpb:(\S+)( legality:illegal)?")
@@ -359,16 +359,13 @@ def read_log(path):
     packing = {}  # seconds of the packing whose sizes come next
     scores, times, results = {}, {}, {}
     for line in lines:
-        clock = STEP_LINE.fullmatch(line) or VAL_LINE.fullmatch(line) or EARLY_LINE.fullmatch(line)
-        if clock:
-            facts = clock.groupdict()
-            results.update(steps=int(facts["step"]), train_time_s=int(facts["ms"]) / 1000)
-            if "avg" in facts:
-                results["step_avg_ms"] = float(facts["avg"])
-            if "loss" in facts:
-                events.append(dict(event="step", step=facts["step"], train_loss=facts["loss"]))
-            if "bpb" in facts:
-                events.append(dict(event="val", step=facts["step"], val_bpb=facts["bpb"]))
+        if found := STEP_LINE.fullmatch(line):
+            step, loss, bpb, ms, average = found.groups()
+            results.update(steps=int(step), train_time_s=int(ms) / 1000, step_avg_ms=float(average))
+            if loss:
+                events.append(dict(event="step", step=step, train_loss=loss))
+            else:
+                events.append(dict(event="val", step=step, val_bpb=bpb))
         elif found := CONFIG_LINE.fullmatch(line):
             config[found[1]] = found[2]
         elif line.startswith("manifest:"):
@@ -410,7 +407,7 @@ def read_log(path):
     scores.pop(OFFICIAL_COPY, None)
     for label, entry in scores.items():
         entry["eval_time_s"] = times.get(label)
-    results.update(scores=scores, seed=min(seeds, default=None))
+    results["scores"] = scores
     with reading(path):
         return make_run(path, config, {}, manifest, events, results, passed)
 

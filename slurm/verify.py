@@ -51,6 +51,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,15 +81,11 @@ class UntestableError(Exception):
 
 def printable(text, limit=400):
     """Text of a stranger, safe for a terminal: one line, no escape sequences, bounded."""
-    shown = []
-    for character in text[:limit]:
-        plain = character.isascii() and character.isprintable()
-        shown.append(character if plain else ascii(character)[1:-1])
-    return "".join(shown)
+    return "".join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
 
 
 def on_gpu():
-    """Whether a script finds an NVIDIA GPU here."""
+    """True if a script finds an NVIDIA GPU here."""
     return Path("/dev/nvidia0").exists()
 
 
@@ -121,8 +118,7 @@ def write_shard(path, tokens):
 def find_shards(folder, split):
     """Sorted paths of the "train" or "val" shards. Raises UntestableError without any."""
     # Byte counts may lie beside the shards, as fineweb_val_bytes_000000.bin.
-    name = re.compile(rf"fineweb_{split}_\d+\.bin")
-    paths = sorted(path for path in Path(folder).glob("*.bin") if name.fullmatch(path.name))
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UntestableError(
             f"{folder}: no fineweb_{split}_*.bin in it: name the directory of the shards"
@@ -141,16 +137,14 @@ class Tokenizer:
             raise UntestableError(f"{path}: not a SentencePiece model: {reason}") from None
         model = self.model
         self.size = model.vocab_size()
-        self.silent = np.zeros(self.size, bool)  # control, unknown and unused pieces: no bytes
-        self.spaced = np.zeros(self.size, bool)  # begins with a space
-        self.byte = np.full(self.size, -1)  # 0xE2 for the piece <0xE2>, -1 for all other pieces
-        for i in range(self.size):
-            # SentencePiece writes a space as "▁".
-            piece = model.id_to_piece(i)
-            self.silent[i] = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-            self.spaced[i] = piece.startswith("▁")
-            if model.is_byte(i):
-                self.byte[i] = int(piece[3:5], 16)
+        ids = range(self.size)
+        pieces = [model.id_to_piece(i) for i in ids]
+        # Control, unknown and unused pieces: no bytes.
+        silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
+        self.silent = np.array(silent)
+        self.spaced = np.array([piece.startswith("▁") for piece in pieces])  # SentencePiece's space
+        # 0xE2 for the piece <0xE2>, -1 for all other pieces.
+        self.byte = np.array([int(pieces[i][3:5], 16) if model.is_byte(i) else -1 for i in ids])
         # Pieces that go on with a character: no text may be cut before one of these.
         self.inside = (self.byte >= 0x80) & (self.byte <= 0xBF)
         # Ordinary pieces, which may stand anywhere.
@@ -280,7 +274,7 @@ class ModelSource:
         """Probabilities (B, V) of the token after each row of contexts (B, T)."""
         contexts = contexts[:, -self.context :]
         logits = self.logits(contexts, contexts.shape[1] - 1).astype(float)
-        # Whatever comes is made a distribution.
+        # Any answer becomes a distribution.
         logits = np.clip(np.nan_to_num(logits), -100, 100)
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
@@ -640,19 +634,19 @@ def other_digits(output, printed):
 OFFICIAL_DATA = "data/datasets/fineweb10B_sp1024"
 
 
+@dataclass
 class Candidate:
     """The folder under test: runs its script in a fresh copy of it, on shards that are given."""
 
-    def __init__(self, sandbox, script, artifact, tokenizer, ranks, seconds):
-        self.sandbox = sandbox
-        self.script = script
-        self.artifact = artifact  # None: the script can only train
-        self.tokenizer = tokenizer
-        self.ranks = ranks
-        self.seconds = seconds  # that a run may take
-        self.runs = 0
+    sandbox: Sandbox
+    script: Path
+    artifact: Path | None  # None: the script can only train
+    tokenizer: Path
+    ranks: int
+    seconds: float  # that a run may take
+    runs: int = 0
 
-    def run(self, val, train=None, scores_file=True, settings=()):
+    def run(self, val, train, scores_file, settings):
         """Score a validation shard, or with training tokens train and score; returns an Outcome."""
         folder = self.sandbox.folder()
         data = folder / OFFICIAL_DATA
@@ -662,8 +656,8 @@ class Candidate:
         shutil.copy(self.script, folder)
         shutil.copy(self.tokenizer, folder)
         write_shard(data / "fineweb_val_000000.bin", val)
-        environ = dict(settings)
-        environ.update(DATA_PATH=f"./{OFFICIAL_DATA}", TOKENIZER_PATH=self.tokenizer.name)
+        places = dict(DATA_PATH=f"./{OFFICIAL_DATA}", TOKENIZER_PATH=self.tokenizer.name)
+        environ = {**settings, **places}
         if train is None:
             shutil.copy(self.artifact, folder)
             environ["EVAL_ONLY"] = self.artifact.name

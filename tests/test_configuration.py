@@ -53,24 +53,12 @@ def test_an_explicit_variable_beats_the_preset_and_the_preset_the_default():
     assert (explicit.eval_seq_len, explicit.iterations, explicit.nfm_enabled) == (1024, 20000, True)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_the_defaults_but_for_its_differences(preset):
-    config = Config.from_env({"PRESET": preset})
-    name = f"{preset}_seed42"
-    named = {"preset": preset, "run_id": name, "run_dir": f"runs/{name}"}
-    assert config.as_dict() == {**Config().as_dict(), **PRESETS[preset], **named}
-    assert config.differences() == {}
-
-
 @pytest.mark.parametrize(
     "name,text,value",
     [
         ("AUDIT", "1", True),
-        ("AUDIT", "True", True),
-        ("NFM_ENABLED", "0", False),
         ("NFM_ENABLED", "FALSE", False),
         ("ITERATIONS", "12", 12),
-        ("MATRIX_LR", "1e-3", 1e-3),
         ("MATRIX_LR", "2", 2.0),
         ("COMPILE", "0", "0"),
         ("WARMDOWN_SHAPE", "cosine", "cosine"),
@@ -190,16 +178,11 @@ def test_training_leaves_gptq_its_share_of_the_wallclock_cap(settings, seconds):
     "misspelt,meant",
     [
         ("ITERATONS", "ITERATIONS"),
-        ("DATAPATH", "DATA_PATH"),
-        ("NUM_LAYER", "NUM_LAYERS"),
         ("PRSET", "PRESET"),
         ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
         ("iterations", "ITERATIONS"),
-        ("Train_Seq_Len", "TRAIN_SEQ_LEN"),
         ("NATIVE_FLOW_HIDEN_DIM", "NATIVE_FLOW_HIDDEN_DIM"),
-        ("TTT_OPTIMISER", "TTT_OPTIMIZER"),
         ("ve_layers", "VE_LAYERS"),
-        ("WEIGHT_DECAYS", "WEIGHT_DECAY"),
     ],
 )
 def test_a_misspelt_variable_is_an_error_that_names_the_one_meant(misspelt, meant):

@@ -8,7 +8,16 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, at_step, events, read_json, run_main, tiny_config, train_tokenizer
+from helpers import (
+    ROOT,
+    at_step,
+    count,
+    events,
+    read_json,
+    run_main,
+    tiny_config,
+    train_tokenizer,
+)
 
 import train_gpt
 from train_gpt import Config
@@ -54,17 +63,13 @@ def starting(lines, start):
 # --------------------------------------------------------------------------------------------------
 def test_the_run_introduces_itself(run, tiny_data):
     data, tokenizer = map(re.escape, map(str, (tiny_data.data_path, tiny_data.tokenizer_path)))
-    assert int(only(run.lines, f"model_params:({INTEGER})")[1]) == parameter_count(run)
+    config = Config(**read_json(run.dir / "config.json")["config"])
+    assert int(only(run.lines, f"model_params:({INTEGER})")[1]) == count(train_gpt.GPT(config))
     only(run.lines, "world_size:1 grad_accum_steps:2")
     only(run.lines, f"train_loader:dataset:{re.escape(tiny_data.data_path.name)} train_shards:2")
     only(run.lines, rf"val_loader:shards pattern={data}/fineweb_val_\*\.bin tokens:1472")
     only(run.lines, f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer}")
     only(run.lines, "seed:7")
-
-
-def parameter_count(run):
-    config = Config(**read_json(run.dir / "config.json")["config"])
-    return sum(p.numel() for p in train_gpt.GPT(config).parameters())
 
 
 def test_a_validation_line_has_the_reference_s_format(run):
@@ -338,7 +343,10 @@ def test_training_stops_before_the_step_that_would_pass_the_cap(children):
     pattern = f"stopping_early: wallclock_cap train_time:({INTEGER})ms step:({INTEGER})/40"
     match = only(lines, pattern)
     seconds, steps = int(match[1]) / 1000, int(match[2])
-    assert 4 <= steps <= 14 and 0.1 * steps <= seconds <= cap
+    clock = np.array([event["train_time_ms"] / 1000 for event in events(run_dir, "step")])
+    # A last step that a busy machine made longer than the others may pass the cap.
+    *others, last = np.diff(clock[:steps], prepend=0)
+    assert 4 <= steps <= 14 and 0.1 * steps <= seconds <= cap + max(0, last - np.mean(others))
     assert seconds * (1 + 3 / steps) > cap, "the next step would have fitted"
     (trained,) = events(run_dir, "trained")
     assert trained["stopped_early"] and trained["steps"] == steps

@@ -149,27 +149,18 @@ TABLE = {
 SYSTEMS = [name for name in TABLE if not name.startswith(("record", "frontier"))]
 
 
-def test_the_presets_are_the_table_s_and_the_demo():
-    assert set(PRESETS) == {*TABLE, "demo"}
-    assert Config.from_env({}).preset == "nfm_7k" and PRESETS["nfm_7k"] == {}
-
-
 @pytest.mark.parametrize("name", TABLE)
-def test_a_preset_has_the_settings_of_the_table_and_no_others(name):
-    _, command, rest = TABLE[name]
+def test_a_preset_has_the_published_settings_and_number_of_parameters(name):
+    parameters, command, rest = TABLE[name]
     if name != "frontier_1024":  # the record's command says VOCAB_SIZE=8192
         assert Config.from_env(environ_of(command, PRESET=name)).differences() == {}
     environ = {**environ_of(COMMON), **environ_of(command), **environ_of(rest)}
     assert Config.from_env({**environ, "PRESET": name}).differences() == {}
     judged = {*train_gpt.read_variables(environ, {}), "seed", "eval_batch_seqs"}
     assert judged >= set(Config.names("arch", "train", "pack", "eval"))
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_a_preset_has_the_published_number_of_parameters(name):
     config = preset_config(name, **({"mlp_mult": 3.0} if name == "slot_11l" else {}))
     with torch.device("meta"):
-        assert count(GPT(config)) == TABLE[name][0]
+        assert count(GPT(config)) == parameters
 
 
 def scored_runs():
@@ -181,7 +172,9 @@ def scored_runs():
     return [(row[0], environ_of(row[3]), int(row[4].replace(",", ""))) for row in cells]
 
 
-def test_the_table_of_scored_runs_has_every_system_once():
+def test_the_tables_have_every_preset_once():
+    assert set(PRESETS) == {*TABLE, "demo"}
+    assert Config.from_env({}).preset == "nfm_7k" and PRESETS["nfm_7k"] == {}
     assert sorted(name for name, _, _ in scored_runs()) == sorted(SYSTEMS)
 
 
