@@ -7,7 +7,6 @@ import json
 import lzma
 import math
 import os
-import random
 import re
 import struct
 import subprocess
@@ -47,8 +46,6 @@ SMALL = dict(
     ttt_freeze_blocks=0,
 )
 TOKENIZER_SHA = "ab" * 32
-TOP = {5: 15, 6: 31, 8: 127}  # largest codes
-BITS = pytest.mark.parametrize("bits", [5, 6, 8])
 
 
 def random_state(config, seed=0):
@@ -67,16 +64,11 @@ def all_integers(monkeypatch):
 # ---- lite: rounding ----
 
 
-def dequantised(weight, bits):
-    codes, scales = golf.quantize_rows(weight, bits)
-    return codes.float() * scales.float()
-
-
 @pytest.mark.parametrize("columns", [1, 2, 5, 300, 2000])
-@BITS
-def test_each_row_is_rounded_by_the_clip_of_the_least_squared_error(bits, columns):
+@pytest.mark.parametrize("bits, top", [(5, 15), (6, 31), (8, 127)])
+def test_each_row_is_rounded_by_the_clip_of_the_least_squared_error(bits, top, columns):
     """Against all candidates in float64. No step is below 1 by the largest code, as published."""
-    top, rows = TOP[bits], np.random.default_rng(3).standard_t(3, (54, columns))
+    rows = np.random.default_rng(3).standard_t(3, (54, columns))
     # Outliers, so that clipping pays; rows of every size, zeros and what float16 cannot hold.
     sizes = [0.0, 1e-30, 1e-7, 0.9, 60_000.0 * top, 1e30, *10 ** np.linspace(-2, 2, 48)]
     rows[:6] = np.linspace(-1, 1, columns)
@@ -102,27 +94,17 @@ def test_each_row_is_rounded_by_the_clip_of_the_least_squared_error(bits, column
 
 SCHEMES_AT_FULL_SIZE = [  # name, shape, under lite, under gptq
     ("tok_emb.weight", (1024, 512), "int8", "grid"),
-    ("bigram.embed.weight", (4096, 128), "int8", "grid"),
-    ("ve.embed.weight", (1024, 128), "int8", "grid"),
-    ("nfm.inp.weight", (256, 512), "int8", "grid"),
     ("ttt.c_q.weight", (512, 512), "int8", "grid"),
     ("blocks.0.attn.c_q.weight", (512, 512), "int6", "grid"),
-    ("blocks.10.attn.c_k.weight", (256, 512), "int6", "grid"),
     ("blocks.4.mlp.fc.weight", (1536, 512), "int6", "grid"),
     ("blocks.5.mlp.fc.weight", (1536, 512), "int5", "grid"),
-    ("blocks.5.mlp.proj.weight", (512, 1536), "int5", "grid"),
     ("blocks.5.attn.proj.weight", (512, 512), "int6", "grid"),
     ("bigram.proj.weight", (512, 128), "fp16", "grid"),  # 65,536: the last size that stays
     ("bigram.proj.weight", (512, 129), "int8", "grid"),
     ("blocks.3.attn.attn_gate.weight", (8, 512), "fp16", "grid"),
-    ("flow.down.weight", (64, 512), "fp16", "grid"),
     ("ttt.w", (8, 64, 64), "fp16", "fp16"),
     ("skip_weights", (5, 512), "fp32", "fp16"),
     ("blocks.3.resid_mix", (2, 512), "fp32", "fp16"),
-    ("blocks.3.attn_scale", (512,), "fp32", "fp16"),
-    ("blocks.3.attn.q_gain", (8,), "fp32", "fp16"),
-    ("blocks.3.attn.vr_lambda", (2,), "fp32", "fp16"),
-    ("smear.gate", (512,), "fp32", "fp16"),
     ("nfm.gate", (), "fp32", "fp16"),
     ("nfm.inp.bias", (256,), "fp32", "fp16"),
 ]
@@ -146,7 +128,8 @@ def stored(state, config, int5_layers=()):
     for name, value in state.items():
         scheme = golf.scheme_of(name, value.shape, config, int5_layers)
         if scheme.startswith("int"):
-            out[name] = dequantised(value, int(scheme[3:])).view_as(value)
+            codes, scales = golf.quantize_rows(value, int(scheme[3:]))
+            out[name] = codes.float() * scales.float()
         else:
             out[name] = value.half().float() if scheme == "fp16" else value
     return out
@@ -407,7 +390,7 @@ def test_sections_give_back_every_code_and_step():
         grid = golf.Grid(*(drawn.integers(-64, 65, n).astype(np.int8) for n in (rows, columns)))
         matrices.append(golf.Quantised(codes, grid, np.zeros(rows)))
     raw = golf.grid_sections(matrices)
-    assert len(raw) == sum(sum(golf.stored_bytes(shape, "grid")) for shape in shapes)
+    assert len(raw) == sum(2 * rows * columns + 2 * (rows + columns) for rows, columns in shapes)
     for matrix, found in zip(matrices, golf.read_grid_sections(raw, shapes, 0.25), strict=True):
         row, column = (2.0 ** (side / 2) for side in matrix.grid)
         expected = matrix.codes.astype(np.float64) * 0.25 * row[:, None] * column
@@ -627,15 +610,9 @@ def settings(tiny_data, tmp_path):
     return dict(tiny_data.settings, **changes, run_dir=tmp_path / "run")
 
 
-# Presets whose models have all there is between them; the others differ in training only.
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(name, marks=() if name in ("nfm_7k", "ttt_linear_11l") else pytest.mark.slow)
-        for name in sorted(golf.PRESETS)
-    ],
-)
-def test_every_preset_packs_and_scores_as_its_float_weights(settings, preset):
+# Their models have all there is between them.
+@pytest.mark.parametrize("preset", ["nfm_7k", "ttt_linear_11l", "record_0409"])
+def test_a_preset_packs_and_scores_as_its_float_weights(settings, preset):
     changes = dict(settings, preset=preset, spot_checks=0, audit=False, **layers_for(preset))
     if golf.PRESETS[preset].get("ve_dim"):
         changes["ve_dim"] = 8
@@ -759,48 +736,27 @@ def test_trailing_bytes_are_refused_wherever_they_are(honest, compressor):
         refused(hostile)
 
 
-def put(*path_and_value):
-    """An edit of a header that sets one entry."""
-    *path, last, value = path_and_value
-
-    def edit(header):
-        for key in path:
-            header = header[key]
-        header[last] = value
-
-    return edit
-
-
-def drop(*path):
-    def edit(header):
-        for key in path[:-1]:
-            header = header[key]
-        del header[path[-1]]
-
-    return edit
-
-
 # One for each check.
 EDITS = {
-    "no config": drop("config"),
-    "one more key": put("code", "import os"),
-    "missing setting": drop("config", "model_dim"),
-    "unknown setting": put("config", "evil", 1),
-    "another architecture": put("config", "model_dim", 32),
-    "float for an integer": put("config", "vocab_size", 16.0),
-    "huge layers": put("config", "num_layers", 10**9),
-    "number beyond every float": put("config", "logit_softcap", 10**400),
-    "nan": put("config", "logit_softcap", math.nan),
-    "sha of other letters": put("tokenizer_sha256", "\x1b[2J" * 16),
-    "row of two": put("tensors", 0, ["tok_emb.weight", [16, 16]]),
-    "foreign name": put("tensors", 0, 0, "x"),
-    "missing tensor": drop("tensors", 0),
+    "no config": lambda header: header.pop("config"),
+    "one more key": lambda header: header.update(code="import os"),
+    "missing setting": lambda header: header["config"].pop("model_dim"),
+    "unknown setting": lambda header: header["config"].update(evil=1),
+    "another architecture": lambda header: header["config"].update(model_dim=32),
+    "float for an integer": lambda header: header["config"].update(vocab_size=16.0),
+    "huge layers": lambda header: header["config"].update(num_layers=10**9),
+    "number beyond every float": lambda header: header["config"].update(logit_softcap=10**400),
+    "nan": lambda header: header["config"].update(logit_softcap=math.nan),
+    "sha of other letters": lambda header: header.update(tokenizer_sha256="\x1b[2J" * 16),
+    "row of two": lambda header: header["tensors"][0].pop(),
+    "foreign name": lambda header: header["tensors"][0].__setitem__(0, "x"),
+    "missing tensor": lambda header: header["tensors"].pop(0),
     "tensor twice": lambda header: header["tensors"].append(header["tensors"][-1]),
     "transposed shape": lambda header: next(
         shape for _, shape, _ in header["tensors"] if len(set(shape)) > 1
     ).reverse(),
-    "unknown scheme": put("tensors", 0, 2, "int7"),
-    "scheme of another size": put("tensors", 0, 2, "fp32"),
+    "unknown scheme": lambda header: header["tensors"][0].__setitem__(2, "int7"),
+    "scheme of another size": lambda header: header["tensors"][0].__setitem__(2, "fp32"),
     "grid of a scalar": lambda header: header["tensors"][-1].__setitem__(2, "grid"),
 }
 
@@ -814,10 +770,11 @@ def test_a_header_with_one_wrong_entry_is_refused(honest, edit):
 
 
 def test_a_grid_needs_a_step_that_is_a_number(honest):
-    for edit in (drop("step"), *(put("step", step) for step in (None, [], {}, "x"))):
-        header, data = split(payload(honest["gptq"]))
-        edit(header)
-        refused(sealed(joined(header, data)))
+    header, data = split(payload(honest["gptq"]))
+    for step in (None, [], "x"):
+        refused(sealed(joined(dict(header, step=step), data)))
+    del header["step"]
+    refused(sealed(joined(header, data)))
 
 
 def test_a_header_that_is_no_header_is_refused(honest):
@@ -846,40 +803,7 @@ def test_a_file_may_name_the_arithmetic_or_not(honest, tmp_path):
         assert golf.unpack_artifact(sealed(joined(header, data)))[1]
 
 
-@pytest.mark.parametrize("place", ["payload", "compressed stream"])
-def test_mutants_with_a_right_checksum_are_refused_or_whole(honest, place):
-    draw = random.Random(0)
-    opened = 0
-    for _ in range(700):
-        blob = honest[draw.choice(sorted(honest))]
-        raw = payload(blob)
-        data = bytearray(raw if place == "payload" else blob[golf.ARTIFACT_HEAD.size :])
-        at = draw.randrange(len(data))
-        data[at : at + draw.randint(0, 8)] = draw.randbytes(draw.randint(0, 8))
-        if place == "payload":
-            hostile = sealed(bytes(data), draw.choice([0, 0, 1]))
-        else:
-            hostile = sealed(b"", blob[9], len(raw), bytes(data))
-        try:
-            config, state = golf.unpack_artifact(hostile)
-        except ArtifactError:
-            continue
-        golf.GPT(config).load_state_dict(state)  # whole: strict names and shapes
-        opened += 1
-    assert 0 < opened < 350  # other codes are another model, not a damaged file
-
-
 # ---- bombs ----
-
-
-def zeros(mib, compressor="zstd", content_size=True):
-    """`mib` MiB of zeros, compressed."""
-    if compressor == "lzma":
-        stream = lzma.LZMACompressor(preset=0)
-    else:
-        packer = zstandard.ZstdCompressor(level=1, write_content_size=content_size)
-        stream = packer.compressobj(size=mib << 20) if content_size else packer.compressobj()
-    return b"".join([stream.compress(bytes(1 << 20)) for _ in range(mib)] + [stream.flush()])
 
 
 def zeros_of_a_real_architecture():
@@ -888,27 +812,27 @@ def zeros_of_a_real_architecture():
     with torch.device("meta"):
         state = golf.GPT(config).state_dict()
     table = [(n, list(v.shape), golf.scheme_of(n, v.shape, config)) for n, v in state.items()]
-    size = sum(sum(golf.stored_bytes(shape, scheme)) for _, shape, scheme in table)
+    size = -1
+    for _, shape, scheme in table:
+        dtype, bits = golf.SCHEMES[scheme]
+        size += math.prod(shape) * np.dtype(dtype).itemsize + (2 * shape[0] if bits else 0)
     header = dict(config=config.as_dict("arch", "eval"), tokenizer_sha256="", tensors=table)
-    return sealed(joined(header, bytes(size - 1)))
+    return sealed(joined(header, bytes(size)))
 
 
 def bombs():
-    """(name, blob): small files with right checksums that promise, hide or ask for much."""
-    most, few = golf.MAX_RAW_BYTES, bytes(100)
-    zstd_512 = zeros(512)
+    """{name: blob}: small files with right checksums that promise, hide or ask for much."""
+    most, few, zeros = golf.MAX_RAW_BYTES, bytes(100), bytes(400 << 20)
+    packed = zstandard.ZstdCompressor(level=1).compress(zeros)
     wide = lzma.compress(few, filters=[dict(id=lzma.FILTER_LZMA2, preset=0, dict_size=1 << 30)])
-    yield "zstd_hides_512_mib", sealed(b"", 0, 100, zstd_512)
-    yield "zstd_promises_512_mib", sealed(b"", 0, 512 << 20, zstd_512)
-    yield "zstd_says_no_size", sealed(b"", 0, 100, zeros(512, content_size=False))
-    yield "zstd_zeros_of_the_largest_size", sealed(b"", 0, most, zeros(most >> 20))
-    few_packed = zstandard.ZstdCompressor().compress(few)
-    yield "zstd_promises_more_than_it_has", sealed(b"", 0, most, few_packed)
-    yield "lzma_hides_400_mib", sealed(b"", 1, 100, zeros(400, "lzma"))
-    yield "lzma_wants_a_window_of_1_gib", sealed(b"", 1, 100, wide)
-    rows = b'{"config": {}, "tensors": [' + b'["a",[1],"int6"],' * 58_000
-    yield "header_of_1_mib_of_rows", sealed(joined(rows, b""))
-    yield "zeros_of_a_real_architecture", zeros_of_a_real_architecture()
+    return dict(
+        zstd_hides_400_mib=sealed(b"", 0, 100, packed),
+        zstd_promises_400_mib=sealed(b"", 0, len(zeros), packed),
+        zstd_zeros_of_the_largest_size=sealed(zeros[:most]),
+        lzma_hides_400_mib=sealed(b"", 1, 100, lzma.compress(zeros, preset=0)),
+        lzma_wants_a_window_of_1_gib=sealed(b"", 1, 100, wide),
+        zeros_of_a_real_architecture=zeros_of_a_real_architecture(),
+    )
 
 
 # In a process of its own, since only the peak of a whole process counts what the C libraries take:
@@ -934,11 +858,11 @@ for path in sys.argv[3:]:
 
 
 def test_bombs_are_refused_in_a_second_and_little_memory(honest, tmp_path):
-    names = [name for name, _ in bombs()]
-    for name, blob in [("honest", honest["zstd"]), *bombs()]:
+    made = bombs()
+    for name, blob in dict(made, honest=honest["zstd"]).items():
         (tmp_path / name).write_bytes(blob)
     child = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(ROOT), "honest", *names],
+        [sys.executable, "-c", MEASURE, str(ROOT), "honest", *made],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -946,7 +870,7 @@ def test_bombs_are_refused_in_a_second_and_little_memory(honest, tmp_path):
         timeout=120,
     )
     assert child.returncode == 0, child.stderr
-    for name, line in zip(names, child.stdout.splitlines(), strict=True):
+    for name, line in zip(made, child.stdout.splitlines(), strict=True):
         outcome, mib, seconds = line.split()
         assert outcome == "refused", name
         assert int(mib) <= 256 and float(seconds) < 1, (name, line)
@@ -987,10 +911,12 @@ def test_float_weights_come_back_bit_for_bit_and_foreign_ones_are_refused(tmp_pa
     assert loaded.config.as_dict("arch", "eval") == config.as_dict("arch", "eval")
     assert loaded.info == dict(steps=3) and loaded.sha256 == golf.sha256_file(path)
     assert_same(loaded.state_dict, state)
-    double = {name: tensor.double() for name, tensor in state.items()}
     for wrong in (
-        dict(saved, state_dict=double),
-        dict(saved, state_dict={}),
+        None,
+        dict(saved, config={"\x1b[2J": 1}),
+        dict(saved, state_dict={name: tensor.double() for name, tensor in state.items()}),
+        dict(saved, state_dict={"\x1b[2J": torch.zeros(1).expand(1 << 40)}),
+        dict(saved, state_dict=[torch.zeros(2)]),
         dict(saved, info=7),
     ):
         golf.save_tensors(path, wrong)
