@@ -5814,15 +5814,13 @@ def size_breakdown(state_dict, quantised, artifact_bytes):
 
 def log_size_breakdown(groups, log):
     """The size breakdown as a table, its lines aligned."""
-    total_bytes = sum(group["bytes"] for group in groups)
-    total_loss = max(1e-30, sum(group["loss"] for group in groups))
-    parameters = sum(group["parameters"] for group in groups)
+    totals = {key: sum(group[key] for group in groups) for key in ("parameters", "bytes", "loss")}
+    total_loss = max(1e-30, totals["loss"])
     log(
         f"size_breakdown {'group':24} {'parameters':>11} {'bits each':>9} {'bytes':>10} "
         f"{'loss share':>10}"
     )
-    every = dict(group="all", parameters=parameters, bytes=total_bytes, loss=total_loss)
-    for group in [*groups, every]:
+    for group in [*groups, dict(totals, group="all")]:
         bits = 8 * group["bytes"] / max(1, group["parameters"])
         log(
             f"size_breakdown {group['group']:24} {group['parameters']:11d} {bits:9.3f} "
@@ -5908,28 +5906,20 @@ def check_shapes(config, found):
 
 
 def read_grid_sections(raw, shapes, step):
-    """Float32 matrices of `shapes` from the bytes that grid_sections wrote."""
-    heights = [rows for rows, _ in shapes]
-    widths = [columns for _, columns in shapes]
-    at = 0
-    sides = []
-    for lengths in (heights, widths, heights, widths):
-        flat = np.frombuffer(raw, np.int8, sum(lengths), at)
-        sides.append(np.split(flat, np.cumsum(lengths)[:-1]))
-        at += len(flat)
-    grids = [Grid(*pair) for pair in zip(sides[0], sides[1])]
-    classes = [Grid(*pair) for pair in zip(sides[2], sides[3])]
-    total = sum(rows * columns for rows, columns in shapes)
-    low, high = np.frombuffer(raw, np.int8, 2 * total, at).reshape(2, total)
-    codes = np.empty(total, np.float32)
+    """Float32 matrices of `shapes` from the bytes, as int8, that grid_sections wrote."""
+    count = len(shapes)
+    lengths = [rows for rows, _ in shapes] + [columns for _, columns in shapes]
+    *sides, planes = np.split(raw, np.cumsum(2 * lengths))
+    grids = map(Grid, sides[:count], sides[count : 2 * count])
+    classes = map(Grid, sides[2 * count : 3 * count], sides[3 * count :])
+    low, high = planes.reshape(2, -1)
+    codes = np.empty(len(low), np.float32)
     codes[coding_keys(classes).argsort(kind="stable")] = low + 256 * high.astype(np.float32)
     matrices = []
-    at = 0
-    for shape, grid in zip(shapes, grids):
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    for shape, grid, part in zip(shapes, grids, np.split(codes, ends[:-1])):
         rows, columns = grid_steps(grid, step)
-        size = math.prod(shape)
-        matrices.append(codes[at : at + size].reshape(shape) * rows * columns)
-        at += size
+        matrices.append(part.reshape(shape) * rows * columns)
     return matrices
 
 

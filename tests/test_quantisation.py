@@ -391,7 +391,8 @@ def test_sections_give_back_every_code_and_step():
         matrices.append(golf.Quantised(codes, grid, np.zeros(rows)))
     raw = golf.grid_sections(matrices)
     assert len(raw) == sum(2 * rows * columns + 2 * (rows + columns) for rows, columns in shapes)
-    for matrix, found in zip(matrices, golf.read_grid_sections(raw, shapes, 0.25), strict=True):
+    read = golf.read_grid_sections(np.frombuffer(raw, np.int8), shapes, 0.25)
+    for matrix, found in zip(matrices, read, strict=True):
         row, column = (2.0 ** (side / 2) for side in matrix.grid)
         expected = matrix.codes.astype(np.float64) * 0.25 * row[:, None] * column
         assert np.allclose(found, expected, rtol=1e-6)

@@ -918,8 +918,8 @@ QUANTISATION = [
     fault(
         "Quantisation",
         "room to spare in the payload",
-        "if needed != len(raw) - start:",
-        "if needed > len(raw) - start:",
+        "if at != len(raw):",
+        "if at > len(raw):",
         "if needed != data_bytes:",
         "if needed > data_bytes:",
     ),
