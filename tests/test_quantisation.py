@@ -48,13 +48,6 @@ SMALL = dict(
 TOKENIZER_SHA = "ab" * 32
 
 
-def random_state(config, seed=0):
-    """A state dict of `config` with normal weights, so that no tensor is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    state = golf.GPT(config).state_dict()
-    return {n: 0.3 * torch.randn(value.shape, generator=generator) for n, value in state.items()}
-
-
 @pytest.fixture
 def all_integers(monkeypatch):
     """Matrices of tiny models are stored as integers too, as those of a real one are."""
@@ -141,17 +134,16 @@ def assert_same(found, expected):
         assert found[name].dtype == torch.float32 and torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("compressor", ["zstd", "lzma"])
 @pytest.mark.parametrize(
-    "block_bits, embed_bits, int5_layers",
-    [(6, 8, ()), (6, 8, (0, 2)), (6, 6, (1,)), (8, 5, ()), (5, 8, (0, 1, 2))],
+    "compressor, block_bits, embed_bits, int5_layers",
+    [("zstd", 6, 8, (0, 2)), ("lzma", 6, 6, (1,)), ("zstd", 8, 5, ())],
 )
 def test_an_artifact_gives_back_exactly_the_rounded_weights(
     all_integers, compressor, block_bits, embed_bits, int5_layers
 ):
     bits = dict(block_bits=block_bits, embed_bits=embed_bits)
     config = tiny_config(**dict(SMALL, num_layers=3), **bits, compressor=compressor)
-    state = random_state(config)
+    state = random_model(config).state_dict()
     blob = golf.pack_artifact(config, state, int5_layers, TOKENIZER_SHA)
     found = golf.unpack_artifact(blob)[1]
     assert_same(found, stored(state, config, int5_layers))
@@ -163,7 +155,7 @@ def test_an_artifact_gives_back_exactly_the_rounded_weights(
 def test_the_file_is_laid_out_as_older_readers_expect(all_integers):
     """Written here byte by byte: files of before must open, new ones must open there."""
     config = tiny_config(**SMALL)
-    state = random_state(config)
+    state = random_model(config).state_dict()
     order = ["int5", "int6", "int8", "fp16", "fp32"]
     rows = [
         [name, list(value.shape), golf.scheme_of(name, value.shape, config, (0,))]
@@ -196,7 +188,7 @@ def test_architecture_and_evaluation_of_every_preset_travel_in_its_artifact(pres
     config = golf.Config.from_env({"PRESET": preset, "EVAL_STRIDE": "48", **names})
     config = dataclasses.replace(config, quantizer="lite", run_id="mine", data_path="/secret/place")
     path = tmp_path / "model.ptz"
-    blob = golf.pack_artifact(config, random_state(config), (), TOKENIZER_SHA)
+    blob = golf.pack_artifact(config, random_model(config).state_dict(), (), TOKENIZER_SHA)
     path.write_bytes(blob)
     loaded = golf.load_weights(path)
     assert loaded.config.as_dict("arch", "eval") == config.as_dict("arch", "eval")
@@ -212,7 +204,7 @@ OUTWARD_FROM_THE_MIDDLE = [5, 6, 4, 7, 3, 8, 2, 9, 1, 10, 0]
 
 def test_lite_lowers_mlps_from_the_middle_outward_until_the_file_fits(all_integers):
     config = tiny_config(**dict(SMALL, num_layers=11))
-    state = random_state(config)
+    state = random_model(config).state_dict()
     sizes = [
         len(golf.pack_artifact(config, state, tuple(OUTWARD_FROM_THE_MIDDLE[:count])))
         for count in range(12)
@@ -248,20 +240,21 @@ def steps_of(grid, step):
     return rows * columns
 
 
-def refuse_warnings(line):
-    raise AssertionError(line)
-
-
 def quantised(weight, hessian, fisher, step):
     """Quantised of a single matrix."""
     names = dict(w=weight), dict(w=hessian), dict(w=fisher)
-    return golf.Quantiser(*names, refuse_warnings).quantise(step)["w"]
+    return golf.Quantiser(*names, pytest.fail).quantise(step)["w"]
+
+
+def matrices_of(state):
+    """{name: tensor} of what gptq rounds."""
+    return {n: t for n, t in state.items() if golf.gptq_scheme_of(n, t.shape) == "grid"}
 
 
 def made_up_costs(state):
     """(hessians, fisher) of the matrices of a state; those of one width share an H."""
     generator = torch.Generator().manual_seed(0)
-    matrices = {n: t for n, t in state.items() if golf.gptq_scheme_of(n, t.shape) == "grid"}
+    matrices = matrices_of(state)
     by_width = {size: random_hessian(size, size) for size in {t.size(1) for t in matrices.values()}}
     hessians = {name: by_width[tensor.size(1)] for name, tensor in matrices.items()}
     fisher = {
@@ -288,17 +281,17 @@ def plain_gptq(weight, hessian, steps):
     return codes
 
 
-@pytest.mark.parametrize("size", [1, 5, 128, 129, 300])
+@pytest.mark.parametrize("size", [1, 128, 129, 300])
 def test_gptq_equals_the_plain_column_by_column_reference(size):
     hessian = random_hessian(size, seed=size)
     weight = torch.randn(7, size, dtype=torch.float64)
     rows = 0.1 + torch.rand(7, 1, dtype=torch.float64)
     columns = 0.1 + torch.rand(1, size, dtype=torch.float64)
-    codes = golf.gptq(weight, golf.factorise(hessian, "h", refuse_warnings), rows, columns)
+    codes = golf.gptq(weight, golf.factorise(hessian, "h", pytest.fail), rows, columns)
     assert torch.equal(codes, plain_gptq(weight, hessian, rows * columns))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_error_is_never_above_roundings(seed):
     """tr(E H E^T), weighed by row; half of the Hessians are singular before damping."""
     hessian = random_hessian(40, seed, tokens=20 if seed % 2 else 200)
@@ -354,7 +347,7 @@ def test_one_dial_gives_every_entry_of_every_matrix_the_same_predicted_loss(monk
         hessian = random_hessian(size, size)
         order = hessian.diagonal().argsort(descending=True, stable=True)
         damped = hessian + golf.DAMPING * hessian.diagonal().mean() * torch.eye(size)
-        grid = golf.equalising_grid(fisher.double(), golf.factorise(hessian, "h", refuse_warnings))
+        grid = golf.equalising_grid(fisher.double(), golf.factorise(hessian, "h", pytest.fail))
         steps = steps_of(grid, 1.0).double()
         for place, j in enumerate(order.tolist()):
             left = order[place:]
@@ -415,21 +408,17 @@ def search(budget, first=1.0, jitter=300):
     return found
 
 
-@pytest.mark.parametrize("first", [1e-5, 1e-2, 0.1, 1.0, 50.0])
-@pytest.mark.parametrize("jitter", [0, 200, 600])
+@pytest.mark.parametrize("first", [1e-5, 0.1, 50.0])
+@pytest.mark.parametrize("jitter", [0, 600])
 def test_the_search_fills_the_budget(first, jitter):
     blob, _, trials = search(500_000, first, jitter)
     assert 500_000 * (1 - 0.001) <= len(blob) <= 500_000
     assert trials <= (12 if jitter else 6)
 
 
-def test_a_small_model_gets_the_finest_useful_steps_and_no_padding():
-    blob, step, trials = search(10**9)
-    assert step == pytest.approx(1e-5)
-    assert len(blob) < 10**9 and trials <= 3
-
-
-def test_what_cannot_fit_is_an_artifact_error():
+def test_a_small_model_gets_the_finest_useful_steps_and_what_cannot_fit_is_an_error():
+    _, step, trials = search(10**9)
+    assert step == pytest.approx(1e-5) and trials <= 3
     with pytest.raises(ArtifactError, match="over the 9000 that BUDGET_BYTES") as error:
         search(9_000)
     assert error.value.code == 4
@@ -477,11 +466,7 @@ def test_every_matrix_has_a_hessian_and_its_fisher_information(tiny_data, runtim
     config = calibration_config(tiny_data, **features)
     model = random_model(config)
     hessians, fisher = golf.calibrate(model, config, runtime(config))
-    matrices = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if golf.gptq_scheme_of(name, tensor.shape) == "grid"
-    }
+    matrices = matrices_of(model.state_dict())
     assert fisher.keys() == hessians.keys() == matrices.keys()
     for name, tensor in matrices.items():
         assert fisher[name].shape == (len(tensor),) and (fisher[name] >= 0).all(), name
@@ -686,10 +671,10 @@ def honest():
         for compressor in ("zstd", "lzma"):
             config = tiny_config(**SMALL, compressor=compressor)
             blobs[compressor] = golf.pack_artifact(
-                config, random_state(config), (0,), TOKENIZER_SHA
+                config, random_model(config).state_dict(), (0,), TOKENIZER_SHA
             )
     config = tiny_config(**SMALL, quantizer="gptq", budget_bytes=6000)
-    state = random_state(config)
+    state = random_model(config).state_dict()
     blobs["gptq"] = golf.fit_gptq(config, state, *made_up_costs(state), 0)[0]
     lite = {"int5", "int6", "int8", "fp16", "fp32"}
     for kind, blob in blobs.items():
@@ -905,7 +890,7 @@ def test_a_float_checkpoint_runs_no_code(tmp_path):
 
 def test_float_weights_come_back_bit_for_bit_and_foreign_ones_are_refused(tmp_path):
     config = tiny_config(**SMALL)
-    state, path = random_state(config), tmp_path / "final_model.pt"
+    state, path = random_model(config).state_dict(), tmp_path / "final_model.pt"
     saved = dict(config=config.as_dict("arch", "eval"), state_dict=state, info=dict(steps=3))
     golf.save_tensors(path, saved)
     loaded = golf.load_weights(path)
@@ -948,9 +933,8 @@ def test_full_size_fills_the_budget_to_a_thousandth(preset):
     config = golf.Config.from_env({"PRESET": preset, "QUANTIZER": "gptq"})
     torch.manual_seed(0)
     state = golf.GPT(config).state_dict()
-    for name, tensor in state.items():
-        if golf.gptq_scheme_of(name, tensor.shape) == "grid":
-            tensor.normal_(std=0.02)  # where training starts from zeros, too
+    for tensor in matrices_of(state).values():
+        tensor.normal_(std=0.02)  # where training starts from zeros, too
     blob, _, trials = golf.fit_gptq(config, state, *made_up_costs(state), 40_000)
     assert 15_984_000 <= len(blob) + 40_000 <= 16_000_000
     assert trials <= 12
