@@ -20,7 +20,6 @@ from helpers import (
     ROOT,
     environment,
     events,
-    launch,
     layers_for,
     random_model,
     run_main,
@@ -589,17 +588,12 @@ def test_ranks_share_the_text_and_add_up_to_one_rank(tiny_data, runtime, monkeyp
 # ---- gptq: whole runs ----
 
 
-@pytest.fixture
-def settings(tiny_data, tmp_path):
-    """Variables of a run with QUANTIZER=gptq on the tiny data."""
-    changes = dict(quantizer="gptq", calibration_tokens=1024, ttt_enabled=False)
-    return dict(tiny_data.settings, **changes, run_dir=tmp_path / "run")
-
-
 # Their models have all there is between them.
 @pytest.mark.parametrize("preset", ["nfm_7k", "ttt_linear_11l", "record_0409"])
-def test_a_preset_packs_and_scores_as_its_float_weights(settings, preset):
-    changes = dict(settings, preset=preset, spot_checks=0, audit=False, **layers_for(preset))
+def test_a_preset_packs_and_scores_as_its_float_weights(tiny_data, tmp_path, preset):
+    changes = dict(tiny_data.settings, preset=preset, spot_checks=0, audit=False)
+    changes.update(quantizer="gptq", calibration_tokens=1024, ttt_enabled=False)
+    changes.update(layers_for(preset), run_dir=tmp_path / "run")
     if golf.PRESETS[preset].get("ve_dim"):
         changes["ve_dim"] = 8
     run = run_main(**changes)
@@ -616,17 +610,16 @@ def test_a_preset_packs_and_scores_as_its_float_weights(settings, preset):
     )
 
 
-def test_the_same_weights_give_the_same_bytes_at_one_number_of_ranks(settings, tmp_path):
+def test_the_same_weights_give_the_same_bytes_at_one_number_of_ranks(children):
     """And about the same predicted loss at another."""
-    settings.update(iterations=0, micro_batch_tokens=64, calibration_tokens=32768, audit=False)
-    settings.update(budget_bytes=30_000, code_bytes=100)
+    changes = dict(quantizer="gptq", calibration_tokens=32768, budget_bytes=30_000, code_bytes=100)
+    changes.update(iterations=0, micro_batch_tokens=64, audit=False, ttt_enabled=False)
     blobs, losses = [], []
-    for number, ranks in enumerate((1, 2, 2)):
-        run_dir = tmp_path / f"run{number}"
-        result = launch(dict(settings, run_dir=run_dir), tmp_path, ranks)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    for ranks in (1, 2, 2):
+        run_dir = children.new("packed")
+        output = children.finish(run_dir, ranks, **changes).stdout()
         blobs.append((run_dir / golf.ARTIFACT_NAME).read_bytes())
-        losses.append(float(re.search(r"^predicted_loss:(\S+)", result.stdout, re.M)[1]))
+        losses.append(float(re.search(r"^predicted_loss:(\S+)", output, re.M)[1]))
     assert blobs[1] == blobs[2]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
