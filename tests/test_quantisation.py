@@ -892,6 +892,7 @@ def test_float_weights_come_back_bit_for_bit_and_foreign_ones_are_refused(tmp_pa
     assert_same(loaded.state_dict, state)
     for wrong in (
         None,
+        torch.zeros(3),
         dict(saved, config={"\x1b[2J": 1}),
         dict(saved, state_dict={name: tensor.double() for name, tensor in state.items()}),
         dict(saved, state_dict={"\x1b[2J": torch.zeros(1).expand(1 << 40)}),
