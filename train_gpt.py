@@ -6042,6 +6042,8 @@ def load_float_weights(path):
         )
     saved = load_tensors(path)
     try:
+        if not isinstance(saved, dict):
+            raise TypeError("no dictionary")
         config = config_from_file(saved["config"])
         state = saved["state_dict"]
         if any(tensor.dtype != torch.float32 for tensor in state.values()):
