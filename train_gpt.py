@@ -5146,13 +5146,6 @@ def quantize_rows(weight, bits):
     return codes.to(torch.int8), scales
 
 
-def int5_order(num_layers):
-    """Layers in the order in which #1170 lowers their MLPs to int5: from the middle outward
-    (5, 6, 4, 7, … of 11), because first and last layers are the most sensitive."""
-    middle = (num_layers - 1) / 2
-    return sorted(range(num_layers), key=lambda layer: (abs(layer - middle), -layer))
-
-
 def fit_lite(
     config,
     state_dict,
@@ -5166,7 +5159,9 @@ def fit_lite(
     `check_stop` is called before each trial and may raise. Raises ArtifactError when the model does
     not fit with every MLP in int5.
     """
-    order = int5_order(config.num_layers)
+    # From the middle outward (5, 6, 4, 7, … of 11), as #1170 does: the ends are most sensitive.
+    middle = (config.num_layers - 1) / 2
+    order = sorted(range(config.num_layers), key=lambda layer: (abs(layer - middle), -layer))
     cache = {}  # encoded tensors: between two trials one layer's MLP changes
     for count in range(len(order) + 1):
         check_stop()
@@ -5240,20 +5235,16 @@ def calibration_hooks(model, add):
 
         return hook
 
-    tapped = set()
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, Embedding):
                 hooks.enter_context(module.register_forward_hook(after_embedding(name)))
-            if not isinstance(module, (Attention, Linear)):
-                continue
-            # Attention multiplies by the weights of its projections itself, in one product. It
-            # comes before them here, so that its input is read and their hooks are not needed.
-            is_attention = isinstance(module, Attention)
-            source = f"{name}.c_q" if is_attention else hessian_name(name)
-            if source not in tapped:
-                tapped.add(source)
-                hooks.enter_context(module.register_forward_pre_hook(before_linear(source)))
+            # Attention multiplies by the weights of its projections itself, in one product: they
+            # are never called, and its input is theirs.
+            elif isinstance(module, Attention):
+                hooks.enter_context(module.register_forward_pre_hook(before_linear(f"{name}.c_q")))
+            elif isinstance(module, Linear) and hessian_name(name) == name:
+                hooks.enter_context(module.register_forward_pre_hook(before_linear(name)))
         yield
 
 
@@ -5274,7 +5265,6 @@ def calibrate_batch(model, ids, batch, runtime, add):
     height = torch.rand(len(probs), 1, generator=generator).to(probs.device)
     labels = (probs.cumsum(-1) < height).sum(-1).clamp(max=probs.size(-1) - 1)  # (B * T,)
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    model.zero_grad()
     with deterministic_algorithms():
         loss.backward()
     for name, module in model.named_modules():
@@ -5301,8 +5291,7 @@ def calibrate(model, config, runtime):
     sums = {}
 
     def add(name, value):
-        value = value.detach().double()
-        sums[name] = sums[name] + value if name in sums else value
+        sums[name] = sums.get(name, 0) + value.double()
 
     model.eval()
     with calibration_hooks(model, add):
@@ -5657,16 +5646,6 @@ def grid_sections(matrices):
     return b"".join(part.tobytes() for part in [*sides, low, high])
 
 
-def stored_bytes(shape, scheme):
-    """(bytes of the values, of the scales) of a tensor; on the grid, of exponents and classes."""
-    dtype, bits = SCHEMES[scheme]
-    values = math.prod(shape) * np.dtype(dtype).itemsize
-    if scheme == "grid":
-        return values, 2 * sum(shape)
-    rows = math.prod(shape[:-1]) if bits else 0
-    return values, rows * np.dtype(np.float16).itemsize
-
-
 def encode_tensor(tensor, scheme):
     """(bytes of the values, row-major; bytes of the float16 scales, one per row of integers)."""
     dtype, bits = SCHEMES[scheme]
@@ -5768,17 +5747,6 @@ def code_bits(codes, keys):
     return bits
 
 
-def tensor_group(name):
-    """The matrices that the size breakdown counts together, by name."""
-    parts = name.split(".")
-    if parts[0] != "blocks":
-        return parts[0]
-    leaf = parts[3]
-    if parts[2] == "attn" and leaf != "proj":
-        return "blocks attn in"
-    return f"blocks {parts[2]} {'out' if leaf == 'proj' else 'in'}"
-
-
 def size_breakdown(state_dict, quantised, artifact_bytes):
     """[dict(group, parameters, bytes, loss)]: where an artifact's bytes went, its predicted loss.
 
@@ -5788,39 +5756,37 @@ def size_breakdown(state_dict, quantised, artifact_bytes):
     matrices = list(quantised.values())
     codes = np.concatenate([matrix.codes.ravel() for matrix in matrices])
     bits = code_bits(codes, coding_keys([code_classes(matrix.codes) for matrix in matrices]))
-    others = {name: tensor for name, tensor in state_dict.items() if name not in quantised}
-    halves = b"".join(encode_tensor(tensor, "fp16")[0] for tensor in others.values())
+    others = [tensor for name, tensor in state_dict.items() if name not in quantised]
+    halves = b"".join(encode_tensor(tensor, "fp16")[0] for tensor in others)
     rest = dict(
         group="half precision",
-        parameters=sum(tensor.numel() for tensor in others.values()),
+        parameters=sum(tensor.numel() for tensor in others),
         bytes=len(zstandard.ZstdCompressor().compress(halves)),
         loss=0.0,
     )
     scale = (artifact_bytes - rest["bytes"]) / max(1.0, float(bits.sum(dtype=np.float64)))
     groups = {}
-    at = 0
-    for name, matrix in quantised.items():
-        label = tensor_group(name)
+    ends = np.cumsum([matrix.codes.size for matrix in matrices])
+    for name, matrix, part in zip(quantised, matrices, np.split(bits, ends[:-1])):
+        label, *inner = name.split(".")
+        if label == "blocks":
+            label = f"blocks {inner[1]} {'out' if inner[2] == 'proj' else 'in'}"
         group = groups.setdefault(label, dict(group=label, parameters=0, bytes=0.0, loss=0.0))
-        size = matrix.codes.size
-        group["parameters"] += size
-        group["bytes"] += scale * float(bits[at : at + size].sum(dtype=np.float64))
+        group["parameters"] += part.size
+        group["bytes"] += scale * float(part.sum(dtype=np.float64))
         group["loss"] += float(matrix.losses.sum())
-        at += size
     return [*groups.values(), rest]
 
 
 def log_size_breakdown(groups, log):
     """The size breakdown as a table, its lines aligned."""
-    total_bytes = sum(group["bytes"] for group in groups)
-    total_loss = max(1e-30, sum(group["loss"] for group in groups))
-    parameters = sum(group["parameters"] for group in groups)
+    totals = {key: sum(group[key] for group in groups) for key in ("parameters", "bytes", "loss")}
+    total_loss = max(1e-30, totals["loss"])
     log(
         f"size_breakdown {'group':24} {'parameters':>11} {'bits each':>9} {'bytes':>10} "
         f"{'loss share':>10}"
     )
-    every = dict(group="all", parameters=parameters, bytes=total_bytes, loss=total_loss)
-    for group in [*groups, every]:
+    for group in [*groups, dict(totals, group="all")]:
         bits = 8 * group["bytes"] / max(1, group["parameters"])
         log(
             f"size_breakdown {group['group']:24} {group['parameters']:11d} {bits:9.3f} "
@@ -5906,28 +5872,20 @@ def check_shapes(config, found):
 
 
 def read_grid_sections(raw, shapes, step):
-    """Float32 matrices of `shapes` from the bytes that grid_sections wrote."""
-    heights = [rows for rows, _ in shapes]
-    widths = [columns for _, columns in shapes]
-    at = 0
-    sides = []
-    for lengths in (heights, widths, heights, widths):
-        flat = np.frombuffer(raw, np.int8, sum(lengths), at)
-        sides.append(np.split(flat, np.cumsum(lengths)[:-1]))
-        at += len(flat)
-    grids = [Grid(*pair) for pair in zip(sides[0], sides[1])]
-    classes = [Grid(*pair) for pair in zip(sides[2], sides[3])]
-    total = sum(rows * columns for rows, columns in shapes)
-    low, high = np.frombuffer(raw, np.int8, 2 * total, at).reshape(2, total)
-    codes = np.empty(total, np.float32)
+    """Float32 matrices of `shapes` from the bytes, as int8, that grid_sections wrote."""
+    count = len(shapes)
+    lengths = [rows for rows, _ in shapes] + [columns for _, columns in shapes]
+    *sides, planes = np.split(raw, np.cumsum(2 * lengths))
+    grids = map(Grid, sides[:count], sides[count : 2 * count])
+    classes = map(Grid, sides[2 * count : 3 * count], sides[3 * count :])
+    low, high = planes.reshape(2, -1)
+    codes = np.empty(len(low), np.float32)
     codes[coding_keys(classes).argsort(kind="stable")] = low + 256 * high.astype(np.float32)
     matrices = []
-    at = 0
-    for shape, grid in zip(shapes, grids):
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    for shape, grid, part in zip(shapes, grids, np.split(codes, ends[:-1])):
         rows, columns = grid_steps(grid, step)
-        size = math.prod(shape)
-        matrices.append(codes[at : at + size].reshape(shape) * rows * columns)
-        at += size
+        matrices.append(part.reshape(shape) * rows * columns)
     return matrices
 
 
@@ -5952,31 +5910,36 @@ def read_payload(raw):
         raise ArtifactError("artifact: a tensor appears twice")
     # The shapes' own integers from here on: 16.0 and True equal integers, too.
     shapes = check_shapes(config, found)
-    sizes = {name: stored_bytes(shapes[name], schemes[name]) for name in schemes}
-    # Exactly: a payload with room to spare could hide something else.
-    needed = sum(values + scales for values, scales in sizes.values())
-    if needed != len(raw) - start:
-        raise ArtifactError(f"artifact: tensors need {needed} bytes, {len(raw) - start} are there")
-    state = {}
-    data = memoryview(raw)[start:]
-    if on_grid:
-        step = float(header["step"])
-        matrices = read_grid_sections(data, [shapes[name] for name in on_grid], step)
-        state = {name: torch.from_numpy(matrix) for name, matrix in zip(on_grid, matrices)}
-    values_at = sum(sum(sizes[name]) for name in on_grid)
+    at = start
+
+    def take(dtype, count):
+        nonlocal at
+        part = np.frombuffer(raw, dtype, count, at)
+        at += part.nbytes
+        return part
+
+    # Views alone, until the length has proved right.
     others = [name for name in schemes if schemes[name] != "grid"]
-    scales_at = values_at + sum(sizes[name][0] for name in others)
-    for name in others:
-        value_bytes, scale_bytes = sizes[name]
-        dtype, _ = SCHEMES[schemes[name]]
-        values = np.frombuffer(data[values_at:][:value_bytes], dtype)
-        tensor = values.astype(np.float32)
-        if scale_bytes:
-            scales = np.frombuffer(data[scales_at:][:scale_bytes], np.float16)
-            tensor = tensor.reshape(len(scales), -1) * scales.astype(np.float32)[:, None]
+    grid_shapes = [shapes[name] for name in on_grid]
+    sections = take(np.int8, sum(2 * (sum(shape) + math.prod(shape)) for shape in grid_shapes))
+    values = [take(SCHEMES[schemes[name]][0], math.prod(shapes[name])) for name in others]
+    with_scales = [name for name in others if SCHEMES[schemes[name]][1]]
+    scales = {name: take(np.float16, math.prod(shapes[name][:-1])) for name in with_scales}
+    # Exactly: a payload with room to spare could hide something else.
+    if at != len(raw):
+        raise ArtifactError(
+            f"artifact: tensors need {at - start} bytes, {len(raw) - start} are there"
+        )
+    state = {}
+    if on_grid:
+        matrices = read_grid_sections(sections, grid_shapes, float(header["step"]))
+        state = {name: torch.from_numpy(matrix) for name, matrix in zip(on_grid, matrices)}
+    for name, part in zip(others, values):
+        tensor = part.astype(np.float32)
+        if name in scales:
+            rows = scales[name].astype(np.float32)[:, None]
+            tensor = tensor.reshape(len(rows), -1) * rows
         state[name] = torch.from_numpy(tensor.reshape(shapes[name]))
-        values_at += value_bytes
-        scales_at += scale_bytes
     return config, state, tokenizer_sha256
 
 

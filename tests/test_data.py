@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import os
 import pydoc_data.topics
-import re
 
 import numpy as np
 import pytest
@@ -60,20 +59,14 @@ DAMAGED = {
     "version": (shard_bytes(version=2), "[20240520, 2]"),
     "truncated": (shard_bytes(promised=6), "1034 bytes, expected 1036 for the 6 tokens of its"),
     "over-long": (shard_bytes(promised=4), "1034 bytes, expected 1032 for the 4 tokens of its"),
-    "half a token less": (shard_bytes()[:-1], "1033 bytes, expected 1034"),
-    "half a token more": (shard_bytes() + b"\0", "1035 bytes"),
-    "negative": (shard_bytes(promised=-1, tokens=[]), "-1 tokens"),
     "header only": (shard_bytes(promised=0, tokens=[]), "0 tokens"),
     "header cut": (shard_bytes()[:1023], "not a token shard"),
-    "two words": (shard_bytes()[:8], "not a token shard"),
     "empty": (b"", "not a token shard"),
-    "another format": (b"PK\3\4" + bytes(2000), "not a token shard"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_shard_is_refused_with_what_was_found(shard, damage):
-    content, found = DAMAGED[damage]
+@pytest.mark.parametrize("content, found", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_shard_is_refused_with_what_was_found(shard, content, found):
     shard.write_bytes(content)
     with pytest.raises(DataError) as error:
         read_shard(shard)
@@ -125,24 +118,17 @@ def test_a_token_outside_the_vocabulary_is_an_error_when_it_is_read(tmp_path):
     assert TrainStream(paths, 23, seq_len=5).sequences(0, 1).tolist() == [[1, 2, 3, 4, 22, 5]]
 
 
-@pytest.mark.parametrize("read_before", [True, False])
-@pytest.mark.parametrize("damage", ["vanished", "truncated", "emptied", "shorter", "longer"])
-def test_a_shard_that_changes_in_mid_run_is_an_error(three_shards, damage, read_before):
+def test_a_shard_that_changes_in_mid_run_is_an_error(three_shards):
     """A map over a file that shrank kills the process; one that was replaced holds other tokens."""
     stream, path = TrainStream(three_shards, 23, seq_len=10), three_shards[2]
-    if read_before:
-        stream.sequences(0, 1)
-    contents = {
-        "truncated": path.read_bytes()[:-2],
-        "emptied": b"",
-        "shorter": shard_bytes(promised=12, tokens=range(12)),
-        "longer": shard_bytes(promised=16, tokens=range(16)),
-    }
-    path.unlink()
-    if damage in contents:
-        path.write_bytes(contents[damage])
-    with pytest.raises(DataError, match=f"{path}: .*restore the shard"):
-        stream.sequences(1, 1)
+    stream.sequences(0, 1)
+    longer = shard_bytes(promised=16, tokens=range(16))
+    for content in (path.read_bytes()[:-2], b"", longer, None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=f"{path}: .*restore the shard"):
+            stream.sequences(1, 1)
 
 
 def test_tokens_reach_the_device_as_int64(runtime):
@@ -156,30 +142,6 @@ def test_tokens_reach_the_device_as_int64(runtime):
 SYMBOLS = ["<sep>", "日本", "a b", "▁y", "o▁w", " x"]
 TRAITS = ["byte_fallback", "dummy_prefix", "symbols"]
 ALL_TRAITS = [c for n in range(len(TRAITS) + 1) for c in itertools.combinations(TRAITS, n)]
-
-
-def known_pieces(text, model, symbols):
-    """(piece of text, whether the model knows it): user-defined symbols and single characters."""
-    spelt = [symbol.replace("▁", " ") for symbol in symbols]
-    pattern = "|".join([*map(re.escape, spelt), "."])
-    for piece in re.findall(pattern, text, re.DOTALL):
-        known = piece in spelt or model.piece_to_id(piece.replace(" ", "▁")) != model.unk_id()
-        yield piece, known
-
-
-def bytes_of_text(text, model, traits):
-    """The bytes that count: known text, less a space at its start or right after unknown text.
-
-    A model with a dummy prefix puts a space of its own there, so the text's first space counts.
-    """
-    if "byte_fallback" in traits:
-        return len(text.encode()) - (text.startswith(" ") and "dummy_prefix" not in traits)
-    total, after_silence = 0, "dummy_prefix" not in traits
-    for piece, known in known_pieces(text, model, SYMBOLS if "symbols" in traits else []):
-        if known:
-            total += len(piece.encode()) - (after_silence and piece.startswith(" "))
-        after_silence = not known
-    return total
 
 
 @pytest.fixture(scope="module")
@@ -213,18 +175,13 @@ LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="�
 TEXTS = st.lists(st.sampled_from(WORDS) | LETTERS, max_size=12).map(
     lambda parts: "".join(parts).replace("▁", " ")
 )
-every_kind_of_tokenizer = pytest.mark.parametrize(
-    "traits", ALL_TRAITS, ids=lambda traits: "+".join(traits) or "plain"
-)
 
 
-@every_kind_of_tokenizer
+@pytest.mark.parametrize("traits", ALL_TRAITS, ids=lambda traits: "+".join(traits) or "plain")
 @settings(max_examples=120, **PROPERTY)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
-def test_counted_bytes_are_the_utf8_length_and_pass_the_check(tokenizers, traits, texts):
+def test_counted_bytes_of_any_text_pass_the_check(tokenizers, traits, texts):
     model, token_bytes = tokenizers[traits]
-    for text in texts:
-        assert counted(model, token_bytes, text) == bytes_of_text(text, model, traits)
     ids = [id for text in texts for id in [BOS, *model.encode(text)]]
     token_bytes.check(np.array([*ids, BOS], np.uint16))
 
@@ -276,9 +233,7 @@ def test_bytes_follow_the_challenges_table(tmp_path):
     assert silents == ["<pad>", "<s>", "</s>", "<unk>", "<ctl>"]
 
 
-@pytest.mark.parametrize(
-    "text", ["hello world", " one more text", "no document start"], ids=["first", "later", "none"]
-)
+@pytest.mark.parametrize("text", ["hello world", " one more text", "no document start"])
 @pytest.mark.parametrize("traits", [(), ("byte_fallback", "dummy_prefix")], ids=["plain", "both"])
 def test_the_check_stops_at_a_single_wrong_byte(tokenizers, traits, text, monkeypatch):
     model, token_bytes = tokenizers[traits]
@@ -333,10 +288,6 @@ class OneByte:
         pass
 
 
-def val_config(folder, **changes):
-    return tiny_config(data_path=str(folder), **changes)
-
-
 @pytest.mark.parametrize("tokens,targets", [(65, 64), (66, 64), (128, 64), (129, 128), (200, 192)])
 def test_the_validation_split_joins_its_shards_in_order_and_keeps_whole_windows(
     tmp_path, tokens, targets
@@ -344,7 +295,7 @@ def test_the_validation_split_joins_its_shards_in_order_and_keeps_whole_windows(
     for number, low, high in ((1, 40, 60), (0, 0, 40), (2, 60, tokens)):
         write_shard(tmp_path / f"fineweb_val_{number:06d}.bin", np.arange(low, high))
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(10))
-    split = ValidationSet.load(val_config(tmp_path, eval_seq_len=64), OneByte())
+    split = ValidationSet.load(tiny_config(data_path=str(tmp_path), eval_seq_len=64), OneByte())
     assert split.num_targets == len(split.bytes) == targets
     assert split.tokens.tolist() == list(range(targets + 1))
 
@@ -364,7 +315,9 @@ def test_each_target_gets_the_bytes_of_its_own_pair():
 def test_the_fingerprint_tells_tokens_bytes_documents_and_sha256(tmp_path):
     ids = np.array([BOS, 5, 6, BOS, 7] * 13)
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
-    split = ValidationSet.load(val_config(tmp_path, eval_seq_len=32), OneByte(total=96))
+    split = ValidationSet.load(
+        tiny_config(data_path=str(tmp_path), eval_seq_len=32), OneByte(total=96)
+    )
     assert split.fingerprint == dict(
         val_tokens=65,
         val_targets=64,
@@ -376,53 +329,42 @@ def test_the_fingerprint_tells_tokens_bytes_documents_and_sha256(tmp_path):
     )
 
 
-@pytest.mark.parametrize("vocab,targets", [(1024, 1000), (8192, 700)])
-@pytest.mark.parametrize(
-    "more_targets,total,more_pieces,scope",
-    [
-        (0, 3000, 0, "canonical-by-counts"),
-        (0, 2000, 0, "canonical-by-counts"),
-        (0, 4000, 0, "canonical-by-counts"),
-        (0, 1999, 0, "proxy"),
-        (0, 4001, 0, "proxy"),
-        (-1, 3000, 0, "proxy"),
-        (1, 3000, 0, "proxy"),
-        (0, 3000, 1, "proxy"),
-    ],
-)
-def test_only_the_known_counts_make_a_split_canonical(
-    monkeypatch, vocab, targets, more_targets, total, more_pieces, scope
-):
+@pytest.mark.parametrize("vocab, targets", [(1024, 1000), (8192, 700)])
+def test_only_the_known_counts_make_a_split_canonical(monkeypatch, vocab, targets):
     monkeypatch.setattr(train_gpt, "CANONICAL_TARGETS", {1024: 1000, 8192: 700})
     monkeypatch.setattr(train_gpt, "CANONICAL_BYTES", (2000, 4000))
-    tokens = np.zeros(targets + more_targets + 1, np.uint16)
-    split = ValidationSet(tokens, OneByte(total, vocab + more_pieces))
-    assert split.scope == split.fingerprint["scope"] == scope
 
+    def scope(total, more_targets=0, more_pieces=0):
+        tokens = np.zeros(targets + more_targets + 1, np.uint16)
+        split = ValidationSet(tokens, OneByte(total, vocab + more_pieces))
+        assert split.scope == split.fingerprint["scope"]
+        return split.scope
 
-def test_the_known_counts_are_those_of_the_official_splits():
-    """The same text: 2.4359 and 3.7266 bytes per token."""
+    assert scope(2000) == scope(4000) == "canonical-by-counts"
+    others = (1999,), (4001,), (3000, -1), (3000, 1), (3000, 0, 1)
+    assert {scope(*counts) for counts in others} == {"proxy"}
+    monkeypatch.undo()
+    # The same text: 2.4359 and 3.7266 bytes per token.
     assert train_gpt.CANONICAL_TARGETS == {1024: 62_021_632, 8192: 40_540_160}
     low, high = train_gpt.CANONICAL_BYTES
     for pieces, rate in ((1024, 2.4359), (8192, 3.7266)):
-        targets = train_gpt.CANONICAL_TARGETS[pieces]
-        assert targets % 2048 == 0 and low <= targets * rate <= high
+        assert low <= train_gpt.CANONICAL_TARGETS[pieces] * rate <= high
 
 
 def test_validation_data_shorter_than_a_window_are_refused(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.zeros(64))
     with pytest.raises(DataError, match=f"{tmp_path}: 64 validation tokens .* EVAL_SEQ_LEN=64"):
-        ValidationSet.load(val_config(tmp_path), OneByte())
+        ValidationSet.load(tiny_config(data_path=str(tmp_path)), OneByte())
 
 
 def test_loading_checks_the_bytes_against_the_text(tiny_data, monkeypatch):
     token_bytes = TokenBytes(tiny_data.tokenizer_path)
-    split = ValidationSet.load(val_config(tiny_data.data_path), token_bytes)
+    split = ValidationSet.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
     pairs = zip(split.tokens[:-1], split.tokens[1:])
     assert split.bytes.tolist() == [int(token_bytes.count([a], [b])[0]) for a, b in pairs]
     token_bytes.base[::50] += 1
     with pytest.raises(DataError, match="bytes per token are wrong"):
-        ValidationSet.load(val_config(tiny_data.data_path), token_bytes)
+        ValidationSet.load(tiny_config(data_path=str(tiny_data.data_path)), token_bytes)
 
 
 def test_pieces_of_another_tokenizer_are_noticed(tmp_path):
@@ -435,7 +377,7 @@ def test_pieces_of_another_tokenizer_are_noticed(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.array(ids))
     for i, mismatch in enumerate((False, True)):
         token_bytes = TokenBytes(tmp_path / str(i))
-        config = val_config(tmp_path, vocab_size=token_bytes.vocab_size)
+        config = tiny_config(data_path=str(tmp_path), vocab_size=token_bytes.vocab_size)
         assert ValidationSet.load(config, token_bytes).retokenisation_mismatch() == mismatch
 
 

@@ -28,6 +28,10 @@ class Odd:
         path = self.data / f"fineweb_{split}_000000.bin"
         write_shard(path, change(np.array(read_shard(path))))
 
+    def validation(self):
+        config = tiny_config(data_path=str(self.data), tokenizer_path=str(self.tokenizer))
+        return train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
+
     def run(self, **changes):
         return run_main(self.folder / "run", cwd=self.folder, **{**self.settings, **changes})
 
@@ -46,16 +50,15 @@ def test_the_plain_data_set_is_not_warned_about(odd):
     assert odd.warnings() == []
 
 
-# The byte files of case-token data sets have the format of shards and the prefix of the split.
-@pytest.mark.parametrize("name", ["fineweb_val_bytes_000000.bin", "fineweb_train_000000.bin.part"])
-def test_a_file_beside_the_shards_is_named_and_not_read(odd, name):
-    write_shard(odd.data / name, np.full(5000, 7))
+def test_files_beside_the_shards_are_named_and_not_read(odd):
+    # The byte files of case-token data sets have the format of shards and the prefix of the split.
+    for name in ("fineweb_val_bytes_000000.bin", "fineweb_train_000000.bin.part"):
+        write_shard(odd.data / name, np.full(5000, 7))
     (warning,) = odd.warnings()
-    assert "not shards, not read" in warning and name in warning
-    config = tiny_config(data_path=str(odd.data), tokenizer_path=str(odd.tokenizer))
-    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
+    names = "fineweb_train_000000.bin.part, fineweb_val_bytes_000000.bin"
+    assert f"not shards, not read: {names} in" in warning
     plain = read_shard(odd.data / "fineweb_val_000000.bin")
-    assert np.array_equal(val.tokens, plain[: len(val.tokens)])
+    assert np.array_equal(odd.validation().tokens, plain[: odd.validation().num_targets + 1])
 
 
 def test_a_tokenizer_of_case_operators_is_refused(odd):
@@ -66,23 +69,15 @@ def test_a_tokenizer_of_case_operators_is_refused(odd):
     assert done.code == DATA and "case tokens" in done.err and r"'\ue001'" in done.err
 
 
-def test_passes_over_few_training_tokens_are_told(odd):
+def test_each_oddity_of_the_text_is_told_by_a_warning_of_its_own(odd, monkeypatch):
     (odd.data / "fineweb_train_000001.bin").unlink()
     odd.change("train", lambda tokens: tokens[:700])
-    (warning,) = odd.warnings(iterations=3)
-    assert "ITERATIONS=3 read the 700 training tokens 2.2 times" in warning
-
-
-def test_a_text_without_document_starts_is_told(odd):
     odd.change("val", lambda tokens: tokens[tokens != BOS])
-    (warning,) = odd.warnings()
-    assert "no document starts" in warning and f"token {BOS}" in warning
-
-
-def test_an_unexpected_number_of_targets_is_told_with_both(odd, monkeypatch):
     monkeypatch.setitem(train_gpt.CANONICAL_TARGETS, VOCAB, 4321)
-    (warning,) = odd.warnings()
-    assert "1472 validation targets" in warning and "4321" in warning
+    starts, targets, passes = odd.warnings(iterations=3)
+    assert "no document starts" in starts and f"token {BOS}" in starts
+    assert "1472 validation targets" in targets and "4321" in targets
+    assert "ITERATIONS=3 read the 700 training tokens 2.2 times" in passes
 
 
 def test_a_text_of_no_bytes_is_refused(odd):
@@ -129,8 +124,7 @@ def test_the_next_command_is_quoted_for_a_shell(odd):
 
 def test_the_bytes_of_a_long_text_are_summed_without_wrapping(odd):
     odd.change("val", lambda tokens: np.tile(tokens, 40))
-    config = tiny_config(data_path=str(odd.data), tokenizer_path=str(odd.tokenizer))
-    val = train_gpt.ValidationSet.load(config, train_gpt.load_token_bytes(config))
+    val = odd.validation()
     total = sum(val.bytes.tolist())
     assert val.fingerprint["val_bytes"] == total > 2**16
 

@@ -21,7 +21,6 @@ from helpers import (
     ROOT,
     environment,
     events,
-    launch,
     layers_for,
     random_model,
     run_main,
@@ -47,15 +46,6 @@ SMALL = dict(
     ttt_freeze_blocks=0,
 )
 TOKENIZER_SHA = "ab" * 32
-TOP = {5: 15, 6: 31, 8: 127}  # largest codes
-BITS = pytest.mark.parametrize("bits", [5, 6, 8])
-
-
-def random_state(config, seed=0):
-    """A state dict of `config` with normal weights, so that no tensor is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    state = golf.GPT(config).state_dict()
-    return {n: 0.3 * torch.randn(value.shape, generator=generator) for n, value in state.items()}
 
 
 @pytest.fixture
@@ -67,16 +57,11 @@ def all_integers(monkeypatch):
 # ---- lite: rounding ----
 
 
-def dequantised(weight, bits):
-    codes, scales = golf.quantize_rows(weight, bits)
-    return codes.float() * scales.float()
-
-
 @pytest.mark.parametrize("columns", [1, 2, 5, 300, 2000])
-@BITS
-def test_each_row_is_rounded_by_the_clip_of_the_least_squared_error(bits, columns):
+@pytest.mark.parametrize("bits, top", [(5, 15), (6, 31), (8, 127)])
+def test_each_row_is_rounded_by_the_clip_of_the_least_squared_error(bits, top, columns):
     """Against all candidates in float64. No step is below 1 by the largest code, as published."""
-    top, rows = TOP[bits], np.random.default_rng(3).standard_t(3, (54, columns))
+    rows = np.random.default_rng(3).standard_t(3, (54, columns))
     # Outliers, so that clipping pays; rows of every size, zeros and what float16 cannot hold.
     sizes = [0.0, 1e-30, 1e-7, 0.9, 60_000.0 * top, 1e30, *10 ** np.linspace(-2, 2, 48)]
     rows[:6] = np.linspace(-1, 1, columns)
@@ -102,27 +87,17 @@ def test_each_row_is_rounded_by_the_clip_of_the_least_squared_error(bits, column
 
 SCHEMES_AT_FULL_SIZE = [  # name, shape, under lite, under gptq
     ("tok_emb.weight", (1024, 512), "int8", "grid"),
-    ("bigram.embed.weight", (4096, 128), "int8", "grid"),
-    ("ve.embed.weight", (1024, 128), "int8", "grid"),
-    ("nfm.inp.weight", (256, 512), "int8", "grid"),
     ("ttt.c_q.weight", (512, 512), "int8", "grid"),
     ("blocks.0.attn.c_q.weight", (512, 512), "int6", "grid"),
-    ("blocks.10.attn.c_k.weight", (256, 512), "int6", "grid"),
     ("blocks.4.mlp.fc.weight", (1536, 512), "int6", "grid"),
     ("blocks.5.mlp.fc.weight", (1536, 512), "int5", "grid"),
-    ("blocks.5.mlp.proj.weight", (512, 1536), "int5", "grid"),
     ("blocks.5.attn.proj.weight", (512, 512), "int6", "grid"),
     ("bigram.proj.weight", (512, 128), "fp16", "grid"),  # 65,536: the last size that stays
     ("bigram.proj.weight", (512, 129), "int8", "grid"),
     ("blocks.3.attn.attn_gate.weight", (8, 512), "fp16", "grid"),
-    ("flow.down.weight", (64, 512), "fp16", "grid"),
     ("ttt.w", (8, 64, 64), "fp16", "fp16"),
     ("skip_weights", (5, 512), "fp32", "fp16"),
     ("blocks.3.resid_mix", (2, 512), "fp32", "fp16"),
-    ("blocks.3.attn_scale", (512,), "fp32", "fp16"),
-    ("blocks.3.attn.q_gain", (8,), "fp32", "fp16"),
-    ("blocks.3.attn.vr_lambda", (2,), "fp32", "fp16"),
-    ("smear.gate", (512,), "fp32", "fp16"),
     ("nfm.gate", (), "fp32", "fp16"),
     ("nfm.inp.bias", (256,), "fp32", "fp16"),
 ]
@@ -146,7 +121,8 @@ def stored(state, config, int5_layers=()):
     for name, value in state.items():
         scheme = golf.scheme_of(name, value.shape, config, int5_layers)
         if scheme.startswith("int"):
-            out[name] = dequantised(value, int(scheme[3:])).view_as(value)
+            codes, scales = golf.quantize_rows(value, int(scheme[3:]))
+            out[name] = codes.float() * scales.float()
         else:
             out[name] = value.half().float() if scheme == "fp16" else value
     return out
@@ -158,17 +134,16 @@ def assert_same(found, expected):
         assert found[name].dtype == torch.float32 and torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("compressor", ["zstd", "lzma"])
 @pytest.mark.parametrize(
-    "block_bits, embed_bits, int5_layers",
-    [(6, 8, ()), (6, 8, (0, 2)), (6, 6, (1,)), (8, 5, ()), (5, 8, (0, 1, 2))],
+    "compressor, block_bits, embed_bits, int5_layers",
+    [("zstd", 6, 8, (0, 2)), ("lzma", 6, 6, (1,)), ("zstd", 8, 5, ())],
 )
 def test_an_artifact_gives_back_exactly_the_rounded_weights(
     all_integers, compressor, block_bits, embed_bits, int5_layers
 ):
     bits = dict(block_bits=block_bits, embed_bits=embed_bits)
     config = tiny_config(**dict(SMALL, num_layers=3), **bits, compressor=compressor)
-    state = random_state(config)
+    state = random_model(config).state_dict()
     blob = golf.pack_artifact(config, state, int5_layers, TOKENIZER_SHA)
     found = golf.unpack_artifact(blob)[1]
     assert_same(found, stored(state, config, int5_layers))
@@ -180,7 +155,7 @@ def test_an_artifact_gives_back_exactly_the_rounded_weights(
 def test_the_file_is_laid_out_as_older_readers_expect(all_integers):
     """Written here byte by byte: files of before must open, new ones must open there."""
     config = tiny_config(**SMALL)
-    state = random_state(config)
+    state = random_model(config).state_dict()
     order = ["int5", "int6", "int8", "fp16", "fp32"]
     rows = [
         [name, list(value.shape), golf.scheme_of(name, value.shape, config, (0,))]
@@ -213,7 +188,7 @@ def test_architecture_and_evaluation_of_every_preset_travel_in_its_artifact(pres
     config = golf.Config.from_env({"PRESET": preset, "EVAL_STRIDE": "48", **names})
     config = dataclasses.replace(config, quantizer="lite", run_id="mine", data_path="/secret/place")
     path = tmp_path / "model.ptz"
-    blob = golf.pack_artifact(config, random_state(config), (), TOKENIZER_SHA)
+    blob = golf.pack_artifact(config, random_model(config).state_dict(), (), TOKENIZER_SHA)
     path.write_bytes(blob)
     loaded = golf.load_weights(path)
     assert loaded.config.as_dict("arch", "eval") == config.as_dict("arch", "eval")
@@ -229,7 +204,7 @@ OUTWARD_FROM_THE_MIDDLE = [5, 6, 4, 7, 3, 8, 2, 9, 1, 10, 0]
 
 def test_lite_lowers_mlps_from_the_middle_outward_until_the_file_fits(all_integers):
     config = tiny_config(**dict(SMALL, num_layers=11))
-    state = random_state(config)
+    state = random_model(config).state_dict()
     sizes = [
         len(golf.pack_artifact(config, state, tuple(OUTWARD_FROM_THE_MIDDLE[:count])))
         for count in range(12)
@@ -265,20 +240,21 @@ def steps_of(grid, step):
     return rows * columns
 
 
-def refuse_warnings(line):
-    raise AssertionError(line)
-
-
 def quantised(weight, hessian, fisher, step):
     """Quantised of a single matrix."""
     names = dict(w=weight), dict(w=hessian), dict(w=fisher)
-    return golf.Quantiser(*names, refuse_warnings).quantise(step)["w"]
+    return golf.Quantiser(*names, pytest.fail).quantise(step)["w"]
+
+
+def matrices_of(state):
+    """{name: tensor} of what gptq rounds."""
+    return {n: t for n, t in state.items() if golf.gptq_scheme_of(n, t.shape) == "grid"}
 
 
 def made_up_costs(state):
     """(hessians, fisher) of the matrices of a state; those of one width share an H."""
     generator = torch.Generator().manual_seed(0)
-    matrices = {n: t for n, t in state.items() if golf.gptq_scheme_of(n, t.shape) == "grid"}
+    matrices = matrices_of(state)
     by_width = {size: random_hessian(size, size) for size in {t.size(1) for t in matrices.values()}}
     hessians = {name: by_width[tensor.size(1)] for name, tensor in matrices.items()}
     fisher = {
@@ -305,17 +281,17 @@ def plain_gptq(weight, hessian, steps):
     return codes
 
 
-@pytest.mark.parametrize("size", [1, 5, 128, 129, 300])
+@pytest.mark.parametrize("size", [1, 128, 129, 300])
 def test_gptq_equals_the_plain_column_by_column_reference(size):
     hessian = random_hessian(size, seed=size)
     weight = torch.randn(7, size, dtype=torch.float64)
     rows = 0.1 + torch.rand(7, 1, dtype=torch.float64)
     columns = 0.1 + torch.rand(1, size, dtype=torch.float64)
-    codes = golf.gptq(weight, golf.factorise(hessian, "h", refuse_warnings), rows, columns)
+    codes = golf.gptq(weight, golf.factorise(hessian, "h", pytest.fail), rows, columns)
     assert torch.equal(codes, plain_gptq(weight, hessian, rows * columns))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_error_is_never_above_roundings(seed):
     """tr(E H E^T), weighed by row; half of the Hessians are singular before damping."""
     hessian = random_hessian(40, seed, tokens=20 if seed % 2 else 200)
@@ -371,7 +347,7 @@ def test_one_dial_gives_every_entry_of_every_matrix_the_same_predicted_loss(monk
         hessian = random_hessian(size, size)
         order = hessian.diagonal().argsort(descending=True, stable=True)
         damped = hessian + golf.DAMPING * hessian.diagonal().mean() * torch.eye(size)
-        grid = golf.equalising_grid(fisher.double(), golf.factorise(hessian, "h", refuse_warnings))
+        grid = golf.equalising_grid(fisher.double(), golf.factorise(hessian, "h", pytest.fail))
         steps = steps_of(grid, 1.0).double()
         for place, j in enumerate(order.tolist()):
             left = order[place:]
@@ -407,8 +383,9 @@ def test_sections_give_back_every_code_and_step():
         grid = golf.Grid(*(drawn.integers(-64, 65, n).astype(np.int8) for n in (rows, columns)))
         matrices.append(golf.Quantised(codes, grid, np.zeros(rows)))
     raw = golf.grid_sections(matrices)
-    assert len(raw) == sum(sum(golf.stored_bytes(shape, "grid")) for shape in shapes)
-    for matrix, found in zip(matrices, golf.read_grid_sections(raw, shapes, 0.25), strict=True):
+    assert len(raw) == sum(2 * rows * columns + 2 * (rows + columns) for rows, columns in shapes)
+    read = golf.read_grid_sections(np.frombuffer(raw, np.int8), shapes, 0.25)
+    for matrix, found in zip(matrices, read, strict=True):
         row, column = (2.0 ** (side / 2) for side in matrix.grid)
         expected = matrix.codes.astype(np.float64) * 0.25 * row[:, None] * column
         assert np.allclose(found, expected, rtol=1e-6)
@@ -431,21 +408,17 @@ def search(budget, first=1.0, jitter=300):
     return found
 
 
-@pytest.mark.parametrize("first", [1e-5, 1e-2, 0.1, 1.0, 50.0])
-@pytest.mark.parametrize("jitter", [0, 200, 600])
+@pytest.mark.parametrize("first", [1e-5, 0.1, 50.0])
+@pytest.mark.parametrize("jitter", [0, 600])
 def test_the_search_fills_the_budget(first, jitter):
     blob, _, trials = search(500_000, first, jitter)
     assert 500_000 * (1 - 0.001) <= len(blob) <= 500_000
     assert trials <= (12 if jitter else 6)
 
 
-def test_a_small_model_gets_the_finest_useful_steps_and_no_padding():
-    blob, step, trials = search(10**9)
-    assert step == pytest.approx(1e-5)
-    assert len(blob) < 10**9 and trials <= 3
-
-
-def test_what_cannot_fit_is_an_artifact_error():
+def test_a_small_model_gets_the_finest_useful_steps_and_what_cannot_fit_is_an_error():
+    _, step, trials = search(10**9)
+    assert step == pytest.approx(1e-5) and trials <= 3
     with pytest.raises(ArtifactError, match="over the 9000 that BUDGET_BYTES") as error:
         search(9_000)
     assert error.value.code == 4
@@ -493,11 +466,7 @@ def test_every_matrix_has_a_hessian_and_its_fisher_information(tiny_data, runtim
     config = calibration_config(tiny_data, **features)
     model = random_model(config)
     hessians, fisher = golf.calibrate(model, config, runtime(config))
-    matrices = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if golf.gptq_scheme_of(name, tensor.shape) == "grid"
-    }
+    matrices = matrices_of(model.state_dict())
     assert fisher.keys() == hessians.keys() == matrices.keys()
     for name, tensor in matrices.items():
         assert fisher[name].shape == (len(tensor),) and (fisher[name] >= 0).all(), name
@@ -620,23 +589,12 @@ def test_ranks_share_the_text_and_add_up_to_one_rank(tiny_data, runtime, monkeyp
 # ---- gptq: whole runs ----
 
 
-@pytest.fixture
-def settings(tiny_data, tmp_path):
-    """Variables of a run with QUANTIZER=gptq on the tiny data."""
-    changes = dict(quantizer="gptq", calibration_tokens=1024, ttt_enabled=False)
-    return dict(tiny_data.settings, **changes, run_dir=tmp_path / "run")
-
-
-# Presets whose models have all there is between them; the others differ in training only.
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(name, marks=() if name in ("nfm_7k", "ttt_linear_11l") else pytest.mark.slow)
-        for name in sorted(golf.PRESETS)
-    ],
-)
-def test_every_preset_packs_and_scores_as_its_float_weights(settings, preset):
-    changes = dict(settings, preset=preset, spot_checks=0, audit=False, **layers_for(preset))
+# Their models have all there is between them.
+@pytest.mark.parametrize("preset", ["nfm_7k", "ttt_linear_11l", "record_0409"])
+def test_a_preset_packs_and_scores_as_its_float_weights(tiny_data, tmp_path, preset):
+    changes = dict(tiny_data.settings, preset=preset, spot_checks=0, audit=False)
+    changes.update(quantizer="gptq", calibration_tokens=1024, ttt_enabled=False)
+    changes.update(layers_for(preset), run_dir=tmp_path / "run")
     if golf.PRESETS[preset].get("ve_dim"):
         changes["ve_dim"] = 8
     run = run_main(**changes)
@@ -653,17 +611,16 @@ def test_every_preset_packs_and_scores_as_its_float_weights(settings, preset):
     )
 
 
-def test_the_same_weights_give_the_same_bytes_at_one_number_of_ranks(settings, tmp_path):
+def test_the_same_weights_give_the_same_bytes_at_one_number_of_ranks(children):
     """And about the same predicted loss at another."""
-    settings.update(iterations=0, micro_batch_tokens=64, calibration_tokens=32768, audit=False)
-    settings.update(budget_bytes=30_000, code_bytes=100)
+    changes = dict(quantizer="gptq", calibration_tokens=32768, budget_bytes=30_000, code_bytes=100)
+    changes.update(iterations=0, micro_batch_tokens=64, audit=False, ttt_enabled=False)
     blobs, losses = [], []
-    for number, ranks in enumerate((1, 2, 2)):
-        run_dir = tmp_path / f"run{number}"
-        result = launch(dict(settings, run_dir=run_dir), tmp_path, ranks)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    for ranks in (1, 2, 2):
+        run_dir = children.new("packed")
+        output = children.finish(run_dir, ranks, **changes).stdout()
         blobs.append((run_dir / golf.ARTIFACT_NAME).read_bytes())
-        losses.append(float(re.search(r"^predicted_loss:(\S+)", result.stdout, re.M)[1]))
+        losses.append(float(re.search(r"^predicted_loss:(\S+)", output, re.M)[1]))
     assert blobs[1] == blobs[2]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
@@ -708,10 +665,10 @@ def honest():
         for compressor in ("zstd", "lzma"):
             config = tiny_config(**SMALL, compressor=compressor)
             blobs[compressor] = golf.pack_artifact(
-                config, random_state(config), (0,), TOKENIZER_SHA
+                config, random_model(config).state_dict(), (0,), TOKENIZER_SHA
             )
     config = tiny_config(**SMALL, quantizer="gptq", budget_bytes=6000)
-    state = random_state(config)
+    state = random_model(config).state_dict()
     blobs["gptq"] = golf.fit_gptq(config, state, *made_up_costs(state), 0)[0]
     lite = {"int5", "int6", "int8", "fp16", "fp32"}
     for kind, blob in blobs.items():
@@ -759,48 +716,27 @@ def test_trailing_bytes_are_refused_wherever_they_are(honest, compressor):
         refused(hostile)
 
 
-def put(*path_and_value):
-    """An edit of a header that sets one entry."""
-    *path, last, value = path_and_value
-
-    def edit(header):
-        for key in path:
-            header = header[key]
-        header[last] = value
-
-    return edit
-
-
-def drop(*path):
-    def edit(header):
-        for key in path[:-1]:
-            header = header[key]
-        del header[path[-1]]
-
-    return edit
-
-
 # One for each check.
 EDITS = {
-    "no config": drop("config"),
-    "one more key": put("code", "import os"),
-    "missing setting": drop("config", "model_dim"),
-    "unknown setting": put("config", "evil", 1),
-    "another architecture": put("config", "model_dim", 32),
-    "float for an integer": put("config", "vocab_size", 16.0),
-    "huge layers": put("config", "num_layers", 10**9),
-    "number beyond every float": put("config", "logit_softcap", 10**400),
-    "nan": put("config", "logit_softcap", math.nan),
-    "sha of other letters": put("tokenizer_sha256", "\x1b[2J" * 16),
-    "row of two": put("tensors", 0, ["tok_emb.weight", [16, 16]]),
-    "foreign name": put("tensors", 0, 0, "x"),
-    "missing tensor": drop("tensors", 0),
+    "no config": lambda header: header.pop("config"),
+    "one more key": lambda header: header.update(code="import os"),
+    "missing setting": lambda header: header["config"].pop("model_dim"),
+    "unknown setting": lambda header: header["config"].update(evil=1),
+    "another architecture": lambda header: header["config"].update(model_dim=32),
+    "float for an integer": lambda header: header["config"].update(vocab_size=16.0),
+    "huge layers": lambda header: header["config"].update(num_layers=10**9),
+    "number beyond every float": lambda header: header["config"].update(logit_softcap=10**400),
+    "nan": lambda header: header["config"].update(logit_softcap=math.nan),
+    "sha of other letters": lambda header: header.update(tokenizer_sha256="\x1b[2J" * 16),
+    "row of two": lambda header: header["tensors"][0].pop(),
+    "foreign name": lambda header: header["tensors"][0].__setitem__(0, "x"),
+    "missing tensor": lambda header: header["tensors"].pop(0),
     "tensor twice": lambda header: header["tensors"].append(header["tensors"][-1]),
     "transposed shape": lambda header: next(
         shape for _, shape, _ in header["tensors"] if len(set(shape)) > 1
     ).reverse(),
-    "unknown scheme": put("tensors", 0, 2, "int7"),
-    "scheme of another size": put("tensors", 0, 2, "fp32"),
+    "unknown scheme": lambda header: header["tensors"][0].__setitem__(2, "int7"),
+    "scheme of another size": lambda header: header["tensors"][0].__setitem__(2, "fp32"),
     "grid of a scalar": lambda header: header["tensors"][-1].__setitem__(2, "grid"),
 }
 
@@ -814,10 +750,11 @@ def test_a_header_with_one_wrong_entry_is_refused(honest, edit):
 
 
 def test_a_grid_needs_a_step_that_is_a_number(honest):
-    for edit in (drop("step"), *(put("step", step) for step in (None, [], {}, "x"))):
-        header, data = split(payload(honest["gptq"]))
-        edit(header)
-        refused(sealed(joined(header, data)))
+    header, data = split(payload(honest["gptq"]))
+    for step in (None, [], "x"):
+        refused(sealed(joined(dict(header, step=step), data)))
+    del header["step"]
+    refused(sealed(joined(header, data)))
 
 
 def test_a_header_that_is_no_header_is_refused(honest):
@@ -872,43 +809,33 @@ def test_mutants_with_a_right_checksum_are_refused_or_whole(honest, place):
 # ---- bombs ----
 
 
-def zeros(mib, compressor="zstd", content_size=True):
-    """`mib` MiB of zeros, compressed."""
-    if compressor == "lzma":
-        stream = lzma.LZMACompressor(preset=0)
-    else:
-        packer = zstandard.ZstdCompressor(level=1, write_content_size=content_size)
-        stream = packer.compressobj(size=mib << 20) if content_size else packer.compressobj()
-    return b"".join([stream.compress(bytes(1 << 20)) for _ in range(mib)] + [stream.flush()])
-
-
 def zeros_of_a_real_architecture():
     """4 kB that stand for 95 MiB of codes of a sound architecture, one byte short."""
     config = tiny_config(**dict(SMALL, vocab_size=65536, model_dim=1328, num_heads=16))
     with torch.device("meta"):
         state = golf.GPT(config).state_dict()
     table = [(n, list(v.shape), golf.scheme_of(n, v.shape, config)) for n, v in state.items()]
-    size = sum(sum(golf.stored_bytes(shape, scheme)) for _, shape, scheme in table)
+    size = -1
+    for _, shape, scheme in table:
+        dtype, bits = golf.SCHEMES[scheme]
+        size += math.prod(shape) * np.dtype(dtype).itemsize + (2 * shape[0] if bits else 0)
     header = dict(config=config.as_dict("arch", "eval"), tokenizer_sha256="", tensors=table)
-    return sealed(joined(header, bytes(size - 1)))
+    return sealed(joined(header, bytes(size)))
 
 
 def bombs():
-    """(name, blob): small files with right checksums that promise, hide or ask for much."""
-    most, few = golf.MAX_RAW_BYTES, bytes(100)
-    zstd_512 = zeros(512)
+    """{name: blob}: small files with right checksums that promise, hide or ask for much."""
+    most, few, zeros = golf.MAX_RAW_BYTES, bytes(100), bytes(400 << 20)
+    packed = zstandard.ZstdCompressor(level=1).compress(zeros)
     wide = lzma.compress(few, filters=[dict(id=lzma.FILTER_LZMA2, preset=0, dict_size=1 << 30)])
-    yield "zstd_hides_512_mib", sealed(b"", 0, 100, zstd_512)
-    yield "zstd_promises_512_mib", sealed(b"", 0, 512 << 20, zstd_512)
-    yield "zstd_says_no_size", sealed(b"", 0, 100, zeros(512, content_size=False))
-    yield "zstd_zeros_of_the_largest_size", sealed(b"", 0, most, zeros(most >> 20))
-    few_packed = zstandard.ZstdCompressor().compress(few)
-    yield "zstd_promises_more_than_it_has", sealed(b"", 0, most, few_packed)
-    yield "lzma_hides_400_mib", sealed(b"", 1, 100, zeros(400, "lzma"))
-    yield "lzma_wants_a_window_of_1_gib", sealed(b"", 1, 100, wide)
-    rows = b'{"config": {}, "tensors": [' + b'["a",[1],"int6"],' * 58_000
-    yield "header_of_1_mib_of_rows", sealed(joined(rows, b""))
-    yield "zeros_of_a_real_architecture", zeros_of_a_real_architecture()
+    return dict(
+        zstd_hides_400_mib=sealed(b"", 0, 100, packed),
+        zstd_promises_400_mib=sealed(b"", 0, len(zeros), packed),
+        zstd_zeros_of_the_largest_size=sealed(zeros[:most]),
+        lzma_hides_400_mib=sealed(b"", 1, 100, lzma.compress(zeros, preset=0)),
+        lzma_wants_a_window_of_1_gib=sealed(b"", 1, 100, wide),
+        zeros_of_a_real_architecture=zeros_of_a_real_architecture(),
+    )
 
 
 # In a process of its own, since only the peak of a whole process counts what the C libraries take:
@@ -934,11 +861,11 @@ for path in sys.argv[3:]:
 
 
 def test_bombs_are_refused_in_a_second_and_little_memory(honest, tmp_path):
-    names = [name for name, _ in bombs()]
-    for name, blob in [("honest", honest["zstd"]), *bombs()]:
+    made = bombs()
+    for name, blob in dict(made, honest=honest["zstd"]).items():
         (tmp_path / name).write_bytes(blob)
     child = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(ROOT), "honest", *names],
+        [sys.executable, "-c", MEASURE, str(ROOT), "honest", *made],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -946,7 +873,7 @@ def test_bombs_are_refused_in_a_second_and_little_memory(honest, tmp_path):
         timeout=120,
     )
     assert child.returncode == 0, child.stderr
-    for name, line in zip(names, child.stdout.splitlines(), strict=True):
+    for name, line in zip(made, child.stdout.splitlines(), strict=True):
         outcome, mib, seconds = line.split()
         assert outcome == "refused", name
         assert int(mib) <= 256 and float(seconds) < 1, (name, line)
@@ -980,17 +907,20 @@ def test_a_float_checkpoint_runs_no_code(tmp_path):
 
 def test_float_weights_come_back_bit_for_bit_and_foreign_ones_are_refused(tmp_path):
     config = tiny_config(**SMALL)
-    state, path = random_state(config), tmp_path / "final_model.pt"
+    state, path = random_model(config).state_dict(), tmp_path / "final_model.pt"
     saved = dict(config=config.as_dict("arch", "eval"), state_dict=state, info=dict(steps=3))
     golf.save_tensors(path, saved)
     loaded = golf.load_weights(path)
     assert loaded.config.as_dict("arch", "eval") == config.as_dict("arch", "eval")
     assert loaded.info == dict(steps=3) and loaded.sha256 == golf.sha256_file(path)
     assert_same(loaded.state_dict, state)
-    double = {name: tensor.double() for name, tensor in state.items()}
     for wrong in (
-        dict(saved, state_dict=double),
-        dict(saved, state_dict={}),
+        None,
+        torch.zeros(3),
+        dict(saved, config={"\x1b[2J": 1}),
+        dict(saved, state_dict={name: tensor.double() for name, tensor in state.items()}),
+        dict(saved, state_dict={"\x1b[2J": torch.zeros(1).expand(1 << 40)}),
+        dict(saved, state_dict=[torch.zeros(2)]),
         dict(saved, info=7),
     ):
         golf.save_tensors(path, wrong)
@@ -1021,9 +951,8 @@ def test_full_size_fills_the_budget_to_a_thousandth(preset):
     config = golf.Config.from_env({"PRESET": preset, "QUANTIZER": "gptq"})
     torch.manual_seed(0)
     state = golf.GPT(config).state_dict()
-    for name, tensor in state.items():
-        if golf.gptq_scheme_of(name, tensor.shape) == "grid":
-            tensor.normal_(std=0.02)  # where training starts from zeros, too
+    for tensor in matrices_of(state).values():
+        tensor.normal_(std=0.02)  # where training starts from zeros, too
     blob, _, trials = golf.fit_gptq(config, state, *made_up_costs(state), 40_000)
     assert 15_984_000 <= len(blob) + 40_000 <= 16_000_000
     assert trials <= 12

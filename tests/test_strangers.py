@@ -9,13 +9,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from helpers import ROOT, environment
 
 import train_gpt
 from train_gpt import ArtifactError, Config, ConfigError, printable
 
-CARRIED = [f for f in dataclasses.fields(Config) if f.metadata["kind"] in ("arch", "eval")]
 ESCAPES = "\x1b[31mred\x1b]0;owned\x07\x1b[2J\r\x00\x7f\x9b\u202e\u2066\ud800\n"
 
 
@@ -52,31 +50,25 @@ def test_an_error_shows_no_escape(tmp_path, place):
 # --- Settings that an artifact may carry ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", CARRIED, ids=lambda field: field.name)
-def test_every_number_that_an_artifact_carries_has_an_upper_bound(field):
-    if field.type in (int, float):
-        assert math.isfinite(field.metadata["low"]) and math.isfinite(field.metadata["high"])
-    else:
-        assert field.type is bool or field.metadata["choices"]
+def test_every_number_that_an_artifact_carries_has_an_upper_bound():
+    for field in dataclasses.fields(Config):
+        if field.metadata["kind"] not in ("arch", "eval"):
+            continue
+        if field.type in (int, float):
+            assert math.isfinite(field.metadata["low"]) and math.isfinite(field.metadata["high"])
+        else:
+            assert field.type is bool or field.metadata["choices"], field.name
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         dict(ttt_epochs=10**9),
-        dict(slot_steps=10**9),
-        dict(eval_batch_seqs=10**18),
-        dict(ttt_batch_seqs=10**6),
-        dict(eval_seq_len=1 << 18, ttt_chunk_tokens=1 << 18),
-        dict(ttt_chunk_tokens=1 << 30),
         dict(eval_batch_seqs=4096),
         dict(ttt_batch_seqs=2048),
         dict(eval_batch_seqs=1024, model_dim=1024),
         dict(eval_seq_len=1 << 17, eval_batch_seqs=64, ttt_chunk_tokens=1 << 17, eval_stride=1024),
         dict(eval_seq_len=2048, eval_stride=1),
-        dict(rope_base=1e308),
-        dict(ttt_lr=1e9),
-        dict(slot_lr=1e9),
     ],
     ids=str,
 )
@@ -94,27 +86,6 @@ def test_settings_of_the_field_are_allowed():
 
 
 # --- Files of weights ----------------------------------------------------------------------------
-
-HOSTILE = dict(
-    huge=dict(config=dict(num_layers=64, model_dim=4096, mlp_mult=16.0), state_dict={}, info={}),
-    expanded=dict(config={}, state_dict=dict(x=torch.zeros(1).expand(1 << 40)), info={}),
-    sparse=dict(config={}, state_dict=dict(x=torch.zeros(2, 2).to_sparse()), info={}),
-    list=dict(config={}, state_dict=[torch.zeros(2)], info={}),
-    escapes=dict(config={"\x1b[2J": 1}, state_dict={}, info={}),
-    info=dict(config={}, state_dict={}, info=7),
-    tensor=torch.zeros(3),
-    empty=[],
-    none=None,
-)
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_weights_are_one_clear_error(name, tmp_path):
-    path = tmp_path / "w.pt"
-    train_gpt.save_tensors(path, HOSTILE[name])
-    with pytest.raises(ArtifactError) as refused:
-        train_gpt.load_weights(path)
-    assert str(refused.value).startswith(f"{path}: not") and str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize("name, head", [("w.pt", b""), ("m.ptz", train_gpt.ARTIFACT_MAGIC)])

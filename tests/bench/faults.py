@@ -188,7 +188,7 @@ variance without its second factor: (probs« * (1 - probs) → »).sum(0)
 the gradient's sum of absolutes: .grad.float().«square → abs»().sum(1)
 high plane of negative codes: high = («(codes - low) → codes» >> 8).astype(np.int8)
 checksum unchecked: («hashlib.sha256(body).digest() == digest → True»,
-room to spare in the payload: if needed «!= → >» len(raw) - start:
+room to spare in the payload: if at «!= → >» len(raw):
 version of the format unchecked: («version == ARTIFACT_VERSION → True»,
 bits of blocks and tables swapped: config.block_bits if« →  not» name.startswith("blocks.") else
 control scalars in half precision: if «len(shape) < 2 or name.split(".")[-1] in CONTROL → False»:
