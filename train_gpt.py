@@ -3279,7 +3279,7 @@ class Muon:
             if self.comm.world > 1:
                 full = buffer.new_empty(len(buffer) * self.comm.world, *buffer.shape[1:])
                 self.comm.all_gather(full, buffer).wait()
-            # Without the padding, and a copy, since the next step changes the buffer in place.
+            # Without the padding: of a view torch.save would write the whole storage.
             state[self.stack_name(buffer)] = full[: len(params)].clone()
         return state
 

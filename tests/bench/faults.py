@@ -283,8 +283,8 @@ MODEL = [
     fault(
         "Model",
         "value embedding in the first layers",
-        "range(config.num_layers - count, config.num_layers)",
-        "range(count)",
+        "range(config.num_layers - config.ve_last_n, config.num_layers)",
+        "range(config.ve_last_n)",
     ),
     fault(
         "Model",
