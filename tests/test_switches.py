@@ -126,26 +126,14 @@ def dropped_to_int5(lab, settings):
         return str(error)
 
 
-def score(lab, settings, **options):
+def scored(lab, settings):
+    """The score of fixed weights, by TTT or SLOT where they are configured."""
     config, runtime, val = open_run(lab, settings)
-    result = train_gpt.evaluate(random_model(config, spread=0.3), val, config, runtime, **options)
+    model = random_model(config, spread=0.3)
+    by = dict(ttt=config.ttt_enabled, slot=config.slot)
+    result = train_gpt.evaluate(model, val, config, runtime, **by)
     runtime.close()
     return result.val_loss, result.tokens
-
-
-def scored(lab, settings):
-    """Sliding-window score of fixed weights."""
-    return score(lab, settings)
-
-
-def adapted_score(lab, settings):
-    """The score with test-time training."""
-    return score(lab, settings, ttt=True)
-
-
-def slot_score(lab, settings):
-    """The score with the configured SLOT."""
-    return score(lab, settings, slot=settings.get("slot", "off"))
 
 
 def batches(lab, settings):
@@ -163,7 +151,7 @@ def compilations(lab, settings):
     """Calls of torch.compile during an evaluation."""
     replaced = mock.patch.object(torch, "compile", side_effect=lambda function, **_: function)
     with replaced as compiler:
-        score(lab, settings)
+        scored(lab, settings)
     return compiler.call_count > 0
 
 
@@ -219,6 +207,7 @@ VALIDATIONS = lines(r"step:\d+/\d+ val_loss")
 CHECKPOINTS = lines(r"checkpoint_saved step:\d+")
 WIDE = dict(model_dim=176, num_layers=1)  # its matrices are large enough for intN
 SWA = dict(swa_enabled=True, swa_every=1, iterations=12, warmdown_iters=12)
+TTT = dict(ttt_enabled=True)
 TTT_LINEAR = dict(e2e_ttt_enabled=True)
 LOOPS = dict(num_loops=1, loop_start=1, loop_end=1)
 ARTIFACT = dict(eval_only=lambda lab: lab.artifact, audit=False)
@@ -311,16 +300,16 @@ FLIPS = dict(
     eval_stride=flip(scored, 64),
     eval_batch_seqs=flip(batches, 8),
     ttt_enabled=flip(labels, True, **ARTIFACT),
-    ttt_lr=flip(adapted_score, 0.02),
-    ttt_momentum=flip(adapted_score, 0.0),
-    ttt_epochs=flip(adapted_score, 2),
-    ttt_chunk_tokens=flip(adapted_score, 512),
-    ttt_batch_seqs=flip(adapted_score, 4),
-    ttt_freeze_blocks=flip(adapted_score, 3),
-    ttt_grad_clip=flip(adapted_score, 1e-3),
-    slot=flip(slot_score, "causal"),
-    slot_lr=flip(slot_score, 0.1, slot="causal"),
-    slot_steps=flip(slot_score, 1, slot="causal"),
+    ttt_lr=flip(scored, 0.02, **TTT),
+    ttt_momentum=flip(scored, 0.0, **TTT),
+    ttt_epochs=flip(scored, 2, **TTT),
+    ttt_chunk_tokens=flip(scored, 512, **TTT),
+    ttt_batch_seqs=flip(scored, 4, **TTT),
+    ttt_freeze_blocks=flip(scored, 3, **TTT),
+    ttt_grad_clip=flip(scored, 1e-3, **TTT),
+    slot=flip(scored, "causal"),
+    slot_lr=flip(scored, 0.1, slot="causal"),
+    slot_steps=flip(scored, 1, slot="causal"),
     # place and pace
     data_path=flip(ended, "no/such/folder"),
     tokenizer_path=flip(ended, "no/such/file"),

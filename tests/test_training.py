@@ -68,13 +68,6 @@ def test_a_step_s_loss_is_that_of_each_token_s_successor(trainer):
     assert made.accumulate(0, rows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_late_rounding_begins_below_its_threshold(trainer):
-    made = trainer(late_qat_threshold=0.15)
-    for scale, blend in ((1.0, 0.0), (0.15, 0.0), (0.1, 1.0)):
-        made.set_schedules(scale)
-        assert made.model.qat_blend == blend
-
-
 def test_a_step_s_noise_is_a_function_of_its_number(trainer):
     made = trainer()
     rows = made.stream.sequences(0, made.seqs_per_rank)
@@ -93,13 +86,16 @@ def test_out_of_memory_names_the_micro_batch_to_take(trainer):
         made.one_step()
 
 
-def test_a_scale_reaches_every_rate(trainer):
-    made = trainer(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03, muon_momentum_warmup_steps=10)
+def test_every_schedule_follows_the_scale_of_the_rates_and_the_step(trainer):
+    rates = dict(embed_lr=0.04, scalar_lr=0.02, matrix_lr=0.03)
+    made = trainer(**rates, muon_momentum_warmup_steps=10, late_qat_threshold=0.15)
     made.step = 5
-    made.set_schedules(0.5)
-    rates = [made.muon.lr, *(group["lr"] for group in made.adamw.param_groups)]
-    assert rates == [0.015, 0.02, 0.01]
-    assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
+    for scale, blend in ((0.5, 0.0), (0.15, 0.0), (0.1, 1.0)):  # rounding begins below 0.15
+        made.set_schedules(scale)
+        found = [made.muon.lr, *(group["lr"] for group in made.adamw.param_groups)]
+        assert found == [0.03 * scale, 0.04 * scale, 0.02 * scale]
+        assert made.muon.momentum == pytest.approx((0.92 + 0.99) / 2)
+        assert made.model.qat_blend == blend
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(swa_enabled=True, swa_every=6)])
