@@ -3071,17 +3071,14 @@ class GPT(nn.Module):
         return nats.mean() if reduction == "mean" else nats
 
     def forward(self, ids, targets, noise_keys=None):
-        """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
-        NativeFlowMatcher's weighted loss.
+        """Mean cross entropy in nats of targets (B, T), 0-d.
 
-        noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
+        With noise_keys (B,), of flow_noise_keys, plus NativeFlowMatcher's weighted loss.
         """
         hidden, flow_input = self.states(ids)
         loss = self.cross_entropy(hidden, targets)
-        weight = self.config.nfm_loss_weight
-        if self.nfm is not None and self.training and weight:
-            if noise_keys is None:
-                noise_keys = torch.randint(2**62, ids.shape[:1], device=ids.device)
+        if noise_keys is not None:
+            weight = self.config.nfm_loss_weight
             # Detached: this loss teaches the velocity, not the trunk.
             loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise_keys)
         return loss

@@ -116,9 +116,10 @@ def test_every_parameter_of_a_preset_learns_from_where_it_starts(name):
     ids = torch.randint(2, TINY["vocab_size"], (4, 65))
     start = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(4):
+    for step in range(4):
         optimizer.zero_grad()
-        model(ids[:, :-1], ids[:, 1:]).backward()
+        noise = train_gpt.flow_noise_keys(model.config, step, 0, len(ids), ids.device)
+        model(ids[:, :-1], ids[:, 1:], noise).backward()
         # Gradients of one length: a small one counts too.
         for parameter in model.parameters():
             parameter.grad /= parameter.grad.norm().clamp(min=1e-30)
@@ -444,7 +445,7 @@ def test_the_whole_model_compiles_to_one_graph_that_equals_eager(refiner, backen
     config = tiny_config(**parts, e2e_ttt_mini_batch=8)
     model = randomised(train_gpt.GPT(config)).train()
     ids, targets = random_batch(config, 20)
-    noise = torch.arange(len(ids))
+    noise = train_gpt.flow_noise_keys(config, 0, 0, len(ids), ids.device)
     expected = gradients(model, ids, targets, noise)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)

@@ -50,8 +50,8 @@ def test_training_adds_the_weighted_flow_matching_loss(double):
     logits = model.logits(model.hidden(ids))
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     total = cross_entropy + 0.7 * flow
-    assert model.train()(ids, targets, keys).item() == pytest.approx(total.item(), abs=1e-6)
-    assert model.eval()(ids, targets, keys).item() == pytest.approx(cross_entropy.item(), abs=1e-6)
+    assert model(ids, targets, keys).item() == pytest.approx(total.item(), abs=1e-6)
+    assert model(ids, targets).item() == pytest.approx(cross_entropy.item(), abs=1e-6)
 
 
 def test_the_flow_loss_sends_no_gradient_into_the_trunk():
@@ -60,24 +60,20 @@ def test_the_flow_loss_sends_no_gradient_into_the_trunk():
         torch.manual_seed(0)
         config, model = build(nfm_loss_weight=weight)
         ids, targets = random_batch(config)
-        model.train()(ids, targets, torch.arange(len(ids))).backward()
+        model(ids, targets, torch.arange(len(ids))).backward()
         gradients[weight] = {name: p.grad for name, p in model.named_parameters()}
     moved = {name for name, g in gradients[0.0].items() if not torch.equal(g, gradients[0.5][name])}
     velocity_field = ("inp.weight", "inp.bias", "time.weight", "time.bias", "out.weight")
     assert moved == {f"nfm.{name}" for name in velocity_field}
 
 
-def test_a_training_forward_without_given_keys_draws_its_own():
-    config, model = build()
-    ids, targets = random_batch(config)
-    with torch.no_grad():
-        first, second = model.train()(ids, targets), model(ids, targets)
-    assert first != second
+def keys_of(config, step, first, count):
+    return train_gpt.flow_noise_keys(config, step, first, count, torch.device("cpu"))
 
 
 def drawn(config, step, first, count):
     """z and t of the step's sequences [first, first + count), as training draws them."""
-    keys = train_gpt.flow_noise_keys(config, step, first, count, torch.device("cpu"))
+    keys = keys_of(config, step, first, count)
     return train_gpt.draw_noise(keys, config.train_seq_len, config.model_dim)
 
 
@@ -145,7 +141,7 @@ def test_flow_noise_is_independent_between_neighbours_sequences_steps_and_times(
 
 @pytest.mark.parametrize("changes", [dict(nfm_enabled=False), dict(nfm_loss_weight=0.0)])
 def test_flow_noise_is_not_drawn_where_nothing_uses_it(changes):
-    assert train_gpt.flow_noise_keys(tiny_config(**changes), 0, 0, 2, torch.device("cpu")) is None
+    assert keys_of(tiny_config(**changes), 0, 0, 2) is None
 
 
 # ---- FlowRefiner ----
@@ -328,7 +324,7 @@ def loss_and_gradients(model, ids, targets, keys):
 def qat_case(**changes):
     config, model = build(**{**QAT, **changes})
     ids, targets = random_batch(config, 12)
-    return config, model.train(), (ids, targets, torch.arange(len(ids)))
+    return config, model.train(), (ids, targets, keys_of(config, 0, 0, len(ids)))
 
 
 @pytest.mark.parametrize("changes", [dict(block_bits=5, embed_bits=6), WIDE])
