@@ -2837,6 +2837,7 @@ class TTTLinear(nn.Module):
             part = slice(low, low + self.mini_batch)
             q_part = q[:, :, part]  # (B, H, n, d)
             k_part = k[:, :, part]
+            # Gradient of 1/2 |LN(z) - (v - k)|^2 with respect to z = kW + b.
             unit, inverse = self.layer_norm_parts(k_part @ w + b)
             g = (unit * self.ln_gain - target[:, :, part]) * self.ln_gain
             # The Jacobian of a LayerNorm: take out the mean and the part along the unit vector.
@@ -2975,8 +2976,9 @@ class GPT(nn.Module):
         for (_, bits), modules in alike.items():
             rows = torch.cat([module.weight for module in modules]).float()  # (R, C)
             scales = row_scales(rows, bits).float()  # (R, 1)
-            parts = scales.split([len(module.qat_scale) for module in modules])
-            torch._foreach_copy_([module.qat_scale for module in modules], parts)
+            targets = [module.qat_scale for module in modules]
+            parts = scales.split([len(target) for target in targets])
+            torch._foreach_copy_(targets, parts)
 
     def embed(self, ids):
         """The stream (B, T, D) before the first block, in the autocast type; ids (B, T)."""
