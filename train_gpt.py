@@ -1186,7 +1186,7 @@ class Checkpointer:
         return 0 < self.every_seconds < time.monotonic() - self.saved_at
 
     def save(self, number, state):
-        """Write rank 0's `state`, which is None on the others; every rank must call this.
+        """Write rank 0's `state`; every rank must call this.
 
         Returns (seconds, bytes) on every rank, or None where the state could not be written.
         """
@@ -2401,10 +2401,18 @@ class Quantizable:
 
 
 class Linear(Quantizable, nn.Linear):
-    """nn.Linear whose weight late QAT can round, without bias unless asked for."""
+    """nn.Linear whose weight late QAT can round; a bias starts at zero.
 
-    def __init__(self, inputs, outputs, bias=False):
+    Where a branch must add nothing at first, only its last matrix is made with `zero`: behind a
+    second zero factor neither would ever get a gradient. GPT.init_weights draws the others.
+    """
+
+    def __init__(self, inputs, outputs, bias=False, zero=False):
         super().__init__(inputs, outputs, bias=bias)
+        if bias:
+            nn.init.zeros_(self.bias)
+        if zero:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x, scale=None):
         """`scale`, 0-d or (outputs, 1), multiplies the weight: cheaper than every output."""
@@ -2438,14 +2446,16 @@ class Attention(nn.Module):
         self.c_q = Linear(dim, dim)
         self.c_k = Linear(dim, kv_dim)
         self.c_v = Linear(dim, kv_dim)
-        self.proj = Linear(dim, dim)
+        self.proj = Linear(dim, dim, zero=True)
         # After q/k norm the logits are bounded; the gain gives back the sharpness that costs.
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.attn_gate = None
         if config.gated_attention:
             # A gate of a few channels needs no bias: it starts half open, the others almost open.
             inputs = config.gate_inputs or dim
-            self.attn_gate = Linear(inputs, config.num_heads, bias=not config.gate_inputs)
+            self.attn_gate = Linear(inputs, config.num_heads, not config.gate_inputs, zero=True)
+            if not config.gate_inputs:
+                nn.init.constant_(self.attn_gate.bias, 4.0)  # sigmoid(4) = 0.98: almost open
         self.vr_lambda = None
         if config.value_residual:
             self.vr_lambda = nn.Parameter(torch.full((2,), 0.5))
@@ -2505,7 +2515,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.fc = Linear(config.model_dim, config.mlp_hidden)
-        self.proj = Linear(config.mlp_hidden, config.model_dim)
+        self.proj = Linear(config.mlp_hidden, config.model_dim, zero=True)
 
     def forward(self, x, scale, out_scale):
         """x (B, T, D) -> (B, T, D); the scales as in Attention.forward."""
@@ -2602,7 +2612,7 @@ class InputSmearGate(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.proj = Linear(config.smear_inputs, 1)
+        self.proj = Linear(config.smear_inputs, 1, zero=True)
         self.scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, ids):
@@ -2618,12 +2628,11 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        count = min(config.ve_last_n, config.num_layers)
-        self.layers = range(config.num_layers - count, config.num_layers)
+        self.layers = range(config.num_layers - config.ve_last_n, config.num_layers)
         self.embed = Embedding(config.vocab_size, config.ve_dim)
         self.proj = Linear(config.ve_dim, config.num_kv_heads * config.head_dim)
         self.scale = nn.Parameter(torch.tensor(0.1))
-        self.layer_scales = nn.Parameter(torch.ones(count))
+        self.layer_scales = nn.Parameter(torch.ones(config.ve_last_n))
 
     def forward(self, ids):
         """{layer: (B, T, K*d)} of ids (B, T)."""
@@ -2642,7 +2651,7 @@ class FlowRefiner(nn.Module):
         self.down = Linear(config.model_dim, latent)
         self.up = Linear(latent, config.model_dim)
         self.fc = Linear(latent, hidden, bias=True)
-        self.proj = Linear(hidden, latent, bias=True)
+        self.proj = Linear(hidden, latent, bias=True, zero=True)
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
     def forward(self, x):
@@ -2737,7 +2746,7 @@ class NativeFlowMatcher(nn.Module):
         hidden = config.nfm_hidden_dim
         self.inp = Linear(dim, hidden, bias=True)
         self.time = Linear(dim, hidden, bias=True)
-        self.out = Linear(hidden, dim)
+        self.out = Linear(hidden, dim, zero=True)
         self.gate = nn.Parameter(torch.tensor(-5.0))
 
     def velocity(self, x, t):
@@ -2792,7 +2801,7 @@ class TTTLinear(nn.Module):
         self.c_q = Linear(dim, dim)
         self.c_k = Linear(dim, dim)
         self.c_v = Linear(dim, dim)
-        self.proj = Linear(dim, dim)
+        self.proj = Linear(dim, dim, zero=True)
         # The inner model's start, one per head, and its LayerNorm.
         self.w = nn.Parameter(0.02 * torch.randn(heads, width, width))
         self.b = nn.Parameter(torch.zeros(heads, 1, width))
@@ -2828,8 +2837,13 @@ class TTTLinear(nn.Module):
             part = slice(low, low + self.mini_batch)
             q_part = q[:, :, part]  # (B, H, n, d)
             k_part = k[:, :, part]
-            z = k_part @ w + b
-            gradient = self.inner_gradient(z, target[:, :, part])  # (B, H, n, d)
+            # Gradient of 1/2 |LN(z) - (v - k)|^2 with respect to z = kW + b.
+            unit, inverse = self.layer_norm_parts(k_part @ w + b)
+            g = (unit * self.ln_gain - target[:, :, part]) * self.ln_gain
+            # The Jacobian of a LayerNorm: take out the mean and the part along the unit vector.
+            mean = g.mean(-1, keepdim=True)
+            along = (g * unit).mean(-1, keepdim=True)
+            gradient = inverse * (g - mean - unit * along)  # (B, H, n, d)
             # Row i of W's change seen by query i is the sum over j <= i of k_j^T gradient_j; the 1
             # is the bias's share.
             seen = (q_part @ k_part.mT + 1).tril()  # (B, H, n, n)
@@ -2839,15 +2853,6 @@ class TTTLinear(nn.Module):
             w = w - self.rate * (k_part.mT @ gradient)
             b = b - self.rate * gradient.sum(-2, keepdim=True)
         return torch.cat(outputs, 2)
-
-    def inner_gradient(self, z, target):
-        """Gradient of 1/2 |LN(z) - target|^2 with respect to z (..., d), LN's bias left out."""
-        unit, inverse = self.layer_norm_parts(z)
-        g = (unit * self.ln_gain - target) * self.ln_gain
-        # The Jacobian of a LayerNorm: take out the mean and the part along the unit vector.
-        mean = g.mean(-1, keepdim=True)
-        along = (g * unit).mean(-1, keepdim=True)
-        return inverse * (g - mean - unit * along)
 
     @staticmethod
     def layer_norm_parts(z):
@@ -2911,58 +2916,35 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(config)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
-        # A model on the meta device has shapes and names only: enough for the checks of readers.
-        if not self.tok_emb.weight.is_meta:
-            self.init_weights()
+        self.init_weights()
         self.qat_blend = 0.0  # as in the buffers of late QAT, known without asking the device
         if config.late_qat_threshold > 0:
             self.enable_qat()
 
     @torch.no_grad()
     def init_weights(self):
-        """Start as REFERENCE section 4 says, with the published scripts' constants.
-
-        Where a branch must add nothing at first, only its last matrix is zero: behind a second zero
-        factor neither would ever get a gradient.
-        """
+        """Draw what does not start at a constant, as REFERENCE section 4 says."""
         nn.init.normal_(self.tok_emb.weight, std=self.config.embed_init_std)
         if self.bigram is not None:
-            nn.init.zeros_(self.bigram.embed.weight)
             nn.init.orthogonal_(self.bigram.proj.weight)
         for block in self.blocks:
             attn = block.attn
-            mlp = block.mlp
-            for layer in (attn.c_q, attn.c_k, attn.c_v, mlp.fc):
+            for layer in (attn.c_q, attn.c_k, attn.c_v, block.mlp.fc):
                 nn.init.orthogonal_(layer.weight)
-            for layer in (attn.proj, mlp.proj):
-                nn.init.zeros_(layer.weight)
-            if attn.attn_gate is not None:
-                nn.init.zeros_(attn.attn_gate.weight)
-            if attn.attn_gate is not None and attn.attn_gate.bias is not None:
-                nn.init.constant_(attn.attn_gate.bias, 4.0)  # sigmoid(4) = 0.98: almost open
         if self.ve is not None:
             nn.init.normal_(self.ve.embed.weight, std=0.01)
             nn.init.orthogonal_(self.ve.proj.weight)
+        layers = []
         if self.ttt is not None:
-            for layer in (self.ttt.c_q, self.ttt.c_k, self.ttt.c_v):
-                nn.init.orthogonal_(layer.weight)
-            nn.init.zeros_(self.ttt.proj.weight)
+            layers += [self.ttt.c_q, self.ttt.c_k, self.ttt.c_v]
         if self.flow is not None:
-            for layer in (self.flow.down, self.flow.fc, self.flow.up):
-                nn.init.orthogonal_(layer.weight)
-            nn.init.zeros_(self.flow.proj.weight)
-            for layer in (self.flow.fc, self.flow.proj):
-                nn.init.zeros_(layer.bias)
+            layers += [self.flow.down, self.flow.fc, self.flow.up]
         if self.nfm is not None:
-            for layer in (self.nfm.inp, self.nfm.time):
-                nn.init.orthogonal_(layer.weight)
-                nn.init.zeros_(layer.bias)
-            nn.init.zeros_(self.nfm.out.weight)
+            layers += [self.nfm.inp, self.nfm.time]
         if self.embed_in is not None:
-            nn.init.orthogonal_(self.embed_in.weight)
-            nn.init.orthogonal_(self.embed_out.weight)
-        if isinstance(self.smear, InputSmearGate):
-            nn.init.zeros_(self.smear.proj.weight)
+            layers += [self.embed_in, self.embed_out]
+        for layer in layers:
+            nn.init.orthogonal_(layer.weight)
 
     def enable_qat(self):
         """Prepare rounding of exactly the weights that the artifact stores as integers."""
@@ -2981,11 +2963,10 @@ class GPT(nn.Module):
         matrices of one width as the rows of a single one while it is on.
         """
         rounded = [m for m in self.modules() if isinstance(m, Quantizable) and m.bits]
-        if blend != self.qat_blend and rounded:
+        if blend != self.qat_blend:
             self.qat_blend = blend
-            blends = [module.qat_blend for module in rounded]
-            torch._foreach_zero_(blends)
-            torch._foreach_add_(blends, blend)
+            for module in rounded:
+                module.qat_blend.fill_(blend)
         if not blend:
             return
         alike = {}  # modules by number of columns and bits
@@ -3011,11 +2992,10 @@ class GPT(nn.Module):
         x = rms_norm(x)
         return x if self.smear is None else self.smear(x, ids)
 
-    def trunk(self, ids):
-        """Normalised states (B, T, D) of ids (B, T), before the refiners."""
+    def states(self, ids):
+        """Final states (B, T, D) of ids (B, T), and NativeFlowMatcher's input, for its loss."""
         x = x0 = self.embed(ids)
         length = ids.size(1)
-        assert length <= len(self.rotary_cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         angles = self.rotary_cos[:length], self.rotary_sin[:length]  # (T, 1, rope_dims/2) each
         v_emb = self.ve(ids) if self.ve is not None else {}  # by layer
         v_first = None  # layer 0's values
@@ -3039,10 +3019,7 @@ class GPT(nn.Module):
                 v_first = v
             if visit < num_encoders:
                 skips.append(x)
-        return rms_norm(x)
-
-    def refine(self, x):
-        """States (B, T, D) after all refiners, and NativeFlowMatcher's input, for its loss."""
+        x = rms_norm(x)
         if self.ttt is not None:
             x = self.ttt(x)
         if self.flow is not None:
@@ -3054,7 +3031,7 @@ class GPT(nn.Module):
 
     def hidden(self, ids):
         """Final states (B, T, D) of ids (B, T): the input of the head."""
-        return self.refine(self.trunk(ids))[0]
+        return self.states(ids)[0]
 
     def logits(self, hidden):
         """float32 logits (..., V) of final states (..., D)."""
@@ -3081,7 +3058,7 @@ class GPT(nn.Module):
         """
         states = hidden.flatten(0, 1)  # (B*T, D)
         targets = targets.flatten()  # (B*T,)
-        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        rows = LOGITS_AT_ONCE // self.config.vocab_size
         if rows >= targets.size(0):
             return F.cross_entropy(self.logits(states), targets, reduction=reduction)
 
@@ -3096,17 +3073,14 @@ class GPT(nn.Module):
         return nats.mean() if reduction == "mean" else nats
 
     def forward(self, ids, targets, noise_keys=None):
-        """Mean cross entropy in nats of targets (B, T), 0-d; in training mode plus
-        NativeFlowMatcher's weighted loss.
+        """Mean cross entropy in nats of targets (B, T), 0-d.
 
-        noise_keys (B,) int64 choose that loss's random draws; drawn here when absent.
+        With noise_keys (B,), of flow_noise_keys, plus NativeFlowMatcher's weighted loss.
         """
-        hidden, flow_input = self.refine(self.trunk(ids))
+        hidden, flow_input = self.states(ids)
         loss = self.cross_entropy(hidden, targets)
-        weight = self.config.nfm_loss_weight
-        if self.nfm is not None and self.training and weight:
-            if noise_keys is None:
-                noise_keys = torch.randint(2**62, ids.shape[:1], device=ids.device)
+        if noise_keys is not None:
+            weight = self.config.nfm_loss_weight
             # Detached: this loss teaches the velocity, not the trunk.
             loss = loss + weight * self.nfm.flow_loss(flow_input.detach(), noise_keys)
         return loss
@@ -3204,13 +3178,12 @@ class Muon:
             by_shape.setdefault(shape, []).append(param)
         # Biggest first: its transfer takes longest and hides behind all others.
         self.stacks = sorted(by_shape.values(), key=lambda stack: -len(stack) * stack[0].numel())
-        for stack in self.stacks:
-            stack.sort(key=is_tall)  # wide ones first: `apply` transposes the others in one go
         self.grads = [None] * len(self.stacks)  # per stack: this rank's slice, (N / world, r, c)
         self.handles = []  # (handle, tensors being sent)
         self.buffers = []  # per stack: momentum of this rank's matrices, (N / world, r, c)
         self.num_wide = []  # per stack: number of this rank's matrices that are not transposed
         for stack in self.stacks:
+            stack.sort(key=is_tall)  # wide ones first: `apply` transposes the others in one go
             shape = as_wide(stack[0]).shape
             self.buffers.append(stack[0].new_zeros(self.share(stack), *shape))
             num_wide = sum(not is_tall(param) for param in stack)
@@ -3262,8 +3235,7 @@ class Muon:
                 self.apply(*waiting)
             waiting = (params, full, handle)
         meanwhile()
-        if waiting:
-            self.apply(*waiting)
+        self.apply(*waiting)
 
     def orthogonal_update(self, i, scale):
         # 3. update: (N / world, r, c). Nesterov looks one step of momentum ahead.
@@ -3306,7 +3278,7 @@ class Muon:
             if self.comm.world > 1:
                 full = buffer.new_empty(len(buffer) * self.comm.world, *buffer.shape[1:])
                 self.comm.all_gather(full, buffer).wait()
-            # Without the padding, and a copy, since the next step changes the buffer in place.
+            # Without the padding: of a view torch.save would write the whole storage.
             state[self.stack_name(buffer)] = full[: len(params)].clone()
         return state
 
@@ -3396,10 +3368,10 @@ def reduce_clip_step(muon, adamw, comm, clip):
     grads = [param.grad for param in params]
     comm.sum_gradients(grads)
     squared = muon.collect()
-    if comm.world > 1:  # Muon's gradients are sharded, AdamW's are whole on every rank
-        comm.all_reduce(squared).wait()
-    scale = torch.ones_like(squared)
+    scale = 1.0
     if clip:
+        if comm.world > 1:  # Muon's gradients are sharded, AdamW's are whole on every rank
+            comm.all_reduce(squared).wait()
         norm = (squared + squared_norm(grads)).sqrt()
         # A tensor all the way: reading the norm would make the host wait for the GPU.
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
@@ -3795,9 +3767,9 @@ class Trainer:
         step = self.step
         text = f"step:{step}/{config.iterations} train_loss:{loss:.4f}"
         # The pace since the last line, where a node that slows down shows at once.
-        recent = self.step_seconds[self.logged_step - step :]
+        recent = self.step_seconds[self.logged_step :]
         tokens = config.train_batch_tokens * len(recent)
-        pace = f"tokens_per_s:{tokens / max(1e-9, sum(recent)):.0f}"
+        pace = f"tokens_per_s:{tokens / sum(recent):.0f}"
         # The first steps show whether a run is sound at all.
         if step <= 5 or step % config.train_log_every == 0 or step == config.iterations:
             self.runtime.log(f"{text} {self.clock()} {pace}")
@@ -3818,8 +3790,7 @@ class Trainer:
         """Log tokens per second, milliseconds per step and the share of the devices' peak."""
         if not self.step_seconds:
             return
-        seconds = max(1e-9, self.seconds)
-        tokens_per_second = self.config.train_batch_tokens * self.step / seconds
+        tokens_per_second = self.config.train_batch_tokens * self.step / self.seconds
         # The median is the pace; the 95th percentile shows interruptions.
         median, p95 = (1000 * float(np.percentile(self.step_seconds, p)) for p in (50, 95))
         device = device_name(self.runtime.device)
@@ -3827,7 +3798,7 @@ class Trainer:
         share = None
         described = f"unknown (no bfloat16 peak is listed for {device})"
         if peak is not None:
-            share = self.flops / seconds / (peak * self.comm.world)
+            share = self.flops / self.seconds / (peak * self.comm.world)
             described = f"{100 * share:.1f}% (of {peak / 1e12:.0f} TFLOP/s, {device})"
         self.runtime.log(
             f"throughput tokens_per_s:{tokens_per_second:.0f} step_median:{median:.2f}ms "
@@ -3920,14 +3891,14 @@ class Trainer:
             seconds=self.seconds,
             timing=dict(steps=steps, flops=self.flops),
         )
-        written = self.checkpoints.save(self.step, state if self.runtime.is_main else None)
-        if self.runtime.is_main and written:
+        written = self.checkpoints.save(self.step, state)
+        if written:
             seconds, size = written
             self.runtime.log(
                 f"checkpoint_saved step:{self.step} seconds:{seconds:.2f} bytes:{size}"
             )
             self.runtime.event("checkpoint", step=self.step, seconds=round(seconds, 3), bytes=size)
-        if needed and self.comm.any_rank(self.runtime.is_main and not written):
+        elif needed:
             raise ResourceError(
                 f"the checkpoint of step {self.step} could not be written to "
                 f"{self.checkpoints.folder}: free space or change RUN_DIR; last checkpoint: "

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from helpers import SEQ, tiny_config
+from helpers import SEQ, random_batch, randomised, tiny_config
 
 import train_gpt
 
@@ -46,6 +46,25 @@ def test_few_graphs_serve_the_whole_life_of_a_run(case, compiled):
     train_gpt.audit(model, case.stream, case.config, case.runtime)
     assert counts[0] == counts[1] == len(graphs) <= 4
     assert all(made == {"deterministic": True} for made in options[1:])
+
+
+def test_late_rounding_compiles_nothing_and_looped_layers_one_graph_more(compiled):
+    graphs, _ = compiled
+    loops = dict(num_layers=4, num_loops=2, loop_start=1, loop_end=2)
+    config = tiny_config(**loops, late_qat_threshold=0.15)
+    model = randomised(train_gpt.GPT(config)).train()
+    ids, targets = random_batch(config, 12)
+    keys = torch.arange(len(ids))
+    loss = torch.compile(model, dynamic=False, fullgraph=True)
+    seen = set()
+    for looped, blend in [(False, 0.0), (True, 0.0), (False, 1.0), (True, 1.0)] * 2:
+        model.looped = looped
+        model.set_qat(blend)
+        value = loss(ids, targets, keys).item()
+        assert value == pytest.approx(model(ids, targets, keys).item(), abs=1e-6)
+        seen.add(value)
+    assert len(graphs) == 2
+    assert len(seen) == 4, "both switches must act on the compiled model"
 
 
 @pytest.mark.parametrize("small, captured", [(False, 0), (True, 1)])

@@ -10,7 +10,6 @@ from helpers import (
     Operations,
     assert_near,
     preset_config,
-    same,
     tiny_config,
     weights,
 )
@@ -85,11 +84,11 @@ def test_muon_takes_the_steps_of_a_loop_over_matrices(decay, ns_steps, row_norm)
         assert_near(after[name], value, 2e-5, 1e-4, name)
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48), (16, 160)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_is_nearly_orthogonal_with_the_singular_vectors_of_the_gradient(shape, dtype):
+@pytest.mark.parametrize("shape", [(64, 32), (48, 48), (16, 160)])
+def test_an_update_is_nearly_orthogonal_with_the_singular_vectors_of_the_gradient(shape):
+    """In bfloat16, Muon's default."""
     params = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(3)]
-    muon = train_gpt.Muon(params, lr=1.0, momentum=0.0, weight_decay=0.0, dtype=dtype)
+    muon = train_gpt.Muon(params, lr=1.0, momentum=0.0, weight_decay=0.0)
     for param in params:
         spread = torch.diag(torch.linspace(0.3, 3, min(shape)))
         left, right = (torch.linalg.qr(torch.randn(n, min(shape)))[0] for n in shape)
@@ -103,24 +102,6 @@ def test_an_update_is_nearly_orthogonal_with_the_singular_vectors_of_the_gradien
         assert values.min() > 0.6 and values.max() < 1.3
         left, _, right = torch.linalg.svd(param.grad, full_matrices=False)
         assert (update * (left @ right)).sum() / update.norm() / min(shape) ** 0.5 > 0.97
-
-
-def test_restored_optimisers_go_on_bit_for_bit_and_their_states_are_copies():
-    model, muon, adamw = build()
-    give_gradients(model, 0)
-    step(muon, adamw)
-    other, other_muon, other_adamw = build()
-    other.load_state_dict(weights(model))
-    state = muon.state_dict()  # as it is: the next steps must not reach into it
-    other_adamw.load_state_dict(train_gpt.private_copy(adamw.state_dict()))
-    for number in (1, 2):
-        give_gradients(model, number)
-        step(muon, adamw)
-    other_muon.load_state_dict(state)
-    for number in (1, 2):
-        give_gradients(other, number)
-        step(other_muon, other_adamw)
-    assert same(weights(model), weights(other))
 
 
 def test_the_operations_of_an_optimiser_step_do_not_grow_with_the_layers():
@@ -264,6 +245,7 @@ CAPPED = dict(RECORD, max_wallclock_seconds=600.0)
         (RECORD, 9200, 0.0, 0.75),  # 46 %: a quarter of the warmdown is over
         (RECORD, 12800, 1e6, 0.5),  # without a cap the time does not matter
         (CAPPED, 2976, 384.0, 0.5),  # 64 % of the time, 15 % of the steps
+        (dict(CAPPED, quantizer="gptq"), 2976, 376.32, 0.5),  # 64 % of 588 s
         (CAPPED, 4660, 601.0, 0.0),  # past the end
         (dict(CAPPED, iterations=400), 256, 33.0, 0.5),  # the steps end before the time does
         (dict(RECORD, min_lr=0.1), 19000, 0.0, 0.1),  # 0.05 / 0.72 would be below it
@@ -277,28 +259,11 @@ def test_the_learning_rate_follows_the_table(settings, step, seconds, expected):
 
 
 @pytest.mark.parametrize(
-    "settings, step, seconds, expected",
-    [
-        (RECORD, 5000, 0.0, 0.25),
-        (RECORD, 25000, 0.0, 1.0),
-        (CAPPED, 1000, 150.0, 0.25),  # of the time
-        (dict(CAPPED, quantizer="gptq"), 1000, 147.0, 0.25),  # of the time that training has
-        (CAPPED, 15000, 150.0, 0.75),  # of the steps, which end first
-    ],
-)
-def test_the_share_of_the_run_that_is_over_is_that_of_what_ends_it(
-    settings, step, seconds, expected
-):
-    assert train_gpt.run_fraction(tiny_config(**settings), step, seconds) == expected
-
-
-@pytest.mark.parametrize(
     "settings, step, expected",
     [
         (dict(), 0, 0.92),  # start
         (dict(), 375, 0.9375),  # a quarter of the way
-        (dict(), 1500, 0.99),  # warm
-        (dict(), 7000, 0.99),  # and stays
+        (dict(), 7000, 0.99),  # warm
         (dict(muon_momentum_warmup_steps=0), 0, 0.99),
     ],
 )

@@ -39,9 +39,8 @@ def velocity(w, x, t):
     return gelu(x @ w["nfm.inp.weight"].T + w["nfm.inp.bias"] + tau) @ w["nfm.out.weight"].T
 
 
-@pytest.mark.parametrize("weight", [0.1, 0.7])
-def test_training_adds_the_weighted_flow_matching_loss(weight, double):
-    config, model = build(nfm_loss_weight=weight)
+def test_training_adds_the_weighted_flow_matching_loss(double):
+    config, model = build(nfm_loss_weight=0.7)
     ids, targets = random_batch(config)
     keys = torch.tensor([3, -4])
     x, w = trunk(model).hidden(ids), model.state_dict()
@@ -50,9 +49,9 @@ def test_training_adds_the_weighted_flow_matching_loss(weight, double):
     flow = (velocity(w, x_t, t) - (x - z)).square().mean()
     logits = model.logits(model.hidden(ids))
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    total = cross_entropy + weight * flow
-    assert model.train()(ids, targets, keys).item() == pytest.approx(total.item(), abs=1e-6)
-    assert model.eval()(ids, targets, keys).item() == pytest.approx(cross_entropy.item(), abs=1e-6)
+    total = cross_entropy + 0.7 * flow
+    assert model(ids, targets, keys).item() == pytest.approx(total.item(), abs=1e-6)
+    assert model(ids, targets).item() == pytest.approx(cross_entropy.item(), abs=1e-6)
 
 
 def test_the_flow_loss_sends_no_gradient_into_the_trunk():
@@ -61,24 +60,20 @@ def test_the_flow_loss_sends_no_gradient_into_the_trunk():
         torch.manual_seed(0)
         config, model = build(nfm_loss_weight=weight)
         ids, targets = random_batch(config)
-        model.train()(ids, targets, torch.arange(len(ids))).backward()
+        model(ids, targets, torch.arange(len(ids))).backward()
         gradients[weight] = {name: p.grad for name, p in model.named_parameters()}
     moved = {name for name, g in gradients[0.0].items() if not torch.equal(g, gradients[0.5][name])}
     velocity_field = ("inp.weight", "inp.bias", "time.weight", "time.bias", "out.weight")
     assert moved == {f"nfm.{name}" for name in velocity_field}
 
 
-def test_a_training_forward_without_given_keys_draws_its_own():
-    config, model = build()
-    ids, targets = random_batch(config)
-    with torch.no_grad():
-        first, second = model.train()(ids, targets), model(ids, targets)
-    assert first != second
+def keys_of(config, step, first, count):
+    return train_gpt.flow_noise_keys(config, step, first, count, torch.device("cpu"))
 
 
 def drawn(config, step, first, count):
     """z and t of the step's sequences [first, first + count), as training draws them."""
-    keys = train_gpt.flow_noise_keys(config, step, first, count, torch.device("cpu"))
+    keys = keys_of(config, step, first, count)
     return train_gpt.draw_noise(keys, config.train_seq_len, config.model_dim)
 
 
@@ -86,11 +81,10 @@ ODD = dict(train_seq_len=33, train_batch_tokens=132, model_dim=33, num_heads=1, 
 
 
 @pytest.mark.parametrize("changes", [{}, ODD], ids=["even", "odd"])
-@pytest.mark.parametrize("cuts", [[1, 3], [2, 2], [1, 1, 1, 1]])
-def test_flow_noise_does_not_depend_on_how_ranks_and_micro_batches_slice_a_step(cuts, changes):
+def test_flow_noise_does_not_depend_on_how_ranks_and_micro_batches_slice_a_step(changes):
     config = tiny_config(**changes)
     torch.manual_seed(3)
-    parts = [drawn(config, 7, sum(cuts[:i]), count) for i, count in enumerate(cuts)]
+    parts = [drawn(config, 7, first, count) for first, count in ((0, 1), (1, 2), (3, 1))]
     draw = torch.randn(4)
     torch.manual_seed(3)
     assert torch.equal(torch.randn(4), draw), "the global generator has no say"
@@ -147,7 +141,7 @@ def test_flow_noise_is_independent_between_neighbours_sequences_steps_and_times(
 
 @pytest.mark.parametrize("changes", [dict(nfm_enabled=False), dict(nfm_loss_weight=0.0)])
 def test_flow_noise_is_not_drawn_where_nothing_uses_it(changes):
-    assert train_gpt.flow_noise_keys(tiny_config(**changes), 0, 0, 2, torch.device("cpu")) is None
+    assert keys_of(tiny_config(**changes), 0, 0, 2) is None
 
 
 # ---- FlowRefiner ----
@@ -207,7 +201,7 @@ def plain_ttt(config, w, x):
 
 @pytest.mark.parametrize(
     "length, mini_batch, base_lr",
-    [(5, 16, 1.0), (37, 16, 1.0), (48, 16, 4.0), (9, 1, 1.0), (20, 7, 1.0), (20, 7, 0.0)],
+    [(5, 16, 1.0), (20, 7, 1.0), (21, 7, 4.0), (9, 1, 1.0), (20, 7, 0.0)],
 )
 def test_ttt_linear_equals_inner_gradient_steps_taken_token_by_token(
     length, mini_batch, base_lr, double
@@ -330,10 +324,10 @@ def loss_and_gradients(model, ids, targets, keys):
 def qat_case(**changes):
     config, model = build(**{**QAT, **changes})
     ids, targets = random_batch(config, 12)
-    return config, model.train(), (ids, targets, torch.arange(len(ids)))
+    return config, model.train(), (ids, targets, keys_of(config, 0, 0, len(ids)))
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(block_bits=5, embed_bits=6), WIDE])
+@pytest.mark.parametrize("changes", [dict(block_bits=5, embed_bits=6), WIDE])
 def test_with_the_blend_at_one_training_sees_the_weights_of_the_artifact(changes):
     config, model, case = qat_case(**changes)
     model.set_qat(1.0)
@@ -355,49 +349,11 @@ def test_rounding_is_off_at_blend_zero_and_in_evaluation_bit_for_bit():
     config, model, (ids, targets, keys) = qat_case()
     raw = twin(QAT, model.state_dict())
     expected, gradients = loss_and_gradients(raw, ids, targets, keys)
-    for blend in (None, 1.0, 0.0):  # fresh, and after it was on
-        if blend is not None:
-            model.set_qat(blend)
-        if blend == 1.0:
-            with torch.no_grad():
-                on = model(ids, targets, keys)
-                assert torch.equal(model.eval()(ids, targets), raw.eval()(ids, targets))
-                assert torch.equal(model.train()(ids, targets, keys), on)
-            continue
+    for has_been_on in (False, True):
+        if has_been_on:
+            model.set_qat(1.0)
+            assert torch.equal(model.eval()(ids, targets), raw.eval()(ids, targets))
+            model.train().set_qat(0.0)
         loss, mine = loss_and_gradients(model, ids, targets, keys)
         assert loss == expected
         assert all(torch.equal(mine[name], gradients[name]) for name in gradients)
-
-
-def test_a_compiled_model_sees_the_switch_without_compiling_again():
-    config, model, case = qat_case(num_layers=1, ve_dim=0, e2e_ttt_enabled=False)
-    graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counting)
-    losses = set()
-    for blend in (0.0, 1.0, 0.0, 1.0):
-        model.set_qat(blend)
-        loss, gradients = loss_and_gradients(compiled, *case)
-        expected, eager = loss_and_gradients(model, *case)
-        assert loss == pytest.approx(expected, abs=1e-6)
-        torch.testing.assert_close(gradients["_orig_mod.tok_emb.weight"], eager["tok_emb.weight"])
-        losses.add(loss)
-    assert len(graphs) == 1
-    assert len(losses) == 2, "the switch must act on the compiled model"
-
-
-@pytest.mark.parametrize("scale, on", [(1.0, False), (0.15, False), (0.149, True), (0.0, True)])
-def test_training_rounds_below_the_threshold_of_the_learning_rate_scale(scale, on, trainer):
-    made = trainer(**{**QAT, "num_layers": 1, "ve_dim": 0})
-    model = randomised(made.model).train()
-    ids, targets = random_batch(made.config, 12)
-    case = (ids, targets, torch.arange(len(ids)))
-    with torch.no_grad():
-        raw = model(*case)
-        made.set_schedules(scale)
-        assert (model(*case) != raw) == on
