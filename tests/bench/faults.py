@@ -77,7 +77,7 @@ bigram hash swapped: torch.bitwise_xor(36313 * t[:, «1: → :-1»], 27191 * t[:
 first bigram row: (1, 0), value=«last → 0»)
 smear crosses documents: inside = (ids != «BOS → -1»)
 smear adds instead of mixing: torch.sigmoid(self.gate).to(x.dtype) * (predecessors(x, ids)« - x → »)
-value embedding in the first layers: range(«config.num_layers - config.ve_last_n, config.num_layers → config.ve_last_n»
+value embedding from the first layer on: range(«config.num_layers - config.ve_last_n → 0»,
 FlowRefiner without residual: z = «z + → » self.proj(F.gelu(self.fc(z)))
 flow line reversed: x_t = (1 - along) * «z + along * x → x + along * z»
 flow loss teaches the trunk: self.nfm.flow_loss(flow_input«.detach() → », noise_keys)
