@@ -166,10 +166,10 @@ def make_log(parent, seed=42, bpb=1.12, **options):
     return path
 
 
-def three_runs(tmp_path):
+def three_runs(tmp_path, **options):
     """Runs of 1.10, 1.11, 1.15: mean 1.12, sd sqrt((0.02² + 0.01² + 0.03²) / 2) = sqrt(0.0007)."""
     seeds = ((42, 1.10), (1337, 1.11), (2025, 1.15))
-    return [make_run(tmp_path, seed, bpb) for seed, bpb in seeds]
+    return [make_run(tmp_path, seed, bpb, **options) for seed, bpb in seeds]
 
 
 def load_run(path):
