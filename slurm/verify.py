@@ -118,7 +118,8 @@ def write_shard(path, tokens):
 def find_shards(folder, split):
     """Sorted paths of the "train" or "val" shards. Raises UntestableError without any."""
     # Byte counts may lie beside the shards, as fineweb_val_bytes_000000.bin.
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
+    name = re.compile(rf"fineweb_{split}_\d+\.bin")
+    paths = sorted(path for path in Path(folder).glob("*.bin") if name.fullmatch(path.name))
     if not paths:
         raise UntestableError(
             f"{folder}: no fineweb_{split}_*.bin in it: name the directory of the shards"
