@@ -5825,9 +5825,9 @@ def config_from_file(settings):
     """The Config of a file's {name: value}: all of "arch" and "eval", and nothing else."""
     names = Config.names("arch", "eval")
     # DTYPE belongs to the machine: a file may have it or not.
-    foreign = (set(settings) ^ set(names)) - {"dtype"}
-    if foreign:
-        raise ConfigError(f"settings are missing or foreign: {sorted(foreign)[:5]}")
+    unknown = (set(settings) ^ set(names)) - {"dtype"}
+    if unknown:
+        raise ConfigError(f"settings are missing or unknown: {sorted(unknown)[:5]}")
     return Config(**{name: settings[name] for name in names})
 
 
@@ -5872,13 +5872,13 @@ def read_payload(raw):
     on_grid = [name for name in schemes if schemes[name] == "grid"]
     dial = {"step"} if on_grid else set()  # only QUANTIZER=gptq writes this entry
     if header.keys() != {"config", "tokenizer_sha256", "tensors"} | dial:
-        raise ConfigError("entries are missing or foreign")
+        raise ConfigError("entries are missing or unknown")
     tokenizer_sha256 = header["tokenizer_sha256"]
     if not re.fullmatch(r"([0-9a-f]{64})?", tokenizer_sha256):
         raise ConfigError("tokenizer_sha256 is neither 64 hexadecimal digits nor empty")
-    found = {name: tuple(shape) for name, shape, _ in header["tensors"]}
+    found = {name: tuple(shape) for name, shape, _ in header["tensors"] if type(shape) is list}
     if len(found) != len(header["tensors"]):
-        raise ArtifactError("artifact: a tensor appears twice")
+        raise ArtifactError("artifact: a tensor appears twice, or has no list as its shape")
     # The shapes' own integers from here on: 16.0 and True equal integers, too.
     shapes = check_shapes(config, found)
     at = start

@@ -729,12 +729,15 @@ EDITS = {
     "nan": lambda header: header["config"].update(logit_softcap=math.nan),
     "sha of other letters": lambda header: header.update(tokenizer_sha256="\x1b[2J" * 16),
     "row of two": lambda header: header["tensors"][0].pop(),
-    "foreign name": lambda header: header["tensors"][0].__setitem__(0, "x"),
+    "unknown name": lambda header: header["tensors"][0].__setitem__(0, "x"),
     "missing tensor": lambda header: header["tensors"].pop(0),
     "tensor twice": lambda header: header["tensors"].append(header["tensors"][-1]),
     "transposed shape": lambda header: next(
         shape for _, shape, _ in header["tensors"] if len(set(shape)) > 1
     ).reverse(),
+    "no list for a shape": lambda header: next(
+        entry for entry in header["tensors"] if not entry[1]
+    ).__setitem__(1, ""),
     "unknown scheme": lambda header: header["tensors"][0].__setitem__(2, "int7"),
     "scheme of another size": lambda header: header["tensors"][0].__setitem__(2, "fp32"),
     "grid of a scalar": lambda header: header["tensors"][-1].__setitem__(2, "grid"),
